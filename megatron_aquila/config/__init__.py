@@ -1,0 +1,1 @@
+"""What the user asked: frozen, typed settings; pure data."""

@@ -1,0 +1,1 @@
+"""Tokens: indexed datasets, GPT samples, blends, loading, tokenizing. numpy only; imports no torch."""

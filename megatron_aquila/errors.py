@@ -1,0 +1,42 @@
+"""Errors that a user can act on. ``assert`` is kept for our own mistakes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class AquilaError(Exception):
+    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+
+
+class DataError(AquilaError):
+    """A corpus, an index or a tokenizer cannot be used; the message names the file and the line or offset."""
+
+
+class CheckpointError(AquilaError):
+    """A checkpoint is missing, damaged or of another model; the message names the path."""
+
+
+class ScheduleError(AquilaError):
+    """A pipeline schedule is incomplete, out of order or can deadlock; the message shows where each rank stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with the settings: which flag, what value, why, and what to do instead."""
+
+    flag: str
+    value: object
+    why: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.value}: {self.why}; {self.way_out}"
+
+
+class ConfigError(AquilaError):
+    """The settings cannot run; carries every ``Problem`` found, not only the first."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems, "ConfigError needs at least one problem"
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))

@@ -1,0 +1,28 @@
+"""The row that one optimizer step leaves in the log."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one optimizer step did. ``loss`` is the mean over the step's tokens, in nats; ``seconds`` is wall time.
+
+    ``source_loss`` is the mean loss of each entry of the blend that had tokens in this step. ``data_seconds`` is the
+    part of ``seconds`` spent waiting for the loader. ``num_tokens`` counts the labels that entered the loss;
+    ``computed_tokens`` counts every token that went through the model (what FLOPs are counted from).
+    """
+
+    step: int
+    consumed_samples: int
+    global_batch: int
+    num_tokens: int
+    computed_tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    applied: bool
+    seconds: float
+    data_seconds: float
+    memory_bytes: int
+    source_loss: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,54 @@
+"""Rank arithmetic: the world of ranks as a box of axes. Every law of this file is tested without a process."""
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+Axis = Literal["tp", "cp", "dp", "pp"]
+ORDER: tuple[Axis, ...] = ("tp", "cp", "dp", "pp")  # tp fastest: its neighbours share NVLink
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankGrid:
+    """A world of ``tp * cp * dp * pp`` ranks. ``tp`` varies fastest, ``pp`` slowest, as in Megatron-LM."""
+
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    pp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    def size(self, *axes: Axis) -> int:
+        """Number of ranks in a group along ``axes``."""
+        return math.prod(getattr(self, axis) for axis in axes)
+
+    def coords(self, rank: int) -> dict[Axis, int]:
+        """Position of ``rank`` along each axis."""
+        assert 0 <= rank < self.world_size, f"rank {rank} is outside a world of {self.world_size}"
+        out: dict[Axis, int] = {}
+        for axis in ORDER:
+            rank, out[axis] = divmod(rank, getattr(self, axis))
+        return out
+
+    def rank(self, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
+        """Rank at a position; the inverse of ``coords``."""
+        return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
+
+    def groups(self, *axes: Axis) -> list[tuple[int, ...]]:
+        """Every group whose members differ only along ``axes``, e.g. ``groups("dp", "cp")``.
+
+        Members are in ascending order of rank; the groups partition the world.
+        """
+        free = [axis for axis in ORDER if axis in axes]
+        fixed = [axis for axis in ORDER if axis not in axes]
+
+        def positions(names: list[Axis]) -> list[dict[Axis, int]]:
+            values = product(*(range(getattr(self, axis)) for axis in reversed(names)))
+            return [dict(zip(reversed(names), value, strict=True)) for value in values]
+
+        return [tuple(self.rank(**at, **step) for step in positions(free)) for at in positions(fixed)]

@@ -1,0 +1,58 @@
+"""The resolved shape of a model: what the network, the FLOP count, the memory plan and the converters take."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+NormOrder = Literal["aquila", "llama"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """Sizes and constants of an Aquila model. Nothing here is optional and nothing depends on the layout.
+
+    ``vocab_size`` rows are real; rows up to ``padded_vocab_size`` exist only so that shards are equal: they take no
+    part in the softmax, get no gradient and are in no file. ``norm_order`` says where RMSNorm casts: Aquila multiplies
+    the weight in fp32 and casts once, Llama casts first.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    padded_vocab_size: int
+    seq_len: int
+    norm_eps: float = 1e-5
+    norm_init: float = 1.0
+    norm_order: NormOrder = "aquila"
+    init_std: float = 0.02
+    rope_base: float = 10000.0
+
+    @property
+    def attention_size(self) -> int:
+        """Width of the concatenated heads: ``num_heads * head_dim``."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the concatenated key (or value) heads: ``num_kv_heads * head_dim``."""
+        return self.num_kv_heads * self.head_dim
+
+
+def ffn_size(hidden_size: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """Llama's width of the gated MLP: 2/3 of ``4 * hidden_size``, times ``multiplier``, rounded up to ``multiple_of``.
+
+    Aquila2-7B: ``ffn_size(4096, 256) == 11008``; Aquila2-34B: ``ffn_size(6144, 4096, 1.3) == 24576``.
+    """
+    size = int(4 * hidden_size * 2 / 3)
+    if multiplier is not None:
+        size = int(size * multiplier)
+    return multiple_of * math.ceil(size / multiple_of)
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """``vocab_size`` rounded up to ``multiple``. Unlike Megatron-LM's, it does not depend on the tensor degree."""
+    return multiple * math.ceil(vocab_size / multiple)

@@ -1,0 +1,1 @@
+"""The run: environment, building, one step, the loop."""
