@@ -1,0 +1,51 @@
+"""Fixtures that every room's tests share."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from megatron_aquila.verify.pool import WorkerPool
+
+torch.set_num_threads(1)
+settings.register_profile("aquila", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("aquila")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], WorkerPool]]:
+    """``pool(world)``: gloo workers, started at the first request and shared by all tests."""
+    pools: dict[int, WorkerPool] = {}
+
+    def get(world: int) -> WorkerPool:
+        if world not in pools:
+            pools[world] = WorkerPool(world)
+        return pools[world]
+
+    yield get
+    for one in pools.values():
+        one.close()
+
+
+def _folder(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if value is None:
+        pytest.skip(f"{variable} is not set")
+    folder = Path(value)
+    assert folder.is_dir(), f"{variable}={value} is not a folder"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def megatron_fixtures() -> Path:
+    """Folder of .bin/.idx files and expected values made with Megatron-LM."""
+    return _folder("AQUILA_TEST_FIXTURES")
+
+
+@pytest.fixture(scope="session")
+def aquila_tokenizer_dir() -> Path:
+    """Folder of Aquila's vocab.json, merges.txt and special_tokens.txt."""
+    return _folder("AQUILA_TEST_TOKENIZER")
