@@ -1,0 +1,35 @@
+"""What one pipeline rank does, as data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Op(StrEnum):
+    """A kind of work on one microbatch."""
+
+    F = "F"  # forward through one stage
+    B = "B"  # backward through one stage, for the gradients of its input and of its weights
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Action:
+    """``op`` of ``microbatch`` on ``stage``. Stages are numbered along the model; stage 0 holds the embedding."""
+
+    op: Op
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op}{self.microbatch}"  # torch.distributed.pipelining's notation
+
+    def inputs(self, num_stages: int) -> tuple["Action", ...]:
+        """The actions that must be done before this one may start: the whole dependency graph is these lines."""
+        if self.op is Op.F:
+            return (Action(Op.F, self.stage - 1, self.microbatch),) if self.stage > 0 else ()
+        own = Action(Op.F, self.stage, self.microbatch)
+        return (own, Action(Op.B, self.stage + 1, self.microbatch)) if self.stage + 1 < num_stages else (own,)
+
+
+Program = Sequence[Action]  # what one rank does, in order
+Schedule = Mapping[int, Program]  # pipeline rank -> its program

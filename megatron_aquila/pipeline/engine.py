@@ -1,0 +1,83 @@
+"""Runs one rank's program. Knows actions and tensors, and no schedule by name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.pipeline.action import Op, Program
+from megatron_aquila.pipeline.wire import Wire
+
+Stage = Callable[[Tensor | None, Batch], Tensor]  # (what the stage before sent, microbatch) -> what the next one needs
+LossFn = Callable[[Tensor, Batch], Tensor]  # (what the last stage computed, microbatch) -> scalar to differentiate
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a forward leaves for its backward: the received input, and where backward enters the graph.
+
+    The edge is kept instead of the output: an output that was sent is no longer needed here.
+    """
+
+    x: Tensor | None
+    edge: GradientEdge
+
+
+class Engine:
+    """Runs programs over this rank's ``stages``, accumulating gradients into their parameters.
+
+    The order of microbatches is the same on every stage and in every schedule, so gradients are bit-equal to those of
+    one process that ran the same microbatches through the whole model.
+    """
+
+    def __init__(self, stages: Mapping[int, Stage], *, num_stages: int, loss_fn: LossFn, wire: Wire) -> None:
+        self._stages = stages
+        self._last = num_stages - 1
+        self._loss_fn = loss_fn
+        self._wire = wire
+
+    def step(self, program: Program, batches: Sequence[Batch]) -> None:
+        """Forward and backward of ``batches``, microbatch by microbatch, as ``program`` orders them.
+
+        Communicates: an activation to the next stage and a gradient to the one before, each microbatch.
+        """
+        held: dict[tuple[int, int], _Held] = {}
+        for action in program:
+            key = action.stage, action.microbatch
+            if action.op is Op.F:
+                x, y = self._forward(*key, batches[action.microbatch])
+                held[key] = _Held(x, get_gradient_edge(y))
+                del x, y  # or this microbatch's output would live until the next forward
+            else:
+                self._backward(*key, held.pop(key))
+        self._wire.flush()
+        assert not held, f"activations left over: {[f'{stage}F{microbatch}' for stage, microbatch in held]}"
+
+    def evaluate(self, program: Program, batches: Sequence[Batch]) -> None:
+        """Forward only, nothing kept: ``loss_fn`` sees what the last stage computed.
+
+        Communicates: an activation to the next stage, each microbatch.
+        """
+        with torch.no_grad():
+            for action in program:
+                assert action.op is Op.F, f"{action} in a program for evaluation"
+                self._forward(action.stage, action.microbatch, batches[action.microbatch])
+        self._wire.flush()
+
+    def _forward(self, stage: int, microbatch: int, batch: Batch) -> tuple[Tensor | None, Tensor]:
+        x = None if stage == 0 else self._wire.recv(Op.F, stage, microbatch).requires_grad_()
+        y = self._stages[stage](x, batch)
+        if stage == self._last:
+            return x, self._loss_fn(y, batch)
+        self._wire.send(Op.F, stage + 1, microbatch, y.detach())
+        return x, y
+
+    def _backward(self, stage: int, microbatch: int, held: _Held) -> None:
+        dy = None if stage == self._last else self._wire.recv(Op.B, stage, microbatch)
+        torch.autograd.backward(held.edge, dy)
+        if held.x is not None:
+            assert held.x.grad is not None, f"stage {stage} did not use its input"
+            self._wire.send(Op.B, stage - 1, microbatch, held.x.grad)

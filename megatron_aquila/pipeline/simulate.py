@@ -1,0 +1,63 @@
+"""A schedule run on paper: when each action starts, how long ranks idle, what they hold. The engine without tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron_aquila.pipeline.action import Action, Op, Schedule
+from megatron_aquila.pipeline.checks import runnable_order
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """When each action of ``schedule`` starts and ends, in the unit of the costs."""
+
+    schedule: Schedule
+    start: Mapping[Action, float]
+    end: Mapping[Action, float]
+
+    @property
+    def makespan(self) -> float:
+        """Time from the first action to the last of all ranks: a step that ends in a barrier, as clipping does."""
+        return max(self.end.values()) - min(self.start.values())
+
+    def span(self, rank: int) -> float:
+        """Time from ``rank``'s first action to its last: what a step costs it when steps may overlap."""
+        program = self.schedule[rank]
+        return self.end[program[-1]] - self.start[program[0]]
+
+    def busy(self, rank: int) -> float:
+        """Time that ``rank`` works."""
+        return sum(self.end[action] - self.start[action] for action in self.schedule[rank])
+
+    @property
+    def bubble(self) -> float:
+        """Share of all ranks' time up to the barrier that is spent waiting."""
+        busy = sum(self.busy(rank) for rank in self.schedule)
+        return 1 - busy / (self.makespan * len(self.schedule))
+
+    def peak_in_flight(self, rank: int) -> int:
+        """Most microbatches whose activations ``rank`` holds at once."""
+        held = peak = 0
+        for action in self.schedule[rank]:
+            held += 1 if action.op is Op.F else -1
+            peak = max(peak, held)
+        return peak
+
+
+def simulate(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) -> Timeline:
+    """Run every rank's program as early as its inputs allow.
+
+    ``cost`` is the time of one action, ``hop`` that of one message between ranks (it occupies neither). Raises
+    ``ScheduleError`` if the ranks wait for one another.
+    """
+    rank_of = {action: rank for rank, program in schedule.items() for action in program}
+    num_stages = 1 + max(action.stage for action in rank_of)
+    clock = dict.fromkeys(schedule, 0.0)
+    start: dict[Action, float] = {}
+    end: dict[Action, float] = {}
+    for action in runnable_order(schedule, num_stages):
+        rank = rank_of[action]
+        arrivals = [end[a] + (hop if rank_of[a] != rank else 0.0) for a in action.inputs(num_stages)]
+        start[action] = max(clock[rank], *arrivals) if arrivals else clock[rank]
+        end[action] = clock[rank] = start[action] + cost(action)
+    return Timeline(schedule, start, end)
