@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_aquila.plan.shape import NormOrder
+from megatron_aquila.plan.shape import NormOrder, Precision
 
-Precision = Literal["bf16", "fp32", "fp64"]
 Decay = Literal["cosine", "linear", "constant", "wsd"]
 WsdDecay = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 

@@ -1,0 +1,119 @@
+"""Memory of one rank before anything is allocated: a sum of named parts, each with its formula.
+
+Not in it: the device's own context, NCCL's buffers and fragmentation (2 to 4 GiB of a GPU in practice).
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_aquila.plan.flops import layer_matmul_params
+from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.shape import ModelShape, Precision
+from megatron_aquila.plan.stages import StagePlan
+
+ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4, "fp64": 8}
+GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp32": 4, "fp64": 8}
+MOMENTS = {"adamw": 2, "sgd": 0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one rank by purpose."""
+
+    weights: int
+    main_grads: int
+    master_weights: int
+    optimizer_states: int
+    activations: int
+    logits: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts together."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """What the estimate needs beside the shape; every count of tokens is ``micro_batch * shape.seq_len``."""
+
+    shape: ModelShape
+    grid: RankGrid
+    stages: StagePlan
+    micro_batch: int
+    num_microbatches: int
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    sequence_parallel: bool = False
+    precision: Precision = "bf16"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+    def of_stage(self, stage: int) -> Memory:
+        """Bytes of a rank that holds ``stage``."""
+        params = self.stage_params(stage)
+        shard = -(-params // (self.grid.dp * self.grid.cp))
+        gradient = GRADIENT_BYTES[self.precision]
+        in_flight = self.in_flight(stage)
+        return Memory(
+            weights=params * ITEM_BYTES[self.precision],
+            main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
+            master_weights=shard * 4 if self.precision == "bf16" else 0,
+            optimizer_states=shard * gradient * MOMENTS[self.optimizer],
+            activations=in_flight * self._activations(stage),
+            logits=self._logits(in_flight) if self.stages.has_head(stage) else 0,
+            temporaries=self._temporaries(),
+        )
+
+    def peak(self) -> Memory:
+        """The memory of the rank that needs the most."""
+        return max((self.of_stage(stage) for stage in range(self.stages.num_stages)), key=lambda memory: memory.total)
+
+    def in_flight(self, stage: int) -> int:
+        """Microbatches whose activations a stage keeps at once: 1F1B ``min(stages behind it, m)``, GPipe all ``m``."""
+        if self.schedule == "gpipe":
+            return self.num_microbatches
+        return min(self.stages.num_stages - stage, self.num_microbatches)
+
+    def stage_params(self, stage: int) -> int:
+        """Elements of this rank's shard of the stage, padded rows included; norms are whole on every rank."""
+        num_layers = len(self.stages.layers[stage])
+        ends = self.stages.has_embedding(stage) + self.stages.has_head(stage)
+        vocab = ends * self.shape.padded_vocab_size * self.shape.hidden_size
+        norms = (2 * num_layers + self.stages.has_head(stage)) * self.shape.hidden_size
+        return (num_layers * layer_matmul_params(self.shape) + vocab) // self.grid.tp + norms
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens of a microbatch on one rank."""
+        return self.micro_batch * self.shape.seq_len // self.grid.cp
+
+    def _activations(self, stage: int) -> int:
+        """Bytes that autograd keeps of one microbatch, every op saving its inputs once in their own type.
+
+        Elements a token and layer, 1/tp of each: the two norms' inputs and outputs 4 H (whole where the sequence is
+        not split), q, k, v and the attention's output, gate and up 2 F, their product F; in four bytes the attention's
+        log-sum 1 a head and the norms' scale 2. For one tensor rank this is 8.0 GiB of the 7B at 2,048 tokens.
+        """
+        shape, tp = self.shape, self.grid.tp
+        residual = tp if self.sequence_parallel else 1
+        shard = 2 * shape.attention_size + 2 * shape.kv_size + 3 * shape.ffn_size
+        item = ITEM_BYTES[self.precision]
+        layer = item * (4 * shape.hidden_size // residual + shard // tp) + 4 * (shape.num_heads // tp + 2 // residual)
+        final_norm = item * 2 * shape.hidden_size // residual if self.stages.has_head(stage) else 0
+        return self._tokens * (len(self.stages.layers[stage]) * layer + final_norm)
+
+    def _logits(self, in_flight: int) -> int:
+        """Bytes of the logits and their softmax (at least fp32) for each microbatch in flight, and one gradient."""
+        item, wide = ITEM_BYTES[self.precision], max(4, ITEM_BYTES[self.precision])
+        columns = self.shape.padded_vocab_size // self.grid.tp
+        return self._tokens * columns * (in_flight * (item + wide) + item)
+
+    def _temporaries(self) -> int:
+        """Bytes of the widest moment of a layer's backward: gradients of gate, up and their product, x gathered twice.
+
+        Beside them the largest weight's gradient, which lives until it is added to the main gradient.
+        """
+        item, shape = ITEM_BYTES[self.precision], self.shape
+        widest = self._tokens * (3 * shape.ffn_size // self.grid.tp + 2 * shape.hidden_size)
+        largest = max(2 * shape.ffn_size, shape.padded_vocab_size) * shape.hidden_size // self.grid.tp
+        return item * (widest + largest)

@@ -1,0 +1,53 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_aquila.plan.batches import BatchPlan
+
+
+def batches_of_the_ramp(plan):
+    """The batch of every step that starts within the ramp's samples."""
+    consumed, batches = 0, []
+    while consumed <= plan.ramp[2]:
+        batches.append(plan.global_batch_at(consumed))
+        consumed += batches[-1]
+    return batches
+
+
+def test_the_ramps_of_the_recipes_take_the_published_steps():
+    # Ramp lengths and increments of the public 34B and 70B recipes.
+    for plan, steps, increments in [
+        (BatchPlan(global_batch=1024, micro_batch=1, dp=32, ramp=(32, 32, 2_000_000)), 8122, 31),
+        (BatchPlan(global_batch=1056, micro_batch=2, dp=24, ramp=(48, 48, 2_000_000)), 7235, 21),
+    ]:
+        batches = batches_of_the_ramp(plan)
+        assert len(batches) == steps
+        assert batches == sorted(batches)
+        assert len(plan.sizes()) == increments + 1
+        assert set(batches) <= set(plan.sizes())
+        assert plan.global_batch_at(sum(batches)) == plan.global_batch
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 6), st.integers(0, 6), st.integers(0, 500), st.data())
+def test_the_batch_only_grows_and_always_divides(micro, dp, start, increments, samples, data):
+    unit = micro * dp
+    plan = BatchPlan(
+        global_batch=unit * (start + increments), micro_batch=micro, dp=dp, ramp=(unit * start, unit, samples)
+    )
+    here, further = sorted(data.draw(st.tuples(st.integers(0, 800), st.integers(0, 800))))
+    assert plan.global_batch_at(here) <= plan.global_batch_at(further) <= plan.global_batch
+    batch, microbatches = plan.batch_at(here)
+    assert batch == microbatches * unit
+    assert batch in plan.sizes()
+    assert plan.global_batch_at(samples + 1) == plan.global_batch
+
+
+def test_without_a_ramp_the_batch_is_constant():
+    plan = BatchPlan(global_batch=1728, micro_batch=2, dp=96)
+    assert plan.batch_at(0) == plan.batch_at(10**9) == (1728, 9)
+    assert plan.sizes() == (1728,)
+
+
+def test_a_batch_that_does_not_divide_is_our_own_mistake():
+    with pytest.raises(AssertionError, match="a batch of 10 does not divide into 2 x dp 2"):
+        BatchPlan(global_batch=10, micro_batch=2, dp=2).batch_at(0)

@@ -1,0 +1,115 @@
+"""NUMERICS, FLOPs and MFU: the table of models and the pairs that others published."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_aquila.plan.flops import (
+    attention_flops,
+    flops_per_token,
+    head_flops,
+    layer_flops,
+    matmul_params,
+    mfu,
+    num_params,
+    peak_flops,
+)
+from megatron_aquila.plan.shape import ModelShape
+from tests.plan.shapes import AQUILA_7B, AQUILA_34B, AQUILA_70B
+
+
+@pytest.mark.parametrize(
+    ("shape", "params"), [(AQUILA_7B, 7_295_537_152), (AQUILA_34B, 33_693_554_688), (AQUILA_70B, 70_090_891_264)]
+)
+def test_parameter_counts_of_the_recipes(shape, params):
+    assert num_params(shape) == params
+    padded = replace(shape, vocab_size=shape.padded_vocab_size)
+    assert num_params(padded) - params == 2 * (shape.padded_vocab_size - shape.vocab_size) * shape.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("shape", "matmul", "causal", "full"),
+    [
+        (AQUILA_7B, 6.8856, 42.924, 44.535),
+        (replace(AQUILA_7B, seq_len=4096), 6.8856, 44.535, 47.756),
+        (AQUILA_34B, 33.078, 207.53, 216.59),
+    ],
+)
+def test_the_table_of_flops(shape, matmul, causal, full):
+    assert matmul_params(shape) / 1e9 == pytest.approx(matmul, rel=2e-5)
+    assert flops_per_token(shape) / 1e9 == pytest.approx(causal, rel=3e-5)
+    assert flops_per_token(shape, "full") / 1e9 == pytest.approx(full, rel=3e-5)
+
+
+def test_layers_and_head_add_up():
+    for shape in (AQUILA_7B, AQUILA_34B):
+        assert shape.num_layers * layer_flops(shape) + head_flops(shape) == flops_per_token(shape)
+    # The head weighs about two layers of the 7B and 1.1 of the 34B.
+    assert head_flops(AQUILA_7B) / layer_flops(AQUILA_7B) == pytest.approx(1.95, abs=0.05)
+    assert head_flops(AQUILA_34B) / layer_flops(AQUILA_34B) == pytest.approx(1.1, abs=0.05)
+
+
+def llama(num_layers, hidden_size, num_heads, num_kv_heads, ffn, vocab_size, seq_len):
+    return ModelShape(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_size=ffn,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        vocab_size=vocab_size,
+        padded_vocab_size=vocab_size,
+        seq_len=seq_len,
+    )
+
+
+LLAMA2_7B = llama(32, 4096, 32, 32, 11008, 32000, 4096)
+LLAMA31_8B = llama(32, 4096, 32, 8, 14336, 128256, 8192)
+QWEN25_7B = llama(28, 3584, 28, 4, 18944, 152064, 1024)
+A100 = peak_flops("NVIDIA A100-SXM4-80GB")
+H100 = peak_flops("NVIDIA H100 80GB HBM3")
+
+
+@pytest.mark.parametrize(
+    ("shape", "attention", "tokens_per_second", "peak", "percent"),
+    [
+        (LLAMA2_7B, "causal", 4550, A100, 62.5),
+        (LLAMA31_8B, "causal", 10682, H100, 55.6),
+        (LLAMA31_8B, "full", 10682, H100, 62.5),
+        (QWEN25_7B, "causal", 13863, H100, 60.3),
+    ],
+)
+def test_published_pairs_of_speed_and_mfu(shape, attention, tokens_per_second, peak, percent):
+    assert 100 * mfu(tokens_per_second, flops_per_token(shape, attention), peak) == pytest.approx(percent, abs=0.1)
+    # The test can fail: leaving the head out is several tenths of a point away.
+    headless = flops_per_token(shape, attention) - head_flops(shape)
+    assert 100 * mfu(tokens_per_second, headless, peak) < percent - 0.5
+
+
+def test_published_pair_of_mpt_7b():
+    # MPT has an ungated MLP of two matrices of 4 H and ties its head to the embedding.
+    layers, hidden, vocab, seq_len = 32, 4096, 50368, 2048
+    matmul = layers * 12 * hidden**2 + vocab * hidden
+    flops = 6 * matmul + layers * attention_flops(hidden, seq_len)
+    assert 100 * mfu(4641, flops, A100) == pytest.approx(61.8, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A800-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA A10", "bf16", 125.0),
+        ("NVIDIA A100-PCIE-40GB", "fp32", 19.5),
+    ],
+)
+def test_device_peaks(name, precision, tflops):
+    assert peak_flops(name, precision) == tflops * 1e12
+
+
+@pytest.mark.parametrize(("name", "precision"), [("NVIDIA A1000", "bf16"), ("cpu", "bf16"), ("NVIDIA B200", "fp64")])
+def test_an_unknown_device_or_precision_has_no_peak(name, precision):
+    assert peak_flops(name, precision) is None

@@ -1,0 +1,77 @@
+from dataclasses import fields, replace
+
+import pytest
+
+from megatron_aquila.plan.flops import num_params
+from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.memory import MemoryPlan
+from megatron_aquila.plan.stages import plan_stages
+from tests.plan.shapes import AQUILA_7B, AQUILA_34B
+
+GIB = 2**30
+
+
+def plan(shape, *, tp=1, dp=1, pp=1, **settings):
+    grid = RankGrid(tp=tp, dp=dp, pp=pp)
+    settings = {"micro_batch": 1, "num_microbatches": 8} | settings
+    return MemoryPlan(shape=shape, grid=grid, stages=plan_stages(shape, pp), **settings)
+
+
+def test_the_7b_on_one_rank():
+    memory = plan(AQUILA_7B).of_stage(0)
+    padded = num_params(replace(AQUILA_7B, vocab_size=AQUILA_7B.padded_vocab_size))
+    assert memory.weights == 2 * padded
+    assert memory.main_grads == memory.master_weights == 4 * padded
+    assert memory.optimizer_states == 8 * padded
+    # 8.0 GiB of activations at 2,048 tokens without recompute.
+    assert memory.activations / GIB == pytest.approx(8.0, abs=0.1)
+    # The fp32 softmax of 8,192 tokens is 3.06 GiB, beside it logits and gradient in bf16.
+    four = plan(AQUILA_7B, micro_batch=4).of_stage(0)
+    assert four.logits / GIB == pytest.approx(2 * 3.06, abs=0.02)
+    assert four.activations == 4 * memory.activations
+    assert memory.total == sum(getattr(memory, part.name) for part in fields(memory))
+
+
+def test_the_optimizer_is_sharded_over_dp_and_the_gradients_are_not():
+    one, eight = plan(AQUILA_7B).of_stage(0), plan(AQUILA_7B, dp=8).of_stage(0)
+    assert eight.optimizer_states * 8 == one.optimizer_states
+    assert eight.master_weights * 8 == one.master_weights
+    assert (eight.weights, eight.main_grads) == (one.weights, one.main_grads)
+
+
+def test_precision_and_rule():
+    fp32, fp64 = plan(AQUILA_7B, precision="fp32").of_stage(0), plan(AQUILA_7B, precision="fp64").of_stage(0)
+    assert fp32.master_weights == fp64.master_weights == 0
+    assert fp64.main_grads == 2 * fp32.main_grads == fp64.weights
+    assert plan(AQUILA_7B, optimizer="sgd").of_stage(0).optimizer_states == 0
+
+
+def test_tensor_and_sequence_parallel_shard_the_activations():
+    whole = plan(AQUILA_34B, pp=4).of_stage(1)
+    split = plan(AQUILA_34B, tp=4, pp=4, sequence_parallel=True).of_stage(1)
+    without = plan(AQUILA_34B, tp=4, pp=4).of_stage(1)
+    assert split.activations * 4 == pytest.approx(whole.activations, rel=1e-3)
+    assert split.activations < without.activations < whole.activations
+
+
+def test_the_schedule_decides_what_is_in_flight():
+    one = plan(AQUILA_34B, pp=4, num_microbatches=32)
+    assert [one.in_flight(stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert [replace(one, num_microbatches=2).in_flight(stage) for stage in range(4)] == [2, 2, 2, 1]
+    assert [replace(one, schedule="gpipe").in_flight(stage) for stage in range(4)] == [32] * 4
+    assert one.of_stage(0).logits == 0 < one.of_stage(3).logits
+
+
+def test_stages_add_up_to_the_model():
+    whole = plan(AQUILA_34B).stage_params(0)
+    parts = plan(AQUILA_34B, pp=4)
+    assert sum(parts.stage_params(stage) for stage in range(4)) == whole
+    # Norms are whole on every tensor rank, all else is split.
+    norms = (2 * 60 + 1) * 6144
+    assert 4 * plan(AQUILA_34B, tp=4).stage_params(0) == whole + 3 * norms
+
+
+def test_the_34b_recipe_fits_the_40_gb_it_was_run_on():
+    recipe = plan(AQUILA_34B, tp=4, dp=32, pp=4, num_microbatches=32, sequence_parallel=True)
+    assert 25 * GIB < recipe.peak().total < 40 * GIB
+    assert recipe.peak().total == max(recipe.of_stage(stage).total for stage in range(4))
