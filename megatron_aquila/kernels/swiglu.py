@@ -1,0 +1,39 @@
+"""The gated activation of the MLP."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_aquila.kernels.precision import apply, compute_dtype
+
+
+def swiglu_reference(gate_up_SB2F: Tensor) -> Tensor:
+    """``silu(gate) * up`` of shape SBF, ``gate`` the first half of the last dim; rounded once."""
+    gate, up = gate_up_SB2F.to(compute_dtype(gate_up_SB2F.dtype)).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up_SB2F.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Saves its input only; autograd through the reference would save three float32 tensors of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return swiglu_reference(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        wide = compute_dtype(gate_up.dtype)
+        gate, up = gate_up.to(wide).chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        grad_gate = grad.to(wide) * up * (sigmoid + silu * (1 - sigmoid))
+        return torch.cat((grad_gate, grad.to(wide) * silu), dim=-1).to(gate_up.dtype)
+
+
+def swiglu(gate_up_SB2F: Tensor) -> Tensor:
+    """``swiglu_reference`` with a backward of its own that keeps little memory."""
+    return apply(_SwiGLU, gate_up_SB2F)
