@@ -1,0 +1,121 @@
+"""The Llama family in Hugging Face's terms: names of the tensors, and config.json in both directions.
+
+Published Aquila2 weights have exactly these names and shapes under ``model_type: aquila``; exports say ``llama``, which
+every tool loads without remote code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_aquila.plan.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpecialIds:
+    """Token ids that generation needs."""
+
+    bos: int
+    eos: int
+    pad: int
+
+
+def llama_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every logical tensor, in the order of the network. Vocabulary rows are the real ones."""
+    hidden, ffn = shape.hidden_size, shape.ffn_size
+    layer = {
+        "self_attn.q_proj": (shape.attention_size, hidden),
+        "self_attn.k_proj": (shape.kv_size, hidden),
+        "self_attn.v_proj": (shape.kv_size, hidden),
+        "self_attn.o_proj": (hidden, shape.attention_size),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    for number in range(shape.num_layers):
+        out |= {f"model.layers.{number}.{name}.weight": size for name, size in layer.items()}
+    return out | {"model.norm.weight": (hidden,), "lm_head.weight": (shape.vocab_size, hidden)}
+
+
+def llama_config(shape: ModelShape, dtype: torch.dtype, ids: SpecialIds) -> dict[str, object]:
+    """The content of config.json."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
+        "pad_token_id": ids.pad,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "initializer_range": shape.init_std,
+        "intermediate_size": shape.ffn_size,
+        "max_position_embeddings": shape.seq_len,
+        "mlp_bias": False,
+        "num_attention_heads": shape.num_heads,
+        "num_hidden_layers": shape.num_layers,
+        "num_key_value_heads": shape.num_kv_heads,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_scaling": None,
+        "rope_theta": shape.rope_base,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def llama_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
+    """What config.json says of the model, under the names of ``ModelShape``'s fields; defaults are transformers'.
+
+    Raises KeyError with the name of a missing entry.
+    """
+    heads = config["num_attention_heads"]
+    kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_size": config["intermediate_size"],
+        "num_heads": heads,
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": config["hidden_size"] // heads if head_dim is None else head_dim,
+        "vocab_size": config["vocab_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_base": _rope(config).get("rope_theta", 10000.0),
+    }
+
+
+def llama_feature_problems(config: Mapping[str, Any]) -> list[str]:
+    """What config.json asks for that the model here does not have, a line each."""
+    offered: dict[str, tuple[object, ...]] = {
+        "model_type": ("llama", "aquila"),
+        "hidden_act": ("silu",),
+        "tie_word_embeddings": (False,),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+    }
+    problems = [
+        f"{name} is {config[name]!r}; only {' or '.join(map(repr, values))} is supported"
+        for name, values in offered.items()
+        if name in config and config[name] not in values
+    ]
+    rope_type = _rope(config).get("rope_type", "default")
+    if rope_type != "default":
+        problems.append(f"rope scaling is {rope_type!r}; only plain rotary positions are supported")
+    return problems
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings: flat in transformers 4 (``rope_theta``, ``rope_scaling``), ``rope_parameters`` in 5."""
+    scaling = config.get("rope_scaling") or {}
+    rope = {"rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
+    if "rope_theta" in config:
+        rope["rope_theta"] = config["rope_theta"]
+    return rope | (config.get("rope_parameters") or {})
