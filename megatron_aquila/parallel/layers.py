@@ -1,0 +1,105 @@
+"""Linear layers whose weight is split over the tensor-parallel group.
+
+Both are one autograd Function each, so that what is saved and what is communicated stands here and nowhere else: the
+column layer saves its *sharded* input under sequence parallel and gathers it again in backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_aquila.kernels.precision import apply, matmul
+from megatron_aquila.parallel.collectives import all_gather, all_reduce_, reduce_scatter
+from megatron_aquila.parallel.context import Group
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
+    """Gradient of ``weight`` in ``y = x @ weight.T``: the leading dims of both are rows. Local."""
+    return matmul(grad_y.flatten(0, -2).T, x.flatten(0, -2))
+
+
+class _ColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
+        x_SBH = all_gather(x, tp) if sequence_parallel else x
+        return matmul(x_SBH, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        x_SBH = all_gather(x, ctx.tp) if ctx.sequence_parallel else x
+        grad_x = matmul(grad_y, weight)  # this rank's partial sum
+        grad_x = reduce_scatter(grad_x, ctx.tp) if ctx.sequence_parallel else all_reduce_(grad_x, ctx.tp)
+        return grad_x, weight_gradient(grad_y, x_SBH), None, None
+
+
+class _RowParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Group, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
+        y = matmul(x, weight.T)  # this rank's partial sum
+        return reduce_scatter(y, tp) if sequence_parallel else all_reduce_(y, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        grad_y = all_gather(grad_y, ctx.tp) if ctx.sequence_parallel else grad_y
+        return matmul(grad_y, weight), weight_gradient(grad_y, x), None, None
+
+
+class ColumnParallelLinear(nn.Module):
+    """``y = x @ W.T``, W split along its output features: ``weight`` is (out_features / tp, in_features), unfilled."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tp: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        assert out_features % tp.size == 0, f"{out_features} output features do not split over {tp.size} ranks"
+        self.tp, self.sequence_parallel = tp, sequence_parallel
+        self.weight = nn.Parameter(torch.empty(out_features // tp.size, in_features, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_StBH | x_SBH -> y_SBFt.
+
+        Forward: all-gather, St -> S, under sequence parallel; else nothing.
+        Backward: all-gather and reduce-scatter, S -> St, under sequence parallel; else all-reduce.
+        """
+        return apply(_ColumnParallel, x, self.weight, self.tp, self.sequence_parallel)
+
+
+class RowParallelLinear(nn.Module):
+    """``y = x @ W.T``, W split along its input features: ``weight`` is (out_features, in_features / tp), unfilled."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tp: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        assert in_features % tp.size == 0, f"{in_features} input features do not split over {tp.size} ranks"
+        self.tp, self.sequence_parallel = tp, sequence_parallel
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // tp.size, dtype=dtype, device=device))
+
+    def forward(self, x_SBFt: Tensor) -> Tensor:
+        """x_SBFt -> y_StBH | y_SBH.
+
+        Forward: reduce-scatter, S -> St, under sequence parallel; else all-reduce.
+        Backward: all-gather, St -> S, under sequence parallel; else nothing.
+        """
+        return apply(_RowParallel, x_SBFt, self.weight, self.tp, self.sequence_parallel)
