@@ -12,7 +12,7 @@ class Op(StrEnum):
     B = "B"  # backward through one stage, for the gradients of its input and of its weights
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Action:
     """``op`` of ``microbatch`` on ``stage``. Stages are numbered along the model; stage 0 holds the embedding."""
 

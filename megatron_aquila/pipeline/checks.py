@@ -76,7 +76,8 @@ def _check_complete(schedule: Schedule, num_stages: int, num_microbatches: int) 
         ("done more than once", {action for action, count in given.items() if count > 1}),
     ):
         if actions:
-            problems.append(f"{what}: {_listed(sorted(actions))}")
+            in_order = sorted(actions, key=lambda a: (a.op is Op.B, a.microbatch, a.stage))
+            problems.append(f"{what}: {_listed(in_order)}")
     for stage in range(num_stages):
         ranks = sorted(rank for rank, program in schedule.items() if any(a.stage == stage for a in program))
         if len(ranks) > 1:

@@ -41,9 +41,8 @@ class P2PWire:
 
     def send(self, op: Op, stage: int, microbatch: int, x: Tensor) -> None:
         """Communicates: one asynchronous send to the rank of ``stage``."""
-        assert x.shape == self._shape and x.dtype is self._dtype, (
-            f"{op}{microbatch} for stage {stage} is {x.dtype} {tuple(x.shape)}, not {self._dtype} {self._shape}"
-        )
+        expected, given = (self._shape, self._dtype), (tuple(x.shape), x.dtype)
+        assert given == expected, f"{op}{microbatch} for stage {stage} is {given}, every message is {expected}"
         group = self._groups[op]
         x = x.contiguous()
         work = dist.isend(x, group.ranks[stage], group=group.handle)

@@ -1,0 +1,122 @@
+"""Schedules that must be refused, and what the message shows."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_aquila.errors import ScheduleError
+from megatron_aquila.pipeline.action import Action, Op, Schedule
+from megatron_aquila.pipeline.checks import check, messages, runnable_order
+from megatron_aquila.pipeline.schedules import SCHEDULES, build_schedule
+
+
+def parse(*rows: str) -> Schedule:
+    """``parse("0F0 0B0", "1F0 1B0")``: a schedule in torch's notation, one row a rank (one-digit numbers)."""
+    return {r: [Action(Op(a[1]), int(a[0]), int(a[2])) for a in row.split()] for r, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "stages", "microbatches", "message"),
+    [
+        (["0F0 0B0", "1F0"], 2, 1, "missing: 1B0"),
+        (["0F0 0B0", "1F0 1B0"], 2, 2, "missing: 0F1 1F1 0B1 1B1"),
+        (["0F0 0B0"], 2, 1, "missing: 1F0 1B0"),
+        (["0F0 0F0 0B0"], 1, 1, "done more than once: 0F0"),
+        (["0F0 0B0 0B1"], 1, 1, "of no stage or microbatch: 0B1"),
+        (["0F0 0F1 0B0", "0B1"], 1, 2, r"stage 0 is on ranks \[0, 1\]"),
+    ],
+)
+def test_incomplete_schedules_are_refused(rows: list[str], stages: int, microbatches: int, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        check(parse(*rows), stages, microbatches)
+
+
+def test_out_of_order_is_refused_and_shows_where_each_rank_stands() -> None:
+    with pytest.raises(ScheduleError) as error:
+        check(parse("0F0 0B0", "1B0 1F0"), 2, 1)
+    assert str(error.value).splitlines() == [
+        "the ranks wait for one another:",
+        "rank 0 stands at 0B0 (1 of 2 done) for 1B0",
+        "rank 1 stands at 1B0 (0 of 2 done) for 1F0",
+    ]
+
+
+def test_deadlock_is_refused_and_shows_where_each_rank_stands() -> None:
+    """Rank 1 wants microbatch 1 before it gives back 0; rank 0 wants 0 back before it sends 1. Rank 2 is done."""
+    schedule = parse("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1", "2F0")
+    with pytest.raises(ScheduleError) as error:
+        runnable_order(schedule, 3)
+    assert str(error.value).splitlines()[1:] == [
+        "rank 0 stands at 0B0 (1 of 4 done) for 1B0",
+        "rank 1 stands at 1F1 (1 of 4 done) for 0F1",
+        "rank 2 is done",
+    ]
+
+
+def test_messages_that_cross_are_refused() -> None:
+    """It can run, but without tags rank 1 would compute microbatch 1 with the activations of microbatch 0."""
+    with pytest.raises(ScheduleError, match=r"in the order 0F0 0F1, but rank 1 receives in the order 0F1 0F0"):
+        check(parse("0F0 0F1 0B0 0B1", "1F1 1F0 1B0 1B1"), 2, 2)
+
+
+def test_long_lists_are_cut() -> None:
+    with pytest.raises(ScheduleError, match=r"0F1 0F2 .* \.\.\. \(198 in all\)"):
+        check(parse("0F0 0B0"), 1, 100)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(ranks=st.integers(1, 9), microbatches=st.integers(1, 24))
+def test_wire_order_is_equal_on_both_ends(name: str, ranks: int, microbatches: int) -> None:
+    links = messages(build_schedule(name, ranks, microbatches), ranks)
+    forward, backward = [(Op.F, r, r + 1) for r in range(ranks - 1)], [(Op.B, r + 1, r) for r in range(ranks - 1)]
+    assert set(links) == {*forward, *backward}
+    for sent, received in links.values():
+        assert sent == received
+        assert len(sent) == microbatches
+
+
+def runs_with_rendezvous(schedule: Schedule, num_stages: int) -> bool:
+    """Does it run where a send ends only when it is received and a communicator works strictly in order, as NCCL?
+
+    A message stands in the queue of both its ranks and runs when it is at the head of both and was computed.
+    """
+    home = {a: rank for rank, program in schedule.items() for a in program}
+    step = {Op.F: 1, Op.B: -1}
+    queues: dict[tuple[int, str], list[Action]] = {}
+    for rank, program in schedule.items():
+        queues[rank, "compute"] = list(program)
+        for a in program:
+            for message in (Action(a.op, a.stage - step[a.op], a.microbatch), a):  # receive, then send
+                target = Action(a.op, message.stage + step[a.op], a.microbatch)
+                if message in home and target in home:
+                    queues.setdefault((rank, a.op), []).append(message)
+    computed: set[Action] = set()
+    arrived: set[Action] = set()
+    moved = True
+    while moved:
+        moved = False
+        for (rank, kind), queue in queues.items():
+            if not queue:
+                continue
+            head = queue[0]
+            if kind == "compute":
+                if all(i in (computed if home[i] == rank else arrived) for i in head.inputs(num_stages)):
+                    computed.add(queue.pop(0))
+                    moved = True
+            elif head in computed and home[head] == rank:
+                other = queues[home[Action(head.op, head.stage + step[head.op], head.microbatch)], kind]
+                if other[:1] == [head]:
+                    arrived.add(other.pop(0))
+                    queue.pop(0)
+                    moved = True
+    return not any(queues.values())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(ranks=st.integers(1, 6), microbatches=st.integers(1, 12))
+def test_no_deadlock_where_sends_wait_for_their_receivers(name: str, ranks: int, microbatches: int) -> None:
+    assert runs_with_rendezvous(build_schedule(name, ranks, microbatches), ranks)
+
+
+def test_the_rendezvous_model_can_say_no() -> None:
+    assert not runs_with_rendezvous(parse("0F0 0F1 0B0 0B1", "1F1 1F0 1B0 1B1"), 2)

@@ -1,0 +1,255 @@
+"""The engine over gloo against one process, what it keeps, and what it leaves."""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.pipeline.action import Action, Op, Schedule
+from megatron_aquila.pipeline.engine import Engine
+from megatron_aquila.pipeline.schedules import SCHEDULES, build_schedule, forward_only
+from megatron_aquila.pipeline.simulate import simulate
+from megatron_aquila.pipeline.wire import LocalWire, P2PWire
+from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.verify.pool import WorkerPool
+
+B, S, H, V, LAYERS = 2, 5, 8, 11, 5
+
+
+class ToyStage(nn.Module):
+    """Some layers of a toy model; the weights of a layer do not depend on the stage that holds it."""
+
+    def __init__(self, layers: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+
+        def draw(seed: int, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+        self.embedding = draw(99, V, H) if 0 in layers else None
+        self.layers = nn.ParameterDict({str(i): draw(i, H, H) for i in layers})
+
+    def forward(self, x_SBH: Tensor | None, batch: Batch) -> Tensor:
+        if self.embedding is not None:
+            x_SBH = self.embedding[batch.tokens_BS.T]
+        assert x_SBH is not None
+        for weight in self.layers.values():
+            x_SBH = x_SBH + torch.tanh(x_SBH) @ weight
+        return x_SBH
+
+    def grads(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+
+
+def toy_stages(num_stages: int, dtype: torch.dtype = torch.float32) -> list[ToyStage]:
+    """Five layers over the stages, unevenly: the first takes what does not divide."""
+    each = LAYERS // num_stages
+    first = LAYERS - each * (num_stages - 1)
+    cuts = [0, *(first + each * s for s in range(num_stages))]
+    return [ToyStage(range(cuts[s], cuts[s + 1]), dtype) for s in range(num_stages)]
+
+
+def toy_batches(count: int) -> list[Batch]:
+    rng = torch.Generator().manual_seed(7)
+    tokens = torch.randint(V, (count, 2, B, S), generator=rng)
+    masks = torch.randint(2, (count, B, S), generator=rng).float()
+    positions = torch.arange(S).expand(B, S)
+    return [
+        Batch(
+            tokens_BS=tokens[m, 0],
+            labels_BS=tokens[m, 1],
+            loss_mask_BS=masks[m],
+            positions_BS=positions,
+            source_B=torch.zeros(B, dtype=torch.int64),
+        )
+        for m in range(count)
+    ]
+
+
+def toy_loss(y_SBH: Tensor, batch: Batch) -> Tensor:
+    picked_SB = y_SBH.gather(-1, (batch.labels_BS.T % H).unsqueeze(-1)).squeeze(-1)
+    return (picked_SB.square() * batch.loss_mask_BS.T).sum() / 17.0
+
+
+def world_of_one(count: int, name: str = "1f1b", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    (stage,) = toy_stages(1, dtype)
+    engine = Engine({0: stage}, num_stages=1, loss_fn=toy_loss, wire=LocalWire())
+    engine.step(build_schedule(name, 1, count)[0], toy_batches(count))
+    return stage.grads()
+
+
+def train_rank(name: str, pp: int, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    ctx = ParallelContext.create(RankGrid(pp=pp), torch.device("cpu"))
+    stage = toy_stages(pp, dtype)[ctx.pp.rank]
+    wire = P2PWire(ctx, activation_shape=(S, B, H), dtype=dtype)
+    engine = Engine({ctx.pp.rank: stage}, num_stages=pp, loss_fn=toy_loss, wire=wire)
+    engine.step(build_schedule(name, pp, count)[ctx.pp.rank], toy_batches(count))
+    assert not wire._sending
+    return stage.grads()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("pp", "count"), [(2, 1), (2, 5), (4, 1), (4, 2), (4, 4), (4, 7)])
+def test_gradients_bit_equal_one_process(pool: Callable[[int], WorkerPool], name: str, pp: int, count: int) -> None:
+    """Also with fewer microbatches than stages, uneven stages, and counts that do not divide."""
+    expected = world_of_one(count)
+    got = {k: grad for grads in pool(pp).run(train_rank, name, pp, count, torch.float32) for k, grad in grads.items()}
+    assert got.keys() == expected.keys()
+    for key, grad in expected.items():
+        assert torch.equal(got[key], grad), key
+
+
+def test_world_of_one_equals_plain_autograd() -> None:
+    """The second reference: no engine at all. Same sums in the same order."""
+    (stage,) = toy_stages(1)
+    for batch in toy_batches(3):
+        toy_loss(stage(None, batch), batch).backward()
+    for name in SCHEDULES:
+        expected = stage.grads()
+        for key, grad in world_of_one(3, name).items():
+            assert torch.equal(grad, expected[key]), key
+
+
+def test_bit_equality_can_fail() -> None:
+    """Mutant: the same microbatches, their backwards in the opposite order, are equal to rounding only."""
+    (stage,) = toy_stages(1)
+    engine = Engine({0: stage}, num_stages=1, loss_fn=toy_loss, wire=LocalWire())
+    program = build_schedule("gpipe", 1, 7)[0]
+    engine.step([*program[:7], *reversed(program[7:])], toy_batches(7))
+    expected = world_of_one(7)
+    assert any(not torch.equal(grad, expected[key]) for key, grad in stage.grads().items())
+    for key, grad in stage.grads().items():
+        torch.testing.assert_close(grad, expected[key])
+
+
+def test_bf16_travels(pool: Callable[[int], WorkerPool]) -> None:
+    expected = world_of_one(3, dtype=torch.bfloat16)
+    for grads in pool(2).run(train_rank, "1f1b", 2, 3, torch.bfloat16):
+        for key, grad in grads.items():
+            assert grad.dtype is torch.bfloat16
+            assert torch.equal(grad, expected[key]), key
+
+
+def one_rank_holds_all(schedule: Schedule, num_stages: int) -> list[Action]:
+    """All ranks' work on one rank, in the order of the simulator's clock."""
+    timeline = simulate(schedule, lambda action: 1.0)
+    return sorted(timeline.start, key=lambda action: (timeline.start[action], action.stage))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_several_stages_on_one_rank(name: str) -> None:
+    stages = toy_stages(5)
+    engine = Engine(dict(enumerate(stages)), num_stages=5, loss_fn=toy_loss, wire=LocalWire())
+    engine.step(one_rank_holds_all(build_schedule(name, 5, 3), 5), toy_batches(3))
+    got = {k: grad for stage in stages for k, grad in stage.grads().items()}
+    for key, grad in world_of_one(3).items():
+        assert torch.equal(got[key], grad), key
+
+
+class Void:
+    """A wire to nowhere: gives constants, keeps nothing."""
+
+    def send(self, op: Op, stage: int, microbatch: int, x: Tensor) -> None:
+        pass
+
+    def recv(self, op: Op, stage: int, microbatch: int) -> Tensor:
+        return torch.ones(S, B, H)
+
+    def flush(self) -> None:
+        pass
+
+
+class Saved:
+    """What autograd keeps of one tensor, counted while it lives."""
+
+    def __init__(self, x: Tensor, alive: list[int]) -> None:
+        self.x = x
+        alive[0] += 1
+        weakref.finalize(self, self.count_down, alive)
+
+    @staticmethod
+    def count_down(alive: list[int]) -> None:
+        alive[0] -= 1
+
+
+def peak_saved(schedule: Schedule, rank: int, count: int) -> float:
+    """Most microbatches whose saved tensors the engine kept alive at once, while running ``rank``'s program."""
+    alive, peak, per_forward = [0], [0], []
+    num_stages = len(schedule)
+    stage = toy_stages(num_stages)[rank]
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def counted(x: Tensor | None, batch: Batch) -> Tensor:
+        assert not any(ref() is not None for ref in outputs), "an output outlived its sending"
+        before = alive[0]
+        y = stage(x, batch)
+        peak[0] = max(peak[0], alive[0])
+        per_forward.append(alive[0] - before)
+        if rank < num_stages - 1:
+            outputs.append(weakref.ref(y))
+        return y
+
+    # a loss that saves nothing, so that every stage's forward is counted alike
+    engine = Engine({rank: counted}, num_stages=num_stages, loss_fn=lambda y, batch: y.sum(), wire=Void())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: Saved(x, alive), lambda saved: saved.x):
+        engine.step(schedule[rank], toy_batches(count))
+    assert alive[0] == 0, f"{alive[0]} saved tensors outlived the step"
+    assert len(set(per_forward)) == 1
+    return peak[0] / per_forward[0]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("ranks", "count"), [(4, 7), (4, 2)])
+def test_frees_activations_as_the_simulator_says(name: str, ranks: int, count: int) -> None:
+    schedule = build_schedule(name, ranks, count)
+    timeline = simulate(schedule, lambda action: 1.0)
+    for rank in range(ranks):
+        assert peak_saved(schedule, rank, count) == timeline.peak_in_flight(rank)
+
+
+def test_what_is_left_over_is_named() -> None:
+    (stage,) = toy_stages(1)
+    engine = Engine({0: stage}, num_stages=1, loss_fn=toy_loss, wire=LocalWire())
+    with pytest.raises(AssertionError, match=r"activations left over: \['0F1'\]"):
+        engine.step(build_schedule("gpipe", 1, 2)[0][:-1], toy_batches(2))
+
+
+def test_a_stage_must_use_its_input() -> None:
+    weight = nn.Parameter(torch.ones(S, B, H))
+    engine = Engine({1: lambda x, batch: weight * 2}, num_stages=3, loss_fn=toy_loss, wire=Void())
+    with pytest.raises(AssertionError, match="stage 1 did not use its input"):
+        engine.step(build_schedule("1f1b", 3, 1)[1], toy_batches(1))
+
+
+def evaluate_rank(pp: int, count: int) -> list[float]:
+    ctx = ParallelContext.create(RankGrid(pp=pp), torch.device("cpu"))
+    stage = toy_stages(pp)[ctx.pp.rank]
+    seen: list[float] = []
+
+    def observed(y: Tensor, batch: Batch) -> Tensor:
+        assert not y.requires_grad
+        seen.append(toy_loss(y, batch).item())
+        return y
+
+    wire = P2PWire(ctx, activation_shape=(S, B, H), dtype=torch.float32)
+    engine = Engine({ctx.pp.rank: stage}, num_stages=pp, loss_fn=observed, wire=wire)
+    engine.evaluate(forward_only(pp, count)[ctx.pp.rank], toy_batches(count))
+    assert not stage.grads()
+    return seen
+
+
+def test_evaluate_shows_every_loss_to_the_last_stage(pool: Callable[[int], WorkerPool]) -> None:
+    (stage,) = toy_stages(1)
+    first, last = pool(2).run(evaluate_rank, 2, 3)
+    assert first == []
+    assert last == [toy_loss(stage(None, batch), batch).item() for batch in toy_batches(3)]
+
+
+def test_evaluate_takes_no_backward() -> None:
+    (stage,) = toy_stages(1)
+    engine = Engine({0: stage}, num_stages=1, loss_fn=toy_loss, wire=LocalWire())
+    with pytest.raises(AssertionError, match="0B0 in a program for evaluation"):
+        engine.evaluate(build_schedule("1f1b", 1, 1)[0], toy_batches(1))
