@@ -1,0 +1,179 @@
+"""Aquila, cut into pipeline stages. Logical parameter names are those of Hugging Face's Llama."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.kernels.rope import rope_tables
+from megatron_aquila.model.block import Block
+from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.layers import ColumnParallelLinear
+from megatron_aquila.parallel.params import Normal, ParamInfo, vocab_part
+from megatron_aquila.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.plan.stages import StagePlan
+
+
+class AquilaStage(nn.Module):
+    """The layers of one pipeline stage; the first also embeds, the last also norms, projects and takes the loss."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        plan: StagePlan,
+        stage: int,
+        ctx: ParallelContext,
+        *,
+        sequence_parallel: bool,
+        kernels: Kernels,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.shape, self.stage, self.tp, self.sequence_parallel = shape, stage, ctx.tp, sequence_parallel
+        self.layers = plan.layers[stage]
+        self.embedding = (
+            VocabParallelEmbedding(
+                shape.vocab_size,
+                shape.padded_vocab_size,
+                shape.hidden_size,
+                tp=ctx.tp,
+                sequence_parallel=sequence_parallel,
+                dtype=dtype,
+                device=ctx.device,
+            )
+            if plan.has_embedding(stage)
+            else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                shape,
+                tp=ctx.tp,
+                sequence_parallel=sequence_parallel,
+                kernels=kernels,
+                dtype=dtype,
+                device=ctx.device,
+            )
+            for _ in self.layers
+        )
+        self.head = (
+            Head(shape, ctx, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype)
+            if plan.has_head(stage)
+            else None
+        )
+
+    def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
+        """The previous stage's x_StBH | x_SBH (None on the first) -> this stage's, or the last one's loss_SB.
+
+        ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32.
+        """
+        x = self._blocks(x, batch)
+        if self.head is None:
+            return x
+        loss: Tensor = self.head(x, batch.labels_BS.t())
+        return loss
+
+    def logits(self, x: Tensor | None, batch: Batch) -> Tensor:
+        """Like ``forward`` on the last stage, but logits_SBVt instead of the loss: for comparisons and generation."""
+        assert self.head is not None, f"stage {self.stage} has no head"
+        return self.head.logits(self._blocks(x, batch))
+
+    def _blocks(self, x: Tensor | None, batch: Batch) -> Tensor:
+        assert (x is None) == (self.embedding is not None), f"stage {self.stage} got x={x is not None}"
+        if self.embedding is not None:
+            x = self.embedding(batch.tokens_BS)
+        assert x is not None, "an embedding or an input is there"
+        cos, sin = rope_tables(
+            batch.positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype
+        )
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return x
+
+    def param_infos(self) -> Iterator[ParamInfo]:
+        """This stage's rows of the parameter table, in forward order."""
+        if self.embedding is not None:
+            yield vocab_info(self.embedding.weight, "model.embed_tokens.weight", self.shape, self)
+        for layer, block in zip(self.layers, self.blocks, strict=True):
+            assert isinstance(block, Block), f"layer {layer} is a {type(block).__name__}"
+            yield from block.param_infos(f"model.layers.{layer}", stage=self.stage)
+        if self.head is not None:
+            yield from self.head.norm.param_infos(
+                "model.norm",
+                stage=self.stage,
+                init=self.shape.norm_init,
+                tp=self.tp,
+                sequence_parallel=self.sequence_parallel,
+            )
+            yield vocab_info(self.head.output.weight, "lm_head.weight", self.shape, self)
+
+
+class Head(nn.Module):
+    """Final norm, output projection split over the vocabulary, and the loss without gathering the logits."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        ctx: ParallelContext,
+        *,
+        sequence_parallel: bool,
+        kernels: Kernels,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.shape, self.tp = shape, ctx.tp
+        self.norm = RMSNorm(
+            shape.hidden_size,
+            eps=shape.norm_eps,
+            order=shape.norm_order,
+            kernels=kernels,
+            dtype=dtype,
+            device=ctx.device,
+        )
+        self.output = ColumnParallelLinear(
+            shape.hidden_size,
+            shape.padded_vocab_size,
+            tp=ctx.tp,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            device=ctx.device,
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x_StBH | x_SBH -> logits_SBVt, this rank's slice of the padded vocabulary."""
+        logits: Tensor = self.output(self.norm(x))
+        return logits
+
+    def forward(self, x: Tensor, labels_SB: Tensor) -> Tensor:
+        """x_StBH | x_SBH, labels_SB -> loss_SB, equal on all tp ranks."""
+        return vocab_parallel_cross_entropy(self.logits(x), labels_SB, tp=self.tp, vocab_size=self.shape.vocab_size)
+
+
+def vocab_info(weight: nn.Parameter, name: str, shape: ModelShape, stage: AquilaStage) -> ParamInfo:
+    """Row of the parameter table for a weight with one row a token; padded rows belong to no part."""
+    return ParamInfo(
+        param=weight,
+        stage=stage.stage,
+        weight_decay=True,
+        init=Normal(shape.init_std),
+        parts=(vocab_part(name, (shape.vocab_size, shape.hidden_size), shape.padded_vocab_size, stage.tp),),
+    )
+
+
+def build_stages(
+    shape: ModelShape,
+    plan: StagePlan,
+    ctx: ParallelContext,
+    *,
+    sequence_parallel: bool,
+    kernels: Kernels,
+    dtype: torch.dtype,
+) -> dict[int, AquilaStage]:
+    """The stages of this pipeline rank, by stage number; weights are allocated but not yet filled. Local."""
+    return {
+        stage: AquilaStage(shape, plan, stage, ctx, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype)
+        for stage in plan.stages_of(ctx.pp.rank)
+    }

@@ -1,0 +1,81 @@
+"""Causal self-attention with rotary positions and grouped key/value heads, its heads split over tp."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
+from megatron_aquila.plan.shape import ModelShape
+
+
+class Attention(nn.Module):
+    """q, k and v from one fused projection whose local rows are [q heads; k heads; v heads] of this tp rank."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        tp: Group,
+        sequence_parallel: bool,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.shape, self.tp, self.kernels = shape, tp, kernels
+        self.qkv = ColumnParallelLinear(
+            shape.hidden_size,
+            shape.attention_size + 2 * shape.kv_size,
+            tp=tp,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            device=device,
+        )
+        self.out = RowParallelLinear(
+            shape.attention_size,
+            shape.hidden_size,
+            tp=tp,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            device=device,
+        )
+
+    def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor) -> Tensor:
+        """x_StBH | x_SBH -> the same. Communicates only inside its two linears."""
+        q_size, kv_size = self.shape.attention_size // self.tp.size, self.shape.kv_size // self.tp.size
+        q, k, v = (
+            part.unflatten(-1, (-1, self.shape.head_dim))
+            for part in self.qkv(x).split([q_size, kv_size, kv_size], dim=-1)
+        )
+        q_SBNtD = self.kernels.apply_rope(q, cos_SBD, sin_SBD)
+        k_SBKtD = self.kernels.apply_rope(k, cos_SBD, sin_SBD)
+        out: Tensor = self.out(self.kernels.attention(q_SBNtD, k_SBKtD, v).flatten(-2))
+        return out
+
+    def param_infos(self, prefix: str, *, stage: int, std: float, out_std: float) -> Iterator[ParamInfo]:
+        """Rows of the parameter table: the fused weight with parts q, k, v, and the output projection."""
+        hidden, q_size, kv_size = self.shape.hidden_size, self.shape.attention_size, self.shape.kv_size
+        k_row = q_size // self.tp.size
+        v_row = k_row + kv_size // self.tp.size
+        yield ParamInfo(
+            param=self.qkv.weight,
+            stage=stage,
+            weight_decay=True,
+            init=Normal(std),
+            parts=(
+                column_part(f"{prefix}.q_proj.weight", (q_size, hidden), self.tp),
+                column_part(f"{prefix}.k_proj.weight", (kv_size, hidden), self.tp, local_row=k_row),
+                column_part(f"{prefix}.v_proj.weight", (kv_size, hidden), self.tp, local_row=v_row),
+            ),
+        )
+        yield ParamInfo(
+            param=self.out.weight,
+            stage=stage,
+            weight_decay=True,
+            init=Normal(out_std),
+            parts=(row_part(f"{prefix}.o_proj.weight", (hidden, q_size), self.tp),),
+        )

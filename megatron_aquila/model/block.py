@@ -1,0 +1,72 @@
+"""One transformer block: pre-norm attention and pre-norm MLP, each added to the residual stream."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.model.attention import Attention
+from megatron_aquila.model.mlp import MLP
+from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.params import ParamInfo
+from megatron_aquila.plan.shape import ModelShape
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        tp: Group,
+        sequence_parallel: bool,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.shape, self.tp, self.sequence_parallel = shape, tp, sequence_parallel
+
+        def norm() -> RMSNorm:
+            return RMSNorm(
+                shape.hidden_size,
+                eps=shape.norm_eps,
+                order=shape.norm_order,
+                kernels=kernels,
+                dtype=dtype,
+                device=device,
+            )
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention = Attention(
+            shape, tp=tp, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype, device=device
+        )
+        self.mlp = MLP(shape, tp=tp, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor) -> Tensor:
+        """x_StBH | x_SBH -> the same."""
+        x = x + self.attention(self.attention_norm(x), cos_SBD, sin_SBD)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def param_infos(self, prefix: str, *, stage: int) -> Iterator[ParamInfo]:
+        """This block's rows of the parameter table.
+
+        The two projections that write into the residual stream start smaller by sqrt(2 * num_layers), so that its
+        variance does not grow with depth (GPT-2; Megatron-LM's ``scaled_init_method_normal``).
+        """
+        std = self.shape.init_std
+        out_std = std / math.sqrt(2 * self.shape.num_layers)
+        for name, norm in (("input_layernorm", self.attention_norm), ("post_attention_layernorm", self.mlp_norm)):
+            yield from norm.param_infos(
+                f"{prefix}.{name}",
+                stage=stage,
+                init=self.shape.norm_init,
+                tp=self.tp,
+                sequence_parallel=self.sequence_parallel,
+            )
+        yield from self.attention.param_infos(f"{prefix}.self_attn", stage=stage, std=std, out_std=out_std)
+        yield from self.mlp.param_infos(f"{prefix}.mlp", stage=stage, std=std, out_std=out_std)

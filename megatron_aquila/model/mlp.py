@@ -1,0 +1,66 @@
+"""The gated MLP: SwiGLU between a column-parallel and a row-parallel linear."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
+from megatron_aquila.plan.shape import ModelShape
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one weight whose local rows are [gate; up] of this tp rank."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        tp: Group,
+        sequence_parallel: bool,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.shape, self.tp, self.kernels = shape, tp, kernels
+        self.gate_up = ColumnParallelLinear(
+            shape.hidden_size,
+            2 * shape.ffn_size,
+            tp=tp,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            device=device,
+        )
+        self.down = RowParallelLinear(
+            shape.ffn_size, shape.hidden_size, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, device=device
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_StBH | x_SBH -> the same. Communicates only inside its two linears."""
+        out: Tensor = self.down(self.kernels.swiglu(self.gate_up(x)))
+        return out
+
+    def param_infos(self, prefix: str, *, stage: int, std: float, out_std: float) -> Iterator[ParamInfo]:
+        """Rows of the parameter table: the fused weight with parts gate and up, and the down projection."""
+        hidden, ffn = self.shape.hidden_size, self.shape.ffn_size
+        yield ParamInfo(
+            param=self.gate_up.weight,
+            stage=stage,
+            weight_decay=True,
+            init=Normal(std),
+            parts=(
+                column_part(f"{prefix}.gate_proj.weight", (ffn, hidden), self.tp),
+                column_part(f"{prefix}.up_proj.weight", (ffn, hidden), self.tp, local_row=ffn // self.tp.size),
+            ),
+        )
+        yield ParamInfo(
+            param=self.down.weight,
+            stage=stage,
+            weight_decay=True,
+            init=Normal(out_std),
+            parts=(row_part(f"{prefix}.down_proj.weight", (hidden, ffn), self.tp),),
+        )

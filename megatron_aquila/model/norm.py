@@ -1,0 +1,42 @@
+"""RMSNorm as a module: the weight and its row in the parameter table."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.params import Constant, ParamInfo, replicated_part
+from megatron_aquila.plan.shape import NormOrder
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim. Local: each rank normalises the rows it holds.
+
+    Under sequence parallel a rank sees only its shard of the rows, so the weight's gradient is a partial sum over tp.
+    """
+
+    def __init__(
+        self, size: int, *, eps: float, order: NormOrder, kernels: Kernels, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.eps, self.order, self.kernels = eps, order, kernels
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., H) -> (..., H), in x's dtype."""
+        return self.kernels.rms_norm(x, self.weight, eps=self.eps, order=self.order)
+
+    def param_infos(
+        self, prefix: str, *, stage: int, init: float, tp: Group, sequence_parallel: bool
+    ) -> Iterator[ParamInfo]:
+        """The weight's row in the parameter table: no decay, constant ``init``, replicated over tp."""
+        yield ParamInfo(
+            param=self.weight,
+            stage=stage,
+            weight_decay=False,
+            init=Constant(init),
+            parts=(replicated_part(f"{prefix}.weight", tuple(self.weight.shape), tp),),
+            sums_over_tp=sequence_parallel,
+        )

@@ -1,0 +1,105 @@
+"""The plain Aquila: one process, ordinary autograd, none of our collectives, kernels, layers or engine.
+
+It is the other side of every parity check, so it shares no code with the model but the drawing of initial
+weights: it is written from the definition.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_aquila.parallel.rng import normal_rectangle
+from megatron_aquila.plan.shape import ModelShape
+
+Weights = Mapping[str, Tensor]  # Hugging Face Llama's names -> full logical tensors
+
+
+def plain_weights(shape: ModelShape, *, seed: int) -> dict[str, Tensor]:
+    """Whole initial weights in float64, by name and in forward order, drawn as the model's init draws them."""
+    weights: dict[str, Tensor] = {}
+
+    def normal(name: str, rows: int, columns: int, std: float) -> None:
+        size = (rows, columns)
+        drawn = normal_rectangle(name, seed=seed, global_shape=size, offset=(0, 0), shape=size, std=std)
+        weights[name] = drawn.double()
+
+    def norm(name: str) -> None:
+        weights[name] = torch.full((shape.hidden_size,), shape.norm_init, dtype=torch.float64)
+
+    std, out_std = shape.init_std, shape.init_std / (2 * shape.num_layers) ** 0.5
+    normal("model.embed_tokens.weight", shape.vocab_size, shape.hidden_size, std)
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}"
+        norm(f"{prefix}.input_layernorm.weight")
+        normal(f"{prefix}.self_attn.q_proj.weight", shape.attention_size, shape.hidden_size, std)
+        normal(f"{prefix}.self_attn.k_proj.weight", shape.kv_size, shape.hidden_size, std)
+        normal(f"{prefix}.self_attn.v_proj.weight", shape.kv_size, shape.hidden_size, std)
+        normal(f"{prefix}.self_attn.o_proj.weight", shape.hidden_size, shape.attention_size, out_std)
+        norm(f"{prefix}.post_attention_layernorm.weight")
+        normal(f"{prefix}.mlp.gate_proj.weight", shape.ffn_size, shape.hidden_size, std)
+        normal(f"{prefix}.mlp.up_proj.weight", shape.ffn_size, shape.hidden_size, std)
+        normal(f"{prefix}.mlp.down_proj.weight", shape.hidden_size, shape.ffn_size, out_std)
+    norm("model.norm.weight")
+    normal("lm_head.weight", shape.vocab_size, shape.hidden_size, std)
+    return weights
+
+
+def plain_logits(weights: Weights, shape: ModelShape, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+    """tokens_BS -> logits_BSV over the real vocabulary, in the weights' dtype (norms and rope at least fp32)."""
+    x = F.embedding(tokens_BS, weights["model.embed_tokens.weight"])
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}"
+        normed = plain_norm(x, weights[f"{prefix}.input_layernorm.weight"], shape)
+        x = x + _attention(weights, f"{prefix}.self_attn", shape, normed, positions_BS)
+        normed = plain_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], shape)
+        gate = F.linear(normed, weights[f"{prefix}.mlp.gate_proj.weight"])
+        up = F.linear(normed, weights[f"{prefix}.mlp.up_proj.weight"])
+        x = x + F.linear(gate * torch.sigmoid(gate) * up, weights[f"{prefix}.mlp.down_proj.weight"])
+    return F.linear(plain_norm(x, weights["model.norm.weight"], shape), weights["lm_head.weight"])
+
+
+def plain_losses(
+    weights: Weights, shape: ModelShape, tokens_BS: Tensor, labels_BS: Tensor, positions_BS: Tensor
+) -> Tensor:
+    """Every token's negative log-likelihood in nats, loss_BS, unmasked."""
+    logits = plain_logits(weights, shape, tokens_BS, positions_BS)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
+
+
+def plain_norm(x: Tensor, weight: Tensor, shape: ModelShape) -> Tensor:
+    """RMSNorm over the last dim, cast where ``shape.norm_order`` says (Zhang & Sennrich 2019)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide / (wide.pow(2).mean(-1, keepdim=True) + shape.norm_eps).sqrt()
+    if shape.norm_order == "llama":
+        return weight * normed.to(x.dtype)
+    return (weight.to(wide.dtype) * normed).to(x.dtype)
+
+
+def _rotate(x_BSND: Tensor, positions_BS: Tensor, base: float) -> Tensor:
+    """Rotate pairs (i, i + D/2) by position * base^(-2i/D) (Su et al. 2021, half-split as in GPT-NeoX and Llama)."""
+    half = x_BSND.shape[-1] // 2
+    wide = torch.promote_types(x_BSND.dtype, torch.float32)
+    frequencies = base ** (-torch.arange(half, dtype=wide, device=x_BSND.device) / half)
+    angles = (positions_BS.to(wide)[..., None] * frequencies)[:, :, None, :]
+    first, second = x_BSND.to(wide).split(half, dim=-1)
+    rotated = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+    return torch.cat(rotated, dim=-1).to(x_BSND.dtype)
+
+
+def _attention(weights: Weights, prefix: str, shape: ModelShape, x_BSH: Tensor, positions_BS: Tensor) -> Tensor:
+    """Causal attention with the whole score matrix; query head n uses key head n // (N / K)."""
+    q, k, v = (
+        F.linear(x_BSH, weights[f"{prefix}.{name}_proj.weight"]).unflatten(-1, (-1, shape.head_dim)) for name in "qkv"
+    )
+    q, k = _rotate(q, positions_BS, shape.rope_base), _rotate(k, positions_BS, shape.rope_base)
+    group = shape.num_heads // shape.num_kv_heads
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    scores = torch.einsum("bsnd,btnd->bnst", q, k) / shape.head_dim**0.5
+    future = torch.ones(x_BSH.shape[1], x_BSH.shape[1], dtype=torch.bool, device=x_BSH.device).triu(1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probs = scores.to(wide).masked_fill(future, float("-inf")).softmax(-1).to(x_BSH.dtype)
+    mixed = torch.einsum("bnst,btnd->bsnd", probs, v).flatten(2)
+    return F.linear(mixed, weights[f"{prefix}.o_proj.weight"])
