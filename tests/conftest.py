@@ -15,6 +15,12 @@ settings.register_profile("aquila", deadline=None, derandomize=True, max_example
 settings.load_profile("aquila")
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, alone or after others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], WorkerPool]]:
     """``pool(world)``: gloo workers, started at the first request and shared by all tests."""

@@ -13,7 +13,7 @@ TILE = 128  # rows and columns of a tile; changing it changes every initial weig
 def normal_rectangle(
     name: str, *, seed: int, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...], std: float
 ) -> Tensor:
-    """Rectangle ``offset`` .. ``offset + shape`` of the 2-D tensor ``name``: values from N(0, std^2), float32 on the CPU.
+    """Rectangle ``offset`` .. ``offset + shape`` of the 2-D tensor ``name``, from N(0, std^2), float32 on the CPU.
 
     The tensor is a grid of fixed tiles, each a function of (seed, name, its place): any split gives the same values,
     and only the tiles it touches are drawn. numpy's Philox and not torch's generator: its key has 128 bits (torch's CPU
