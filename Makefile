@@ -1,0 +1,21 @@
+# Everything runs in .venv, made by the first command that needs it. PYTHON is the interpreter it is made of;
+# TORCH_SPEC, if set, is what pip installs as torch (see tools/bootstrap.py).
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: quickstart test check clean
+
+quickstart: ## the whole job on this machine's CPU: corpus, tokenizer, train, resume, convert, generate
+	$(PYTHON) tools/bootstrap.py --venv $(VENV) quickstart
+	$(VENV)/bin/python examples/quickstart/run.py
+
+test: ## the whole test suite; ARGS goes to pytest
+	$(PYTHON) tools/bootstrap.py --venv $(VENV) dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+check: ## format, lint, types, spelling
+	$(PYTHON) tools/bootstrap.py --venv $(VENV) dev
+	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/check.sh
+
+clean: ## the environment and everything built
+	rm -rf $(VENV) build quickstart-out *.egg-info megatron_aquila/*.so .mypy_cache .ruff_cache .pytest_cache
