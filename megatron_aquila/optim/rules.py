@@ -1,0 +1,68 @@
+"""Update rules on flat tensors. A rule names the tensors it keeps; the optimizer makes, shards and saves them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from megatron_aquila.kernels.adamw import adamw_
+
+
+class Rule(Protocol):
+    """How weights follow from gradients."""
+
+    state: ClassVar[tuple[str, ...]]  # names of the tensors it keeps, each like the weight and 0 at first
+
+    def update_(
+        self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, lr: float, decays: bool, step: int
+    ) -> None:
+        """Change ``weight`` and ``state`` in place. All are flat and of one type; the first ``step`` is 1."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """torch.optim.AdamW's rule. ``kernel`` computes it: ``kernels.adamw``'s reference, or a faster one."""
+
+    state: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    kernel: Callable[..., None] = adamw_
+
+    def update_(
+        self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, lr: float, decays: bool, step: int
+    ) -> None:
+        """Local."""
+        self.kernel(
+            weight,
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            lr=lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay if decays else 0.0,
+            step=step,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgd:
+    """Plain gradient descent without momentum: the rule under which parameters show gradient errors undistorted."""
+
+    state: ClassVar[tuple[str, ...]] = ()
+
+    weight_decay: float = 0.0
+
+    def update_(
+        self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, lr: float, decays: bool, step: int
+    ) -> None:
+        """Local."""
+        if decays:
+            weight.mul_(1 - lr * self.weight_decay)
+        weight.add_(grad, alpha=-lr)
