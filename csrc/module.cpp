@@ -1,0 +1,86 @@
+// Python bindings: check shapes and dtypes, hand spans to the functions, nothing else.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+
+#include "blending.hpp"
+#include "sample_index.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <typename T>
+aquila::Span<const T> read(const Array<T>& array) {
+  if (array.ndim() != 1) throw std::invalid_argument("expected a one-dimensional array");
+  return {array.data(), array.size()};
+}
+
+template <typename T>
+aquila::Span<T> write(Array<T>& array) {
+  return {array.mutable_data(), array.size()};
+}
+
+template <typename T>
+py::array sample_index_as(const Array<int32_t>& lengths, const Array<int32_t>& documents, int64_t seq_len,
+                          int64_t num_samples) {
+  Array<T> out({num_samples + 1, int64_t{2}});
+  const auto lengths_span = read(lengths), documents_span = read(documents);
+  const auto out_span = write(out);
+  {
+    py::gil_scoped_release release;
+    aquila::fill_sample_index<T>(lengths_span, documents_span, seq_len, out_span);
+  }
+  return out;
+}
+
+py::array build_sample_index(const Array<int32_t>& lengths, const Array<int32_t>& documents, int64_t seq_len,
+                             int64_t num_samples, bool wide) {
+  if (seq_len < 1 || num_samples < 0) throw std::invalid_argument("seq_len must be positive, num_samples not negative");
+  return wide ? sample_index_as<int64_t>(lengths, documents, seq_len, num_samples)
+              : sample_index_as<int32_t>(lengths, documents, seq_len, num_samples);
+}
+
+template <typename T, typename Fill>
+py::tuple blending(const Array<T>& parts, int64_t size, Fill fill) {
+  const auto parts_span = read(parts);
+  if (parts_span.size < 1 || parts_span.size > std::numeric_limits<int16_t>::max() || size < 0) {
+    throw std::invalid_argument("a blend takes 1 to 32767 data sets and a size that is not negative");
+  }
+  Array<int16_t> dataset(size);
+  Array<int64_t> sample(size);
+  const auto dataset_span = write(dataset);
+  const auto sample_span = write(sample);
+  {
+    py::gil_scoped_release release;
+    fill(parts_span, dataset_span, sample_span);
+  }
+  return py::make_tuple(dataset, sample);
+}
+
+py::tuple build_blending_indices(const Array<double>& weights, int64_t size) {
+  return blending(weights, size, aquila::fill_blending);
+}
+
+py::tuple build_exhaustive_blending_indices(const Array<int64_t>& sizes) {
+  const auto span = read(sizes);
+  return blending(sizes, std::accumulate(span.data, span.data + span.size, int64_t{0}),
+                  aquila::fill_exhaustive_blending);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Index building in C++; megatron_aquila.data.reference holds the same functions in numpy.";
+  module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
+             py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
+             py::arg("wide"));
+  module.def("build_blending_indices", &build_blending_indices, py::arg("weights").noconvert(), py::arg("size"));
+  module.def("build_exhaustive_blending_indices", &build_exhaustive_blending_indices, py::arg("sizes").noconvert());
+}

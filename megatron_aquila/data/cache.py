@@ -1,0 +1,91 @@
+"""Built indices on disk: a folder of .npy files that appears whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_aquila.errors import DataError
+
+FORMAT: Final = 1  # raise it when the meaning of a cached array changes
+POLL_SECONDS: Final = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexCache:
+    """Where built indices live, and whether this process may build them.
+
+    ``build``: build what is missing; else wait up to ``wait_seconds`` for another process to have built it.
+    """
+
+    folder: Path
+    build: bool = True
+    wait_seconds: float = 60.0
+
+    def arrays(
+        self, key: Mapping[str, object], make: Callable[[], Mapping[str, NDArray[Any]]]
+    ) -> Mapping[str, NDArray[Any]]:
+        """The arrays that ``make`` gives for ``key``, memory-mapped; built and published first where they are missing.
+
+        ``key`` names everything the values depend on. Two builders at once are harmless: the values are the same, and
+        the second finds the first's folder.
+
+        Raises:
+            DataError: the folder cannot be written or read, or nobody built the arrays in time.
+        """
+        description = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1)
+        entry = self.folder / hashlib.sha256(description.encode()).hexdigest()[:32]
+        if self.build and not entry.exists():
+            self._publish(entry, make(), description)
+        deadline = time.monotonic() + self.wait_seconds
+        while not entry.exists():
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"{entry}: no index was built there within {self.wait_seconds:g} s; "
+                    "is --data-cache-path the same folder for every process of this node?"
+                )
+            time.sleep(POLL_SECONDS)
+        return _load(entry)
+
+    def _publish(self, entry: Path, arrays: Mapping[str, NDArray[Any]], description: str) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=self.folder))
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        try:
+            beside.chmod(0o755)
+            (beside / "description.json").write_text(description, encoding="utf-8")
+            for name, values in arrays.items():
+                with (beside / f"{name}.npy").open("wb") as file:
+                    np.save(file, values, allow_pickle=False)
+                    file.flush()
+                    os.fsync(file.fileno())
+            beside.rename(entry)
+        except OSError as error:
+            if not entry.exists():
+                raise _unwritable(self.folder, error) from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _load(entry: Path) -> Mapping[str, NDArray[Any]]:
+    try:
+        files = sorted(entry.glob("*.npy"))
+        return {path.stem: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for path in files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{entry}: this index cannot be read ({error}); delete the folder to build it again") from error
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    reason = error.strerror or str(error)
+    return DataError(f"{folder}: indices cannot be written: {reason}; give a folder that can with --data-cache-path")

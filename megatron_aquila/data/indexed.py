@@ -1,0 +1,289 @@
+"""Token sequences on disk in Megatron-LM's MMIDIDX format: ``PREFIX.bin`` holds tokens, ``PREFIX.idx`` where they are.
+
+The index, little-endian: ``b"MMIDIDX\\0\\0"``, version (uint64, 1), dtype code (uint8), number of sequences (uint64),
+number of document boundaries (uint64); then per sequence its length (int32) and byte offset (int64), the boundaries
+(int64, in sequences, the first 0, the last the number of sequences), and optionally a mode (int8) per sequence.
+"""
+
+import os
+import struct
+from array import array
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megatron_aquila.errors import DataError
+
+MAGIC: Final = b"MMIDIDX\x00\x00"
+VERSION: Final = 1
+HEADER: Final = struct.Struct("<QBQQ")  # after the magic: version, dtype code, sequences, document boundaries
+CODE_OF_DTYPE: Final = {
+    np.dtype(name): code for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
+}
+DTYPE_OF_CODE: Final = {code: dtype for dtype, code in CODE_OF_DTYPE.items()}
+BLOCK: Final = 1 << 20  # sequences whose offsets are checked or written at once
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype Megatron-LM stores a vocabulary in: uint16 below 65,500 tokens, else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+class IndexedDataset:
+    """Sequences of ``prefix``, read through mmap. Everything that is cheap to check is checked when it is opened.
+
+    Attributes:
+        prefix: path without ``.bin`` and ``.idx``.
+        dtype: of the stored tokens.
+        sequence_lengths: int32, tokens of each sequence.
+        document_indices: int64, first sequence of each document, then the number of sequences.
+        modes: int8 per sequence, or ``None``.
+
+    Raises:
+        DataError: a file is missing or unreadable, is not of this format, or the two do not fit each other.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        self.idx_path, self.bin_path = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
+        index = _map(self.idx_path)
+        header_end = len(MAGIC) + HEADER.size
+        if index[: len(MAGIC)].tobytes() != MAGIC:
+            raise DataError(f"{self.idx_path}: offset 0 does not hold MMIDIDX: this is not an index of a token file")
+        if len(index) < header_end:
+            raise DataError(f"{self.idx_path}: cut off in the header, at byte {len(index)} of {header_end}")
+        version, code, num_sequences, num_boundaries = HEADER.unpack(index[len(MAGIC) : header_end].tobytes())
+        if version != VERSION:
+            raise DataError(f"{self.idx_path}: version {version} at offset {len(MAGIC)}; only {VERSION} is known")
+        if code not in DTYPE_OF_CODE:
+            raise DataError(f"{self.idx_path}: unknown dtype code {code} at offset {len(MAGIC) + 8}")
+        self.dtype = DTYPE_OF_CODE[code]
+        ends = list(accumulate((header_end, num_sequences * 4, num_sequences * 8, num_boundaries * 8)))
+        if len(index) not in (ends[3], ends[3] + num_sequences):
+            raise DataError(
+                f"{self.idx_path}: {len(index)} bytes, but {num_sequences} sequences and {num_boundaries} document "
+                f"boundaries take {ends[3]}, or {ends[3] + num_sequences} with modes; write the data set again"
+            )
+        self.sequence_lengths: NDArray[np.int32] = index[ends[0] : ends[1]].view("<i4")
+        self._offsets: NDArray[np.int64] = index[ends[1] : ends[2]].view("<i8")
+        self.document_indices: NDArray[np.int64] = index[ends[2] : ends[3]].view("<i8")
+        has_modes = len(index) > ends[3]
+        self.modes: NDArray[np.int8] | None = index[ends[3] :].view(np.int8) if has_modes else None
+        self._check_documents()
+        size = self._check_sequences()
+        tokens = _map(self.bin_path)
+        if len(tokens) != size:
+            raise DataError(
+                f"{self.bin_path}: {len(tokens)} bytes, but {self.idx_path} describes {size} of {self.dtype}; "
+                "one of them is cut off, or they belong to different data sets: write the data set again"
+            )
+        self._tokens = tokens.view(self.dtype)
+
+    def _check_documents(self) -> None:
+        """Boundaries start at 0, never go back, and end at the number of sequences."""
+        bounds, count = self.document_indices, len(self.sequence_lengths)
+        if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != count or np.any(bounds[1:] < bounds[:-1]):
+            raise DataError(f"{self.idx_path}: the document boundaries do not run from 0 to {count} sequences")
+
+    def _check_sequences(self) -> int:
+        """Sequences lie end to end; returns the bytes they take."""
+        end = 0
+        for start in range(0, len(self.sequence_lengths), BLOCK):
+            lengths, offsets = self.sequence_lengths[start : start + BLOCK], self._offsets[start : start + BLOCK]
+            ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            wrong = (lengths < 0) | (offsets != np.concatenate(([end], ends[:-1])))
+            if np.any(wrong):
+                first = int(np.argmax(wrong))
+                raise DataError(
+                    f"{self.idx_path}: sequence {start + first} has length {lengths[first]} and byte offset "
+                    f"{offsets[first]}, which does not follow the sequence before it; write the data set again"
+                )
+            end = int(ends[-1])
+        return end
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        return self.get(index)
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> NDArray[Any]:
+        """Tokens ``offset`` to ``offset + length`` of a sequence (default: to its end), a read-only view.
+
+        Raises:
+            IndexError: no such sequence, or the range is not in it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.prefix}: sequence {index}: it has {len(self)}")
+        total = int(self.sequence_lengths[index])
+        length = total - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > total:
+            raise IndexError(f"{self.prefix}: tokens {offset} to {offset + length} of sequence {index}: it has {total}")
+        start = int(self._offsets[index]) // self.dtype.itemsize + offset
+        return self._tokens[start : start + length]
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        """All tokens in one read-only array."""
+        return self._tokens
+
+
+def check_vocabulary(dataset: IndexedDataset, vocab_size: int, *, full: bool = False) -> None:
+    """Raise ``DataError`` where a token id is not below ``vocab_size``: the data is of another tokenizer.
+
+    Reads 64 blocks of 16,384 tokens spread over the data, or with ``full`` all of it.
+    """
+    tokens, block = dataset.tokens, 1 << 14
+    starts = np.arange(0, len(tokens), block)
+    if not full and len(starts) > 64:
+        starts = starts[np.linspace(0, len(starts) - 1, 64).astype(np.int64)]
+    for start in starts.tolist():
+        wrong = (tokens[start : start + block] < 0) | (tokens[start : start + block] >= vocab_size)
+        if np.any(wrong):
+            position = start + int(np.argmax(wrong))
+            raise DataError(
+                f"{dataset.bin_path}: token {tokens[position]} at position {position} is outside the vocabulary of "
+                f"{vocab_size}; the data is of another tokenizer, or --vocab-size is wrong"
+            )
+
+
+class IndexedDatasetWriter:
+    """Writes ``prefix.bin`` and ``prefix.idx`` under temporary names; ``close`` gives them their own.
+
+    As a context manager it closes on success and discards on an exception, so that a name is either absent, the old
+    pair or the whole new pair.
+
+    Raises:
+        DataError: the dtype is not one of the format's, a token does not fit it, or a file cannot be written.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike, *, multimodal: bool = False) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in CODE_OF_DTYPE:
+            raise DataError(f"{self.prefix}: dtype {self.dtype} has no place in the format; use one of {_names()}")
+        self._lengths = array("i")
+        self._modes: array[int] | None = array("b") if multimodal else None
+        self._boundaries = array("q", [0])
+        self._temporary = {end: Path(f"{self.prefix}.{end}.{os.getpid()}.tmp") for end in ("bin", "idx")}
+        try:
+            self._bin: BinaryIO = self._temporary["bin"].open("wb")
+        except OSError as error:
+            raise DataError(f"{self._temporary['bin']}: cannot be written: {error.strerror}") from error
+
+    def add_sequence(self, tokens: ArrayLike, *, mode: int = 0) -> None:
+        """Append one sequence to the document at hand. A mode other than 0 needs ``multimodal``."""
+        stored = self._checked(tokens)
+        assert self._modes is not None or mode == 0, f"mode {mode} in a data set without modes"
+        self._write(stored)
+        self._lengths.append(len(stored))
+        if self._modes is not None:
+            self._modes.append(mode)
+
+    def end_document(self) -> None:
+        """End the document at hand; it may hold no sequence."""
+        self._boundaries.append(len(self._lengths))
+
+    def add_documents(self, tokens: ArrayLike, lengths: NDArray[np.int64]) -> None:
+        """Append documents of one sequence each, laid end to end; one of length 0 becomes a document of none."""
+        stored = self._checked(tokens)
+        assert len(stored) == lengths.sum(), f"{len(stored)} tokens, but the lengths sum to {lengths.sum()}"
+        self._write(stored)
+        present = lengths > 0
+        self._boundaries.frombytes((len(self._lengths) + np.cumsum(present, dtype=np.int64)).tobytes())
+        self._lengths.frombytes(lengths[present].astype(np.int32).tobytes())
+        if self._modes is not None:
+            self._modes.frombytes(bytes(int(present.sum())))
+
+    def close(self) -> None:
+        """Flush both files and give them their names; the index last, so that a pair is never mixed."""
+        try:
+            with self._temporary["idx"].open("wb") as file:
+                self._write_index(file)
+                _sync(file)
+            _sync(self._bin)
+            self._bin.close()
+            Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+            for end, path in self._temporary.items():
+                path.rename(f"{self.prefix}.{end}")
+        except OSError as error:
+            self.discard()
+            raise DataError(f"{self.prefix}: cannot be written: {error.strerror}; nothing was published") from error
+
+    def discard(self) -> None:
+        """Give up: remove the temporary files."""
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be flushed to a full disk is given up as well
+            self._bin.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _checked(self, tokens: ArrayLike) -> NDArray[Any]:
+        """``tokens`` in the stored dtype; refused, never wrapped, where an id does not fit."""
+        given = np.asarray(tokens)
+        if given.ndim != 1:
+            raise DataError(f"{self.prefix}: a sequence has one dimension, not the shape {given.shape}")
+        if self.dtype.kind in "iu" and given.size > 0:
+            limits = np.iinfo(self.dtype)
+            if given.dtype.kind not in "iu":
+                raise DataError(f"{self.prefix}: tokens of type {given.dtype} cannot be stored as {self.dtype}")
+            low, high = int(given.min()), int(given.max())
+            if low < limits.min or high > limits.max:
+                bad = low if low < limits.min else high
+                raise DataError(f"{self.prefix}: token {bad} does not fit {self.dtype} ({limits.min} to {limits.max})")
+        return given.astype(self.dtype, copy=False)
+
+    def _write(self, stored: NDArray[Any]) -> None:
+        try:
+            self._bin.write(np.ascontiguousarray(stored).data)
+        except OSError as error:
+            self.discard()
+            raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}; nothing was published") from error
+
+    def _write_index(self, file: BinaryIO) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        code = CODE_OF_DTYPE[self.dtype]
+        file.write(MAGIC + HEADER.pack(VERSION, code, len(lengths), len(self._boundaries)))
+        file.write(lengths.astype("<i4").data)
+        end = 0
+        for start in range(0, len(lengths), BLOCK):
+            ends = end + np.cumsum(lengths[start : start + BLOCK], dtype=np.int64) * self.dtype.itemsize
+            file.write(np.concatenate(([end], ends[:-1])).astype("<i8").data)
+            end = int(ends[-1])
+        file.write(np.frombuffer(self._boundaries, dtype=np.int64).astype("<i8").data)
+        if self._modes is not None:
+            file.write(self._modes.tobytes())
+
+
+def _map(path: Path) -> NDArray[np.uint8]:
+    """The bytes of a file; an empty file cannot be mapped."""
+    try:
+        if path.stat().st_size == 0:
+            return np.empty(0, dtype=np.uint8)
+        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slices of a memmap are slow
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _names() -> str:
+    return ", ".join(str(dtype) for dtype in CODE_OF_DTYPE)

@@ -1,0 +1,153 @@
+"""This rank's microbatches, read ahead by a thread. The only state is how many samples the run has consumed."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_aquila.data.samples import Sample, SampleSource
+from megatron_aquila.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """One microbatch on the host: int64 but for the float32 loss mask. B is the micro-batch size, S the sequence."""
+
+    tokens_BS: NDArray[np.int64]
+    labels_BS: NDArray[np.int64]
+    loss_mask_BS: NDArray[np.float32]
+    positions_BS: NDArray[np.int64]
+    source_B: NDArray[np.int64]
+
+
+class SegmentedSource:
+    """Sources one after the other, so that extending a run never moves a sample that was seen.
+
+    Segment k is a source and how many of its first samples count. All must blend the same data sets.
+
+    Raises:
+        DataError: a source is shorter than its segment, or of other data sets.
+    """
+
+    def __init__(self, segments: Sequence[tuple[SampleSource, int]]) -> None:
+        assert len(segments) > 0, "a segmented source needs at least one segment"
+        self.names = segments[0][0].names
+        for source, length in segments:
+            if source.names != self.names:
+                raise DataError(f"--data-path: a later part of the run has {source.names}, the first {self.names}")
+            if length > len(source):
+                raise DataError(f"{', '.join(source.names)}: {length} samples wanted, but there are {len(source)}")
+        self._sources = [source for source, _ in segments]
+        self._bounds = np.cumsum([0] + [length for _, length in segments])
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        segment = int(np.searchsorted(self._bounds, index, side="right")) - 1
+        return self._sources[segment][index - int(self._bounds[segment])]
+
+    def describe(self) -> str:
+        """Each segment's description in turn."""
+        return "\n".join(source.describe() for source in self._sources)
+
+
+class BatchLoader:
+    """Microbatches of one data-parallel rank, in Megatron-LM's order; every rank reads for itself.
+
+    Microbatch j of a global batch that starts at sample c takes the samples from
+    ``c + (j * dp_size + dp_rank) * micro_batch`` on. No communication.
+
+    Args:
+        source: the samples.
+        dp_rank: this rank among the replicas.
+        dp_size: replicas.
+        micro_batch: samples of a microbatch.
+        vocab_size: ids from here on are an error of the data.
+        batch_at: the global batch of the step that starts at so many consumed samples; ``None``: nothing is read ahead.
+        prefetch: steps read ahead.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch: int,
+        vocab_size: int,
+        batch_at: Callable[[int], int] | None = None,
+        prefetch: int = 0,
+    ) -> None:
+        self.source = source
+        self.dp_rank, self.dp_size, self.micro_batch, self.vocab_size = dp_rank, dp_size, micro_batch, vocab_size
+        self._batch_at, self._prefetch = batch_at, prefetch
+        self._ahead: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+
+    def fetch(self, consumed_samples: int, global_batch: int) -> list[MicroBatch]:
+        """This rank's microbatches of the step, then start reading the next steps.
+
+        Raises:
+            DataError: the data ends before the batch does, or a token is outside the vocabulary.
+        """
+        step = (consumed_samples, global_batch)
+        ready = self._ahead.pop(step, None)
+        batches = self._read(*step) if ready is None else ready.result()
+        self._read_ahead(consumed_samples + global_batch)
+        return batches
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read_ahead(self, consumed_samples: int) -> None:
+        """Keep the next steps, and only those, under way."""
+        wanted: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
+        while self._batch_at is not None and len(wanted) < self._prefetch:
+            step = (consumed_samples, self._batch_at(consumed_samples))
+            consumed_samples += step[1]
+            if consumed_samples > len(self.source):
+                break
+            wanted[step] = self._ahead.pop(step) if step in self._ahead else self._reader.submit(self._read, *step)
+        for stale in self._ahead.values():
+            stale.cancel()
+        self._ahead = wanted
+
+    def _read(self, consumed_samples: int, global_batch: int) -> list[MicroBatch]:
+        stride = self.micro_batch * self.dp_size
+        assert global_batch % stride == 0, f"a batch of {global_batch} does not divide by {stride}"
+        if consumed_samples + global_batch > len(self.source):
+            raise DataError(
+                f"{', '.join(self.source.names)}: samples {consumed_samples} to {consumed_samples + global_batch} "
+                f"wanted, but the run's data has {len(self.source)}; raise --train-samples"
+            )
+        first = consumed_samples + self.dp_rank * self.micro_batch
+        return [self._microbatch(start) for start in range(first, first + global_batch, stride)]
+
+    def _microbatch(self, start: int) -> MicroBatch:
+        samples = [self.source[number] for number in range(start, start + self.micro_batch)]
+        tokens = np.stack([sample.tokens for sample in samples])
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            self._refuse(samples, start)
+        shape = (len(samples), tokens.shape[1] - 1)
+        return MicroBatch(
+            tokens_BS=np.ascontiguousarray(tokens[:, :-1]),
+            labels_BS=np.ascontiguousarray(tokens[:, 1:]),
+            loss_mask_BS=np.ones(shape, dtype=np.float32),
+            positions_BS=np.tile(np.arange(shape[1], dtype=np.int64), (shape[0], 1)),
+            source_B=np.array([sample.source for sample in samples], dtype=np.int64),
+        )
+
+    def _refuse(self, samples: Sequence[Sample], start: int) -> None:
+        for number, sample in enumerate(samples, start=start):
+            wrong = sample.tokens[(sample.tokens < 0) | (sample.tokens >= self.vocab_size)]
+            if len(wrong) > 0:
+                raise DataError(
+                    f"{self.source.names[sample.source]}: token {wrong[0]} in sample {number} is outside the "
+                    f"vocabulary of {self.vocab_size}; the data is of another tokenizer, or --vocab-size is wrong"
+                )

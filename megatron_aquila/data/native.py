@@ -1,0 +1,20 @@
+"""The one door to the C++ extension: it where it is built, else the numpy reference, which gives identical values."""
+
+try:
+    from megatron_aquila._native import (
+        build_blending_indices,
+        build_exhaustive_blending_indices,
+        build_sample_index,
+    )
+
+    INDEX_BUILDER = "C++ extension"
+except ImportError:
+    from megatron_aquila.data.reference import (
+        build_blending_indices,
+        build_exhaustive_blending_indices,
+        build_sample_index,
+    )
+
+    INDEX_BUILDER = "numpy, slower: the C++ extension is not built (python setup.py build_ext --inplace)"
+
+__all__ = ["INDEX_BUILDER", "build_blending_indices", "build_exhaustive_blending_indices", "build_sample_index"]

@@ -1,0 +1,76 @@
+"""The functions of ``csrc/`` in numpy: their specification, and what runs where the extension is not built."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def build_sample_index(
+    lengths: NDArray[np.int32], documents: NDArray[np.int32], seq_len: int, num_samples: int, *, wide: bool
+) -> NDArray[np.int32] | NDArray[np.int64]:
+    """Where each sample starts when documents are laid end to end and cut every ``seq_len`` tokens.
+
+    Sample i holds the ``seq_len + 1`` tokens from row i up to and including the token at row i + 1.
+
+    Args:
+        lengths: tokens of each sequence.
+        documents: the sequences in the order they are read, an epoch after the other.
+        seq_len: tokens from one sample to the next.
+        num_samples: samples to cut.
+        wide: whether the result is int64 instead of int32.
+
+    Returns:
+        ``(num_samples + 1, 2)``: position in ``documents``, and offset in that document. The first row is (0, 0) even
+        where the first document is empty, as in Megatron-LM.
+
+    Raises:
+        ValueError: a document does not exist, or the tokens run out.
+    """
+    if seq_len < 1 or num_samples < 0:
+        raise ValueError("seq_len must be positive, num_samples not negative")
+    if len(documents) > 0 and not 0 <= documents.min() <= documents.max() < len(lengths):
+        raise ValueError(f"document {documents.max()} does not exist: there are {len(lengths)}")
+    ends = np.cumsum(lengths[documents], dtype=np.int64)
+    starts = np.arange(1, num_samples + 1, dtype=np.int64) * seq_len
+    positions = np.searchsorted(ends, starts, side="right")
+    if num_samples > 0 and (len(documents) == 0 or positions[-1] == len(documents)):
+        raise ValueError("the documents hold fewer tokens than the samples need")
+    index = np.zeros((num_samples + 1, 2), dtype=np.int64 if wide else np.int32)
+    index[1:, 0] = positions
+    index[1:, 1] = starts - (ends - lengths[documents])[positions]
+    return index
+
+
+def build_blending_indices(weights: NDArray[np.float64], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """Which data set each sample of a blend comes from, and which of that set's samples it is.
+
+    Sample i goes to the set that lags furthest behind ``weight * max(i, 1)``, the first of equals.
+
+    Raises:
+        ValueError: no data set, or more than 32,767, or a negative size.
+    """
+    return _blend(weights, np.full(len(weights), np.iinfo(np.int64).max), size)
+
+
+def build_exhaustive_blending_indices(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """The same in proportion to ``sizes``, until every set is used up.
+
+    Raises:
+        ValueError: no data set, or more than 32,767.
+    """
+    size = int(sizes.sum())
+    return _blend(sizes / max(size, 1), sizes, size)
+
+
+def _blend(
+    weights: NDArray[np.float64], limit: NDArray[np.int64], size: int
+) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    if not 1 <= len(weights) <= np.iinfo(np.int16).max or size < 0:
+        raise ValueError("a blend takes 1 to 32767 data sets and a size that is not negative")
+    taken = np.zeros(len(weights), dtype=np.int64)
+    dataset, sample = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
+    for i in range(size):
+        lag = np.where(taken < limit, weights * max(i, 1) - taken, -np.inf)
+        chosen = int(np.argmax(lag))
+        dataset[i], sample[i] = chosen, taken[chosen]
+        taken[chosen] += 1
+    return dataset, sample

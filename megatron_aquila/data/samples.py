@@ -1,0 +1,163 @@
+"""Fixed-length samples cut from documents in a shuffled order: Megatron-LM's GPT packing, value for value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_aquila.data.cache import IndexCache
+from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.native import build_sample_index
+from megatron_aquila.errors import DataError
+
+# The last epoch is shuffled on its own when less than this share of it is needed (Megatron-LM's constant).
+SEPARATE_BELOW: Final = 0.80
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """``tokens``: int64 ``[seq_len + 1]``; the labels are the tokens moved by one. ``source``: index into ``names``."""
+
+    tokens: NDArray[np.int64]
+    source: int
+
+
+class SampleSource(Protocol):
+    """Numbered samples of equal length; sample i never changes."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a sample's ``source`` counts: the data sets' prefixes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def describe(self) -> str:
+        """A line a data set, for people."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packing:
+    """How samples are cut from a range of sequences; the indices are a function of this and the sequences' lengths.
+
+    ``num_samples``: at least this many, over as many epochs as that takes; ``None``: one epoch.
+    """
+
+    first: int
+    end: int
+    num_samples: int | None
+    seq_len: int
+    seed: int
+
+    def num_epochs(self, epoch_tokens: int) -> int:
+        """Epochs until the samples wanted, and the label of the last token, are there."""
+        wanted = 0 if self.num_samples is None else self.num_samples * self.seq_len + 1
+        return max(1, -(-wanted // epoch_tokens))
+
+    def samples_in(self, tokens: int) -> int:
+        """Whole samples in that many tokens."""
+        return (tokens - 1) // self.seq_len
+
+    def build(self, lengths: NDArray[np.int32]) -> Mapping[str, NDArray[Any]]:
+        """``document_index``, ``sample_index`` and ``shuffle_index``, equal to Megatron-LM's for the same settings.
+
+        ``lengths``: of all sequences of the data set, of which at least one in the range has a token.
+        """
+        epoch_tokens = int(lengths[self.first : self.end].sum(dtype=np.int64))
+        epochs = self.num_epochs(epoch_tokens)
+        total = self.samples_in(epochs * epoch_tokens)
+        before_last = self.samples_in((epochs - 1) * epoch_tokens)
+        separate = epochs > 1 and (self.num_samples or 0) - before_last < int(
+            SEPARATE_BELOW * self.samples_in(epoch_tokens)
+        )
+        random = np.random.RandomState(self.seed)
+        documents = self._shuffled_documents([epochs - 1, 1] if separate else [epochs], random)
+        wide = len(documents) > np.iinfo(np.int32).max
+        sample_index = build_sample_index(np.array(lengths), documents, self.seq_len, total, wide=wide)
+        shuffle = _shuffled_ranges([0, before_last, total] if separate else [0, total], random)
+        return {"document_index": documents, "sample_index": sample_index, "shuffle_index": shuffle}
+
+    def _shuffled_documents(self, epochs: list[int], random: np.random.RandomState) -> NDArray[np.int32]:
+        """Groups of epochs, each group shuffled as a whole."""
+        once = np.arange(self.first, self.end, dtype=np.int32)
+        groups = [np.tile(once, count) for count in epochs]
+        for group in groups:
+            random.shuffle(group)
+        return np.concatenate(groups)
+
+
+def _shuffled_ranges(bounds: list[int], random: np.random.RandomState) -> NDArray[Any]:
+    """The numbers from one bound to the next, shuffled within; uint32 where they fit, as in Megatron-LM."""
+    dtype = np.int64 if bounds[-1] >= np.iinfo(np.uint32).max - 1 else np.uint32
+    ranges = [np.arange(start, stop, dtype=dtype) for start, stop in pairwise(bounds)]
+    for numbers in ranges:
+        random.shuffle(numbers)
+    return np.concatenate(ranges)
+
+
+class PackedSamples:
+    """Samples of one data set: a ``SampleSource`` with one name.
+
+    Attributes: ``document_index`` (int32), ``sample_index`` (rows of position in it and offset), ``shuffle_index``,
+    ``epoch_tokens``, ``num_epochs``.
+
+    Raises:
+        DataError: the range holds no token, or, with ``num_samples`` ``None``, not one whole sample.
+    """
+
+    def __init__(self, dataset: IndexedDataset, packing: Packing, cache: IndexCache, *, split: str) -> None:
+        self.dataset, self.packing, self.split = dataset, packing, split
+        lengths = dataset.sequence_lengths
+        where = f"{dataset.prefix}: the {split} split, sequences {packing.first} to {packing.end} of {len(lengths)},"
+        self.epoch_tokens = int(lengths[packing.first : packing.end].sum(dtype=np.int64))
+        if self.epoch_tokens == 0:
+            raise DataError(f"{where} holds no tokens; give it a larger share with --split, or 0 to leave it out")
+        if packing.num_samples is None and packing.samples_in(self.epoch_tokens) == 0:
+            raise DataError(
+                f"{where} holds {self.epoch_tokens} tokens, fewer than the {packing.seq_len + 1} of one sample; "
+                "give it a larger share with --split, or 0 to leave it out, or lower --seq-len"
+            )
+        self.num_epochs = packing.num_epochs(self.epoch_tokens)
+        built = cache.arrays(self._key(), lambda: packing.build(lengths))
+        self.document_index = built["document_index"]
+        self.sample_index = built["sample_index"]
+        self.shuffle_index = built["shuffle_index"]
+
+    def _key(self) -> dict[str, object]:
+        """What the indices depend on; a data set that was written again has other times."""
+        files = [self.dataset.idx_path, self.dataset.bin_path]
+        stats = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        packing = {name: getattr(self.packing, name) for name in Packing.__dataclass_fields__}
+        return {"kind": "packed samples", "files": stats, **packing}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The data set's prefix."""
+        return (self.dataset.prefix,)
+
+    def __len__(self) -> int:
+        return len(self.shuffle_index)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.dataset.prefix} ({self.split}): it has {len(self)}")
+        row = int(self.shuffle_index[index])
+        (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
+        parts = []
+        for position in range(first, last + 1):
+            start = begin if position == first else 0
+            length = end + 1 - start if position == last else None
+            parts.append(self.dataset.get(int(self.document_index[position]), start, length))
+        return Sample(np.concatenate(parts, dtype=np.int64), 0)
+
+    def describe(self) -> str:
+        """Prefix, split, tokens, epochs and samples in one line."""
+        return (
+            f"{self.dataset.prefix} ({self.split}): {self.packing.end - self.packing.first:,} sequences, "
+            f"{self.epoch_tokens:,} tokens, {self.num_epochs} epoch{'s' if self.num_epochs > 1 else ''}, "
+            f"{len(self):,} samples"
+        )

@@ -1,0 +1,130 @@
+"""The order of samples is Megatron-LM's under any dp, depends on nothing but the position, and survives a resume."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_aquila.data.loader import BatchLoader, MicroBatch, SegmentedSource
+from megatron_aquila.data.samples import Sample
+from megatron_aquila.errors import DataError
+from tests.data.expected import build_case, load_case
+
+
+class Counting:
+    """Sample i is i, i + 1, ...; its source is i modulo 2."""
+
+    def __init__(self, length: int, *, offset: int = 0, names: tuple[str, ...] = ("a", "b")) -> None:
+        self.length, self.offset, self.names = length, offset, names
+        self.reads: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        self.reads.append(index)
+        return Sample(np.arange(4, dtype=np.int64) + index + self.offset, index % 2)
+
+    def describe(self) -> str:
+        return f"{self.length} from {self.offset}"
+
+
+def loader(source: Counting | SegmentedSource, dp_rank: int = 0, **settings: object) -> BatchLoader:
+    given = {"dp_size": 1, "micro_batch": 1, "vocab_size": 1000} | settings
+    return BatchLoader(source, dp_rank=dp_rank, **given)  # type: ignore[arg-type]
+
+
+def numbers(batches: list[MicroBatch]) -> list[list[int]]:
+    return [batch.tokens_BS[:, 0].tolist() for batch in batches]
+
+
+def test_a_microbatch() -> None:
+    (batch,) = loader(Counting(10), micro_batch=2).fetch(3, 2)
+    assert batch.tokens_BS.tolist() == [[3, 4, 5], [4, 5, 6]]
+    assert batch.labels_BS.tolist() == [[4, 5, 6], [5, 6, 7]]
+    assert batch.positions_BS.tolist() == [[0, 1, 2]] * 2
+    assert batch.loss_mask_BS.tolist() == [[1.0] * 3] * 2
+    assert batch.source_B.tolist() == [1, 0]
+    dtypes = [getattr(batch, name).dtype for name in MicroBatch.__dataclass_fields__]
+    assert dtypes == [np.int64, np.int64, np.float32, np.int64, np.int64]
+
+
+@given(dp=st.integers(1, 4), micro=st.integers(1, 3), count=st.integers(1, 3), consumed=st.integers(0, 9))
+def test_ranks_share_a_batch_in_megatrons_order(dp: int, micro: int, count: int, consumed: int) -> None:
+    size = dp * micro * count
+    source = Counting(consumed + size)
+    ranks = [loader(source, rank, dp_size=dp, micro_batch=micro).fetch(consumed, size) for rank in range(dp)]
+    for rank, batches in enumerate(ranks):
+        expected = [[consumed + j * micro * dp + rank * micro + k for k in range(micro)] for j in range(count)]
+        assert numbers(batches) == expected
+    assert sorted(n for batches in ranks for batch in numbers(batches) for n in batch) == list(
+        range(consumed, consumed + size)
+    )
+
+
+def test_reading_ahead_changes_nothing() -> None:
+    def ramp(consumed: int) -> int:
+        return 2 if consumed < 6 else 4
+
+    steps = [(0, 2), (2, 2), (4, 2), (6, 4), (10, 4)]
+    plain = [numbers(loader(Counting(15)).fetch(*step)) for step in steps]
+    source = Counting(15)
+    ahead = loader(source, batch_at=ramp, prefetch=2)
+    assert [numbers(ahead.fetch(*step)) for step in steps] == plain
+    ahead.close()
+    assert source.reads == list(range(14)), "each sample once, none beyond the last whole step"
+
+
+def test_a_jump_is_read_afresh() -> None:
+    ahead = loader(Counting(20), batch_at=lambda _: 2, prefetch=2)
+    assert numbers(ahead.fetch(0, 2)) == [[0], [1]]
+    assert numbers(ahead.fetch(10, 4)) == [[10], [11], [12], [13]]
+    assert numbers(ahead.fetch(14, 2)) == [[14], [15]]
+    ahead.close()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_ids_outside_the_vocabulary(prefetch: int) -> None:
+    broken = loader(Counting(20), vocab_size=9, batch_at=lambda _: 2, prefetch=prefetch, micro_batch=2)
+    for consumed in (0, 2, 4):
+        broken.fetch(consumed, 2)
+    with pytest.raises(DataError, match=r"a: token 9 in sample 6 is outside the vocabulary of 9"):
+        broken.fetch(6, 2)
+    broken.close()
+    with pytest.raises(DataError, match=r"b: token -3 in sample 1 is outside"):
+        loader(Counting(20, offset=-4)).fetch(1, 1)
+
+
+def test_the_end_of_the_data() -> None:
+    with pytest.raises(
+        DataError, match=r"a, b: samples 4 to 6 wanted, but the run's data has 5; raise --train-samples"
+    ):
+        loader(Counting(5)).fetch(4, 2)
+
+
+def test_segments_follow_each_other() -> None:
+    both = SegmentedSource([(Counting(9), 5), (Counting(9, offset=100), 3)])
+    assert [int(both[i].tokens[0]) for i in range(len(both))] == [0, 1, 2, 3, 4, 100, 101, 102]
+    assert both.describe() == "9 from 0\n9 from 100"
+    for index in (-1, 8):
+        with pytest.raises(IndexError, match=f"sample {index} of 8"):
+            both[index]
+    assert numbers(loader(both).fetch(4, 2)) == [[4], [100]]
+
+
+def test_segments_that_do_not_fit() -> None:
+    with pytest.raises(DataError, match="10 samples wanted, but there are 9"):
+        SegmentedSource([(Counting(9), 10)])
+    with pytest.raises(DataError, match=r"--data-path: a later part of the run has \('c',\)"):
+        SegmentedSource([(Counting(9), 1), (Counting(9, names=("c",)), 1)])
+
+
+def test_real_samples_through_the_loader(megatron_fixtures: Path, tmp_path: Path) -> None:
+    source = build_case(megatron_fixtures, load_case(megatron_fixtures, "blend_weighted"), tmp_path).train
+    assert source is not None
+    (first, second) = BatchLoader(source, dp_rank=1, dp_size=2, micro_batch=2, vocab_size=160_000).fetch(8, 8)
+    assert first.tokens_BS.tolist() == [source[10].tokens[:-1].tolist(), source[11].tokens[:-1].tolist()]
+    assert second.labels_BS.tolist() == [source[14].tokens[1:].tolist(), source[15].tokens[1:].tolist()]
+    assert second.source_B.tolist() == [source[14].source, source[15].source]

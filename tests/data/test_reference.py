@@ -1,0 +1,122 @@
+"""The C++ extension and the numpy reference give identical values, and both give Megatron-LM's."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_aquila.data import native, reference
+
+try:
+    from megatron_aquila import _native
+except ImportError:
+    _native = None
+
+needs_extension = pytest.mark.skipif(_native is None, reason="the C++ extension is not built: setup.py build_ext")
+BUILDERS = [reference, pytest.param(_native, marks=needs_extension)]
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_sample_index_is_megatrons(megatron_fixtures: Path, builder: ModuleType) -> None:
+    cases = json.loads((megatron_fixtures / "expected_helpers.json").read_text())["build_sample_idx"]
+    cases = [case for case in cases if case["drop_last_partial_sequence"] and case["add_extra_token"] == 1]
+    assert len(cases) == 4
+    for case in cases:
+        lengths, documents = (np.array(case[name], dtype=np.int32) for name in ("sizes", "document_index"))
+        num_samples = (case["num_epochs"] * case["tokens_per_epoch"] - 1) // case["sequence_length"]
+        index = builder.build_sample_index(lengths, documents, case["sequence_length"], num_samples, wide=False)
+        assert index.dtype == case["dtype"]
+        assert index.tolist() == case["sample_index"]
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_blends_are_megatrons(megatron_fixtures: Path, builder: ModuleType) -> None:
+    expected = json.loads((megatron_fixtures / "expected_helpers.json").read_text())
+    for case in expected["build_blending_indices"]:
+        dataset, sample = builder.build_blending_indices(np.array(case["weights"]), case["size"])
+        assert (dataset.dtype, sample.dtype) == (np.int16, np.int64)
+        assert dataset.tolist() == case["dataset_index"]
+        assert sample.tolist() == case["dataset_sample_index"]
+    for case in expected["build_exhaustive_blending_indices"]:
+        dataset, sample = builder.build_exhaustive_blending_indices(np.array(case["sizes"]))
+        assert dataset.tolist() == case["dataset_index"]
+        assert sample.tolist() == case["dataset_sample_index"]
+
+
+@needs_extension
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    epochs=st.integers(1, 3),
+    seq_len=st.integers(1, 7),
+    wide=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_sample_index_of_both(lengths: list[int], epochs: int, seq_len: int, wide: bool, seed: int) -> None:
+    documents = np.random.default_rng(seed).permutation(np.tile(np.arange(len(lengths), dtype=np.int32), epochs))
+    arguments = (np.array(lengths, dtype=np.int32), documents, seq_len)
+    num_samples = max(0, epochs * sum(lengths) - 1) // seq_len
+    index = reference.build_sample_index(*arguments, num_samples, wide=wide)
+    assert index.dtype == (np.int64 if wide else np.int32)
+    np.testing.assert_array_equal(_native.build_sample_index(*arguments, num_samples, wide=wide), index, strict=True)
+    # Every row but the first, which Megatron-LM puts at (0, 0), is on a token that exists; rows are seq_len apart.
+    assert (index[1:, 1] < np.array(lengths)[documents[index[1:, 0]]]).all()
+    before = np.cumsum(np.array(lengths)[documents]) - np.array(lengths)[documents]
+    assert (before[index[:, 0]] + index[:, 1]).tolist() == [row * seq_len for row in range(num_samples + 1)]
+
+
+@needs_extension
+@given(weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=6), size=st.integers(0, 200))
+def test_blends_of_both(weights: list[float], size: int) -> None:
+    shares = np.array(weights) / np.sum(weights)
+    ours, twin = _native.build_blending_indices(shares, size), reference.build_blending_indices(shares, size)
+    for built, expected in zip(ours, twin, strict=True):
+        np.testing.assert_array_equal(built, expected, strict=True)
+    for number in range(len(weights)):  # each set's samples are taken in order, none left out
+        assert ours[1][ours[0] == number].tolist() == list(range(int((ours[0] == number).sum())))
+    assert np.abs(np.bincount(ours[0], minlength=len(weights)) - shares * size).max() < len(weights)
+
+
+@needs_extension
+@given(sizes=st.lists(st.integers(0, 20), min_size=1, max_size=5))
+def test_exhaustive_blends_of_both(sizes: list[int]) -> None:
+    given_sizes = np.array(sizes)
+    ours = _native.build_exhaustive_blending_indices(given_sizes)
+    for built, expected in zip(ours, reference.build_exhaustive_blending_indices(given_sizes), strict=True):
+        np.testing.assert_array_equal(built, expected, strict=True)
+    assert np.bincount(ours[0], minlength=len(sizes)).tolist() == sizes
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_impossible_requests(builder: ModuleType) -> None:
+    lengths, documents = np.array([5, 3], dtype=np.int32), np.array([1, 0], dtype=np.int32)
+    builder.build_sample_index(lengths, documents, 7, 1, wide=False)
+    with pytest.raises(ValueError, match="fewer tokens"):
+        builder.build_sample_index(lengths, documents, 8, 1, wide=False)
+    with pytest.raises(ValueError, match="fewer tokens"):
+        builder.build_sample_index(lengths, documents[:0], 8, 1, wide=False)
+    with pytest.raises(ValueError, match="document 2 does not exist"):
+        builder.build_sample_index(lengths, documents + np.int32(1), 4, 1, wide=False)
+    for seq_len, num_samples in ((0, 1), (4, -1)):
+        with pytest.raises(ValueError, match="seq_len must be positive"):
+            builder.build_sample_index(lengths, documents, seq_len, num_samples, wide=False)
+    for weights, size in (([], 1), ([1.0], -1)):
+        with pytest.raises(ValueError, match="1 to 32767"):
+            builder.build_blending_indices(np.array(weights, dtype=np.float64), size)
+
+
+@needs_extension
+def test_the_extension_converts_nothing() -> None:
+    with pytest.raises(TypeError):
+        _native.build_sample_index(np.array([5]), np.array([0], dtype=np.int32), 4, 1, wide=False)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        _native.build_blending_indices(np.ones((1, 1)), 1)
+
+
+def test_what_runs_is_said() -> None:
+    built = _native is not None
+    assert native.INDEX_BUILDER.startswith("C++" if built else "numpy")
+    assert native.build_sample_index is (_native if built else reference).build_sample_index
