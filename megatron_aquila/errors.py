@@ -22,7 +22,7 @@ class ScheduleError(AquilaError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with the settings: which flag, what value, why, and what to do instead."""
+    """One thing wrong with the settings: which flag, what value (empty for a bare flag), why, and what to do instead."""
 
     flag: str
     value: object
@@ -30,7 +30,7 @@ class Problem:
     way_out: str
 
     def __str__(self) -> str:
-        return f"{self.flag} {self.value}: {self.why}; {self.way_out}"
+        return f"{f'{self.flag} {self.value}'.rstrip()}: {self.why}; {self.way_out}"
 
 
 class ConfigError(AquilaError):

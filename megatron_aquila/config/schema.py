@@ -1,12 +1,22 @@
 """Every setting of a run: its type, default, help and spellings stand on the field, nowhere else."""
 
+# ruff: noqa: RUF009 -- setting() makes a dataclass field
+
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
 
 from megatron_aquila.plan.shape import NormOrder, Precision
 
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0), Lt(math.inf)]
+NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
+Share = Annotated[float, Ge(0), Lt(1)]
 Decay = Literal["cosine", "linear", "constant", "wsd"]
 WsdDecay = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
@@ -25,49 +35,55 @@ def setting(default: Any, help: str, *flags: str) -> Any:
 class ModelConfig:
     """The network. ``None`` means: derived from the others."""
 
-    num_layers: int = setting(32, "transformer layers")
-    hidden_size: int = setting(4096, "width of the residual stream")
-    num_heads: int = setting(32, "query heads", "--num-heads", "--num-attention-heads")
-    num_kv_heads: int | None = setting(None, "key/value heads; default num_heads", "--num-kv-heads", "--num-query-groups")
-    head_dim: int | None = setting(
+    num_layers: Count = setting(32, "transformer layers")
+    hidden_size: Count = setting(4096, "width of the residual stream")
+    num_heads: Count = setting(32, "query heads", "--num-heads", "--num-attention-heads")
+    num_kv_heads: Count | None = setting(
+        None, "key/value heads; default num_heads", "--num-kv-heads", "--num-query-groups"
+    )
+    head_dim: Count | None = setting(
         None, "width of one head; default hidden_size / num_heads", "--head-dim", "--kv-channels"
     )
-    ffn_size: int | None = setting(
+    ffn_size: Count | None = setting(
         None, "width of the MLP; default the Llama rule with the two below", "--ffn-size", "--ffn-hidden-size"
     )
-    ffn_multiple_of: int = setting(
+    ffn_multiple_of: Count = setting(
         256, "the MLP's width is rounded up to a multiple of this", "--ffn-multiple-of", "--multiple-of"
     )
-    ffn_multiplier: float | None = setting(
+    ffn_multiplier: Positive | None = setting(
         None, "factor on the MLP's width before rounding", "--ffn-multiplier", "--hidden-dim-multiplier"
     )
-    vocab_size: int = setting(100008, "tokens of the tokenizer, special ones included")
-    vocab_multiple: int = setting(
+    vocab_size: Count = setting(100008, "tokens of the tokenizer, special ones included")
+    vocab_multiple: Count = setting(
         128, "the embedding gets rows up to a multiple of this; whatever tp is, unlike Megatron's setting"
     )
-    seq_len: int = setting(2048, "tokens of a sample", "--seq-len", "--seq-length")
-    norm_eps: float = setting(1e-5, "epsilon of RMSNorm", "--norm-eps", "--norm-epsilon", "--layernorm-epsilon")
-    norm_init: float = setting(1.0, "initial weight of every RMSNorm", "--norm-init", "--layernorm-init-weight")
+    seq_len: Count = setting(2048, "tokens of a sample", "--seq-len", "--seq-length")
+    norm_eps: Positive = setting(1e-5, "epsilon of RMSNorm", "--norm-eps", "--norm-epsilon", "--layernorm-epsilon")
+    norm_init: float = setting(
+        1.0, "initial weight of every RMSNorm", "--norm-init", "--layernorm-init-weight", "--norm-init-weight"
+    )
     norm_order: NormOrder = setting("aquila", "where RMSNorm casts: aquila after the weight, llama before it")
-    init_std: float = setting(0.02, "standard deviation of the initial weights", "--init-std", "--init-method-std")
-    rope_base: float = setting(10000.0, "base of the rotary frequencies", "--rope-base", "--rotary-base")
+    init_std: Positive = setting(0.02, "standard deviation of the initial weights", "--init-std", "--init-method-std")
+    rope_base: Positive = setting(10000.0, "base of the rotary frequencies", "--rope-base", "--rotary-base")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is split over the ranks; ``dp`` is what remains of the world."""
 
-    tensor: int = setting(1, "tensor-parallel degree", "--tp", "--tensor-model-parallel-size")
-    pipeline: int = setting(1, "pipeline-parallel degree", "--pp", "--pipeline-model-parallel-size")
-    context: int = setting(1, "context-parallel degree", "--cp", "--context-parallel-size")
-    data: int | None = setting(None, "data-parallel degree; default what the world size leaves", "--dp")
-    sequence: bool = setting(False, "split norms and residuals along the sequence over tp", "--sp", "--sequence-parallel")
+    tensor: Count = setting(1, "tensor-parallel degree", "--tp", "--tensor-model-parallel-size")
+    pipeline: Count = setting(1, "pipeline-parallel degree", "--pp", "--pipeline-model-parallel-size")
+    context: Count = setting(1, "context-parallel degree", "--cp", "--context-parallel-size")
+    data: Count | None = setting(None, "data-parallel degree; default what the world size leaves", "--dp")
+    sequence: bool = setting(
+        False, "split norms and residuals along the sequence over tp", "--sp", "--sequence-parallel"
+    )
     schedule: Literal["1f1b", "gpipe"] = setting("1f1b", "pipeline schedule", "--schedule")
-    stage_layers: tuple[int, ...] | None = setting(
+    stage_layers: tuple[Count, ...] | None = setting(
         None, "layers of each pipeline stage, e.g. 15 16 16 13; default balanced with the head counted"
     )
-    bucket_mib: int = setting(128, "gradients are reduced in buckets of about this many MiB")
-    timeout_minutes: float = setting(
+    bucket_mib: Count = setting(128, "gradients are reduced in buckets of about this many MiB")
+    timeout_minutes: Positive = setting(
         10.0, "a collective that takes longer ends the run", "--timeout-minutes", "--distributed-timeout-minutes"
     )
 
@@ -88,7 +104,7 @@ class DataConfig:
     merge_file: Path | None = setting(None, "merges.txt", "--merge-file")
     special_tokens_file: Path | None = setting(None, "special_tokens.txt", "--special-tokens-file")
     tokenizer_model: Path | None = setting(None, "tokenizer.json instead of the three files", "--tokenizer-model")
-    prefetch: int = setting(2, "steps of batches read ahead", "--prefetch", "--num-workers")
+    prefetch: Whole = setting(2, "steps of batches read ahead", "--prefetch", "--num-workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,35 +112,37 @@ class OptimConfig:
     """The update and its learning rate; all lengths are in samples."""
 
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule", "--optimizer")
-    lr: float = setting(3e-4, "peak learning rate")
-    min_lr: float = setting(3e-5, "final learning rate")
+    lr: Positive = setting(3e-4, "peak learning rate")
+    min_lr: NotNegative = setting(3e-5, "final learning rate")
     lr_decay: Decay = setting("cosine", "shape of the decay", "--lr-decay", "--lr-decay-style")
-    lr_warmup_samples: int = setting(0, "samples of linear warm-up from 0")
-    lr_decay_samples: int | None = setting(None, "samples until min_lr, warm-up included; default train_samples")
-    lr_wsd_decay_samples: int | None = setting(None, "samples of the final decay of wsd")
-    lr_wsd_decay: WsdDecay = setting("linear", "shape of the final decay of wsd", "--lr-wsd-decay", "--lr-wsd-decay-style")
-    beta1: float = setting(0.9, "decay of Adam's first moment", "--beta1", "--adam-beta1")
-    beta2: float = setting(0.95, "decay of Adam's second moment", "--beta2", "--adam-beta2")
-    eps: float = setting(1e-8, "Adam's epsilon", "--eps", "--adam-eps")
-    weight_decay: float = setting(0.1, "decoupled weight decay of matrices; norms have none")
-    clip_grad: float = setting(1.0, "largest global gradient norm; 0 means no clipping", "--clip-grad")
+    lr_warmup_samples: Whole = setting(0, "samples of linear warm-up from 0")
+    lr_decay_samples: Count | None = setting(None, "samples until min_lr, warm-up included; default train_samples")
+    lr_wsd_decay_samples: Count | None = setting(None, "samples of the final decay of wsd")
+    lr_wsd_decay: WsdDecay = setting(
+        "linear", "shape of the final decay of wsd", "--lr-wsd-decay", "--lr-wsd-decay-style"
+    )
+    beta1: Share = setting(0.9, "decay of Adam's first moment", "--beta1", "--adam-beta1")
+    beta2: Share = setting(0.95, "decay of Adam's second moment", "--beta2", "--adam-beta2")
+    eps: Positive = setting(1e-8, "Adam's epsilon", "--eps", "--adam-eps")
+    weight_decay: NotNegative = setting(0.1, "decoupled weight decay of matrices; norms have none")
+    clip_grad: NotNegative = setting(1.0, "largest global gradient norm; 0 means no clipping", "--clip-grad")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The batch, the length of the run and when it ends."""
 
-    train_samples: int = setting(1_000_000, "samples of the whole run")
-    micro_batch: int = setting(1, "samples a rank computes at once", "--micro-batch", "--mbs", "--micro-batch-size")
-    global_batch: int = setting(1, "samples of one step", "--global-batch", "--gbs", "--global-batch-size")
-    rampup_batch: tuple[int, int, int] | None = setting(
+    train_samples: Count = setting(1_000_000, "samples of the whole run")
+    micro_batch: Count = setting(1, "samples a rank computes at once", "--micro-batch", "--mbs", "--micro-batch-size")
+    global_batch: Count = setting(1, "samples of one step", "--global-batch", "--gbs", "--global-batch-size")
+    rampup_batch: tuple[Count, Count, Whole] | None = setting(
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"
     )
     precision: Precision = setting("bf16", "type of the weights and activations; fp32 masters are kept for bf16")
-    eval_interval: int = setting(1000, "steps between validations; 0 means none")
-    eval_iters: int = setting(10, "global batches of one validation")
-    exit_samples: int | None = setting(None, "save and stop once this many samples were consumed")
-    exit_minutes: float | None = setting(
+    eval_interval: Whole = setting(1000, "steps between validations; 0 means none")
+    eval_iters: Whole = setting(10, "global batches of one validation")
+    exit_samples: Count | None = setting(None, "save and stop once this many samples were consumed")
+    exit_minutes: Positive | None = setting(
         None, "save and stop after this many minutes", "--exit-minutes", "--exit-duration-in-mins"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute", "--device")
@@ -136,13 +154,15 @@ class CheckpointConfig:
 
     save: Path | None = setting(None, "folder the checkpoints are written to", "--save")
     load: Path | None = setting(None, "folder (or one step of it) to resume from; it must exist", "--load")
-    save_interval: int = setting(1000, "steps between checkpoints", "--save-interval")
-    rampup_save_interval: int | None = setting(None, "steps between checkpoints while the batch ramps up")
-    keep: int | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
+    save_interval: Count = setting(1000, "steps between checkpoints", "--save-interval")
+    rampup_save_interval: Count | None = setting(None, "steps between checkpoints while the batch ramps up")
+    keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
     init_from_hf: Path | None = setting(None, "Hugging Face folder whose weights the run starts from", "--init-from-hf")
     load_optim: bool = setting(True, "also load the optimizer and the position in the data", "--load-optim")
     override_lr_schedule: bool = setting(
-        False, "resume although the learning-rate schedule differs from the checkpoint's", "--override-lr-schedule",
+        False,
+        "resume although the learning-rate schedule differs from the checkpoint's",
+        "--override-lr-schedule",
         "--override-opt-param-scheduler",
     )
 
@@ -151,12 +171,16 @@ class CheckpointConfig:
 class ObserveConfig:
     """What is written about the run, and where."""
 
-    log_interval: int = setting(1, "steps between lines of the log", "--log-interval")
+    log_interval: Count = setting(1, "steps between lines of the log", "--log-interval")
     log_dir: Path | None = setting(None, "folder of log.jsonl; default the save folder", "--log-dir")
     tensorboard_dir: Path | None = setting(None, "folder of TensorBoard events", "--tensorboard-dir")
     wandb_project: str | None = setting(None, "Weights & Biases project, written offline", "--wandb-project")
-    wandb_dir: Path | None = setting(None, "folder of the offline Weights & Biases run", "--wandb-dir", "--wandb-save-dir")
-    peak_tflops: float | None = setting(None, "dense peak of the device for MFU; default from its name", "--peak-tflops")
+    wandb_dir: Path | None = setting(
+        None, "folder of the offline Weights & Biases run", "--wandb-dir", "--wandb-save-dir"
+    )
+    peak_tflops: Positive | None = setting(
+        None, "dense peak of the device for MFU; default from its name", "--peak-tflops"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,4 +194,4 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
-    seed: int = setting(1234, "seed of the weights and of the data order")
+    seed: Whole = setting(1234, "seed of the weights and of the data order")

@@ -1,0 +1,260 @@
+"""What settings demand of each other and of the world size. Every problem is found, each with a way out that works."""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+from megatron_aquila.config.derive import model_shape
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.settings import spell
+from megatron_aquila.errors import Problem
+from megatron_aquila.plan.shape import ModelShape
+
+Rule = Callable[[RunConfig, int | None], Iterator[Problem]]
+
+
+def check(config: RunConfig, world_size: int | None, *, without: Collection[str] = ()) -> list[Problem]:
+    """Every problem of the settings on ``world_size`` ranks (``None``: not known yet); empty if the run can start.
+
+    Rules that read a setting named in ``without`` (it could not be typed) are left out.
+    """
+    readable = [rule for rule, reads in RULES.items() if not set(reads.split()) & set(without)]
+    return [problem for rule in readable for problem in rule(config, world_size)]
+
+
+def _heads(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Heads divide the hidden size, kv heads divide heads, and rotary halves need an even head."""
+    model = config.model
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        why = f"hidden_size {model.hidden_size} is not divisible by it and head_dim is not given"
+        way_out = f"use {_listed(_near(_divisors(model.hidden_size), model.num_heads))}, or give --head-dim"
+        yield Problem("--num-heads", model.num_heads, why, way_out)
+        return
+    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+        why = f"num_heads {model.num_heads} is not divisible by it"
+        way_out = f"use {_listed(_divisors(model.num_heads))}"
+        yield Problem("--num-kv-heads", model.num_kv_heads, why, way_out)
+    head_dim = model.hidden_size // model.num_heads if model.head_dim is None else model.head_dim
+    if head_dim % 2:
+        why = "rotary positions turn pairs, so a head needs an even width"
+        yield Problem("--head-dim", head_dim, why, f"use {head_dim + 1}")
+
+
+def _tensor(config: RunConfig, world: int | None) -> Iterator[Problem]:
+    """Everything that tp splits must be divisible by it."""
+    tp, shape = config.parallel.tensor, model_shape(config.model)
+    sizes = _split_sizes(shape)
+    bad = {name: size for name, size in sizes.items() if size % tp}
+    if not bad:
+        return
+    named = _listed((f"{name} {size}" for name, size in bad.items()), "and")
+    why = f"{named} {'is' if len(bad) == 1 else 'are'} not divisible by {tp}"
+    if shape.num_kv_heads < tp:
+        why += " and key/value heads are not replicated"
+    if len(bad) == 1 and "padded_vocab_size" in bad:
+        better = math.lcm(config.model.vocab_multiple, tp)
+        yield Problem("--tp", tp, why, f"use --vocab-multiple {better}")
+    else:
+        yield Problem("--tp", tp, why, f"use {_listed(_tensor_degrees(shape, world))}")
+
+
+def _context(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    if config.parallel.context != 1:
+        why = "context parallelism is not yet offered"
+        way_out = "use 1, with --sp and more --tp for long sequences"
+        yield Problem("--cp", config.parallel.context, why, way_out)
+
+
+def _pipeline(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Each stage holds at least one layer; layers given by stage are as many as the stages and add up."""
+    pp, layers, given = config.parallel.pipeline, config.model.num_layers, config.parallel.stage_layers
+    if pp > layers:
+        yield Problem("--pp", pp, f"{layers} layers cannot fill {pp} stages", f"use 1 to {layers}")
+    if given is None:
+        return
+    leave = "leave it out for a balanced split"
+    if len(given) != pp:
+        yield Problem("--stage-layers", spell(given), f"pp is {pp}, but {len(given)} stages are given", leave)
+    if sum(given) != layers:
+        why = f"they add up to {sum(given)}, the model has {layers} layers"
+        yield Problem("--stage-layers", spell(given), why, leave)
+
+
+def _world(config: RunConfig, world: int | None) -> Iterator[Problem]:
+    """tp x cp x pp divides the world, and dp, where given, is what is left."""
+    if world is None:
+        return
+    layout, ranks = config.parallel, _model_ranks(config)
+    if world % ranks:
+        flags, product = _product(config)
+        why = f"{product} ranks do not divide the world size {world}"
+        yield Problem(flags, "", why, _layouts(config, world))
+    elif layout.data not in (None, world // ranks):
+        why = f"the world size {world} leaves {world // ranks} for dp"
+        way_out = f"use {world // ranks}, leave it out, or start {(layout.data or 1) * ranks} processes"
+        yield Problem("--dp", layout.data, why, way_out)
+
+
+def _batch(config: RunConfig, world: int | None) -> Iterator[Problem]:
+    """The global batch is a whole number of microbatches on every replica."""
+    batch, (unit, what) = config.train.global_batch, _batch_unit(config, world)
+    if batch % unit:
+        yield Problem("--global-batch", batch, f"is not a multiple of {what}", f"use {_multiples(batch, unit)}")
+
+
+def _ramp(config: RunConfig, world: int | None) -> Iterator[Problem]:
+    """The ramp reaches the global batch in whole increments, each a whole number of microbatches."""
+    train = config.train
+    if train.rampup_batch is None:
+        return
+    start, increment, samples = train.rampup_batch
+    asked, (unit, what) = spell(train.rampup_batch), _batch_unit(config, world)
+    if start > train.global_batch:
+        why = f"it starts above global_batch {train.global_batch}"
+        yield Problem("--rampup-batch", asked, why, f"start at {train.global_batch} or less")
+    elif (train.global_batch - start) % increment:
+        whole = [size for size in _divisors(train.global_batch - start) if size % unit == 0 or unit > size]
+        why = f"from {start} in steps of {increment} it does not reach global_batch {train.global_batch}"
+        yield Problem("--rampup-batch", asked, why, f"use an increment of {_listed(_near(whole, increment, 3))}")
+    elif start % unit or increment % unit:
+        nearest = [max(unit, round(value / unit) * unit) for value in (start, increment)]
+        why = f"start and increment are not both multiples of {what}"
+        yield Problem("--rampup-batch", asked, why, f"use e.g. {spell((*nearest, samples))}")
+    if samples > train.train_samples:
+        why = f"it lasts longer than the run of {train.train_samples} samples"
+        yield Problem("--rampup-batch", asked, why, f"let it end by {train.train_samples}")
+
+
+def _sequence(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    seq_len, tp = config.model.seq_len, config.parallel.tensor
+    if config.parallel.sequence and seq_len % tp:
+        why = f"sequence parallelism splits it over tp {tp}"
+        yield Problem("--seq-len", seq_len, why, f"use {_multiples(seq_len, tp)}, or --no-sp")
+
+
+def _learning_rate(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    optim = config.optim
+    if optim.min_lr > optim.lr:
+        yield Problem("--min-lr", optim.min_lr, f"is above the peak lr {optim.lr}", f"use {optim.lr} or less")
+    length = config.train.train_samples if optim.lr_decay_samples is None else optim.lr_decay_samples
+    if optim.lr_warmup_samples >= length:
+        why = f"the schedule ends after {length} samples (lr_decay_samples, by default train_samples)"
+        yield Problem("--lr-warmup-samples", optim.lr_warmup_samples, why, f"use less than {length}")
+        return
+    longest = length - optim.lr_warmup_samples
+    if optim.lr_decay != "wsd":
+        return
+    if optim.lr_wsd_decay_samples is None:
+        why = "wsd needs the length of its final decay"
+        yield Problem("--lr-decay", "wsd", why, f"give --lr-wsd-decay-samples, e.g. {max(1, length // 10)}")
+    elif optim.lr_wsd_decay_samples > longest:
+        why = f"after the warm-up only {longest} samples are left"
+        yield Problem("--lr-wsd-decay-samples", optim.lr_wsd_decay_samples, why, f"use {longest} or less")
+
+
+def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    if config.train.precision == "fp64" and config.train.device == "cuda":
+        why = "fp64 is for proofs on the CPU; attention on CUDA has no fp64"
+        yield Problem("--precision", "fp64", why, "use bf16 or fp32, or --device cpu")
+
+
+def _start(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    if config.checkpoint.load is not None and config.checkpoint.init_from_hf is not None:
+        why = "--load brings weights of its own"
+        yield Problem("--init-from-hf", config.checkpoint.init_from_hf, why, "give one of them")
+
+
+_LAYOUT = "parallel.tensor parallel.context parallel.pipeline parallel.data"
+_BATCH = "train.global_batch train.micro_batch"
+_SHAPE = "model.num_heads model.num_kv_heads model.hidden_size model.head_dim"
+_WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab_size model.vocab_multiple"
+
+RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
+    _heads: _SHAPE,
+    _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
+    _context: "parallel.context",
+    _pipeline: "parallel.pipeline parallel.stage_layers model.num_layers",
+    _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers",
+    _batch: f"{_LAYOUT} {_BATCH}",
+    _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
+    _sequence: "parallel.sequence parallel.tensor model.seq_len",
+    _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
+    "optim.lr_wsd_decay_samples train.train_samples",
+    _precision: "train.precision train.device",
+    _start: "checkpoint.load checkpoint.init_from_hf",
+}
+
+
+def _split_sizes(shape: ModelShape) -> dict[str, int]:
+    """What the tensor degree splits, by name."""
+    return {
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "ffn_size": shape.ffn_size,
+        "padded_vocab_size": shape.padded_vocab_size,
+    }
+
+
+def _tensor_degrees(shape: ModelShape, world: int | None) -> list[int]:
+    """The tensor degrees that divide everything, and fit into the world where it is known."""
+    return [tp for tp in _divisors(math.gcd(*_split_sizes(shape).values())) if world is None or tp <= world]
+
+
+def _model_ranks(config: RunConfig) -> int:
+    return config.parallel.tensor * config.parallel.context * config.parallel.pipeline
+
+
+def _batch_unit(config: RunConfig, world: int | None) -> tuple[int, str]:
+    """Samples of one microbatch on every replica, and the product in words.
+
+    A world that the layout does not divide is another rule's problem; here, as before the world is known, dp counts
+    as given, or as 1.
+    """
+    dp = 1 if config.parallel.data is None else config.parallel.data
+    if world is not None and world % _model_ranks(config) == 0:
+        dp = world // _model_ranks(config)
+    micro = config.train.micro_batch
+    return micro * dp, f"micro_batch {micro} x dp {dp} = {micro * dp}"
+
+
+def _product(config: RunConfig) -> tuple[str, str]:
+    """The degrees above 1 as flags, and as ``tp 3 x pp 7 = 21``."""
+    layout = config.parallel
+    degrees = {"tp": layout.tensor, "cp": layout.context, "pp": layout.pipeline}
+    used = {name: degree for name, degree in degrees.items() if degree > 1}
+    flags = " ".join(f"--{name} {degree}" for name, degree in used.items())
+    return flags, " x ".join(f"{name} {degree}" for name, degree in used.items()) + f" = {_model_ranks(config)}"
+
+
+def _layouts(config: RunConfig, world: int) -> str:
+    """The layouts nearest to the one asked for that this model and world allow, as advice."""
+    layout, shape = config.parallel, model_shape(config.model)
+    works = [
+        (tp, pp)
+        for tp in _tensor_degrees(shape, world)
+        for pp in range(1, min(shape.num_layers, world // tp) + 1)
+        if world % (tp * pp) == 0
+    ]
+    works.sort(key=lambda at: abs(math.log(at[0] / layout.tensor)) + abs(math.log(at[1] / layout.pipeline)))
+    nearest = [f"--tp {tp} --pp {pp}" for tp, pp in sorted(works[:6])]
+    return f"use {_listed(nearest)}, or start a multiple of {_model_ranks(config)} processes"
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _near(values: list[int], wanted: int, count: int = 6) -> list[int]:
+    """The ``count`` values nearest to ``wanted``, ascending."""
+    return sorted(sorted(values, key=lambda value: abs(value - wanted))[:count])
+
+
+def _multiples(value: int, unit: int) -> str:
+    """The multiples of ``unit`` around ``value``, as advice."""
+    below = value // unit * unit
+    return _listed(multiple for multiple in (below, below + unit) if multiple > 0)
+
+
+def _listed(values: Iterable[object], join: str = "or") -> str:
+    """``1, 2 or 4``."""
+    *head, last = [str(value) for value in values]
+    return f"{', '.join(head)} {join} {last}" if head else last

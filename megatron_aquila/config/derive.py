@@ -1,0 +1,91 @@
+"""What follows from the settings and the world size; computed, never written back."""
+
+from dataclasses import dataclass
+
+from megatron_aquila.config.schema import ModelConfig, RunConfig
+from megatron_aquila.plan.batches import BatchPlan
+from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.memory import MemoryPlan
+from megatron_aquila.plan.shape import ModelShape, ffn_size, padded_vocab_size
+from megatron_aquila.plan.stages import StagePlan, plan_stages
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """The run's grid, model, stages and batches."""
+
+    grid: RankGrid
+    shape: ModelShape
+    stages: StagePlan
+    batches: BatchPlan
+
+    def batch_at(self, consumed_samples: int) -> tuple[int, int]:
+        """``(global batch, microbatches of a rank)`` of the step that starts after ``consumed_samples``."""
+        return self.batches.batch_at(consumed_samples)
+
+
+def derive(config: RunConfig, world_size: int | None) -> Derived:
+    """Everything that ``config`` means on ``world_size`` ranks; ``check`` must have found no problem.
+
+    With the world size unknown, the smallest world that the layout fits.
+    """
+    return Derived(
+        grid=rank_grid(config, world_size),
+        shape=(shape := model_shape(config.model)),
+        stages=plan_stages(shape, config.parallel.pipeline, config.parallel.stage_layers),
+        batches=batch_plan(config, rank_grid(config, world_size).dp),
+    )
+
+
+def rank_grid(config: RunConfig, world_size: int | None) -> RankGrid:
+    """The grid of ranks; data parallelism takes what the other degrees leave of the world."""
+    layout = config.parallel
+    model_ranks = layout.tensor * layout.context * layout.pipeline
+    if world_size is not None:
+        dp, rest = divmod(world_size, model_ranks)
+        assert rest == 0, f"a world of {world_size} is not a multiple of {model_ranks}"
+    else:
+        dp = 1 if layout.data is None else layout.data
+    return RankGrid(tp=layout.tensor, cp=layout.context, dp=dp, pp=layout.pipeline)
+
+
+def model_shape(model: ModelConfig) -> ModelShape:
+    """The model's sizes with everything derived filled in."""
+    width = model.ffn_size
+    return ModelShape(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_size=ffn_size(model.hidden_size, model.ffn_multiple_of, model.ffn_multiplier) if width is None else width,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_heads if model.num_kv_heads is None else model.num_kv_heads,
+        head_dim=model.hidden_size // model.num_heads if model.head_dim is None else model.head_dim,
+        vocab_size=model.vocab_size,
+        padded_vocab_size=padded_vocab_size(model.vocab_size, model.vocab_multiple),
+        seq_len=model.seq_len,
+        norm_eps=model.norm_eps,
+        norm_init=model.norm_init,
+        norm_order=model.norm_order,
+        init_std=model.init_std,
+        rope_base=model.rope_base,
+    )
+
+
+def batch_plan(config: RunConfig, dp: int) -> BatchPlan:
+    """The batch of every step with ``dp`` replicas."""
+    train = config.train
+    return BatchPlan(global_batch=train.global_batch, micro_batch=train.micro_batch, dp=dp, ramp=train.rampup_batch)
+
+
+def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
+    """The memory estimate of the run at its full batch."""
+    return MemoryPlan(
+        shape=derived.shape,
+        grid=derived.grid,
+        stages=derived.stages,
+        micro_batch=config.train.micro_batch,
+        num_microbatches=config.train.global_batch // (config.train.micro_batch * derived.grid.dp),
+        schedule=config.parallel.schedule,
+        sequence_parallel=config.parallel.sequence,
+        precision=config.train.precision,
+        optimizer=config.optim.optimizer,
+    )

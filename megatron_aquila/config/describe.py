@@ -1,0 +1,85 @@
+"""A run in words: what its settings come to, in lines that ``aquila config show`` and the start of a run print."""
+
+from dataclasses import fields
+
+from megatron_aquila.config.cli import LoadedConfig
+from megatron_aquila.config.derive import Derived, memory_plan
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.settings import all_settings, spell, value_of
+from megatron_aquila.plan.flops import flops_per_token, num_params
+from megatron_aquila.plan.memory import Memory
+from megatron_aquila.plan.stages import idle_share
+from megatron_aquila.plan.time import bubble_share, bubble_time
+
+GIB = 2**30
+
+
+def setting_rows(loaded: LoadedConfig, *, changed_only: bool = False) -> list[tuple[str, str, str]]:
+    """``(name, value, source)`` of every setting, or of those that no longer have their default."""
+    rows = []
+    for name, setting in all_settings().items():
+        value = value_of(loaded.config, name)
+        if not changed_only or value != setting.default:
+            rows.append((name, spell(value), loaded.sources[name]))
+    return rows
+
+
+def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
+    """``(what, words)``: layout, sizes, FLOPs, batch, stages, bubble and memory that follow from the settings."""
+    grid, shape = derived.grid, derived.shape
+    tokens = config.train.train_samples * shape.seq_len
+    batch, microbatches = config.train.global_batch, derived.batches.sizes()[-1] // config.train.micro_batch // grid.dp
+    layout = f"{grid.world_size} = tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}"
+    return [
+        ("ranks", layout + (", sequence parallel" if config.parallel.sequence else "")),
+        ("parameters", f"{num_params(shape):,} (and padding to {shape.padded_vocab_size:,} vocabulary rows)"),
+        ("MLP width", f"{shape.ffn_size:,}"),
+        ("FLOPs per token", _flops(derived)),
+        ("step", f"{batch:,} samples = {batch * shape.seq_len:,} tokens in {microbatches} microbatches{_ramp(config)}"),
+        ("run", f"{config.train.train_samples:,} samples = {tokens / 1e9:,.3f} B tokens"),
+        ("layers by stage", _stages(derived)),
+        ("pipeline bubble", _bubble(config, derived, microbatches)),
+        *memory_rows(config, derived),
+    ]
+
+
+def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
+    """One line of estimated memory a rank, by purpose, for each stage."""
+    plan = memory_plan(config, derived)
+    return [(f"memory, stage {stage}", _memory(plan.of_stage(stage))) for stage in range(derived.stages.num_stages)]
+
+
+def _flops(derived: Derived) -> str:
+    causal, full = flops_per_token(derived.shape), flops_per_token(derived.shape, "full")
+    return f"{causal / 1e9:.5g} G with causal attention ({full / 1e9:.5g} G with full attention)"
+
+
+def _ramp(config: RunConfig) -> str:
+    if config.train.rampup_batch is None:
+        return ""
+    start, increment, samples = config.train.rampup_batch
+    return f", growing from {start} by {increment} over the first {samples:,} samples"
+
+
+def _stages(derived: Derived) -> str:
+    counts = spell([len(layers) for layers in derived.stages.layers])
+    if derived.stages.num_stages == 1:
+        return counts
+    return f"{counts}; stages wait {100 * idle_share(derived.shape, derived.stages):.1f} % for the heaviest"
+
+
+def _bubble(config: RunConfig, derived: Derived, microbatches: int) -> str:
+    stages = derived.stages.num_stages
+    bubble = bubble_time(config.parallel.schedule, num_stages=stages, forward=1, backward=1, weight=1)
+    share = bubble_share(bubble, num_microbatches=microbatches, stage=3)
+    return f"{100 * share:.2f} % of a step, {config.parallel.schedule} with {microbatches} microbatches on equal stages"
+
+
+def _memory(memory: Memory) -> str:
+    parts = [(part.name.replace("_", " "), getattr(memory, part.name)) for part in fields(memory)]
+    named = ", ".join(f"{name} {_gib(size)}" for name, size in parts if size)
+    return f"{_gib(memory.total)} GiB: {named}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3g}"

@@ -1,0 +1,110 @@
+"""The Aquila2 recipes as data: what differs from the defaults, each number with its source.
+
+Sources. *7B*, *34B*, *70B*: FlagScale's published scripts, tags v0.1 and v0.2,
+``examples/aquila/{7B,34B,70B}/pretrain_aquila_*_distributed_*.sh``. *v1*: FlagAI's ``Aquila-pretrain.yaml``, the
+from-scratch run of the 7B's predecessor.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+Preset = Mapping[str, Any]  # by dotted name, as in the schema
+
+_COMMON = {  # the same in all three scripts
+    "model.vocab_size": 100008,
+    "model.norm_eps": 1e-5,
+    "model.rope_base": 10000.0,  # hard-coded in FlagScale's rotary_pos_embedding.py
+    "data.tokenizer_type": "AquilaTokenizer",
+    "data.split": "1",  # everything trains
+    "optim.optimizer": "adamw",
+    "optim.lr_decay": "cosine",
+    "optim.beta1": 0.9,
+    "optim.beta2": 0.95,
+    "optim.eps": 1e-8,  # Megatron-LM's default
+    "optim.weight_decay": 0.1,
+    "optim.clip_grad": 1.0,
+    "train.eval_iters": 0,
+    "observe.log_interval": 1,
+}
+
+_CONTINUE_7B = {  # 7B, all of it
+    **_COMMON,
+    "model.num_layers": 32,
+    "model.hidden_size": 4096,
+    "model.num_heads": 32,
+    "model.ffn_multiple_of": 256,
+    "model.vocab_multiple": 128,  # the script's default 128 at tp 1
+    "model.seq_len": 2048,
+    "model.init_std": 0.02,
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "optim.lr": 2e-5,
+    "optim.min_lr": 2e-6,
+    "optim.lr_warmup_samples": 3_076_172,
+    "train.train_samples": 1_002_539_063,  # 2.05 T tokens
+    "train.micro_batch": 2,
+    "train.global_batch": 1728,  # 9 microbatches on its 96 A800
+    "train.precision": "bf16",  # the script: fp16 with loss scaling
+    "checkpoint.save_interval": 2000,
+    "seed": 1234,
+}
+
+_SCRATCH_7B = {
+    **_CONTINUE_7B,
+    "optim.lr": 3e-4,  # v1: lr 3.0e-4; the 7B script's 2e-5 continues a trained model
+    "optim.min_lr": 3e-5,  # a tenth of the peak, as in all three scripts
+}
+
+_34B = {  # 34B
+    **_COMMON,
+    "model.num_layers": 60,
+    "model.hidden_size": 6144,
+    "model.num_heads": 48,
+    "model.num_kv_heads": 8,
+    "model.ffn_multiple_of": 4096,
+    "model.ffn_multiplier": 1.3,
+    "model.vocab_multiple": 256,  # 64 x tp 4
+    "model.seq_len": 4096,
+    "model.norm_init": 0.3,
+    "model.init_std": 0.0165,
+    "parallel.tensor": 4,
+    "parallel.pipeline": 4,
+    "parallel.sequence": True,
+    "optim.lr": 1.5e-4,
+    "optim.min_lr": 1.5e-5,
+    "optim.lr_warmup_samples": 500_000,
+    "train.train_samples": 488_281_250,  # 2.00 T tokens
+    "train.micro_batch": 1,
+    "train.global_batch": 1024,  # 32 microbatches on its 512 A100
+    "train.rampup_batch": (32, 32, 2_000_000),
+    "train.precision": "bf16",
+    "train.eval_interval": 2000,
+    "checkpoint.save_interval": 1000,
+    "checkpoint.rampup_save_interval": 5000,
+    "seed": 42,
+}
+
+_70B = {  # 70B
+    **_34B,
+    "model.num_layers": 80,
+    "model.hidden_size": 8192,
+    "model.num_heads": 64,
+    "model.vocab_multiple": 512,  # 64 x tp 8
+    "model.norm_init": 0.25,
+    "model.init_std": 0.0149,
+    "parallel.tensor": 8,
+    "train.micro_batch": 2,
+    "train.global_batch": 1056,  # 22 microbatches on its 768 A800
+    "train.rampup_batch": (48, 48, 2_000_000),
+    "checkpoint.save_interval": 500,
+}
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "aquila2-7b": _SCRATCH_7B,
+        "aquila2-7b-continue": _CONTINUE_7B,
+        "aquila2-34b": _34B,
+        "aquila2-70b": _70B,
+    }
+)
