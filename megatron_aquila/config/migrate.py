@@ -71,17 +71,26 @@ def _stage_layers(values: Values, config: RunConfig) -> str:
     return f"use --stage-layers {spell(layers)}"
 
 
+def _family(meaning: Refused, flags: str) -> dict[str, Refused]:
+    """The same refusal for several flags."""
+    return dict.fromkeys(flags.split(), meaning)
+
+
 _FP16 = Refused(
     "belongs to fp16, which comes with dynamic loss scaling in a later version", "leave it out: bf16 needs none"
 )
+_INIT = Refused("one standard deviation and one norm weight serve the whole model", "use --init-std and --norm-init")
+_MUP = Refused("muP is not offered", "use --init-std and --lr")
 _RECOMPUTE = Refused("recomputation is not yet offered", "use a smaller --micro-batch or more --tp or --pp")
-_MUP = Refused("muP is not offered", "set --init-std and --norm-init for the whole model")
 _HETERO = Refused("training on mixed devices is not offered", "use ranks of one kind")
+_ADAN = Refused("Adan is not offered", "use --optimizer adamw")
 _SEARCH = Refused(
-    "is not offered", "a sample follows from seed, length, blend and split: the log's consumed samples name it"
+    "is not offered",
+    "leave it out: a sample follows from seed, length, blend and split, so the log's consumed samples name it",
 )
 _OVERLAP = Refused("is not yet offered and changes speed only", "leave it out")
-_ADAN = Refused("Adan is not offered", "use --optimizer adamw")
+_XPU = Refused("belongs to Kunlun XPU, which is not offered", "leave it out")
+_SERVE = Refused("serving is not offered", "use aquila convert and a server of Hugging Face models")
 _RMS_NORM = "every norm is an RMSNorm without bias"
 _ROPE = "positions are rotary"
 
@@ -91,11 +100,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--bf16": Sets("train.precision", "bf16"),
         "--fp32": Sets("train.precision", "fp32"),
         "--fp16": Refused("fp16 comes with dynamic loss scaling in a later version", "use --bf16"),
-        "--initial-loss-scale": _FP16,
-        "--min-loss-scale": _FP16,
-        "--loss-scale": _FP16,
-        "--loss-scale-window": _FP16,
-        "--hysteresis": _FP16,
+        **_family(_FP16, "--initial-loss-scale --min-loss-scale --loss-scale --loss-scale-window --hysteresis"),
         "--attention-softmax-in-fp32": Always("softmax is computed in fp32 or wider"),
         "--accumulate-allreduce-grads-in-fp32": Always("gradients accumulate and reduce in fp32 or wider"),
         "--rotary-position-embeddings-in-fp32": Always(
@@ -127,27 +132,19 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "rotary halves are split here, as in Hugging Face's files",
             "start from the published Hugging Face weights with --init-from-hf: they are in this form already",
         ),
-        "--apply-init-customized": _MUP,
-        "--init-method-std-scaled-embed": _MUP,
-        "--init-method-std-scaled-attn-q": _MUP,
-        "--init-method-std-scaled-attn-k": _MUP,
-        "--init-method-std-scaled-attn-v": _MUP,
-        "--init-method-std-scaled-ffn-w1": _MUP,
-        "--init-method-std-scaled-ffn-w2": _MUP,
-        "--init-method-std-scaled-ffn-w3": _MUP,
-        "--init-method-std-scaled-output": _MUP,
-        "--apply-init-norm-customized": _MUP,
-        "--init-weight-attn-norm": _MUP,
-        "--init-weight-ffn-norm": _MUP,
-        "--init-weight-output-norm": _MUP,
-        "--mup": _MUP,
-        "--mup-attn-multiplier": _MUP,
-        "--mup-output-multiplier": _MUP,
-        "--mup-coord-check": _MUP,
-        "--mup-save": _MUP,
-        "--mup-delta-hidden-size": _MUP,
-        "--query-zero-init": _MUP,
-        "--readout-zero-init": _MUP,
+        **_family(
+            _INIT,
+            "--apply-init-customized --init-method-std-scaled-embed --init-method-std-scaled-attn-q "
+            "--init-method-std-scaled-attn-k --init-method-std-scaled-attn-v --init-method-std-scaled-ffn-w1 "
+            "--init-method-std-scaled-ffn-w2 --init-method-std-scaled-ffn-w3 --init-method-std-scaled-output "
+            "--apply-init-norm-customized --init-weight-attn-norm --init-weight-ffn-norm "
+            "--init-weight-output-norm",
+        ),
+        **_family(
+            _MUP,
+            "--mup --mup-attn-multiplier --mup-output-multiplier --mup-coord-check --mup-save "
+            "--mup-delta-hidden-size --query-zero-init --readout-zero-init",
+        ),
         # Parallelism and speed
         "--use-distributed-optimizer": Always("optimizer states and master weights are sharded over dp"),
         "--use-flash-attn": Always("the fastest attention at hand is chosen, and logged at start"),
@@ -155,25 +152,21 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--distributed-backend": Always("the backend follows from the device", ("nccl", "gloo")),
         "--no-global-file-system": Always("a missing index is noticed and built on each node"),
         "--num-devices-per-node": Refused("torchrun says how many ranks a node has", "leave it out"),
-        "--overlap-grad-reduce": _OVERLAP,
-        "--overlap-param-gather": _OVERLAP,
+        **_family(_OVERLAP, "--overlap-grad-reduce --overlap-param-gather"),
         "--num-layers-per-virtual-pipeline-stage": Refused("interleaved stages are not yet offered", "leave it out"),
-        "--recompute-granularity": _RECOMPUTE,
-        "--recompute-method": _RECOMPUTE,
-        "--recompute-num-layers": _RECOMPUTE,
-        "--recompute-activations": _RECOMPUTE,
-        "--recompute-granularity-per-stage": _RECOMPUTE,
-        "--recompute-method-per-stage": _RECOMPUTE,
-        "--recompute-num-layers-per-stage": _RECOMPUTE,
-        "--hetero-mode": _HETERO,
-        "--hetero-device-types": _HETERO,
-        "--hetero-current-device-type": _HETERO,
-        "--hetero-micro-batch-sizes": _HETERO,
+        **_family(
+            _RECOMPUTE,
+            "--recompute-granularity --recompute-method --recompute-num-layers --recompute-activations "
+            "--recompute-granularity-per-stage --recompute-method-per-stage --recompute-num-layers-per-stage",
+        ),
+        **_family(
+            _HETERO,
+            "--hetero-mode --hetero-device-types --hetero-current-device-type --hetero-micro-batch-sizes",
+        ),
         "--hetero-pipeline-stages": Refused(
             "stages are given by their layers alone", "use --stage-layers without the counts", _stage_layers
         ),
-        "--memory-saving": Refused("belongs to Kunlun XPU, which is not offered", "leave it out"),
-        "--findmax-opt": Refused("belongs to Kunlun XPU, which is not offered", "leave it out"),
+        **_family(_XPU, "--memory-saving --findmax-opt"),
         # Length and learning rate
         "--train-iters": Refused("lengths are in samples", "use --train-samples", _in_samples("--train-samples")),
         "--lr-warmup-iters": Refused(
@@ -183,16 +176,11 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "lengths are in samples", "use --lr-decay-samples", _in_samples("--lr-decay-samples")
         ),
         "--lr-warmup-fraction": Refused("lengths are in samples", "use --lr-warmup-samples", _warmup_samples),
-        "--adan-beta1": _ADAN,
-        "--adan-beta2": _ADAN,
-        "--adan-beta3": _ADAN,
-        "--adan-eps": _ADAN,
+        **_family(_ADAN, "--adan-beta1 --adan-beta2 --adan-beta3 --adan-eps"),
         # Data
         "--data-impl": Always("indexed datasets are mapped into memory", ("mmap",)),
         "--dataloader-type": Always("samples are read in the order of the index", ("single",)),
-        "--return-doc-ids": _SEARCH,
-        "--data-searching-save": _SEARCH,
-        "--data-searching-range": _SEARCH,
+        **_family(_SEARCH, "--return-doc-ids --data-searching-save --data-searching-range"),
         "--finetune-dataset-type": Refused("fine-tuning is not yet offered", "leave it out"),
         # Checkpoints and logs
         "--no-load-rng": Always(
@@ -203,8 +191,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--save-param-index-maps-only": Refused("a checkpoint names every tensor", "leave it out: any layout loads it"),
         "--tensorboard-log-interval": Follows("observe.log_interval"),
         # Serving
-        "--server-port": Refused("serving is not offered", "use aquila convert and a server of Hugging Face models"),
-        "--model-info": Refused("serving is not offered", "use aquila convert and a server of Hugging Face models"),
+        **_family(_SERVE, "--server-port --model-info"),
     }
 )
 

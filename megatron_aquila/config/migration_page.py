@@ -13,8 +13,8 @@ The flags of a Megatron-LM or FlagScale script can be passed as they are. Each i
 is always so here, or is refused with what to use instead; all refusals are printed at once. Underscores are as good as
 hyphens. `aquila config show FLAGS` prints what a script comes to.
 
-The presets `aquila2-7b-continue`, `aquila2-34b` and `aquila2-70b` are FlagScale's published scripts, `aquila2-7b` is the
-7B from scratch.
+The presets `aquila2-7b-continue`, `aquila2-34b` and `aquila2-70b` are FlagScale's published scripts; `aquila2-7b` is
+the 7B from scratch.
 """
 
 
@@ -73,6 +73,9 @@ def _accepted() -> Iterator[str]:
 
 
 def _refused() -> Iterator[str]:
+    families: dict[Refused, list[str]] = {}
     for flag, meaning in MIGRATIONS.items():
         if isinstance(meaning, Refused):
-            yield f"| `{flag}` | {meaning.why} | {meaning.way_out} |"
+            families.setdefault(meaning, []).append(f"`{flag}`")
+    for meaning, flags in families.items():
+        yield f"| {' '.join(flags)} | {meaning.why} | {meaning.way_out} |"
