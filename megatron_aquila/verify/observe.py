@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_aquila.checkpoint.layout import Chunk, range_chunks
+from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
 from megatron_aquila.checkpoint.rectangles import Rectangle
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import OptimConfig, RunConfig
@@ -20,7 +21,7 @@ from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.reference import plain_losses
 from megatron_aquila.verify.sample import rank_batches, sample_batch
 
-RULES = ("sgd", "adamw")
+RULES: tuple[Literal["sgd", "adamw"], ...] = ("sgd", "adamw")
 SOURCES = ("even", "odd")
 
 
@@ -43,8 +44,10 @@ def observe_plain(config: RunConfig, weights: Mapping[str, Tensor], shape: Model
     loss = (losses * mask).sum() / mask.sum()
     gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
-    updated = {rule: plain_update(config.optim, rule, weights, gradients, norm) for rule in RULES}
-    return Observation(loss=float(loss), grad_norm=norm, gradients=gradients, updated=updated)
+    updated: dict[str, dict[str, Tensor]] = {
+        rule: plain_update(config.optim, rule, weights, gradients, norm) for rule in RULES
+    }
+    return Observation(loss=loss.item(), grad_norm=norm, gradients=gradients, updated=updated)
 
 
 def plain_update(
@@ -95,7 +98,7 @@ def observe_rank(config: RunConfig) -> RankObservation:
         optim = replace(config.optim, optimizer=rule, lr_warmup_samples=0)
         machine = build_small(replace(config, optim=optim))
         observed = _one_step(machine)
-        updated[rule] = [_copy(chunk) for chunk in saved_chunks(machine, "weight")]
+        updated[rule] = [_copy(chunk) for info in machine.infos for chunk in param_chunks(info)]
         first = observed if first is None else first
     assert first is not None, "at least one update rule"
     return replace(first, updated=updated)
@@ -125,20 +128,19 @@ def _one_step(machine: Machine) -> RankObservation:
     counts = agree(ctx, batches, stop_requested=False)
     sums = LossSums(SOURCES, num_tokens=counts.num_tokens, device=ctx.device)
     compute_gradients(machine, batches, sums)
-    gradients = [_copy(chunk) for chunk in saved_chunks(machine, "grad")]
+    gradients = [_copy(chunk) for chunk in gradient_chunks(machine)]
     norm = machine.optimizer.clip_(config.optim.clip_grad)
     machine.optimizer.step(config.optim.lr)
     return RankObservation(loss=sums.means(ctx).loss, grad_norm=norm, gradients=gradients, updated={})
 
 
-def saved_chunks(machine: Machine, kind: str) -> list[Chunk]:
-    """This rank's rectangles of one kind of optimizer range, replicas left out. Views, not copies."""
+def gradient_chunks(machine: Machine) -> list[Chunk]:
+    """This rank's rectangles of the reduced gradients. Views, not copies."""
     return [
         chunk
-        for found, owned, values in machine.optimizer.ranges()
-        if found == kind
+        for kind, owned, values in machine.optimizer.ranges()
+        if kind == "grad"
         for chunk in range_chunks(owned, values)
-        if chunk.replica == 0
     ]
 
 
@@ -147,11 +149,16 @@ def _copy(chunk: Chunk) -> Chunk:
 
 
 def assemble(chunks: Iterable[Chunk]) -> dict[str, Tensor]:
-    """Whole logical tensors from the rectangles of all ranks. What no rank holds stays NaN, and so fails every check."""
+    """Whole logical tensors from the rectangles of all ranks.
+
+    What no rank holds, and what two ranks hold differently, is NaN and so fails every check.
+    """
     whole: dict[str, Tensor] = {}
     for chunk in chunks:
         if chunk.name not in whole:
-            whole[chunk.name] = torch.full(chunk.global_shape, float("nan"), dtype=chunk.tensor.dtype)
+            whole[chunk.name] = torch.full(chunk.global_shape, torch.nan, dtype=chunk.tensor.dtype)
         everything = Rectangle((0,) * len(chunk.global_shape), chunk.global_shape)
-        whole[chunk.name][chunk.rectangle.within(everything)] = chunk.tensor
+        place = whole[chunk.name][chunk.rectangle.within(everything)]
+        conflict = ~place.isnan() & (place != chunk.tensor)
+        place.copy_(chunk.tensor.masked_fill(conflict, torch.nan))
     return whole

@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,18 +96,16 @@ class Parity:
 
     def smallest_failing(self, layout: Layout) -> Layout:
         """The layout with the fewest of ``layout``'s options that still differs from the plain reference."""
-        options = {name: value for name, value in asdict_layout(layout).items() if value != getattr(Layout(), name)}
+        plain_options = asdict(Layout())
+        options: dict[str, Any] = {
+            name: value for name, value in asdict(layout).items() if value != plain_options[name]
+        }
         for count in range(len(options) + 1):
             for chosen in itertools.combinations(options, count):
                 candidate = replace(Layout(), **{name: options[name] for name in chosen})
                 if not compare("", candidate, "plain", self.plain, self.observe(candidate)).holds:
                     return candidate
         return layout
-
-
-def asdict_layout(layout: Layout) -> dict[str, int | bool]:
-    """The layout's options by name."""
-    return {name: getattr(layout, name) for name in layout.__dataclass_fields__}
 
 
 def tensors(observation: Observation) -> dict[str, Tensor]:

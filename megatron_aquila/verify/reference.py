@@ -84,7 +84,7 @@ def _rotate(x_BSND: Tensor, positions_BS: Tensor, base: float) -> Tensor:
     wide = torch.promote_types(x_BSND.dtype, torch.float32)
     frequencies = base ** (-torch.arange(half, dtype=wide, device=x_BSND.device) / half)
     angles = (positions_BS.to(wide)[..., None] * frequencies)[:, :, None, :]
-    first, second = x_BSND.to(wide).split(half, dim=-1)
+    first, second = x_BSND.to(wide).chunk(2, dim=-1)
     rotated = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
     return torch.cat(rotated, dim=-1).to(x_BSND.dtype)
 
@@ -92,7 +92,8 @@ def _rotate(x_BSND: Tensor, positions_BS: Tensor, base: float) -> Tensor:
 def _attention(weights: Weights, prefix: str, shape: ModelShape, x_BSH: Tensor, positions_BS: Tensor) -> Tensor:
     """Causal attention with the whole score matrix; query head n uses key head n // (N / K)."""
     q, k, v = (
-        F.linear(x_BSH, weights[f"{prefix}.{name}_proj.weight"]).unflatten(-1, (-1, shape.head_dim)) for name in "qkv"
+        F.linear(x_BSH, weights[f"{prefix}.{name}_proj.weight"]).view(*x_BSH.shape[:2], -1, shape.head_dim)
+        for name in "qkv"
     )
     q, k = _rotate(q, positions_BS, shape.rope_base), _rotate(k, positions_BS, shape.rope_base)
     group = shape.num_heads // shape.num_kv_heads

@@ -1,0 +1,42 @@
+"""``aquila COMMAND ...``, also ``python -m megatron_aquila COMMAND ...``."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+COMMANDS = {
+    "pretrain": "train a model; under torchrun one process a rank",
+    "preprocess": "turn jsonl corpora into .bin/.idx token files",
+    "tokenizer": "train a byte-level BPE tokenizer, or inspect one",
+    "convert": "convert checkpoints to and from Hugging Face folders, or inspect one",
+    "parity": "prove that a layout computes the same model as one process",
+    "config": "show the resolved settings and where each came from",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command with the rest of the arguments and return its exit status; 2 for an unknown command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"error: there is no command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    # one module a command, imported only when called: most need no torch
+    status: int = importlib.import_module(f"megatron_aquila.commands.{name}").main(rest)
+    return status
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: aquila COMMAND [options]; COMMAND --help tells more", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

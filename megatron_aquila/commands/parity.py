@@ -1,0 +1,81 @@
+"""``aquila parity``: prove that a layout computes the same model as one process."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_aquila.commands.failure import exit_code
+from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.verify.parity import BOUND, Parity, Row
+from megatron_aquila.verify.pool import WorkerPool
+from megatron_aquila.verify.shrink import Layout
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Shrink the given config, run it in float64 under each axis of its layout, print a row each.
+
+    Returns 0 only if every row holds.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    with exit_code() as code:
+        code.value = 0 if prove(load_config(arguments, prog="aquila parity").config) else 1
+    return code.value
+
+
+def prove(config: RunConfig) -> bool:
+    """Run and print the whole table; whether all of it holds."""
+    requested = requested_layout(config)
+    pools: dict[int, WorkerPool] = {}
+
+    def pool(world: int) -> WorkerPool:
+        if world not in pools:
+            pools[world] = WorkerPool(world)
+        return pools[world]
+
+    console = Console()
+    try:
+        parity = Parity(config, requested, pool)
+        console.print(
+            f"{requested}, float64, a model of {parity.shape.num_layers} layers, bound {BOUND:g} of each norm"
+        )
+        rows = []
+        with console.status("running layouts"):
+            for row in parity.rows():
+                rows.append(row)
+                console.log(f"{row.axis}: {'holds' if row.holds else 'FAILS'}") if console.is_terminal else None
+    finally:
+        for one in pools.values():
+            one.close()
+    console.print(table(rows))
+    for row in rows:
+        if not row.holds:
+            console.print(
+                f"{row.axis}: the first wrong tensor is {row.first_wrong}; the smallest layout that fails: {row.smallest}"
+            )
+    return all(row.holds for row in rows)
+
+
+def requested_layout(config: RunConfig) -> Layout:
+    """The degrees that the settings ask for."""
+    parallel = config.parallel
+    return Layout(
+        tp=parallel.tensor,
+        sequence=parallel.sequence and parallel.tensor > 1,
+        pp=parallel.pipeline,
+        dp=1 if parallel.data is None else parallel.data,
+        micro_batch=config.train.micro_batch,
+    )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """A row an axis: the layout, what it was held against, the worst tensor and its error."""
+    out = Table("axis", "layout", "against", "worst tensor", "error", "")
+    for row in rows:
+        verdict = "[green]holds[/green]" if row.holds else "[red]FAILS[/red]"
+        out.add_row(row.axis, str(row.layout), row.against, row.worst.tensor, f"{row.worst.error:.1e}", verdict)
+    return out

@@ -1,0 +1,43 @@
+"""``aquila pretrain``: parse, build, run."""
+
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+
+from megatron_aquila.commands.failure import exit_code
+from megatron_aquila.config.cli import LoadedConfig, load_config
+from megatron_aquila.config.derive import derive
+from megatron_aquila.train.launcher import Launch, read_launch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Pretrain as the settings say; under torchrun one process a rank. Returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    launch = read_launch()
+    with exit_code(rank=launch.rank) as code:
+        run(load_config(arguments, world_size=launch.world_size, prog="aquila pretrain"), launch)
+    return code.value
+
+
+def run(loaded: LoadedConfig, launch: Launch) -> None:
+    """Build the run and train to its end."""
+    # Torch is imported here, so that --help and wrong flags answer at once.
+    from megatron_aquila.observe.log import Log
+    from megatron_aquila.train import banner, build, corpus, env, report, resume, trainer
+
+    config = loaded.config
+    derived = derive(config, launch.world_size)
+    log = Log(enabled=launch.rank == 0)
+    device = env.choose_device(config.train.device, launch)
+    env.prepare_process(device, launch)
+    banner.check_memory(config, derived, device)
+    state = resume.read_state(config, derived.shape)
+    with env.process_group(device, launch, timedelta(minutes=config.parallel.timeout_minutes)):
+        machine = build.build_machine(config, derived, device)
+        banner.print_banner(log, config, derived, loaded.sources, machine.kernels.reasons)
+        data = corpus.build_corpus(config, derived, machine.ctx, launch, segments=state.index_segments)
+        log.line(data.train.source.describe())
+        resume.load_weights(machine, state)
+        with report.open_reporter(machine, log) as reporter:
+            trainer.train(machine, data, state, reporter)
+        data.close()

@@ -1,0 +1,128 @@
+"""From settings to a run: one line a part. The rooms of the layer below meet here and nowhere else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from megatron_aquila.config.derive import Derived
+from megatron_aquila.config.schema import OptimConfig, RunConfig
+from megatron_aquila.data.loader import BatchLoader
+from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
+from megatron_aquila.model.aquila import AquilaStage, build_stages
+from megatron_aquila.optim.distributed import DistributedOptimizer
+from megatron_aquila.optim.lr import LrSchedule
+from megatron_aquila.optim.rules import AdamW, Rule, Sgd
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.params import ParamInfo
+from megatron_aquila.pipeline.action import Action
+from megatron_aquila.pipeline.checks import check
+from megatron_aquila.pipeline.engine import Engine, LossFn
+from megatron_aquila.pipeline.schedules import build_schedule, forward_only
+from megatron_aquila.pipeline.wire import P2PWire, Wire
+from megatron_aquila.plan.shape import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What computes: everything of a run but its data and its past."""
+
+    config: RunConfig
+    derived: Derived
+    ctx: ParallelContext
+    kernels: Kernels
+    stages: dict[int, AquilaStage]
+    infos: tuple[ParamInfo, ...]
+    wire: Wire
+    optimizer: DistributedOptimizer
+    lr: LrSchedule
+
+    def engine(self, loss_fn: LossFn) -> Engine:
+        """The engine over this rank's stages, for one step's loss."""
+        return Engine(self.stages, num_stages=self.derived.stages.num_stages, loss_fn=loss_fn, wire=self.wire)
+
+    def program(self, num_microbatches: int) -> Sequence[Action]:
+        """This pipeline rank's forward and backward work for a step of ``num_microbatches``, checked."""
+        pp = self.derived.grid.pp
+        schedule = build_schedule(self.config.parallel.schedule, pp, num_microbatches)
+        check(schedule, self.derived.stages.num_stages, num_microbatches)
+        return schedule[self.ctx.pp.rank]
+
+    def forward_program(self, num_microbatches: int) -> Sequence[Action]:
+        """This pipeline rank's forward work, for a validation."""
+        return forward_only(self.derived.grid.pp, num_microbatches)[self.ctx.pp.rank]
+
+
+def build_machine(config: RunConfig, derived: Derived, device: torch.device) -> Machine:
+    """Groups, kernels, stages, optimizer, wire. Collective. Weights are allocated, not filled."""
+    dtype = DTYPES[config.train.precision]
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    ctx = ParallelContext.create(derived.grid, device, timeout)
+    kernels = choose_kernels(device, dtype)
+    sequence_parallel = config.parallel.sequence
+    stages = build_stages(
+        derived.shape, derived.stages, ctx, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype
+    )
+    infos = tuple(info for stage in stages.values() for info in stage.param_infos())
+    optimizer = DistributedOptimizer(
+        infos, ctx, rule=update_rule(config.optim, kernels), bucket_bytes=config.parallel.bucket_mib * 2**20
+    )
+    rows = derived.shape.seq_len // (ctx.tp.size if sequence_parallel else 1)
+    activation_shape = (rows, config.train.micro_batch, derived.shape.hidden_size)
+    return Machine(
+        config=config,
+        derived=derived,
+        ctx=ctx,
+        kernels=kernels,
+        stages=stages,
+        infos=infos,
+        wire=P2PWire(ctx, activation_shape=activation_shape, dtype=dtype),
+        optimizer=optimizer,
+        lr=lr_schedule(config),
+    )
+
+
+def update_rule(optim: OptimConfig, kernels: Kernels) -> Rule:
+    """The update rule the settings name."""
+    if optim.optimizer == "sgd":
+        return Sgd(weight_decay=optim.weight_decay)
+    return AdamW(
+        beta1=optim.beta1,
+        beta2=optim.beta2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        kernel=kernels.adamw,
+    )
+
+
+def lr_schedule(config: RunConfig) -> LrSchedule:
+    """The learning rate as a function of consumed samples."""
+    optim = config.optim
+    decay_samples = optim.lr_decay_samples
+    return LrSchedule(
+        peak=optim.lr,
+        minimum=optim.min_lr,
+        warmup_samples=optim.lr_warmup_samples,
+        decay_samples=decay_samples if decay_samples is not None else config.train.train_samples,
+        decay=optim.lr_decay,
+        wsd_decay_samples=optim.lr_wsd_decay_samples,
+        wsd_decay=optim.lr_wsd_decay,
+    )
+
+
+def load_batches(loader: BatchLoader, consumed: int, global_batch: int, device: torch.device) -> list[Batch]:
+    """This rank's microbatches of the global batch that starts at sample ``consumed``, on the device."""
+    return [
+        Batch(
+            tokens_BS=torch.from_numpy(micro.tokens_BS).to(device),
+            labels_BS=torch.from_numpy(micro.labels_BS).to(device),
+            loss_mask_BS=torch.from_numpy(micro.loss_mask_BS).to(device),
+            positions_BS=torch.from_numpy(micro.positions_BS).to(device),
+            source_B=torch.from_numpy(micro.source_B).to(device),
+        )
+        for micro in loader.fetch(consumed, global_batch)
+    ]

@@ -1,0 +1,83 @@
+"""The process's surroundings: device, environment variables, process group. The one place that touches them."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.train.launcher import Launch
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> torch.device:
+    """The device this process computes on; ``auto`` takes a GPU where there is one.
+
+    Raises ``ConfigError`` where this rank has no GPU of its own.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if kind == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= launch.local_rank:
+        why = f"local rank {launch.local_rank} has no GPU: this node shows {torch.cuda.device_count()}"
+        way_out = "start as many processes a node as it has GPUs, or use --device cpu"
+        raise ConfigError([Problem("--device", wanted, why, way_out)])
+    return torch.device("cuda", launch.local_rank)
+
+
+def prepare_process(device: torch.device, launch: Launch) -> None:
+    """Set what must stand before CUDA and NCCL start; what the user set stays.
+
+    One hardware queue keeps kernels in the order of their launch, so that a collective launched before a GEMM also
+    starts before it: what sequence parallel's overlap needs on Ampere and Hopper. On the CPU several ranks share the
+    cores: more threads than cores slow each other down thirtyfold.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        share = (os.cpu_count() or 1) // launch.local_world_size
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), share)))
+
+
+@contextmanager
+def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> Iterator[None]:
+    """The default process group for the length of a run; nothing in a world of one.
+
+    The store's keys carry the attempt's number: after a restart the agent's store still holds the dead processes'
+    addresses, and a rank that reads them never connects.
+    """
+    if launch.world_size == 1:
+        yield
+        return
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    tcp = dist.TCPStore(  # type: ignore[attr-defined]  # torch re-exports it without saying so
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        launch.world_size,
+        is_master=launch.rank == 0 and not agent_hosts,
+        timeout=timeout,
+    )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt_{launch.attempt}", tcp),  # type: ignore[attr-defined]
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield
+    dist.destroy_process_group()  # not after an error: with a dead neighbour it can wait for ever
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes this process has held: of the GPU's allocator, or of resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,54 @@
+"""The loss of a step: what is differentiated, and what is reported, summed by source of the blend."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.collectives import all_reduce_
+from megatron_aquila.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True, slots=True)
+class LossMeans:
+    """Mean loss in nats over all counted tokens, and over those of each source that had any."""
+
+    loss: float
+    by_source: Mapping[str, float]
+
+
+class LossSums:
+    """Turns per-token losses into the scalar to differentiate and keeps the sums for the report on the device.
+
+    ``num_tokens`` is the number of counted labels in the whole global batch, over all ranks and microbatches.
+    """
+
+    def __init__(self, source_names: Sequence[str], *, num_tokens: int, device: torch.device) -> None:
+        assert num_tokens > 0, "a global batch without a single counted label has no loss"
+        self.source_names, self.num_tokens = tuple(source_names), num_tokens
+        self._sums = torch.zeros(2, len(source_names), dtype=torch.float64, device=device)
+
+    def loss(self, loss_SB: Tensor, batch: Batch) -> Tensor:
+        """loss_SB -> this microbatch's share of the global mean, a scalar. Local."""
+        mask_SB = batch.loss_mask_BS.t().to(loss_SB.dtype)
+        masked_SB = loss_SB * mask_SB
+        with torch.no_grad():
+            by_sample = torch.stack([masked_SB.sum(0), mask_SB.sum(0)]).to(torch.float64)
+            self._sums.index_add_(1, batch.source_B, by_sample)
+        return masked_SB.sum() / self.num_tokens
+
+    def means(self, ctx: ParallelContext) -> LossMeans:
+        """Means over the global batch, equal on every rank. One all-reduce over the world.
+
+        The last pipeline stage has the sums; its tp ranks hold equal ones, of which the first's count.
+        """
+        counts_here = ctx.tp.rank == 0
+        loss_sums, counts = all_reduce_(self._sums * counts_here, ctx.world).tolist()
+        by_source = {
+            name: total / count
+            for name, total, count in zip(self.source_names, loss_sums, counts, strict=True)
+            if count > 0
+        }
+        return LossMeans(loss=sum(loss_sums) / self.num_tokens, by_source=by_source)

@@ -1,0 +1,92 @@
+"""What the run tells: one rank turns reports into rows and hands them to the writers, the others stay silent."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.observe.gemm import measure_gemm_flops
+from megatron_aquila.observe.log import Log
+from megatron_aquila.observe.meters import ThroughputMeter
+from megatron_aquila.observe.report import StepReport
+from megatron_aquila.observe.writers import Writers, open_writers
+from megatron_aquila.parallel.collectives import all_reduce_
+from megatron_aquila.plan.flops import flops_per_token, peak_flops
+from megatron_aquila.train.build import DTYPES, Machine
+from megatron_aquila.train.loss import LossMeans
+from megatron_aquila.train.state import TrainState
+
+
+class RankZeroReporter:
+    """Writes every ``log_interval``-th step, every validation and every note; on other ranks does nothing."""
+
+    def __init__(self, *, log: Log, meter: ThroughputMeter, writers: Writers, log_interval: int) -> None:
+        self._log, self._meter, self._writers, self._log_interval = log, meter, writers, log_interval
+
+    def step(self, report: StepReport) -> None:
+        """Write the step's row; a step that was not applied is always written."""
+        row = self._meter.row(report)
+        if report.step % self._log_interval == 0 or not report.applied:
+            self._writers.write(row)
+
+    def validation(self, state: TrainState, means: LossMeans) -> None:
+        """Write the validation's row, at the step it followed."""
+        by_source = {f"valid_loss/{name}": loss for name, loss in means.by_source.items()}
+        self._writers.write(
+            {"step": state.step, "consumed_samples": state.consumed_samples, "valid_loss": means.loss, **by_source}
+        )
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._log.line(text)
+
+
+@contextmanager
+def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
+    """The reporter for the length of a run. Collective: the GEMM rate of a CPU is measured on all ranks at once."""
+    config, shape = machine.config, machine.derived.shape
+    meter = ThroughputMeter(
+        flops_per_token=flops_per_token(shape),
+        flops_per_token_full=flops_per_token(shape, "full"),
+        num_devices=machine.ctx.world.size,
+        total_samples=config.train.train_samples,
+        peak_flops=device_peak(config, machine.ctx.device, log),
+        gemm_flops=cpu_rate(machine) if machine.ctx.device.type == "cpu" else None,
+    )
+    writers = Writers([])
+    if machine.ctx.rank == 0:
+        observe = config.observe
+        writers = open_writers(
+            log,
+            total_samples=config.train.train_samples,
+            log_dir=observe.log_dir if observe.log_dir is not None else config.checkpoint.save,
+            tensorboard_dir=observe.tensorboard_dir,
+            wandb_project=observe.wandb_project,
+            wandb_dir=observe.wandb_dir if observe.wandb_dir is not None else Path("wandb"),
+        )
+    try:
+        yield RankZeroReporter(log=log, meter=meter, writers=writers, log_interval=config.observe.log_interval)
+    finally:
+        writers.close()
+
+
+def device_peak(config: RunConfig, device: torch.device, log: Log) -> float | None:
+    """Dense peak of one device in FLOP/s for the MFU: as set, or from the device's name, or unknown and said so."""
+    if config.observe.peak_tflops is not None:
+        return config.observe.peak_tflops * 1e12
+    if device.type == "cpu":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = peak_flops(name, config.train.precision)
+    if peak is None:
+        log.line(f"no peak is known for {name} in {config.train.precision}: no MFU is printed; --peak-tflops sets one")
+    return peak
+
+
+def cpu_rate(machine: Machine) -> float:
+    """FLOP/s of a large fp32 matmul on one rank while all ranks of this machine run theirs: the mean over ranks."""
+    rate = measure_gemm_flops(machine.ctx.device, DTYPES["fp32"])
+    total = all_reduce_(torch.tensor(rate, dtype=torch.float64), machine.ctx.world)
+    return float(total) / machine.ctx.world.size

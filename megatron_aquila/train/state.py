@@ -1,0 +1,63 @@
+"""Where a run stands: all that is neither a parameter nor an optimizer tensor."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron_aquila.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """Frozen: a step returns the next one.
+
+    The position in the data and every random number follow from it: nothing in a run draws from a generator that has a
+    state. ``index_segments`` are the lengths of the sample indices built so far: the first is fixed when the run
+    starts, extending a run appends one and never reshuffles what was seen. ``skipped_samples`` lists the half-open
+    ranges whose gradients were not applied.
+    """
+
+    seed: int
+    index_segments: tuple[int, ...]
+    step: int = 0
+    applied_steps: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_samples: tuple[tuple[int, int], ...] = ()
+
+    def advance(self, *, samples: int, tokens: int, applied: bool) -> "TrainState":
+        """The state after a step over ``samples`` samples; one that was not applied is remembered as skipped."""
+        stop = self.consumed_samples + samples
+        skipped = () if applied else ((self.consumed_samples, stop),)
+        return replace(
+            self,
+            step=self.step + 1,
+            applied_steps=self.applied_steps + applied,
+            consumed_samples=stop,
+            consumed_tokens=self.consumed_tokens + tokens,
+            skipped_samples=self.skipped_samples + skipped,
+        )
+
+    def extended_to(self, samples: int) -> "TrainState":
+        """The state with a sample index for at least ``samples``: unchanged, or with one more segment."""
+        missing = samples - sum(self.index_segments)
+        return self if missing <= 0 else replace(self, index_segments=(*self.index_segments, missing))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the checkpoint's manifest; the inverse of ``from_json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainState":
+        """Raises ``CheckpointError`` where a field is missing or unknown."""
+        fields = set(cls.__dataclass_fields__)
+        if set(values) != fields:
+            raise CheckpointError(
+                f"the checkpoint's training state has fields {sorted(values)}, expected {sorted(fields)}: it was "
+                "written by another version; start from its weights with --no-load-optim"
+            )
+        lists = {
+            "index_segments": tuple(values["index_segments"]),
+            "skipped_samples": tuple((start, stop) for start, stop in values["skipped_samples"]),
+        }
+        return cls(**{**values, **lists})

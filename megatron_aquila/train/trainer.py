@@ -1,0 +1,134 @@
+"""The loop: steps, validations, checkpoints, and the four ways it ends (samples, time, signal, end of the run)."""
+
+import itertools
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Protocol
+
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.errors import AquilaError
+from megatron_aquila.observe.report import StepReport
+from megatron_aquila.train.build import Machine
+from megatron_aquila.train.corpus import Corpus
+from megatron_aquila.train.evaluate import evaluate
+from megatron_aquila.train.loss import LossMeans
+from megatron_aquila.train.resume import save
+from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.step import train_step
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+class Reporter(Protocol):
+    """Who is told what happened; rank 0 writes it down, the others ignore it."""
+
+    def step(self, report: StepReport) -> None:
+        """One optimizer step is done."""
+
+    def validation(self, state: TrainState, means: LossMeans) -> None:
+        """A validation is done."""
+
+    def note(self, text: str) -> None:
+        """Something else worth a line."""
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT: finish the step, save, stop. A second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT while the loop runs."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter) -> TrainState:
+    """Run from ``state`` to the end of the run, or until asked to stop. Collective; returns the last state.
+
+    Stopping is agreed at the beginning of a step, takes effect after it, and saves.
+    """
+    config = machine.config
+    started = time.monotonic()
+    last_saved = state.step
+    with stop_on_signals() as request:
+        why = end_of_run(config, state)
+        while why is None:
+            late = config.train.exit_minutes is not None and time.monotonic() - started > 60 * config.train.exit_minutes
+            outcome = train_step(machine, corpus, state, stop_requested=late or request.signal_name is not None)
+            state = outcome.state
+            reporter.step(outcome.report)
+            check_progress(state, outcome.report)
+            why = end_of_run(config, state)
+            if why is None and outcome.stop_requested:
+                why = stop_reason(request, late=late)
+            if corpus.valid is not None and is_due(state.step, config.train.eval_interval, last=why is not None):
+                reporter.validation(state, evaluate(machine, corpus))
+            if config.checkpoint.save is not None and is_due(
+                state.step, save_interval(config, state), last=why is not None
+            ):
+                reporter.note(f"saved {save(machine, state)}")
+                last_saved = state.step
+    reporter.note(f"stopped at step {state.step}, {state.consumed_samples} samples: {why}")
+    if last_saved < state.step:
+        reporter.note("nothing was saved since: no --save folder is set")
+    return state
+
+
+def end_of_run(config: RunConfig, state: TrainState) -> str | None:
+    """Why no further step is due, or ``None``."""
+    if state.consumed_samples >= config.train.train_samples:
+        return f"--train-samples {config.train.train_samples} are consumed"
+    if config.train.exit_samples is not None and state.consumed_samples >= config.train.exit_samples:
+        return f"--exit-samples {config.train.exit_samples} are consumed"
+    return None
+
+
+def stop_reason(request: StopRequest, *, late: bool) -> str:
+    """Why a rank asked to stop, as far as this rank knows."""
+    if request.signal_name is not None:
+        return request.signal_name
+    return "--exit-minutes have passed" if late else "another rank was asked to stop"
+
+
+def is_due(step: int, interval: int, *, last: bool) -> bool:
+    """Whether something that happens every ``interval`` steps, and at the end, happens after ``step``."""
+    return interval > 0 and (last or step % interval == 0)
+
+
+def save_interval(config: RunConfig, state: TrainState) -> int:
+    """Steps between checkpoints at this point: during the batch ramp, which has many short steps, it may differ."""
+    ramp, settings = config.train.rampup_batch, config.checkpoint
+    if ramp is not None and settings.rampup_save_interval is not None and state.consumed_samples < ramp[2]:
+        return settings.rampup_save_interval
+    return settings.save_interval
+
+
+def check_progress(state: TrainState, report: StepReport) -> None:
+    """Raise ``AquilaError`` once ``MAX_SKIPPED_IN_A_ROW`` steps in a row were not applied: the run is lost."""
+    if report.applied or len(state.skipped_samples) < MAX_SKIPPED_IN_A_ROW:
+        return
+    recent = state.skipped_samples[-MAX_SKIPPED_IN_A_ROW:]
+    in_a_row = all(before[1] == after[0] for before, after in itertools.pairwise(recent))
+    if in_a_row:
+        raise AquilaError(
+            f"step {state.step}: the gradient norm was not finite for {MAX_SKIPPED_IN_A_ROW} steps, samples "
+            f"{recent[0][0]} to {recent[-1][1]}; resume from an earlier checkpoint with a lower --lr"
+        )

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.train.loss import LossSums
+
+
+def batch(mask: list[list[float]], sources: list[int]) -> Batch:
+    mask_BS = torch.tensor(mask)
+    ids = torch.zeros_like(mask_BS, dtype=torch.int64)
+    return Batch(tokens_BS=ids, labels_BS=ids, loss_mask_BS=mask_BS, positions_BS=ids, source_B=torch.tensor(sources))
+
+
+def test_loss_is_a_sum_over_tokens_never_a_mean_of_means() -> None:
+    sums = LossSums(["a", "b", "unused"], num_tokens=3, device=torch.device("cpu"))
+    first = sums.loss(torch.tensor([[1.0], [2.0]], dtype=torch.float64), batch([[1.0, 1.0]], [0]))
+    second = sums.loss(torch.tensor([[6.0], [9.0]], dtype=torch.float64), batch([[1.0, 0.0]], [1]))
+    assert float(first + second) == (1 + 2 + 6) / 3
+    assert float(first + second) != ((1 + 2) / 2 + 6) / 2, "a mean of means would pass"
+    means = sums.means(ParallelContext.single())
+    assert means.loss == 3.0
+    assert means.by_source == {"a": 1.5, "b": 6.0}
+
+
+def test_a_step_without_labels_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="label"):
+        LossSums(["a"], num_tokens=0, device=torch.device("cpu"))

@@ -1,0 +1,30 @@
+import json
+
+import pytest
+
+from megatron_aquila.errors import CheckpointError
+from megatron_aquila.train.state import TrainState
+
+
+def test_a_step_consumes_its_samples_and_a_skipped_one_does_not_count_for_adam() -> None:
+    state = TrainState(seed=1, index_segments=(100,))
+    state = state.advance(samples=8, tokens=80, applied=True).advance(samples=8, tokens=80, applied=False)
+    assert (state.step, state.applied_steps, state.consumed_samples, state.consumed_tokens) == (2, 1, 16, 160)
+    assert state.skipped_samples == ((8, 16),)
+
+
+def test_json_round_trip_is_exact() -> None:
+    state = TrainState(seed=1, index_segments=(100, 20), skipped_samples=((8, 16),), step=3)
+    assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_extending_appends_a_segment_and_never_changes_the_old_ones() -> None:
+    state = TrainState(seed=1, index_segments=(100,))
+    assert state.extended_to(90).index_segments == (100,)
+    assert state.extended_to(130).index_segments == (100, 30)
+    assert state.extended_to(130).extended_to(150).index_segments == (100, 30, 20)
+
+
+def test_a_foreign_state_is_refused_with_its_fields() -> None:
+    with pytest.raises(CheckpointError, match="iteration"):
+        TrainState.from_json({"iteration": 3})
