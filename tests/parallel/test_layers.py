@@ -55,8 +55,8 @@ def errors(size: int, sp: bool, dtype: torch.dtype) -> dict[str, float]:
     return {name: distance(ours[name], expected[name]) for name in ours}
 
 
-# bfloat16: a value passes at most 8 roundings (three products, tanh twice, tp - 1 <= 3 sums), each half an eps; what a sum
-# of 32 terms loses in float32 is nothing beside them. float32: the same, and three such sums at the square root of 32 each.
+# bfloat16: a value passes at most 8 roundings (three products, tanh twice, tp - 1 <= 3 sums), each half an eps; what a
+# sum of 32 terms loses in float32 is nothing beside them. float32: the same, and the three sums at sqrt(32) roundings.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 16 * 2**-23, torch.bfloat16: 4 * 2**-7}
 
 
