@@ -15,11 +15,11 @@ from megatron_aquila.plan.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialIds:
-    """Token ids that generation needs."""
+    """Token ids that generation needs; ``None`` where the tokenizer has no such token."""
 
-    bos: int
-    eos: int
-    pad: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
 
 
 def llama_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:

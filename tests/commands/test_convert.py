@@ -1,0 +1,148 @@
+"""A checkpoint with a trained tokenizer becomes a folder that transformers loads, or no folder."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_aquila.checkpoint.layout import Chunk
+from megatron_aquila.checkpoint.llama import llama_tensors
+from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.commands import convert
+from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
+from megatron_aquila.errors import CheckpointError
+from megatron_aquila.parallel.context import ParallelContext
+from tests.checkpoint.toy import SHAPE as TOY
+
+SHAPE = replace(TOY, vocab_size=280, padded_vocab_size=384)
+SHAPES = llama_tensors(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = ["hello world, the world is here", "你好，世界，你好", "return the value of the hello world"] * 20
+    save_tokenizer_files(train_tokenizer(texts, SHAPE.vocab_size), folder)
+    return folder
+
+
+def files(folder: Path) -> dict[str, str | None]:
+    names = {"vocab_file": "vocab.json", "merge_file": "merges.txt", "special_tokens_file": "special_tokens.txt"}
+    return {flag: str(folder / name) for flag, name in names.items()}
+
+
+def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).mul(0.3).to(dtype) for name, shape in SHAPES.items()}
+
+
+def save(root: Path, state: dict[str, Any], dtype: torch.dtype = torch.float32, step: int = 7) -> Path:
+    chunks = [Chunk(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor) for name, tensor in weights(dtype).items()]
+    return save_checkpoint(root, step, chunks, state, ParallelContext.single())
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tokenizer_dir: Path) -> Path:
+    saved = {"tokenizer_type": "AquilaTokenizer", **files(tokenizer_dir), "tokenizer_model": None}
+    save(tmp_path / "run", {"shape": asdict(SHAPE), "tokenizer": saved})
+    return tmp_path / "run"
+
+
+def to_hf(checkpoint: Path, output: Path, *more: str) -> int:
+    return convert.main(["to-hf", "--checkpoint", str(checkpoint), "--output", str(output), *more])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", None])
+def test_a_folder_that_transformers_loads(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str | None
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
+    out = tmp_path / "out"
+    assert to_hf(checkpoint, out, *([] if dtype is None else ["--dtype", dtype])) == 0
+    printed = capsys.readouterr().out
+    assert "token ids are equal, fp32 logits agree with transformers" in printed
+    assert f"step_0000007 -> {out}" in printed
+    config = transformers.AutoConfig.from_pretrained(out)
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[dtype]
+    assert config.dtype == expected
+    found = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert all(torch.equal(found[name], tensor.to(expected)) for name, tensor in weights().items())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.model_max_length == SHAPE.seq_len
+    assert tokenizer("[CLS]</s>")["input_ids"] == [SHAPE.vocab_size - 2, SHAPE.vocab_size - 1]
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (278, 279, 0)
+
+
+def test_the_tokenizer_can_be_named(checkpoint: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    save(checkpoint, {"shape": asdict(SHAPE)}, step=8)
+    flags = ["--vocab-file", "vocab.json", "--merge-file", "merges.txt", "--special-tokens-file", "special_tokens.txt"]
+    named = [flag if flag.startswith("-") else str(tokenizer_dir / flag) for flag in flags]
+    assert to_hf(checkpoint, tmp_path / "three", "--no-verify", *named) == 0
+    model = ["--tokenizer-model", str(tokenizer_dir / "tokenizer.json")]
+    assert to_hf(checkpoint, tmp_path / "one", "--no-verify", *model) == 0
+    one, three = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("one", "three"))
+    assert one == three
+
+
+def test_a_folder_that_differs_gets_no_name(checkpoint: Path, tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def refuse(reader: CheckpointReader, tokenizer: Tokenizer, folder: Path) -> str:
+        assert reader.step == 7
+        assert tokenizer.vocab_size == SHAPE.vocab_size
+        assert (folder / "tokenizer.json").is_file()
+        seen.append(folder)
+        raise CheckpointError("they differ")
+
+    options = convert.ToHf(checkpoint=checkpoint, output=tmp_path / "out")
+    with pytest.raises(CheckpointError, match="they differ"):
+        convert.to_hf(options, refuse)
+    assert len(seen) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_without_transformers_it_says_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(convert, "find_spec", lambda name: None)
+    assert to_hf(checkpoint, tmp_path / "out") == 0
+    assert "not verified: transformers is not installed" in capsys.readouterr().out
+    assert to_hf(checkpoint, tmp_path / "out2", "--no-verify") == 0
+    assert "not verified: --no-verify" in capsys.readouterr().out
+
+
+def test_bad_input_is_an_error_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(reason: str, checkpoint: Path = checkpoint, *more: str) -> None:
+        assert to_hf(checkpoint, tmp_path / "out", *more) == 2
+        assert reason in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+
+    refused("there is no such folder", tmp_path / "nowhere")
+    refused("--merge-file", checkpoint, "--vocab-file", str(tokenizer_dir / "vocab.json"))
+    refused("gone.json is not there; give --tokenizer-model", checkpoint, "--tokenizer-model", "gone.json")
+    save(checkpoint, {"shape": asdict(SHAPE)}, step=8)
+    refused("it names no tokenizer; give --tokenizer-model")
+    save(checkpoint, {"shape": asdict(replace(SHAPE, vocab_size=279))}, step=9)
+    model = ["--tokenizer-model", str(tokenizer_dir / "tokenizer.json")]
+    refused("the model has 279 tokens, the tokenizer 280; name the tokenizer", checkpoint, *model)
+    save(checkpoint, {}, step=10)
+    refused("its state holds no model shape")
+
+
+def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert.main(["inspect", str(checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.1.mlp.up_proj.weight" in printed
+    assert "280 x 12" in printed
+    count = sum(tensor.numel() for tensor in weights().values())
+    assert f"step 7: {count:,} parameters, {4 * count:,} bytes" in printed
+    assert '"vocab_size": 280' in printed
+    assert convert.main(["inspect", str(checkpoint / "nowhere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err

@@ -1,0 +1,8 @@
+"""Checkpoints to Hugging Face folders; the same as ``aquila convert``."""
+
+import sys
+
+from megatron_aquila.commands.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main())
