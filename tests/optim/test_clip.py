@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_counting_does_not_depend_on_the_shards(cuts: list[int], replica: int) -
     whole = [i for start, stop in counted(FlatRange(info, 0, 40)) for i in range(start, stop)]
     split = [
         i
-        for begin, end in zip(borders, borders[1:], strict=False)
+        for begin, end in pairwise(borders)
         for start, stop in counted(FlatRange(info, begin, end))
         for i in range(start, stop)
     ]

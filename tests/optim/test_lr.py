@@ -32,6 +32,7 @@ ALL = [schedule(decay) for decay in ("cosine", "linear", "constant")] + [schedul
         (schedule("cosine"), 1100, MINIMUM),
         (schedule("cosine"), 5000, MINIMUM),
         (schedule("linear"), 850, MINIMUM + DELTA / 4),
+        (schedule("linear"), 1099, MINIMUM + DELTA / 1000),
         (schedule("constant"), 5000, PEAK),
         (schedule("wsd"), 700, PEAK),
         (schedule("wsd"), 900, MINIMUM + DELTA / 2),
