@@ -37,7 +37,8 @@ def prove(config: RunConfig) -> bool:
             pools[world] = WorkerPool(world)
         return pools[world]
 
-    console = Console()
+    # A pipe has no width of its own: tensors are named in full there.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
     try:
         parity = Parity(config, requested, pool)
         console.print(
@@ -47,16 +48,14 @@ def prove(config: RunConfig) -> bool:
         with console.status("running layouts"):
             for row in parity.rows():
                 rows.append(row)
-                console.log(f"{row.axis}: {'holds' if row.holds else 'FAILS'}") if console.is_terminal else None
     finally:
         for one in pools.values():
             one.close()
     console.print(table(rows))
     for row in rows:
         if not row.holds:
-            console.print(
-                f"{row.axis}: the first wrong tensor is {row.first_wrong}; the smallest layout that fails: {row.smallest}"
-            )
+            console.print(f"{row.axis}: the first wrong tensor is {row.first_wrong}")
+            console.print(f"{row.axis}: the smallest layout that fails is {row.smallest}")
     return all(row.holds for row in rows)
 
 

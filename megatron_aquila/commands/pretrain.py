@@ -31,8 +31,10 @@ def run(loaded: LoadedConfig, launch: Launch) -> None:
     device = env.choose_device(config.train.device, launch)
     env.prepare_process(device, launch)
     banner.check_memory(config, derived, device)
+    corpus.check_tokenizer(config)
     state = resume.read_state(config, derived.shape)
-    with env.process_group(device, launch, timedelta(minutes=config.parallel.timeout_minutes)):
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    with env.process_group(device, launch, timeout), banner.explain_out_of_memory(config, derived):
         machine = build.build_machine(config, derived, device)
         banner.print_banner(log, config, derived, loaded.sources, machine.kernels.reasons)
         data = corpus.build_corpus(config, derived, machine.ctx, launch, segments=state.index_segments)

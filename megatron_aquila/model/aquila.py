@@ -70,25 +70,23 @@ class AquilaStage(nn.Module):
 
         ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32.
         """
-        x = self._blocks(x, batch)
+        x = self._blocks(x, batch.tokens_BS, batch.positions_BS)
         if self.head is None:
             return x
         loss: Tensor = self.head(x, batch.labels_BS.t())
         return loss
 
-    def logits(self, x: Tensor | None, batch: Batch) -> Tensor:
-        """Like ``forward`` on the last stage, but logits_SBVt instead of the loss: for comparisons and generation."""
+    def logits(self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """Like ``forward`` on the last stage, but logits_SBVt instead of the loss."""
         assert self.head is not None, f"stage {self.stage} has no head"
-        return self.head.logits(self._blocks(x, batch))
+        return self.head.logits(self._blocks(x, tokens_BS, positions_BS))
 
-    def _blocks(self, x: Tensor | None, batch: Batch) -> Tensor:
+    def _blocks(self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         assert (x is None) == (self.embedding is not None), f"stage {self.stage} got x={x is not None}"
         if self.embedding is not None:
-            x = self.embedding(batch.tokens_BS)
+            x = self.embedding(tokens_BS)
         assert x is not None, "an embedding or an input is there"
-        cos, sin = rope_tables(
-            batch.positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype
-        )
+        cos, sin = rope_tables(positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin)
         return x

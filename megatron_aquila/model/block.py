@@ -50,7 +50,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor) -> Tensor:
         """x_StBH | x_SBH -> the same."""
         x = x + self.attention(self.attention_norm(x), cos_SBD, sin_SBD)
-        return x + self.mlp(self.mlp_norm(x))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
 
     def param_infos(self, prefix: str, *, stage: int) -> Iterator[ParamInfo]:
         """This block's rows of the parameter table.

@@ -1,13 +1,14 @@
 """The first lines of a run: what it is, how it is split, what it should need, and why."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
 
 from megatron_aquila.config.derive import Derived, memory_plan
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.errors import AquilaError, ConfigError, Problem
 from megatron_aquila.observe.log import Log
 from megatron_aquila.pipeline.action import Action, Op
 from megatron_aquila.pipeline.schedules import build_schedule
@@ -83,6 +84,19 @@ def check_memory(config: RunConfig, derived: Derived, device: torch.device) -> N
     if memory.total > total:
         why = f"the plan needs {memory.total / GIB:.1f} GiB a GPU ({memory_parts(memory)}), it has {total / GIB:.1f}"
         raise ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config))])
+
+
+@contextmanager
+def explain_out_of_memory(config: RunConfig, derived: Derived) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into what was planned and which settings need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        memory = memory_plan(config, derived).peak()
+        raise AquilaError(
+            f"out of GPU memory; planned were {memory.total / GIB:.1f} GiB on the fullest rank "
+            f"({memory_parts(memory)}); {ways_to_save(config)}. The allocator said: {error}"
+        ) from error
 
 
 def ways_to_save(config: RunConfig) -> str:

@@ -7,6 +7,8 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.blend import build_datasets
 from megatron_aquila.data.loader import BatchLoader, SegmentedSource
 from megatron_aquila.data.samples import SampleSource
+from megatron_aquila.data.tokenizer import load_tokenizer
+from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.parallel.collectives import barrier
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.launcher import Launch
@@ -26,6 +28,23 @@ class Corpus:
         for loader in (self.train, self.valid):
             if loader is not None:
                 loader.close()
+
+
+def check_tokenizer(config: RunConfig) -> None:
+    """Raise ``ConfigError`` where the named tokenizer has another vocabulary than the model. None named: no check."""
+    data = config.data
+    if all(path is None for path in (data.vocab_file, data.merge_file, data.special_tokens_file, data.tokenizer_model)):
+        return
+    found = load_tokenizer(
+        data.tokenizer_type,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+        special_tokens_file=data.special_tokens_file,
+        tokenizer_model=data.tokenizer_model,
+    ).vocab_size
+    if found != config.model.vocab_size:
+        why = f"the tokenizer has {found} tokens"
+        raise ConfigError([Problem("--vocab-size", config.model.vocab_size, why, f"use --vocab-size {found}")])
 
 
 def build_corpus(

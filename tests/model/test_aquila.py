@@ -97,7 +97,7 @@ def test_logits_are_what_the_loss_is_of() -> None:
     (stage,) = stages_of(SHAPE, ParallelContext.single()).values()
     initialize_(stage.param_infos(), seed=3)
     batch = sample_batch(SHAPE, range(2), seed=5)
-    logits = stage.logits(None, batch)[..., : SHAPE.vocab_size]
+    logits = stage.logits(None, batch.tokens_BS, batch.positions_BS)[..., : SHAPE.vocab_size]
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch.labels_BS.t().flatten(), reduction="none"
     ).view(SHAPE.seq_len, 2)

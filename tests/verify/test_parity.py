@@ -123,10 +123,10 @@ def dropped_layer() -> Any:
 
     right = AquilaStage._blocks
 
-    def wrong(self: AquilaStage, x: Any, batch: Any) -> torch.Tensor:
+    def wrong(self: AquilaStage, *inputs: Any) -> torch.Tensor:
         blocks = self.blocks
         self.blocks = blocks[:-1] if self.stage == 1 else blocks
-        out = right(self, x, batch)
+        out = right(self, *inputs)
         self.blocks = blocks
         return out
 

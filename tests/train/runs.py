@@ -1,0 +1,106 @@
+"""Whole runs inside the pool's workers: everything of ``aquila pretrain`` but torchrun."""
+
+import os
+import signal
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_aquila.config.derive import derive
+from megatron_aquila.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_aquila.data.indexed import IndexedDatasetWriter
+from megatron_aquila.observe.report import StepReport
+from megatron_aquila.train import build, corpus, resume, trainer
+from megatron_aquila.train.launcher import Launch, read_launch
+from megatron_aquila.train.loss import LossMeans
+from megatron_aquila.train.state import TrainState
+
+VOCAB_SIZE = 61
+
+
+def write_corpus(folder: Path, *, documents: int = 60) -> tuple[str, ...]:
+    """Two small data sets of counting sequences, as a weighted ``data.path``."""
+    generator = np.random.default_rng(0)
+    for name, stride in (("threes", 3), ("fives", 5)):
+        with IndexedDatasetWriter(folder / name, np.uint16) as writer:
+            for _ in range(documents):
+                start, length = generator.integers(VOCAB_SIZE), generator.integers(10, 60)
+                writer.add_sequence((start + stride * np.arange(length)) % VOCAB_SIZE)
+                writer.end_document()
+    return ("0.7", str(folder / "threes"), "0.3", str(folder / "fives"))
+
+
+def tiny_config(folder: Path, **train: Any) -> RunConfig:
+    """A run of six steps in float64 on the corpus in ``folder``."""
+    settings = {"train_samples": 48, "micro_batch": 2, "global_batch": 8, "eval_interval": 3, "eval_iters": 1} | train
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=3,
+            hidden_size=32,
+            num_heads=4,
+            num_kv_heads=2,
+            ffn_size=48,
+            vocab_size=VOCAB_SIZE,
+            vocab_multiple=8,
+            seq_len=16,
+            init_std=0.2,
+        ),
+        data=DataConfig(path=write_corpus(folder), split="90,10,0", cache_path=folder / "cache", prefetch=1),
+        optim=OptimConfig(lr=1e-2, min_lr=1e-3, lr_warmup_samples=8),
+        train=TrainConfig(precision="fp64", device="cpu", **settings),  # type: ignore[arg-type]
+        checkpoint=CheckpointConfig(save=folder / "run", save_interval=2),
+    )
+
+
+def split(config: RunConfig, *, tp: int = 1, pp: int = 1, sequence: bool = False) -> RunConfig:
+    """``config`` on another layout; dp is what the world leaves."""
+    return replace(config, parallel=ParallelConfig(tensor=tp, pipeline=pp, sequence=sequence, bucket_mib=1))
+
+
+@dataclass
+class Recorder:
+    """A reporter that keeps what it is told."""
+
+    reports: list[StepReport] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    kill_at: int | None = None
+
+    def step(self, report: StepReport) -> None:
+        """Keep the report; at ``kill_at`` rank 0 is sent SIGTERM."""
+        self.reports.append(report)
+        if self.kill_at == report.step and int(os.environ.get("RANK", "0")) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def validation(self, state: TrainState, means: LossMeans) -> None:
+        """Keep step and loss."""
+        self.validations.append((state.step, means.loss))
+
+    def note(self, text: str) -> None:
+        """Keep the text."""
+        self.notes.append(text)
+
+
+def run(config: RunConfig, kill_at: int | None = None) -> Recorder:
+    """Train from where the settings say to the end, in this worker's world."""
+    launch = read_launch() if torch.distributed.is_initialized() else Launch()
+    recorder = Recorder(kill_at=kill_at)
+    derived = derive(config, launch.world_size)
+    state = resume.read_state(config, derived.shape)
+    machine = build.build_machine(config, derived, torch.device("cpu"))
+    data = corpus.build_corpus(config, derived, machine.ctx, launch, segments=state.index_segments)
+    resume.load_weights(machine, state)
+    trainer.train(machine, data, state, recorder)
+    data.close()
+    return recorder

@@ -1,0 +1,138 @@
+"""A run that was stopped and resumed is the run that never was; on another layout it is the same model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_aquila.checkpoint.store import CheckpointReader
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.errors import CheckpointError
+from megatron_aquila.verify.pool import WorkerPool
+from tests.train.runs import Recorder, run, split, tiny_config
+
+Pools = Callable[[int], WorkerPool]
+
+
+def figures(recorder: Recorder) -> list[tuple[int, float, float]]:
+    return [(report.step, report.loss, report.grad_norm) for report in recorder.reports]
+
+
+def resumed(config: RunConfig, **checkpoint: object) -> RunConfig:
+    return replace(config, checkpoint=replace(config.checkpoint, **checkpoint))  # type: ignore[arg-type]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(path)
+    return {name: reader.read(name) for name in reader.tensors}
+
+
+@pytest.fixture(scope="module")
+def whole(pool: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Recorder]:
+    """A run of six steps on tp 2 x pp 2 with sequence parallel, saved at every second step."""
+    config = split(tiny_config(tmp_path_factory.mktemp("whole")), tp=2, pp=2, sequence=True)
+    return config, pool(4).run(run, config)[0]
+
+
+def test_resume_on_the_same_layout_is_bit_equal(whole: tuple[RunConfig, Recorder], pool: Pools, tmp_path: Path) -> None:
+    config, before = whole
+    assert config.checkpoint.save is not None
+    again = resumed(config, load=config.checkpoint.save / "step_0000002", save=tmp_path)
+    after = pool(4).run(run, again)[0]
+    assert figures(after) == figures(before)[2:]
+    assert after.validations == before.validations
+    expected, found = tensors(config.checkpoint.save), tensors(tmp_path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    old, new = CheckpointReader(config.checkpoint.save).state, CheckpointReader(tmp_path).state
+    assert old == new
+
+
+@pytest.mark.parametrize(("tp", "pp", "sequence"), [(1, 2, False), (2, 1, True), (1, 1, False)])
+def test_resume_on_another_layout_joins_without_a_seam(
+    tp: int, pp: int, sequence: bool, whole: tuple[RunConfig, Recorder], pool: Pools, tmp_path: Path
+) -> None:
+    config, before = whole
+    assert config.checkpoint.save is not None
+    again = resumed(config, load=config.checkpoint.save / "step_0000004", save=tmp_path)
+    after = pool(4).run(run, split(again, tp=tp, pp=pp, sequence=sequence))[0]
+    for (step, loss, norm), (old_step, old_loss, old_norm) in zip(figures(after), figures(before)[4:], strict=True):
+        # two AdamW steps in float64 amplify a rounding of 1e-16 by at most lr / eps = 1e6
+        assert (step, loss, norm) == (old_step, pytest.approx(old_loss, rel=1e-10), pytest.approx(old_norm, rel=1e-10))
+
+
+def test_a_loaded_checkpoint_saved_at_once_is_bit_equal(
+    whole: tuple[RunConfig, Recorder], pool: Pools, tmp_path: Path
+) -> None:
+    config, _ = whole
+    assert config.checkpoint.save is not None
+    finished = resumed(config, load=config.checkpoint.save, save=tmp_path)
+    pool(2).run(save_loaded, split(finished, tp=2))
+    expected, found = tensors(config.checkpoint.save), tensors(tmp_path)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def save_loaded(config: RunConfig) -> None:
+    from megatron_aquila.config.derive import derive
+    from megatron_aquila.train import build, resume
+
+    derived = derive(config, 2)
+    state = resume.read_state(config, derived.shape)
+    machine = build.build_machine(config, derived, torch.device("cpu"))
+    resume.load_weights(machine, state)
+    resume.save(machine, state)
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_nothing_is_lost(pool: Pools, tmp_path: Path) -> None:
+    config = split(tiny_config(tmp_path), pp=2)
+    config = resumed(config, save_interval=100)
+    stopped = pool(2).run(run, config, 2)[0]
+    assert [report.step for report in stopped.reports] == [1, 2, 3], "agreed at the next step, which is finished"
+    assert "SIGTERM" in stopped.notes[-1]
+    assert config.checkpoint.save is not None
+    rest = pool(2).run(run, resumed(config, load=config.checkpoint.save))[0]
+    assert [report.step for report in rest.reports] == [4, 5, 6]
+    never = pool(2).run(run, resumed(config, save=tmp_path / "never stopped"))[0]
+    assert figures(stopped) + figures(rest) == figures(never)
+
+
+def test_exit_samples_and_a_longer_run_append_a_segment(pool: Pools, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, exit_samples=16)
+    first = run(config)
+    assert "--exit-samples 16" in first.notes[-1]
+    longer = tiny_config(tmp_path, train_samples=64)
+    longer = resumed(longer, load=config.checkpoint.save, override_lr_schedule=True)
+    second = run(longer)
+    assert second.reports[-1].consumed_samples == 64
+    assert config.checkpoint.save is not None
+    assert CheckpointReader(config.checkpoint.save).state["train"]["index_segments"] == [48, 16]  # type: ignore[index,call-overload]
+
+
+def test_what_would_change_silently_is_refused(whole: tuple[RunConfig, Recorder]) -> None:
+    config, _ = whole
+    again = split(resumed(config, load=config.checkpoint.save))
+    with pytest.raises(CheckpointError, match=r"peak 0\.01 -> 0\.02.*--override-lr-schedule"):
+        run(replace(again, optim=replace(again.optim, lr=2e-2)))
+    with pytest.raises(CheckpointError, match="--seed 7"):
+        run(replace(again, seed=7))
+    with pytest.raises(CheckpointError, match="num_layers is 3 there, 4 here"):
+        run(replace(again, model=replace(again.model, num_layers=4)))
+    with pytest.raises(CheckpointError, match="--optimizer sgd"):
+        run(replace(again, optim=replace(again.optim, optimizer="sgd")))
+    with pytest.raises(CheckpointError, match="--precision fp32"):
+        run(replace(again, train=replace(again.train, precision="fp32")))
+
+
+def test_a_missing_checkpoint_is_an_error_never_random_weights(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        run(resumed(config, load=tmp_path / "nowhere"))
+
+
+def test_weights_alone_start_a_new_run(whole: tuple[RunConfig, Recorder], tmp_path: Path) -> None:
+    config, before = whole
+    fresh = run(split(resumed(config, load=config.checkpoint.save, load_optim=False, save=tmp_path)))
+    assert fresh.reports[0].step == 1
+    assert fresh.reports[0].loss < before.reports[0].loss - 0.5, "the trained weights were not used"

@@ -1,0 +1,77 @@
+"""The loop's own decisions; whole runs are in test_resume.py."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_aquila.config.schema import CheckpointConfig, RunConfig, TrainConfig
+from megatron_aquila.errors import AquilaError
+from megatron_aquila.train import step, trainer
+from megatron_aquila.train.state import TrainState
+from tests.train.runs import run, tiny_config
+
+
+def test_things_are_due_at_their_interval_and_at_the_end() -> None:
+    assert [number for number in range(1, 8) if trainer.is_due(number, 3, last=number == 7)] == [3, 6, 7]
+    assert not trainer.is_due(7, 0, last=True)
+
+
+def test_the_ramp_has_its_own_save_interval() -> None:
+    config = RunConfig(
+        train=TrainConfig(rampup_batch=(2, 2, 100)),
+        checkpoint=CheckpointConfig(save_interval=10, rampup_save_interval=50),
+    )
+    early = TrainState(seed=1, index_segments=(1000,), consumed_samples=99)
+    assert trainer.save_interval(config, early) == 50
+    assert trainer.save_interval(config, replace(early, consumed_samples=100)) == 10
+
+
+def test_signals_ask_once_and_the_second_sigint_interrupts() -> None:
+    with trainer.stop_on_signals() as request:
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signal_name == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is not request
+
+
+def test_reasons_to_stop_name_their_cause() -> None:
+    request = trainer.StopRequest()
+    assert "another rank" in trainer.stop_reason(request, late=False)
+    assert "--exit-minutes" in trainer.stop_reason(request, late=True)
+
+
+def test_time_that_is_up_saves_and_stops(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, exit_minutes=1e-9)
+    recorder = run(config)
+    assert len(recorder.reports) == 1
+    assert "--exit-minutes" in recorder.notes[-1]
+    assert any("step_0000001" in note for note in recorder.notes)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_twenty_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(step.math, "isfinite", lambda norm: False)
+    config = tiny_config(tmp_path)
+    with pytest.raises(AquilaError, match=r"samples 0 to 24.*lower --lr"):
+        run(config)
+
+
+def test_without_a_save_folder_the_run_says_that_nothing_was_kept(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train_samples=16)
+    recorder = run(replace(config, checkpoint=CheckpointConfig()))
+    assert "nothing was saved" in recorder.notes[-1]
+
+
+def test_batch_ramp_changes_the_microbatches_and_the_pipeline_follows(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rampup_batch=(4, 2, 24))
+    reports = run(config).reports
+    sizes = [report.global_batch for report in reports]
+    assert sizes[0] == 4
+    assert sizes[-1] == 8
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 3
