@@ -73,7 +73,7 @@ def _pipeline(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         return
     leave = "leave it out for a balanced split"
     if len(given) != pp:
-        yield Problem("--stage-layers", spell(given), f"pp is {pp}, but {len(given)} stages are given", leave)
+        yield Problem("--stage-layers", spell(given), f"pp is {pp}, not {len(given)}", leave)
     if sum(given) != layers:
         why = f"they add up to {sum(given)}, the model has {layers} layers"
         yield Problem("--stage-layers", spell(given), why, leave)
@@ -195,8 +195,8 @@ def _split_sizes(shape: ModelShape) -> dict[str, int]:
 
 
 def _tensor_degrees(shape: ModelShape, world: int | None) -> list[int]:
-    """The tensor degrees that divide everything, and fit into the world where it is known."""
-    return [tp for tp in _divisors(math.gcd(*_split_sizes(shape).values())) if world is None or tp <= world]
+    """The tensor degrees that divide everything, the world included where it is known."""
+    return _divisors(math.gcd(*_split_sizes(shape).values(), *([] if world is None else [world])))
 
 
 def _model_ranks(config: RunConfig) -> int:
@@ -217,12 +217,13 @@ def _batch_unit(config: RunConfig, world: int | None) -> tuple[int, str]:
 
 
 def _product(config: RunConfig) -> tuple[str, str]:
-    """The degrees above 1 as flags, and as ``tp 3 x pp 7 = 21``."""
+    """The degrees above 1 as flags, and as ``tp 3 x pp 7 = 21`` (one alone as ``3``)."""
     layout = config.parallel
     degrees = {"tp": layout.tensor, "cp": layout.context, "pp": layout.pipeline}
     used = {name: degree for name, degree in degrees.items() if degree > 1}
     flags = " ".join(f"--{name} {degree}" for name, degree in used.items())
-    return flags, " x ".join(f"{name} {degree}" for name, degree in used.items()) + f" = {_model_ranks(config)}"
+    factors = [f"{name} {degree}" for name, degree in used.items()]
+    return flags, f"{' x '.join(factors)} = {_model_ranks(config)}" if len(factors) > 1 else f"{_model_ranks(config)}"
 
 
 def _layouts(config: RunConfig, world: int) -> str:

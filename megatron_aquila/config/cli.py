@@ -61,7 +61,7 @@ def parse(argv: Sequence[str], *, prog: str = "aquila", options: type | None = N
     answers, unknown = tyro.cli(
         _flags_type(options), args=list(argv), prog=prog, config=(tyro.conf.OmitArgPrefixes,), return_unknown_args=True
     )
-    foreign, rest = tyro.cli(_foreign_type(), args=unknown, prog=prog, add_help=False, return_unknown_args=True)
+    foreign, rest = _read_foreign(unknown)
     file = read_file(Path(answers["config"])) if "config" in answers else FileSettings()
     preset, flags = answers.get("preset", file.preset), _flags_given(answers, argv)
     problems = [*_unknown_flags(rest), *file.problems]
@@ -121,8 +121,8 @@ def _flags_type(options: type | None) -> Any:
     if options is not None:
         members["options"] = options
     for section, flags in groups.items():
-        members[section] = typed_dict(section, flags, total=False)
-        members[section].__doc__ = sections[section].__doc__
+        about = tyro.conf.arg(help=sections[section].__doc__)
+        members[section] = Annotated[typed_dict(section, flags, total=False), about]
     group = typed_dict("settings", members, total=False)
     group.__doc__ = "Settings of a run. Precedence: default < preset < file < flag."
     return group
@@ -142,13 +142,17 @@ def _flag_type(setting: Setting) -> Any:
     return Annotated[kind, about]
 
 
-@cache
-def _foreign_type() -> Any:
-    """A ``TypedDict`` of Megatron's flags, each with any number of values."""
+def _read_foreign(words: Sequence[str]) -> tuple[Mapping[str, tuple[str, ...]], Sequence[str]]:
+    """Megatron's flags among ``words``, each with any number of values, and the words that are neither."""
+    if not words:
+        return {}, ()
     typed_dict: Any = TypedDict
     arg = tyro.conf.arg
-    flags = {flag: Annotated[tuple[str, ...], arg(name=flag.removeprefix("--"))] for flag in MIGRATIONS}
-    return typed_dict("foreign", flags, total=False)
+    flags = {flag: Annotated[tuple[str, ...], arg(name=flag.removeprefix("--"), help="")] for flag in MIGRATIONS}
+    found, rest = tyro.cli(
+        typed_dict("foreign", flags, total=False), args=words, add_help=False, return_unknown_args=True
+    )
+    return found, rest
 
 
 def _flags_given(answers: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Given]:

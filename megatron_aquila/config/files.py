@@ -84,8 +84,8 @@ def _unknown(where: str, name: str, section: str) -> Problem:
     known = [other for other in (*all_settings(), *_sections(), "preset") if other != name]
     leaf = name.rpartition(".")[2]
     close = [other for other in known if other.rpartition(".")[2] == leaf]
-    close += get_close_matches(name, known, n=2, cutoff=0.75)
+    close = close or get_close_matches(name, known, n=2, cutoff=0.75)
     if close:
-        return Problem(where, name, "is no setting", f"did you mean {' or '.join(dict.fromkeys(close))}?")
+        return Problem(where, name, "is no setting", f"did you mean {' or '.join(close)}?")
     owner = [other for other in known if other.rpartition(".")[0] == section]
     return Problem(where, name, "is no setting", f"{section or 'a file'} has {', '.join(sorted(owner))}")

@@ -1,0 +1,143 @@
+"""Every problem, its exact words, and that the way out works."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from megatron_aquila.config.check import RULES, check
+from megatron_aquila.config.schema import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_aquila.config.settings import all_settings
+
+SECTIONS = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+}
+
+
+def run(**settings):
+    """A run from settings by field name, defaults elsewhere."""
+    found = {setting.field: setting.section for setting in all_settings().values()}
+    config = RunConfig()
+    for name, value in settings.items():
+        config = replace(config, **{found[name]: replace(getattr(config, found[name]), **{name: value})})
+    return config
+
+
+def problems(world=None, **settings):
+    return [str(problem) for problem in check(run(**settings), world)]
+
+
+@pytest.mark.parametrize("world", [None, 1, 8])
+def test_the_defaults_run(world):
+    assert check(run(global_batch=8), world) == []
+
+
+CASES = [
+    (None, {"tensor": 3}, "--tp 3: num_heads 32, num_kv_heads 32, ffn_size 11008 and padded_vocab_size 100096 are not "
+     "divisible by 3; use 1, 2, 4, 8, 16 or 32"),
+    (4, {"tensor": 8}, "--tp 8: 8 ranks do not divide the world size 4; use --tp 1 --pp 1, --tp 1 --pp 2, "
+     "--tp 1 --pp 4, --tp 2 --pp 1, --tp 2 --pp 2 or --tp 4 --pp 1, or start a multiple of 8 processes"),
+    (None, {"tensor": 64}, "--tp 64: num_heads 32 and num_kv_heads 32 are not divisible by 64 and key/value heads are "
+     "not replicated; use 1, 2, 4, 8, 16 or 32"),
+    (None, {"tensor": 16, "num_kv_heads": 8}, "--tp 16: num_kv_heads 8 is not divisible by 16 and key/value heads are "
+     "not replicated; use 1, 2, 4 or 8"),
+    (None, {"tensor": 8, "vocab_multiple": 1, "vocab_size": 1001}, "--tp 8: padded_vocab_size 1001 is not divisible by "
+     "8; use --vocab-multiple 8"),
+    (None, {"context": 2}, "--cp 2: context parallelism is not yet offered; use 1, with --sp and more --tp for long "
+     "sequences"),
+    (None, {"pipeline": 33}, "--pp 33: 32 layers cannot fill 33 stages; use 1 to 32"),
+    (None, {"pipeline": 2, "stage_layers": (32,)}, "--stage-layers 32: pp is 2, not 1; leave it out "
+     "for a balanced split"),
+    (None, {"pipeline": 2, "stage_layers": (15, 16)}, "--stage-layers 15 16: they add up to 31, the model has 32 "
+     "layers; leave it out for a balanced split"),
+    (4, {"tensor": 2, "pipeline": 4}, "--tp 2 --pp 4: tp 2 x pp 4 = 8 ranks do not divide the world size 4; use "
+     "--tp 1 --pp 1, --tp 1 --pp 2, --tp 1 --pp 4, --tp 2 --pp 1, --tp 2 --pp 2 or --tp 4 --pp 1, or start a multiple "
+     "of 8 processes"),
+    (8, {"tensor": 2, "data": 3, "global_batch": 4}, "--dp 3: the world size 8 leaves 4 for dp; use 4, leave it out, "
+     "or start 6 processes"),
+    (8, {"global_batch": 100, "micro_batch": 3}, "--global-batch 100: is not a multiple of micro_batch 3 x dp 8 = 24; "
+     "use 96 or 120"),
+    (None, {"global_batch": 3, "micro_batch": 4}, "--global-batch 3: is not a multiple of micro_batch 4 x dp 1 = 4; "
+     "use 4"),
+    (None, {"global_batch": 8, "rampup_batch": (16, 8, 100)}, "--rampup-batch 16 8 100: it starts above global_batch "
+     "8; start at 8 or less"),
+    (None, {"global_batch": 16, "rampup_batch": (4, 5, 100)}, "--rampup-batch 4 5 100: from 4 in steps of 5 it does "
+     "not reach global_batch 16; use an increment of 3, 4 or 6"),
+    (4, {"global_batch": 16, "rampup_batch": (2, 2, 100)}, "--rampup-batch 2 2 100: start and increment are not both "
+     "multiples of micro_batch 1 x dp 4 = 4; use e.g. 4 4 100"),
+    (None, {"global_batch": 16, "rampup_batch": (4, 4, 200), "train_samples": 100}, "--rampup-batch 4 4 200: it lasts "
+     "longer than the run of 100 samples; let it end by 100"),
+    (None, {"sequence": True, "tensor": 4, "seq_len": 510}, "--seq-len 510: sequence parallelism splits it over tp 4; "
+     "use 508 or 512, or --no-sp"),
+    (None, {"hidden_size": 4100}, "--num-heads 32: hidden_size 4100 is not divisible by it and head_dim is not given; "
+     "use 5, 10, 20, 25, 41 or 50, or give --head-dim"),
+    (None, {"num_kv_heads": 5}, "--num-kv-heads 5: num_heads 32 is not divisible by it; use 1, 2, 4, 8, 16 or 32"),
+    (None, {"head_dim": 65}, "--head-dim 65: rotary positions turn pairs, so a head needs an even width; use 66"),
+    (None, {"min_lr": 1.0}, "--min-lr 1.0: is above the peak lr 0.0003; use 0.0003 or less"),
+    (None, {"train_samples": 10, "lr_warmup_samples": 10}, "--lr-warmup-samples 10: the schedule ends after 10 samples "
+     "(lr_decay_samples, by default train_samples); use less than 10"),
+    (None, {"lr_decay": "wsd", "lr_decay_samples": 500}, "--lr-decay wsd: wsd needs the length of its final decay; "
+     "give --lr-wsd-decay-samples, e.g. 50"),
+    (None, {"lr_decay": "wsd", "train_samples": 100, "lr_warmup_samples": 20, "lr_wsd_decay_samples": 90},
+     "--lr-wsd-decay-samples 90: after the warm-up only 80 samples are left; use 80 or less"),
+    (None, {"precision": "fp64", "device": "cuda"}, "--precision fp64: fp64 is for proofs on the CPU; attention on "
+     "CUDA has no fp64; use bf16 or fp32, or --device cpu"),
+    (None, {"load": "a", "init_from_hf": "b"}, "--init-from-hf b: --load brings weights of its own; give one of them"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "settings", "words"), CASES)
+def test_each_problem_is_found_and_worded(world, settings, words):
+    assert problems(world, **settings) == [words]
+
+
+@pytest.mark.parametrize("tp", [3, 5, 16, 24, 64])
+def test_the_degrees_that_a_message_lists_work_and_no_others(tp):
+    shape = {"num_kv_heads": 8, "global_batch": 192}
+    message = problems(192, tensor=tp, **shape)[0]
+    listed = {int(word) for word in re.findall(r"\d+", message.partition("; use ")[2])}
+    works = {tp for tp in range(1, 193) if not any("--tp" in line for line in problems(192, tensor=tp, **shape))}
+    assert listed == {tp for tp in works if 192 % tp == 0} == {1, 2, 4, 8}
+
+
+def test_the_layouts_that_a_message_lists_work():
+    [message] = problems(24, tensor=2, pipeline=5, global_batch=24)
+    layouts = re.findall(r"--tp (\d+) --pp (\d+)", message.partition("; use ")[2])
+    assert len(layouts) == 6
+    for tp, pp in layouts:
+        assert problems(24, tensor=int(tp), pipeline=int(pp), global_batch=24) == []
+
+
+def test_problems_come_together():
+    found = problems(4, tensor=3, pipeline=7, context=2, micro_batch=4, global_batch=6, min_lr=1.0)
+    assert [line.split(":")[0].rpartition(" ")[0] for line in found] == [
+        "--tp",
+        "--cp",
+        "--tp 3 --cp 2 --pp",
+        "--global-batch",
+        "--min-lr",
+    ]
+
+
+def test_a_rule_is_left_out_when_a_setting_it_reads_has_no_value():
+    config = run(tensor=3, min_lr=1.0)
+    assert [p.flag for p in check(config, None, without={"parallel.tensor"})] == ["--min-lr"]
+    assert [p.flag for p in check(config, None, without={"optim.lr"})] == ["--tp"]
+
+
+def test_rules_name_what_they_read():
+    # A rule sees only the settings it names: with all others untypable nothing else is touched.
+    for rule, reads in RULES.items():
+        names = set(reads.split())
+        assert names <= set(all_settings()), rule.__name__

@@ -1,0 +1,43 @@
+from dataclasses import replace
+
+import pytest
+
+from megatron_aquila.config.derive import derive, memory_plan, model_shape, rank_grid
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.plan.grid import RankGrid
+
+
+def test_the_default_model_is_the_7b():
+    shape = model_shape(ModelConfig())
+    assert (shape.ffn_size, shape.num_kv_heads, shape.head_dim, shape.padded_vocab_size) == (11008, 32, 128, 100096)
+
+
+def test_given_sizes_are_not_derived():
+    shape = model_shape(ModelConfig(ffn_size=77, num_kv_heads=1, head_dim=64, vocab_multiple=1))
+    assert (shape.ffn_size, shape.num_kv_heads, shape.head_dim, shape.padded_vocab_size) == (77, 1, 64, 100008)
+
+
+@pytest.mark.parametrize(("world", "data", "dp"), [(16, None, 4), (16, 4, 4), (None, None, 1), (None, 4, 4)])
+def test_dp_is_what_the_world_leaves(world, data, dp):
+    config = RunConfig(parallel=ParallelConfig(tensor=2, pipeline=2, data=data))
+    assert rank_grid(config, world) == RankGrid(tp=2, pp=2, dp=dp)
+
+
+def test_a_world_that_does_not_divide_is_our_own_mistake():
+    with pytest.raises(AssertionError, match="a world of 3 is not a multiple of 2"):
+        rank_grid(RunConfig(parallel=ParallelConfig(tensor=2)), 3)
+
+
+def test_stages_batches_and_memory_follow():
+    config = RunConfig(
+        parallel=ParallelConfig(pipeline=2, stage_layers=(20, 12)),
+        train=TrainConfig(global_batch=16, micro_batch=2, rampup_batch=(4, 4, 30)),
+    )
+    derived = derive(config, 4)
+    assert [len(layers) for layers in derived.stages.layers] == [20, 12]
+    assert derived.batch_at(0) == (4, 1)
+    assert derived.batch_at(31) == (16, 4)
+    plan = memory_plan(config, derived)
+    assert (plan.num_microbatches, plan.micro_batch, plan.grid) == (4, 2, derived.grid)
+    gpipe = replace(config, parallel=replace(config.parallel, schedule="gpipe"))
+    assert memory_plan(gpipe, derived).in_flight(0) == 4

@@ -1,0 +1,26 @@
+from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.derive import derive
+from megatron_aquila.config.describe import derived_rows, setting_rows
+from megatron_aquila.config.settings import all_settings
+
+
+def test_what_follows_from_the_34b_recipe():
+    config = load_config(["--preset", "aquila2-34b"], world_size=512).config
+    rows = dict(derived_rows(config, derive(config, 512)))
+    assert rows["ranks"] == "512 = tp 4 x cp 1 x dp 32 x pp 4, sequence parallel"
+    assert rows["parameters"].startswith("33,693,554,688 ")
+    assert rows["FLOPs per token"] == "207.53 G with causal attention (216.59 G with full attention)"
+    assert rows["step"].startswith("1,024 samples = 4,194,304 tokens in 32 microbatches, growing from 32 by 32 ")
+    assert rows["layers by stage"].startswith("15 15 16 14; ")
+    assert rows["pipeline bubble"].startswith("8.57 % ")
+    assert [name for name in rows if name.startswith("memory")] == [f"memory, stage {stage}" for stage in range(4)]
+    assert " GiB: weights " in rows["memory, stage 0"]
+    assert "logits" not in rows["memory, stage 0"]
+    assert "logits" in rows["memory, stage 3"]
+
+
+def test_what_differs_from_the_defaults():
+    loaded = load_config(["--tp", "2", "--pp", "1"])
+    assert setting_rows(loaded, changed_only=True) == [("parallel.tensor", "2", "flag --tp")]
+    assert len(setting_rows(loaded)) == len(all_settings())
+    assert ("parallel.pipeline", "1", "flag --pp") in setting_rows(loaded)

@@ -1,0 +1,40 @@
+import pytest
+
+from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.derive import derive
+from megatron_aquila.config.presets import PRESETS
+from megatron_aquila.config.settings import all_settings
+from megatron_aquila.plan.flops import num_params
+
+# ranks of the published runs, parameters, ffn, padded vocabulary, microbatches
+RECIPES = {
+    "aquila2-7b": (96, 7_295_537_152, 11008, 100096, 9),
+    "aquila2-7b-continue": (96, 7_295_537_152, 11008, 100096, 9),
+    "aquila2-34b": (512, 33_693_554_688, 24576, 100096, 32),
+    "aquila2-70b": (768, 70_090_891_264, 28672, 100352, 22),
+}
+
+
+def test_every_preset_has_its_row():
+    assert set(RECIPES) == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+def test_a_preset_runs_on_its_cluster_and_is_the_published_model(preset):
+    world, params, ffn, vocab, microbatches = RECIPES[preset]
+    loaded = load_config(["--preset", preset], world_size=world)
+    derived = derive(loaded.config, world)
+    assert num_params(derived.shape) == params
+    assert (derived.shape.ffn_size, derived.shape.padded_vocab_size) == (ffn, vocab)
+    assert derived.batch_at(loaded.config.train.train_samples)[1] == microbatches
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_settings_only(preset):
+    assert set(PRESETS[preset]) <= set(all_settings())
+
+
+def test_the_7b_from_scratch_differs_in_the_learning_rate_only():
+    scratch, further = PRESETS["aquila2-7b"], PRESETS["aquila2-7b-continue"]
+    assert {name for name in scratch if scratch[name] != further[name]} == {"optim.lr", "optim.min_lr"}
+    assert scratch["optim.lr"] == 3e-4
