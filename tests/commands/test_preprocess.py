@@ -1,0 +1,70 @@
+"""``aquila preprocess``: the flags, what it prints and its exit status."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_aquila.commands import preprocess
+from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Aquila tokenizer and two files of text."""
+    made = tmp_path_factory.mktemp("preprocess")
+    save_tokenizer_files(train_tokenizer([], 265), made)
+    for name, texts in {"a": ["one", "", "二"], "b": ["</s>", 4, "end"]}.items():
+        (made / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return made
+
+
+def flags(folder: Path, *inputs: str) -> list[str]:
+    files = [str(folder / name) for name in ("vocab.json", "merges.txt", "special_tokens.txt")]
+    return [
+        *["--input", *(str(folder / name) for name in inputs), "--json-keys", "text"],
+        *["--tokenizer-type", "AquilaTokenizer", "--vocab-file", files[0], "--merge-file", files[1]],
+        *["--special-tokens-file", files[2], "--append-eod", "--workers", "1", "--log-interval", "1"],
+    ]
+
+
+def test_megatrons_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preprocess.main([*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out")]) == 0
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert [dataset[i].tolist()[-1] for i in range(len(dataset))] == [264, 264]
+    assert dataset.document_indices.tolist() == [0, 1, 1, 2]
+    progress, summary, wrote = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"3 documents, 0\.0 M tokens, 0\.0 MB \([\d.]+ MB/s\)", progress)
+    assert re.fullmatch(r"3 documents, .* in [\d.]+ s", summary)
+    assert wrote == f"wrote {tmp_path}/out_text_document.bin/.idx (uint16)"
+
+
+def test_a_bad_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*flags(folder, "a.jsonl", "b.jsonl"), "--output-prefix", str(tmp_path / "out")]
+    assert preprocess.main(arguments) == 2
+    assert re.search(r"^error: .*b.jsonl:2: 'text' is not a string but a int; mend", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+    assert preprocess.main([*arguments, "--on-bad-line", "skip"]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"5 documents, .*; 1 bad lines skipped", printed.out)
+    assert re.search(r"skipped .*b.jsonl:2: 'text' is not", printed.err)
+
+
+def test_settings_are_refused_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_text("")
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out")]
+    assert preprocess.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert all(flag in printed for flag in ("--vocab-file", "--merge-file", "--special-tokens-file"))
+    with pytest.raises(SystemExit, match="2"):
+        preprocess.main([*arguments, "--append-oed"])
+
+
+def test_a_bar_in_a_terminal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert preprocess.main([*flags(folder, "a.jsonl", "a.jsonl"), "--output-prefix", str(tmp_path / "out")]) == 0
+    assert "6 documents" in capsys.readouterr().out

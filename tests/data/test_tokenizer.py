@@ -1,0 +1,110 @@
+"""Ids are Aquila's, text stays text, and files that do not fit are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_aquila.data.tokenizer import AQUILA_SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from megatron_aquila.errors import ConfigError, DataError
+
+GOLDEN = {
+    "这是一个测试": [15128, 5744],
+    "Hello world": [22299, 3117],
+    "There is something wrong, please query again": [4891, 397, 3337, 6689, 12, 8641, 13418, 1989],
+    "请给出10个要到北京旅游的理由。": [1486, 19743, 865, 424, 50927, 2557, 3063, 32345, 278],
+    "### Human: 你好\n": [8090, 16399, 26, 221, 34856, 199],
+}
+
+
+def test_aquilas_own_ids(aquila_tokenizer_dir: Path) -> None:
+    files = {
+        "vocab_file": aquila_tokenizer_dir / "vocab.json",
+        "merge_file": aquila_tokenizer_dir / "merges.txt",
+        "special_tokens_file": aquila_tokenizer_dir / "special_tokens.txt",
+    }
+    tokenizer = load_tokenizer("AquilaTokenizer", **files)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eod, tokenizer.pad) == (100008, 100006, 100007, 0)
+    assert tokenizer.encode_batch(list(GOLDEN)) == list(GOLDEN.values())
+    for text, ids in GOLDEN.items():
+        assert tokenizer.decode(ids) == text
+    assert max(tokenizer.encode("[CLS]你好</s>")) < 100000
+    allowed = Tokenizer(**(vars(tokenizer) | {"allow_special_tokens": True}))
+    assert allowed.encode("[CLS]你好</s>") == [100006, 34856, 100007]
+    assert [allowed.encode(token) for token in AQUILA_SPECIAL_TOKENS] == [[number] for number in range(100000, 100008)]
+
+
+def small(files: dict[str, Path], **changes: Path | None) -> Tokenizer:
+    return load_tokenizer("AquilaTokenizer", **(files | changes))  # type: ignore[arg-type]
+
+
+def test_special_tokens_come_last_and_text_is_text(tokenizer_files: dict[str, Path]) -> None:
+    tokenizer = small(tokenizer_files)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eod, tokenizer.pad) == (4104, 4102, 4103, 0)
+    text = "a</s>b<|endoftext|>[CLS]"
+    ids = tokenizer.encode(text)
+    assert not {0, 4102, 4103} & set(ids)
+    assert tokenizer.decode(ids) == text
+    allowed = load_tokenizer("AquilaTokenizer", **tokenizer_files, allow_special_tokens=True).encode(text)
+    assert [number for number in allowed if number in (0, 4102, 4103)] == [4103, 0, 4102]
+
+
+def test_a_tokenizer_json(tokenizer_files: dict[str, Path], tmp_path: Path) -> None:
+    path = tokenizer_files["tokenizer_model"]
+    bare = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=path)
+    assert (bare.vocab_size, bare.bos, bare.eod, bare.pad) == (4096, None, 0, None)
+    assert bare.encode("甜水 sea") == small(tokenizer_files).encode("甜水 sea")
+    (tmp_path / "tokenizer.json").write_bytes(path.read_bytes())
+    config = {"bos_token": {"content": "!"}, "eos_token": '"', "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    named = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path)
+    assert (named.bos, named.eod, named.pad) == (1, 2, None)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path).eod is None
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(DataError, match=r"tokenizer_config.json: \['</s>'\] are not in .*tokenizer.json"):
+        load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path)
+
+
+def test_flags_that_are_missing() -> None:
+    with pytest.raises(ConfigError, match=r"--tokenizer-model .*HuggingFaceTokenizer needs it"):
+        load_tokenizer("HuggingFaceTokenizer")
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer("AquilaTokenizer", merge_file=Path("merges.txt"))
+    assert [problem.flag for problem in caught.value.problems] == ["--vocab-file", "--special-tokens-file"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "message"),
+    [
+        ("vocab_file", None, "cannot be read: No such file"),
+        ("vocab_file", "{", "not JSON"),
+        ("vocab_file", "[]", "not a JSON object but a list"),
+        ("vocab_file", '{"<|endoftext|>": 0, "a": 2}', "ids must run from 0 without a gap"),
+        ("vocab_file", '{"a": 0, "<|endoftext|>": 1}', "must have id 0"),
+        ("vocab_file", '{"<|endoftext|>": 0, "a": "1"}', "without a gap"),
+        ("vocab_file", '{"<|endoftext|>": 0, "a": 1}', r"merges.txt does not fit .*vocab.json"),
+        ("merge_file", None, "cannot be read: .*No such file"),
+        ("merge_file", "#version: 0.2\na b\nab\n", "merges.txt:3: not a merge of two tokens: 'ab'"),
+        ("merge_file", "a b c\n", "merges.txt:1: not a merge"),
+        ("special_tokens_file", "[CLS]\n", r"\[CLS\] and </s> among them"),
+        ("special_tokens_file", "[CLS]\n</s>\n[CLS]\n", "each once"),
+        ("special_tokens_file", "[CLS]\n</s>\nlex\n", r"none of them in .*vocab.json \(1 are\)"),
+    ],
+)
+def test_files_that_do_not_fit(
+    tokenizer_files: dict[str, Path], tmp_path: Path, flag: str, content: str | None, message: str
+) -> None:
+    path = tmp_path / tokenizer_files[flag].name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        small(tokenizer_files, **{flag: path})
+
+
+def test_a_tokenizer_json_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer.json: cannot be read: No such file"):
+        load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer.json that"):
+        load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path)
