@@ -1,0 +1,87 @@
+"""The recipes resolve, and their pages hold the planner's numbers."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.derive import derive, memory_plan
+from megatron_aquila.plan.flops import flops_per_token, num_params
+from megatron_aquila.plan.time import bubble_share, bubble_time
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LAYOUTS = {
+    "aquila2_7b": [(96, []), (8, ["--tp", "2"]), (8, ["--tp", "4", "--pp", "2"])],
+    "aquila2_34b": [(512, []), (128, [])],
+}
+
+
+def resolve(recipe, world_size, flags):
+    config = load_config(["--config", str(EXAMPLES / recipe / "pretrain.yaml"), *flags], world_size=world_size).config
+    return config, derive(config, world_size)
+
+
+@pytest.mark.parametrize("recipe", LAYOUTS)
+def test_the_page_holds_the_numbers_of_the_plan(recipe):
+    page = (EXAMPLES / recipe / "README.md").read_text()
+    _, derived = resolve(recipe, *LAYOUTS[recipe][0])
+    assert f"{num_params(derived.shape):,} parameters" in page
+    for attention in ("causal", "full"):
+        assert f"{flops_per_token(derived.shape, attention) / 1e9:.5g} G" in page
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"), [(recipe, layout) for recipe, all_ in LAYOUTS.items() for layout in all_]
+)
+def test_each_layout_of_the_table_is_as_planned(recipe, layout):
+    config, derived = resolve(recipe, *layout)
+    grid = derived.grid
+    page = (EXAMPLES / recipe / "README.md").read_text()
+    name = f"| {grid.world_size} | tp {grid.tp} x pp {grid.pp} x dp {grid.dp}"
+    (row,) = [line for line in page.splitlines() if line.startswith(name)]
+    memory = max(memory_plan(config, derived).of_stage(stage).total for stage in range(derived.stages.num_stages))
+    assert f"| {memory / 2**30:.1f} GiB |" in row
+    assert f"| {' '.join(str(len(layers)) for layers in derived.stages.layers)} |" in row
+    microbatches = derived.batch_at(config.train.train_samples)[1]
+    idle = bubble_time("1f1b", num_stages=grid.pp, forward=1, backward=1, weight=1)
+    share = bubble_share(idle, num_microbatches=microbatches, stage=3)
+    assert ("none |" if grid.pp == 1 else f"{100 * share:.2f} % |") in row
+
+
+def test_the_first_steps_of_the_34b_have_one_microbatch():
+    _, derived = resolve("aquila2_34b", 512, [])
+    assert derived.batch_at(0) == (32, 1)
+    idle = bubble_time("1f1b", num_stages=4, forward=1, backward=1, weight=1)
+    page = (EXAMPLES / "aquila2_34b" / "README.md").read_text()
+    assert f"{100 * bubble_share(idle, num_microbatches=1, stage=3):.2f} %" in page
+
+
+@pytest.mark.parametrize("recipe", LAYOUTS)
+def test_the_scripts_pass_on_what_they_are_given(recipe, tmp_path):
+    """With an interpreter that only prints its arguments; a name with a blank stays one word."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
+    python.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUTPUT_PREFIX": str(tmp_path / "a b" / "text")}
+    script = EXAMPLES / recipe / "preprocess.sh"
+    told = subprocess.run(
+        [script, "one file.jsonl"], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "<one file.jsonl>" in told
+    assert f"<{tmp_path}/a b/text>" in told
+    assert subprocess.run([script], env=environment, capture_output=True, check=False).returncode == 2
+
+    save = tmp_path / "check points"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "SAVE": str(save), "NNODES": "2", "NODE_RANK": "1"}
+    script = EXAMPLES / recipe / "pretrain.sh"
+    for latest in (False, True):
+        if latest:
+            save.mkdir()
+            (save / "latest").write_text("step_0000001")
+        told = subprocess.run([script, "--lr", "1"], env=environment, capture_output=True, text=True, check=True).stdout
+        words = re.findall("<(.*?)>", told)
+        assert words[:7] == ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node"]
+        assert words[-2:] == ["--lr", "1"]
+        assert ("--load" in words) is latest
