@@ -22,7 +22,7 @@ class ScheduleError(AquilaError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with the settings: which flag, what value (empty for a bare flag), why, and what to do instead."""
+    """One thing wrong with the settings: which flag, what value (empty for a bare one), why, what to do instead."""
 
     flag: str
     value: object

@@ -44,10 +44,8 @@ def prove(config: RunConfig) -> bool:
         console.print(
             f"{requested}, float64, a model of {parity.shape.num_layers} layers, bound {BOUND:g} of each norm"
         )
-        rows = []
         with console.status("running layouts"):
-            for row in parity.rows():
-                rows.append(row)
+            rows = list(parity.rows())
     finally:
         for one in pools.values():
             one.close()

@@ -87,27 +87,15 @@ def read_state(config: RunConfig, shape: ModelShape) -> TrainState:
         return fresh_state(config)
     reader = CheckpointReader(config.checkpoint.load)
     saved: Mapping[str, Any] = reader.state
-    check_same_model(saved, shape, config.checkpoint.load)
+    problems = reader.shape_problems(shape)
+    if problems:
+        raise CheckpointError(
+            f"--load {config.checkpoint.load}: another model: {'; '.join(problems)}; use its settings"
+        )
     if not config.checkpoint.load_optim:
         return fresh_state(config)
     check_same_run(saved, config)
     return TrainState.from_json(saved["train"]).extended_to(config.train.train_samples)
-
-
-def check_same_model(saved: Mapping[str, Any], shape: ModelShape, path: Path) -> None:
-    """Raise ``CheckpointError`` naming every size in which the checkpoint's model differs from the configured one.
-
-    The padded vocabulary is not part of the logical model, the sequence length not of its weights.
-    """
-    free = {"padded_vocab_size", "seq_len", "init_std", "norm_init"}
-    wanted = asdict(shape)
-    differences = [
-        f"{name} is {saved['shape'].get(name)} there, {value} here"
-        for name, value in wanted.items()
-        if name not in free and saved["shape"].get(name) != value
-    ]
-    if differences:
-        raise CheckpointError(f"--load {path}: another model: {'; '.join(differences)}; use its settings")
 
 
 def check_same_run(saved: Mapping[str, Any], config: RunConfig) -> None:

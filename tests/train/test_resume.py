@@ -117,7 +117,7 @@ def test_what_would_change_silently_is_refused(whole: tuple[RunConfig, Recorder]
         run(replace(again, optim=replace(again.optim, lr=2e-2)))
     with pytest.raises(CheckpointError, match="--seed 7"):
         run(replace(again, seed=7))
-    with pytest.raises(CheckpointError, match="num_layers is 3 there, 4 here"):
+    with pytest.raises(CheckpointError, match="num_layers is 3 there, 4 in this run"):
         run(replace(again, model=replace(again.model, num_layers=4)))
     with pytest.raises(CheckpointError, match="--optimizer sgd"):
         run(replace(again, optim=replace(again.optim, optimizer="sgd")))

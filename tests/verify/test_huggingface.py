@@ -33,7 +33,7 @@ def export(tmp_path: Path, dtype: torch.dtype) -> tuple[CheckpointReader, Path]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_logits_agree(tmp_path: Path, dtype: torch.dtype) -> None:
     reader, folder = export(tmp_path, dtype)
-    assert compare_logits(reader, folder).startswith("fp32 logits ")
+    assert compare_logits(reader, folder).startswith("fp32 logits agree")
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])

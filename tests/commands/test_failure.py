@@ -1,0 +1,38 @@
+import pytest
+
+from megatron_aquila.commands.failure import exit_code
+from megatron_aquila.errors import ConfigError, DataError, Problem
+
+
+def test_success_is_zero() -> None:
+    with exit_code() as code:
+        pass
+    assert code.value == 0
+
+
+def test_problems_of_the_settings_are_printed_by_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConfigError(
+        [Problem("--tp", 3, "32 heads do not divide", "use 4"), Problem("--pp", 9, "8 layers", "use 8")]
+    )
+    for rank in (0, 1):
+        with exit_code(rank=rank) as code:
+            raise error
+        assert code.value == 2
+    err = capsys.readouterr().err
+    assert err.count("--tp 3: 32 heads do not divide; use 4") == 1
+    assert err.count("--pp 9") == 1
+
+
+def test_other_errors_name_their_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    with exit_code(rank=3) as code:
+        raise DataError("a.bin is cut")
+    assert code.value == 2
+    assert capsys.readouterr().err == "error on rank 3: a.bin is cut\n"
+
+
+def test_an_interrupt_is_130_and_our_own_mistakes_keep_their_traceback() -> None:
+    with exit_code() as code:
+        raise KeyboardInterrupt
+    assert code.value == 130
+    with pytest.raises(AssertionError), exit_code():
+        raise AssertionError("ours")

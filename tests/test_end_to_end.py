@@ -1,0 +1,62 @@
+"""The real thing: torchrun, the script, a signal in the middle, a resume on another layout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import VOCAB_SIZE, write_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    config = folder / "run.yaml"
+    config.write_text(
+        f"""
+model: {{num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_size: 48, vocab_size: {VOCAB_SIZE},
+  vocab_multiple: 8, seq_len: 16}}
+data: {{path: [{", ".join(map(repr, write_corpus(folder)))}], split: "90,10,0", cache_path: {folder / "cache"}}}
+optim: {{lr: 1.0e-2, min_lr: 1.0e-3, lr_warmup_samples: 8}}
+train: {{train_samples: 4000, micro_batch: 2, global_batch: 8, precision: fp32, device: cpu, eval_iters: 1}}
+checkpoint: {{save: {folder / "run"}}}
+"""
+    )
+    return [*TORCHRUN, "pretrain_aquila.py", "--config", str(config), *flags]
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    parsed = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return [row for row in parsed if "loss" in row]
+
+
+@pytest.mark.end_to_end
+def test_torchrun_stops_on_sigterm_and_resumes_on_another_layout(tmp_path: Path) -> None:
+    log = tmp_path / "run" / "log.jsonl"
+    with (tmp_path / "out").open("w") as out:
+        first = subprocess.Popen(
+            command(tmp_path, "--tp", "2", "--sp"), cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out
+        )
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert first.poll() is None, (tmp_path / "out").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "out").read_text()
+            time.sleep(0.05)
+        first.send_signal(signal.SIGTERM)
+        first.wait(timeout=60)
+    assert "stopped at step" in (tmp_path / "out").read_text()
+    stopped = int(rows(tmp_path)[-1]["step"])
+    assert (tmp_path / "run" / "latest").read_text().strip() == f"step_{stopped:07d}"
+    until = str(8 * (stopped + 2))
+    flags = ("--pp", "2", "--load", str(tmp_path / "run"), "--exit-samples", until)
+    second = subprocess.run(command(tmp_path, *flags), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, stopped + 3))
+    assert "(flag --load)" in second.stdout
