@@ -1,6 +1,8 @@
 """The C++ extension and the numpy reference give identical values, and both give Megatron-LM's."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -120,3 +122,12 @@ def test_what_runs_is_said() -> None:
     built = _native is not None
     assert native.INDEX_BUILDER.startswith("C++" if built else "numpy")
     assert native.build_sample_index is (_native if built else reference).build_sample_index
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # runpy: the module was imported before
+def test_numpy_runs_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron_aquila._native", None)
+    monkeypatch.delattr("megatron_aquila._native", raising=False)
+    loaded = runpy.run_module("megatron_aquila.data.native")
+    assert loaded["INDEX_BUILDER"].startswith("numpy, slower: the C++ extension is not built")
+    assert loaded["build_sample_index"] is reference.build_sample_index
