@@ -1,0 +1,105 @@
+"""What tools/bootstrap.py decides; the installation itself is what made the environment these tests run in."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[2] / "tools" / "bootstrap.py"
+CPU_WHEEL = "torch (2.15.0)\nAvailable versions: 2.15.0, 2.13.0+cpu, 2.13.0, 2.12.1"
+NO_CPU_WHEEL = "torch (2.15.0)\nAvailable versions: 2.15.0, 2.13.0, 2.12.1"
+
+
+@pytest.fixture
+def bootstrap():
+    spec = importlib.util.spec_from_file_location("bootstrap", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "enough"),
+    [
+        ("2.10.1", False),
+        ("2.11.0a0+git1", False),
+        ("2.11.0rc2", False),
+        ("2.11.0+cu130", True),
+        ("2.12.0a0+nv", True),
+        ("2.13.0+cpu", True),
+        ("3.0", True),
+    ],
+)
+def test_which_torch_will_do(bootstrap, version, enough):
+    assert bootstrap.is_enough(version) is enough
+
+
+@pytest.mark.parametrize(
+    ("listing", "spec", "said"),
+    [
+        (CPU_WHEEL, "torch==2.13.0", "from a CPU wheel"),
+        (NO_CPU_WHEEL, "torch==2.13.0", "2.7 GB"),
+        (CPU_WHEEL, "torch==2.12.1", "no CPU wheel is offered"),
+        ("", "torch==2.13.0", "no CPU wheel is offered"),
+        (CPU_WHEEL, "torch==2.13.0 --index-url file:///wheels", "as TORCH_SPEC says"),
+    ],
+)
+def test_a_large_download_is_announced(bootstrap, tmp_path, capsys, listing, spec, said):
+    (tmp_path / "listing").write_text(listing)
+    bootstrap.announce_download(script(tmp_path / "python", f"cat {tmp_path}/listing"), spec)
+    assert said in capsys.readouterr().out
+
+
+def test_another_python_is_refused(bootstrap, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "dev"])
+    monkeypatch.setattr(bootstrap, "PYTHONS", ((3, 99),))
+    with pytest.raises(SystemExit, match=r"Python 3\.11 or 3\.12 is needed"):
+        bootstrap.main()
+
+
+def test_a_missing_ensurepip_says_what_to_install(bootstrap, monkeypatch, tmp_path):
+    class Broken:
+        def __init__(self, **settings): ...
+
+        def create(self, folder):
+            raise OSError("no ensurepip")
+
+    monkeypatch.setattr(bootstrap.venv, "EnvBuilder", Broken)
+    with pytest.raises(SystemExit, match=r"apt install python3\.\d+-venv"):
+        bootstrap.make_venv(tmp_path)
+
+
+def test_a_failing_pip_ends_it(bootstrap, tmp_path):
+    with pytest.raises(SystemExit, match="pip failed"):
+        bootstrap.pip_install(script(tmp_path / "python", "exit 1"), "x")
+
+
+def test_an_installation_without_torch_is_an_error(bootstrap, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_SPEC", "something-else")
+    with pytest.raises(SystemExit, match=r"has no torch >= 2\.11"):
+        bootstrap.ensure_torch(script(tmp_path / "python", "exit 0"), tmp_path)
+
+
+def test_the_callers_packages_are_shared(bootstrap, tmp_path, monkeypatch):
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
+    site.mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", ["/somewhere", "/usr/lib/python3/dist-packages", "/home/x/site-packages"])
+    bootstrap.share_packages(tmp_path)
+    shared = (site / "shared-packages.pth").read_text()
+    assert shared == "/usr/lib/python3/dist-packages\n/home/x/site-packages\n"
+
+
+def test_nothing_is_done_twice(bootstrap, tmp_path, monkeypatch):
+    (tmp_path / "installed-dev").write_text(bootstrap.fingerprint("dev"))
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--venv", str(tmp_path), "dev"])
+    monkeypatch.setattr(bootstrap, "make_venv", lambda folder: pytest.fail("the environment is made again"))
+    bootstrap.main()
+    monkeypatch.setenv("TORCH_SPEC", "torch==2.12.1")
+    assert bootstrap.fingerprint("dev") != (tmp_path / "installed-dev").read_text()
