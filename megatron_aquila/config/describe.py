@@ -11,7 +11,7 @@ from megatron_aquila.plan.memory import Memory
 from megatron_aquila.plan.stages import idle_share
 from megatron_aquila.plan.time import bubble_share, bubble_time
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 def setting_rows(loaded: LoadedConfig, *, changed_only: bool = False) -> list[tuple[str, str, str]]:
@@ -36,7 +36,7 @@ def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
         ("MLP width", f"{shape.ffn_size:,}"),
         ("FLOPs per token", _flops(derived)),
         ("step", f"{batch:,} samples = {batch * shape.seq_len:,} tokens in {microbatches} microbatches{_ramp(config)}"),
-        ("run", f"{config.train.train_samples:,} samples = {tokens / 1e9:,.3f} B tokens"),
+        ("run", f"{config.train.train_samples:,} samples = {tokens:,} tokens"),
         ("layers by stage", _stages(derived)),
         ("pipeline bubble", _bubble(config, derived, microbatches)),
         *memory_rows(config, derived),
@@ -77,9 +77,10 @@ def _bubble(config: RunConfig, derived: Derived, microbatches: int) -> str:
 
 def _memory(memory: Memory) -> str:
     parts = [(part.name.replace("_", " "), getattr(memory, part.name)) for part in fields(memory)]
-    named = ", ".join(f"{name} {_gib(size)}" for name, size in parts if size)
-    return f"{_gib(memory.total)} GiB: {named}"
+    named = ", ".join(f"{name} {_size(size)}" for name, size in parts if size)
+    return f"{_size(memory.total)}: {named}"
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.3g}"
+def _size(size: int) -> str:
+    """Bytes in words: ``26.4 GiB`` or ``61 MiB``."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"

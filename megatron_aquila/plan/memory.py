@@ -55,7 +55,7 @@ class MemoryPlan:
         gradient = GRADIENT_BYTES[self.precision]
         in_flight = self.in_flight(stage)
         return Memory(
-            weights=params * ITEM_BYTES[self.precision],
+            weights=params * self._item,
             main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
             master_weights=shard * 4 if self.precision == "bf16" else 0,
             optimizer_states=shard * gradient * MOMENTS[self.optimizer],
@@ -83,37 +83,46 @@ class MemoryPlan:
         return (num_layers * layer_matmul_params(self.shape) + vocab) // self.grid.tp + norms
 
     @property
+    def _item(self) -> int:
+        """Bytes of a weight or an activation."""
+        return ITEM_BYTES[self.precision]
+
+    @property
+    def _wide(self) -> int:
+        """Bytes of what is computed in fp32 or wider."""
+        return max(4, self._item)
+
+    @property
     def _tokens(self) -> int:
         """Tokens of a microbatch on one rank."""
         return self.micro_batch * self.shape.seq_len // self.grid.cp
 
     def _activations(self, stage: int) -> int:
-        """Bytes that autograd keeps of one microbatch, every op saving its inputs once in their own type.
+        """Bytes that autograd keeps of one microbatch, every op saving its inputs once; a test measures the model.
 
         Elements a token and layer, 1/tp of each: the two norms' inputs and outputs 4 H (whole where the sequence is
-        not split), q, k, v and the attention's output, gate and up 2 F, their product F; in four bytes the attention's
-        log-sum 1 a head and the norms' scale 2. For one tensor rank this is 8.0 GiB of the 7B at 2,048 tokens.
+        not split), q, k, v and the attention's output, gate and up 2 F, their product F; in at least four bytes the
+        attention's log-sum 1 a head and each norm's scale 1. This is 8.0 GiB of the 7B at 2,048 tokens.
         """
         shape, tp = self.shape, self.grid.tp
         residual = tp if self.sequence_parallel else 1
         shard = 2 * shape.attention_size + 2 * shape.kv_size + 3 * shape.ffn_size
-        item = ITEM_BYTES[self.precision]
-        layer = item * (4 * shape.hidden_size // residual + shard // tp) + 4 * (shape.num_heads // tp + 2 // residual)
-        final_norm = item * 2 * shape.hidden_size // residual if self.stages.has_head(stage) else 0
+        narrow = 4 * shape.hidden_size // residual + shard // tp
+        layer = self._item * narrow + self._wide * (shape.num_heads // tp + 2)
+        final_norm = self._item * 2 * shape.hidden_size // residual if self.stages.has_head(stage) else 0
         return self._tokens * (len(self.stages.layers[stage]) * layer + final_norm)
 
     def _logits(self, in_flight: int) -> int:
-        """Bytes of the logits and their softmax (at least fp32) for each microbatch in flight, and one gradient."""
-        item, wide = ITEM_BYTES[self.precision], max(4, ITEM_BYTES[self.precision])
+        """Bytes of the logits of each microbatch in flight, and of one wide softmax and its narrow gradient."""
         columns = self.shape.padded_vocab_size // self.grid.tp
-        return self._tokens * columns * (in_flight * (item + wide) + item)
+        return self._tokens * columns * (in_flight * self._item + self._wide + self._item)
 
     def _temporaries(self) -> int:
         """Bytes of the widest moment of a layer's backward: gradients of gate, up and their product, x gathered twice.
 
         Beside them the largest weight's gradient, which lives until it is added to the main gradient.
         """
-        item, shape = ITEM_BYTES[self.precision], self.shape
+        shape = self.shape
         widest = self._tokens * (3 * shape.ffn_size // self.grid.tp + 2 * shape.hidden_size)
         largest = max(2 * shape.ffn_size, shape.padded_vocab_size) * shape.hidden_size // self.grid.tp
-        return item * (widest + largest)
+        return self._item * (widest + largest)

@@ -1,12 +1,18 @@
 from dataclasses import fields, replace
 
 import pytest
+import torch
+from torch import Tensor
 
+from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.model.aquila import AquilaStage
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.plan.flops import num_params
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.stages import plan_stages
-from tests.plan.shapes import AQUILA_7B, AQUILA_34B
+from tests.plan.shapes import AQUILA_7B, AQUILA_34B, aquila
 
 GIB = 2**30
 
@@ -75,3 +81,46 @@ def test_the_34b_recipe_fits_the_40_gb_it_was_run_on():
     recipe = plan(AQUILA_34B, tp=4, dp=32, pp=4, num_microbatches=32, sequence_parallel=True)
     assert 25 * GIB < recipe.peak().total < 40 * GIB
     assert recipe.peak().total == max(recipe.of_stage(stage).total for stage in range(4))
+
+
+def kept_by_autograd(shape, dtype):
+    """Bytes of all storages, weights apart, that a forward of two samples keeps for its backward."""
+    kernels = choose_kernels(torch.device("cpu"), dtype)
+    ctx = ParallelContext.single()
+    stage = AquilaStage(shape, plan_stages(shape, 1), 0, ctx, sequence_parallel=False, kernels=kernels, dtype=dtype)
+    for weight in stage.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    weights = {weight.untyped_storage().data_ptr() for weight in stage.parameters()}
+    storages = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage  # holding it keeps its address from being used again
+        return tensor
+
+    tokens = torch.randint(0, shape.vocab_size, (2, shape.seq_len))
+    positions = torch.arange(shape.seq_len).expand_as(tokens)
+    batch = Batch(
+        tokens_BS=tokens,
+        labels_BS=tokens,
+        loss_mask_BS=torch.ones_like(tokens, dtype=torch.float32),
+        positions_BS=positions,
+        source_B=torch.zeros(2, dtype=torch.int64),
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stage(None, batch)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.xfail(strict=True, reason="attention passes v as a view, which keeps the whole q, k, v projection alive")
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("fp64", torch.float64)])
+def test_activations_are_what_the_model_keeps(precision, dtype):
+    two = replace(aquila(2, 256, 8, 4, 64, None, 8, 128), vocab_size=1000, padded_vocab_size=1008)
+    three = replace(two, num_layers=3)
+    small, large = (plan(shape, micro_batch=2, precision=precision).of_stage(0) for shape in (two, three))
+    layer = kept_by_autograd(three, dtype) - kept_by_autograd(two, dtype)
+    assert layer == large.activations - small.activations
+    # And all of it, within the rotary tables and the token ids: under 1 % even here, where layers are few and narrow.
+    logits = 2 * two.seq_len * two.padded_vocab_size * dtype.itemsize
+    assert kept_by_autograd(two, dtype) == pytest.approx(small.activations + logits, rel=0.01)
