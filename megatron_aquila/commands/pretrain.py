@@ -36,7 +36,7 @@ def run(loaded: LoadedConfig, launch: Launch) -> None:
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     with env.process_group(device, launch, timeout), banner.explain_out_of_memory(config, derived):
         machine = build.build_machine(config, derived, device)
-        banner.print_banner(log, config, derived, loaded.sources, machine.kernels.reasons)
+        banner.print_banner(log, loaded, derived, machine.kernels.reasons)
         data = corpus.build_corpus(config, derived, machine.ctx, launch, segments=state.index_segments)
         log.line(data.train.source.describe())
         resume.load_weights(machine, state)

@@ -46,7 +46,9 @@ def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
 def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
     """One line of estimated memory a rank, by purpose, for each stage."""
     plan = memory_plan(config, derived)
-    return [(f"memory, stage {stage}", _memory(plan.of_stage(stage))) for stage in range(derived.stages.num_stages)]
+    return [
+        (f"memory, stage {stage}", memory_words(plan.of_stage(stage))) for stage in range(derived.stages.num_stages)
+    ]
 
 
 def _flops(derived: Derived) -> str:
@@ -75,7 +77,8 @@ def _bubble(config: RunConfig, derived: Derived, microbatches: int) -> str:
     return f"{100 * share:.2f} % of a step, {config.parallel.schedule} with {microbatches} microbatches on equal stages"
 
 
-def _memory(memory: Memory) -> str:
+def memory_words(memory: Memory) -> str:
+    """The total and every part that is not zero, e.g. ``26.4 GiB: weights 4.1 GiB, ...``."""
     parts = [(part.name.replace("_", " "), getattr(memory, part.name)) for part in fields(memory)]
     named = ", ".join(f"{name} {_size(size)}" for name, size in parts if size)
     return f"{_size(memory.total)}: {named}"

@@ -53,7 +53,8 @@ class Attention(nn.Module):
         )
         q_SBNtD = self.kernels.apply_rope(q, cos_SBD, sin_SBD)
         k_SBKtD = self.kernels.apply_rope(k, cos_SBD, sin_SBD)
-        out: Tensor = self.out(self.kernels.attention(q_SBNtD, k_SBKtD, v).flatten(-2))
+        v_SBKtD = v.contiguous()  # a view would keep the whole projection alive until backward
+        out: Tensor = self.out(self.kernels.attention(q_SBNtD, k_SBKtD, v_SBKtD).flatten(-2))
         return out
 
     def param_infos(self, prefix: str, *, stage: int, std: float, out_std: float) -> Iterator[ParamInfo]:

@@ -54,10 +54,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_SBVt: Tensor, labels_SB: Tensor, tp: Group, vocab_size: int) -> Tensor:
         num_real = _num_real(logits_SBVt.shape[-1], tp, vocab_size)
-        logits = logits_SBVt[..., :num_real].to(compute_dtype(logits_SBVt.dtype))
-        top_SB = logits.amax(-1) if num_real > 0 else logits.new_full(labels_SB.shape, -torch.inf)
+        real, dtype = logits_SBVt[..., :num_real], compute_dtype(logits_SBVt.dtype)
+        top_SB = real.amax(-1).to(dtype) if num_real > 0 else real.new_full(labels_SB.shape, -torch.inf, dtype=dtype)
         top_SB = all_reduce_(top_SB, tp, "max")
-        logits = logits - top_SB.unsqueeze(-1)
+        logits = real.to(dtype, copy=True).sub_(top_SB.unsqueeze(-1))  # the only wide copy of the logits
         columns, is_mine = _local(labels_SB, logits_SBVt.shape[-1], num_real, tp)
         label_logit = torch.zeros_like(top_SB)
         if num_real > 0:

@@ -1,78 +1,25 @@
-"""The first lines of a run: what it is, how it is split, what it should need, and why."""
+"""The first lines of a run: what differs from the defaults, what is planned, which kernels run and why."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 
 import torch
 
+from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived, memory_plan
+from megatron_aquila.config.describe import derived_rows, memory_words, setting_rows
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.data.native import INDEX_BUILDER
 from megatron_aquila.errors import AquilaError, ConfigError, Problem
 from megatron_aquila.observe.log import Log
-from megatron_aquila.pipeline.action import Action, Op
-from megatron_aquila.pipeline.schedules import build_schedule
-from megatron_aquila.pipeline.simulate import simulate
-from megatron_aquila.plan.flops import flops_per_token, num_params
-from megatron_aquila.plan.memory import Memory
-from megatron_aquila.plan.stages import stage_flops
-
-GIB = 2**30
 
 
-def print_banner(
-    log: Log, config: RunConfig, derived: Derived, sources: Mapping[str, str], kernels: Mapping[str, str]
-) -> None:
-    """Print settings that differ from the defaults, the grid, the stages, the kernels, planned memory and bubble."""
-    log.section("settings that differ from the defaults", changed(config, sources))
-    log.section("plan", plan_lines(config, derived))
-    log.section("kernels", kernels)
-
-
-def changed(config: RunConfig, sources: Mapping[str, str]) -> dict[str, str]:
-    """Every setting that something set, with its value and where it came from."""
-    lines = {}
-    for name, source in sources.items():
-        if source != "default":
-            section, _, leaf = name.rpartition(".")
-            value = getattr(getattr(config, section) if section else config, leaf)
-            lines[name] = f"{value}  ({source})"
-    return lines
-
-
-def plan_lines(config: RunConfig, derived: Derived) -> dict[str, str]:
-    """Model, grid, stages, batch, memory and bubble, a line each."""
-    shape, grid = derived.shape, derived.grid
-    batch, microbatches = derived.batch_at(config.train.train_samples)
-    memory = memory_plan(config, derived).peak()
-    layers = " ".join(str(len(stage)) for stage in derived.stages.layers)
-    return {
-        "model": f"{num_params(shape):,} parameters, {flops_per_token(shape) / 1e9:.4g} GFLOP a token (causal)",
-        "grid": f"tp {grid.tp}{' with sp' if config.parallel.sequence else ''} x pp {grid.pp} x dp {grid.dp}"
-        f" = {grid.world_size} ranks",
-        "stages": f"{layers} layers; {config.parallel.schedule}, bubble {100 * bubble(config, derived):.1f} %",
-        "batch": f"{batch} x {shape.seq_len} tokens: {microbatches} microbatches of {config.train.micro_batch} samples",
-        "memory": f"{memory.total / GIB:.2f} GiB on the fullest rank ({memory_parts(memory)})",
-    }
-
-
-def memory_parts(memory: Memory) -> str:
-    """The parts of an estimate that are not zero, largest first."""
-    parts = {part.name: getattr(memory, part.name) for part in fields(memory)}
-    ordered = sorted(parts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in ordered if size > 0)
-
-
-def bubble(config: RunConfig, derived: Derived) -> float:
-    """Idle share of a full step, simulated with each stage's FLOPs; backward takes twice as long as forward."""
-    _, microbatches = derived.batch_at(config.train.train_samples)
-    schedule = build_schedule(config.parallel.schedule, derived.grid.pp, microbatches)
-    flops = stage_flops(derived.shape, derived.stages)
-
-    def cost(action: Action) -> float:
-        return flops[action.stage] * (1 if action.op is Op.F else 2)
-
-    return simulate(schedule, cost).bubble
+def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapping[str, str]) -> None:
+    """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory, and the kernels."""
+    changed = setting_rows(loaded, changed_only=True)
+    log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
+    log.section("what follows", dict(derived_rows(loaded.config, derived)))
+    log.section("kernels", {**kernels, "sample indices": INDEX_BUILDER})
 
 
 def check_memory(config: RunConfig, derived: Derived, device: torch.device) -> None:
@@ -82,7 +29,7 @@ def check_memory(config: RunConfig, derived: Derived, device: torch.device) -> N
     total = torch.cuda.get_device_properties(device).total_memory
     memory = memory_plan(config, derived).peak()
     if memory.total > total:
-        why = f"the plan needs {memory.total / GIB:.1f} GiB a GPU ({memory_parts(memory)}), it has {total / GIB:.1f}"
+        why = f"the plan needs more than the GPU's {total / 2**30:.1f} GiB: {memory_words(memory)}"
         raise ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config))])
 
 
@@ -94,8 +41,8 @@ def explain_out_of_memory(config: RunConfig, derived: Derived) -> Iterator[None]
     except torch.OutOfMemoryError as error:
         memory = memory_plan(config, derived).peak()
         raise AquilaError(
-            f"out of GPU memory; planned were {memory.total / GIB:.1f} GiB on the fullest rank "
-            f"({memory_parts(memory)}); {ways_to_save(config)}. The allocator said: {error}"
+            f"out of GPU memory; planned for the fullest rank were {memory_words(memory)}; {ways_to_save(config)}. "
+            f"The allocator said: {error}"
         ) from error
 
 

@@ -12,8 +12,8 @@ from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.shrink import Layout, with_layout
 from tests.verify.test_parity import CONFIG, FULL
 
-# A gradient passes through some 16 roundings a layer, forward and backward, of which 3 layers lie in a row. Their errors
-# add up at worst: 48 unit roundoffs, 2^-24 in fp32 and 2^-9 in bf16, of each tensor's norm.
+# A gradient passes through some 16 roundings a layer, forward and backward, of which 3 layers lie in a row. Their
+# errors add up at worst: 48 unit roundoffs, 2^-24 in fp32 and 2^-9 in bf16, of each tensor's norm.
 BOUNDS: dict[Precision, float] = {"fp32": 48 * 2**-24, "bf16": 48 * 2**-9}
 
 
