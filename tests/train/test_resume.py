@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_aquila.checkpoint.huggingface import export_huggingface
+from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import CheckpointError
@@ -136,3 +138,22 @@ def test_weights_alone_start_a_new_run(whole: tuple[RunConfig, Recorder], tmp_pa
     fresh = run(split(resumed(config, load=config.checkpoint.save, load_optim=False, save=tmp_path)))
     assert fresh.reports[0].step == 1
     assert fresh.reports[0].loss < before.reports[0].loss - 0.5, "the trained weights were not used"
+
+
+def test_published_weights_start_a_run_and_what_does_not_fit_is_refused(
+    whole: tuple[RunConfig, Recorder], pool: Pools, tmp_path: Path
+) -> None:
+    config, _ = whole
+    assert config.checkpoint.save is not None
+    reader = CheckpointReader(config.checkpoint.save)
+    folder = tmp_path / "hf"
+    ids = SpecialIds(bos=None, eos=1, pad=None)
+    export_huggingface(reader, folder, shape=reader.shape(), dtype=torch.float64, ids=ids, max_shard_bytes=100_000)
+    from_ours = resumed(config, load=config.checkpoint.save, load_optim=False, save=tmp_path / "ours")
+    from_hf = resumed(config, init_from_hf=folder, save=tmp_path / "theirs")
+    expected = pool(4).run(run, from_ours)[0]
+    found = pool(4).run(run, from_hf)[0]
+    assert figures(found) == figures(expected)
+    other = replace(from_hf, model=replace(config.model, rope_base=5e5))
+    with pytest.raises(CheckpointError, match=r"--init-from-hf .*rope_base is 10000\.0 there, 500000\.0 in this run"):
+        run(split(other))
