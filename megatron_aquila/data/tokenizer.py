@@ -1,8 +1,9 @@
 """Aquila's tokenizer: GPT-2's byte-level BPE with eight special tokens after the vocabulary; or any tokenizer.json."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -25,6 +26,18 @@ AQUILA_SPECIAL_TOKENS: Final = (
     BOS,
     EOD,
 )
+AQUILA_VOCAB_SIZE: Final = 100008  # of Aquila's own tokenizer; the eight special tokens are its last ids
+AQUILA_GOLDEN_IDS: Final = {
+    "这是一个测试": (15128, 5744),
+    "Hello world": (22299, 3117),
+    "There is something wrong, please query again": (4891, 397, 3337, 6689, 12, 8641, 13418, 1989),
+    "请给出10个要到北京旅游的理由。": (1486, 19743, 865, 424, 50927, 2557, 3063, 32345, 278),
+    "### Human: 你好\n": (8090, 16399, 26, 221, 34856, 199),
+}  # what Aquila's own tokenizer makes of these texts
+SHOWN: Final = 80  # characters of a wrong file that a message repeats
+_PROBE: Final = (
+    "It's  12,345 tests\n\t测试，ＡÀ e\u0301 <|endoftext|>[CLS] </s>"  # spaces, digits, forms of Unicode, specials
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +47,11 @@ class Tokenizer:
     Text is text: what looks like a special token in it becomes ordinary tokens, so that no document can end itself,
     unless ``allow_special_tokens``. Nothing is put before or after a text.
 
-    ``bos_token``, ``eod_token`` and ``pad_token`` are these special tokens as written; ``None`` where there is none.
+    ``kind`` is what ``--tokenizer-type`` calls it. ``bos_token``, ``eod_token`` and ``pad_token`` are these special
+    tokens as written; ``None`` where there is none.
     """
 
+    kind: TokenizerType
     model: tokenizers.Tokenizer
     bos_token: str | None
     eod_token: str | None
@@ -103,15 +118,10 @@ def load_tokenizer(
         return _from_json(folder_or_file, allow_special_tokens=allow_special_tokens)
     flags = {"--vocab-file": vocab_file, "--merge-file": merge_file, "--special-tokens-file": special_tokens_file}
     vocab_path, merge_path, special_path = _needed(kind, flags)
-    vocab, merges, specials = _read_vocab(vocab_path), _read_merges(merge_path), _lines(special_path)
-    present = [token for token in specials if token in vocab]
-    if present or len(set(specials)) < len(specials) or BOS not in specials or EOD not in specials:
-        raise DataError(
-            f"{special_path}: special tokens {specials}: each once, {BOS} and {EOD} among them, and none of them in "
-            f"{vocab_path} ({len(present)} are); take the three files of one tokenizer"
-        )
+    vocab, merges = _read_vocab(vocab_path), _read_merges(merge_path)
+    _check_specials(special_path, vocab, vocab_path)
     try:
-        model = build_aquila_tokenizer(vocab, merges, specials)
+        model = build_aquila_tokenizer(vocab, merges)
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{merge_path} does not fit {vocab_path}: {error}; take the files of one tokenizer") from error
     return aquila_tokenizer(model, allow_special_tokens=allow_special_tokens)
@@ -120,19 +130,40 @@ def load_tokenizer(
 def aquila_tokenizer(model: tokenizers.Tokenizer, *, allow_special_tokens: bool = False) -> Tokenizer:
     """``build_aquila_tokenizer``'s result with Aquila's roles of the special tokens."""
     return Tokenizer(
-        model=model, bos_token=BOS, eod_token=EOD, pad_token=PAD, allow_special_tokens=allow_special_tokens
+        kind="AquilaTokenizer",
+        model=model,
+        bos_token=BOS,
+        eod_token=EOD,
+        pad_token=PAD,
+        allow_special_tokens=allow_special_tokens,
     )
 
 
-def build_aquila_tokenizer(
-    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], specials: Sequence[str]
-) -> tokenizers.Tokenizer:
-    """GPT-2's byte-level BPE; ``specials`` get the ids after the vocabulary, in their order."""
+def build_aquila_tokenizer(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """GPT-2's byte-level BPE; ``AQUILA_SPECIAL_TOKENS`` get the ids after the vocabulary, in their order."""
     model = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges)))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    model.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (PAD, *specials)])
+    model.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in (PAD, *AQUILA_SPECIAL_TOKENS)]
+    )
     return model
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256, in hex, of what decides the ids: two tokenizers of one fingerprint are interchangeable.
+
+    It covers the vocabulary, the merges in their order, the special tokens with their ids, which of them ends a
+    document, and, for normalizers and the splitting into words, the ids of a fixed text. Neither the kind of the files
+    nor ``allow_special_tokens`` is in it.
+    """
+    model = json.loads(tokenizer.model.to_str())["model"]
+    specials = {number: token.content for number, token in tokenizer.model.get_added_tokens_decoder().items()}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
+    probe = replace(tokenizer, allow_special_tokens=False).encode(_PROBE)
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a Unigram model
+    identity = [tokenizer.model.get_vocab(), scores, merges, specials, tokenizer.eod_token, probe]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _from_json(path: Path, *, allow_special_tokens: bool) -> Tokenizer:
@@ -153,6 +184,7 @@ def _from_json(path: Path, *, allow_special_tokens: bool) -> Tokenizer:
     if eod is None and not config_file.exists() and model.token_to_id(PAD) is not None:
         eod = PAD  # GPT-2's own files come without a tokenizer_config.json
     return Tokenizer(
+        kind="HuggingFaceTokenizer",
         model=model,
         bos_token=named["bos_token"],
         eod_token=eod,
@@ -179,6 +211,23 @@ def _needed(kind: TokenizerType, flags: Mapping[str, Path | None]) -> list[Path]
     return [path for path in flags.values() if path is not None]
 
 
+def _check_specials(path: Path, vocab: Mapping[str, int], vocab_path: Path) -> None:
+    """The ids of special tokens are their places in the file, so that another order is another tokenizer."""
+    found = _lines(path)
+    if tuple(found) != AQUILA_SPECIAL_TOKENS:
+        raise DataError(
+            f"{path}: not Aquila's special tokens, one a line and in that order: expected "
+            f"{' '.join(AQUILA_SPECIAL_TOKENS)}, found {_shortened(' '.join(found))}; take the file that came with "
+            f"{vocab_path}, or a tokenizer.json with --tokenizer-type HuggingFaceTokenizer"
+        )
+    present = [token for token in found if token in vocab]
+    if present:
+        raise DataError(
+            f"{vocab_path}: it holds {' '.join(present)}, which {path.name} puts after the vocabulary; take the files "
+            "of one tokenizer"
+        )
+
+
 def _read_vocab(path: Path) -> dict[str, int]:
     entries = _read_json(path)
     vocab = {token: number for token, number in entries.items() if isinstance(number, int)}
@@ -194,7 +243,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
             continue
         left, space, right = line.partition(" ")
         if not (left and space and right) or " " in right:
-            raise DataError(f"{path}:{number}: not a merge of two tokens: {line!r}")
+            raise DataError(f"{path}:{number}: not a merge of two tokens: {_shortened(line)!r}; take merges.txt")
         merges.append((left, right))
     return merges
 
@@ -217,3 +266,7 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     return [line for line in text.split("\n") if line != ""]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

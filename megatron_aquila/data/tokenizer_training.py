@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if learned < vocab_size:
         raise DataError(f"--vocab-size {vocab_size}: the texts give only {learned} tokens; ask for that many or fewer")
     merges = [(left, right) for left, right in model["merges"]]
-    return aquila_tokenizer(build_aquila_tokenizer(model["vocab"], merges, AQUILA_SPECIAL_TOKENS))
+    return aquila_tokenizer(build_aquila_tokenizer(model["vocab"], merges))
 
 
 def save_tokenizer_files(tokenizer: Tokenizer, out_dir: Path) -> None:

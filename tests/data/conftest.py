@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
-from megatron_aquila.data.tokenizer import AQUILA_SPECIAL_TOKENS, build_aquila_tokenizer
+from megatron_aquila.data.tokenizer import AQUILA_SPECIAL_TOKENS, PAD
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +26,10 @@ def tokenizer_files(megatron_fixtures: Path, tmp_path_factory: pytest.TempPathFa
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     (folder / "special_tokens.txt").write_text("\n".join([*AQUILA_SPECIAL_TOKENS, ""]), encoding="utf-8")
-    build_aquila_tokenizer(vocab, pairs, []).save(str(folder / "tokenizer.json"))
+    bare = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bare.add_special_tokens([PAD])
+    bare.save(str(folder / "tokenizer.json"))
     return {
         "vocab_file": folder / "vocab.json",
         "merge_file": folder / "merges.txt",

@@ -1,20 +1,21 @@
 """Ids are Aquila's, text stays text, and files that do not fit are refused."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_aquila.data.tokenizer import AQUILA_SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from megatron_aquila.data.tokenizer import (
+    AQUILA_GOLDEN_IDS,
+    AQUILA_SPECIAL_TOKENS,
+    AQUILA_VOCAB_SIZE,
+    Tokenizer,
+    fingerprint,
+    load_tokenizer,
+)
 from megatron_aquila.errors import ConfigError, DataError
-
-GOLDEN = {
-    "这是一个测试": [15128, 5744],
-    "Hello world": [22299, 3117],
-    "There is something wrong, please query again": [4891, 397, 3337, 6689, 12, 8641, 13418, 1989],
-    "请给出10个要到北京旅游的理由。": [1486, 19743, 865, 424, 50927, 2557, 3063, 32345, 278],
-    "### Human: 你好\n": [8090, 16399, 26, 221, 34856, 199],
-}
 
 
 def test_aquilas_own_ids(aquila_tokenizer_dir: Path) -> None:
@@ -25,8 +26,9 @@ def test_aquilas_own_ids(aquila_tokenizer_dir: Path) -> None:
     }
     tokenizer = load_tokenizer("AquilaTokenizer", **files)
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eod, tokenizer.pad) == (100008, 100006, 100007, 0)
-    assert tokenizer.encode_batch(list(GOLDEN)) == list(GOLDEN.values())
-    for text, ids in GOLDEN.items():
+    assert tokenizer.vocab_size == AQUILA_VOCAB_SIZE
+    assert tokenizer.encode_batch(list(AQUILA_GOLDEN_IDS)) == [list(ids) for ids in AQUILA_GOLDEN_IDS.values()]
+    for text, ids in AQUILA_GOLDEN_IDS.items():
         assert tokenizer.decode(ids) == text
     assert max(tokenizer.encode("[CLS]你好</s>")) < 100000
     allowed = Tokenizer(**(vars(tokenizer) | {"allow_special_tokens": True}))
@@ -87,9 +89,11 @@ def test_flags_that_are_missing() -> None:
         ("merge_file", None, "cannot be read: .*No such file"),
         ("merge_file", "#version: 0.2\na b\nab\n", "merges.txt:3: not a merge of two tokens: 'ab'"),
         ("merge_file", "a b c\n", "merges.txt:1: not a merge"),
-        ("special_tokens_file", "[CLS]\n", r"\[CLS\] and </s> among them"),
-        ("special_tokens_file", "[CLS]\n</s>\n[CLS]\n", "each once"),
-        ("special_tokens_file", "[CLS]\n</s>\nlex\n", r"none of them in .*vocab.json \(1 are\)"),
+        ("merge_file", "ab" * 1000, rf"merges.txt:1: not a merge of two tokens: '{'ab' * 40}\.\.\.'; take"),
+        ("special_tokens_file", "[CLS]\n", r"not Aquila's special tokens.*expected .*<\|startofpiece\|> .*Hugging"),
+        ("special_tokens_file", "\n".join([*AQUILA_SPECIAL_TOKENS, "[NEW]"]), "not Aquila's special tokens"),
+        ("special_tokens_file", "\n".join(AQUILA_SPECIAL_TOKENS[::-1]), r"in that order.*found </s> \[CLS\]"),
+        ("vocab_file", '{"<|endoftext|>": 0, "[CLS]": 1}', r"vocab.json: it holds \[CLS\], which special_tokens.txt"),
     ],
 )
 def test_files_that_do_not_fit(
@@ -108,3 +112,42 @@ def test_a_tokenizer_json_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer.json that"):
         load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path)
+
+
+def test_the_fingerprint_is_of_what_makes_ids(tokenizer_files: dict[str, Path], tmp_path: Path) -> None:
+    ours = small(tokenizer_files)
+    found = fingerprint(ours)
+    assert re.fullmatch(r"[0-9a-f]{64}", found)
+    assert fingerprint(load_tokenizer("AquilaTokenizer", **tokenizer_files, allow_special_tokens=True)) == found
+    ours.model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert fingerprint(load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path)) == found
+    ours.encode("[CLS]")  # whatever it was used for
+    assert fingerprint(ours) == found
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"!":1,"\\"":2', '"!":2,"\\"":1'),
+        ('"[sMASK]"', '"[other]"'),
+        ('"add_prefix_space":false', '"add_prefix_space":true'),
+        ('["Ġ","Ġ"],["Ġ","t"]', '["Ġ","t"],["Ġ","Ġ"]'),
+    ],
+)
+def test_another_tokenizer_has_another_fingerprint(
+    tokenizer_files: dict[str, Path], tmp_path: Path, old: str, new: str
+) -> None:
+    ours = small(tokenizer_files)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "tokenizer.json").write_text(ours.model.to_str(), encoding="utf-8")
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    assert old in text, f"{old} is not in tokenizer.json"
+    (tmp_path / "tokenizer.json").write_text(text.replace(old, new, 1), encoding="utf-8")
+    other = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path)
+    assert fingerprint(other) != fingerprint(ours)
+
+
+def test_the_end_of_a_document_is_in_the_fingerprint(tokenizer_files: dict[str, Path]) -> None:
+    ours = small(tokenizer_files)
+    assert fingerprint(replace(ours, eod_token="[CLS]")) != fingerprint(ours)
