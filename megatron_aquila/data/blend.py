@@ -1,5 +1,6 @@
 """From ``--data-path`` and ``--split`` to the samples of training, validation and test."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def build_datasets(
     shares = None if weights is None else _normalized(weights).tolist()
 
     def packed(dataset: IndexedDataset, number: int, span: Range, num_samples: int | None) -> PackedSamples:
-        first, end = (round(bound * len(dataset)) for bound in span)
+        first, end = _cut(span, len(dataset))
         packing = Packing(first=first, end=end, num_samples=num_samples, seq_len=seq_len, seed=seed)
         return PackedSamples(dataset, packing, cache, split=SPLITS[number])
 
@@ -148,6 +149,40 @@ def build_datasets(
         return Blend(parts, shares, sum(targets), cache)
 
     return Splits(source(0), source(1), source(2))
+
+
+def describe_data(paths: Sequence[str], split: str) -> list[dict[str, Any]]:
+    """What the samples of ``build_datasets`` are made of, as plain JSON: for each data set in order
+
+    - ``weight``: its share of the blend, of all shares 1; ``None`` where no weights are given;
+    - ``sequences`` and ``tokens``: how many it holds;
+    - ``splits``: the first and end sequence of ``train``, ``valid`` and ``test``, ``None`` for one without a share;
+    - ``index_sha256``: SHA-256 of its .idx file.
+
+    No paths: data that was moved is the same data. Reads every .idx file as a whole, so one process is enough.
+
+    Raises:
+        DataError: as ``build_datasets``, where a path, a weight or a share makes no sense, or a file is damaged.
+    """
+    prefixes, weights = parse_blend(paths)
+    shares = [None] * len(prefixes) if weights is None else _normalized(weights).tolist()
+    ranges = split_ranges(split)
+    described = []
+    for prefix, share in zip(prefixes, shares, strict=True):
+        dataset = IndexedDataset(prefix)
+        with dataset.idx_path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        cuts = [None if span is None else list(_cut(span, len(dataset))) for span in ranges]
+        described.append(
+            {
+                "weight": share,
+                "sequences": len(dataset),
+                "tokens": len(dataset.tokens),
+                "splits": dict(zip(SPLITS, cuts, strict=True)),
+                "index_sha256": digest,
+            }
+        )
+    return described
 
 
 def parse_blend(paths: Sequence[str]) -> tuple[list[str], list[float] | None]:
@@ -184,6 +219,12 @@ def split_ranges(split: str) -> tuple[Range | None, Range | None, Range | None]:
     bounds = list(accumulate(_normalized(given + [0.0] * (len(SPLITS) - len(given))).tolist(), initial=0.0))
     train, valid, test = [(low, high) if high > low else None for low, high in pairwise(bounds)]
     return train, valid, test
+
+
+def _cut(span: Range, count: int) -> tuple[int, int]:
+    """The first and end of ``count`` sequences that a split's share means."""
+    first, end = (round(bound * count) for bound in span)
+    return first, end
 
 
 def _normalized(weights: Sequence[float]) -> NDArray[np.float64]:

@@ -1,11 +1,14 @@
 """Blends and splits: Megatron-LM's values, and requests that make no sense."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_aquila.data.blend import Blend, Splits, build_datasets, parse_blend, split_ranges
+from megatron_aquila.data.blend import Blend, Splits, build_datasets, describe_data, parse_blend, split_ranges
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.errors import DataError
@@ -112,3 +115,23 @@ def test_ranges_of_splits() -> None:
 def test_splits_that_make_no_sense(split: str) -> None:
     with pytest.raises(DataError, match=r"--split .*: give one to three shares"):
         split_ranges(split)
+
+
+def test_the_identity_of_the_data(megatron_fixtures: Path, tmp_path: Path) -> None:
+    a, b = (str(megatron_fixtures / name) for name in ("gpt_a", "gpt_b"))
+    found = describe_data(["3", a, "1", b], "90,10,0")
+    assert json.loads(json.dumps(found)) == found
+    assert str(megatron_fixtures) not in json.dumps(found)
+    assert [part["weight"] for part in found] == [0.75, 0.25]
+    assert (found[0]["sequences"], found[0]["tokens"]) == (300, 30347)
+    assert found[0]["splits"] == {"train": [0, 270], "valid": [270, 300], "test": None}
+    index = (megatron_fixtures / "gpt_a.idx").read_bytes()
+    assert found[0]["index_sha256"] == hashlib.sha256(index).hexdigest()
+    for end in ("bin", "idx"):
+        shutil.copy(f"{a}.{end}", tmp_path / f"moved.{end}")
+    assert describe_data(["6", str(tmp_path / "moved"), "2", b], "9,1") == found  # the same, written otherwise
+    assert [part["weight"] for part in describe_data([a, b], "1")] == [None, None]
+    for paths, split in ((["1", b, "3", a], "90,10,0"), (["1", a, "1", b], "90,10,0"), (["3", a, "1", b], "80,20")):
+        assert describe_data(paths, split) != found
+    with pytest.raises(DataError, match="nowhere.idx: cannot be read"):
+        describe_data([str(tmp_path / "nowhere")], "1")
