@@ -17,11 +17,13 @@ from megatron_aquila.errors import ConfigError
 USAGE = """usage: aquila config show [--world-size N] [FLAGS]     print every setting, its source, and what follows
        aquila config from-megatron                     print the table of Megatron-LM's flags"""
 
+_RANKS = "ranks to plan for; default the fewest that the layout fits"
+
 
 class ShowOptions(TypedDict, total=False):
     """Of this command only."""
 
-    world_size: Annotated[int, tyro.conf.arg(name="world-size", help="ranks to plan for; default the fewest")]
+    world_size: Annotated[int, tyro.conf.arg(name="world-size", help=_RANKS, help_behavior_hint="")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +53,8 @@ def _show(argv: Sequence[str]) -> int:
     title = "what follows" if world_size is not None else "what follows, on the fewest ranks"
     _print_rows("settings", ("setting", "value", "from"), setting_rows(loaded))
     _print_rows(title, ("", ""), derived_rows(loaded.config, derived))
+    if loaded.missing:
+        _print_rows("to train, give also", ("", ""), [(problem.flag, problem.way_out) for problem in loaded.missing])
     return 0
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.derive import model_shape
+from megatron_aquila.config.inputs import check_data_path, check_split, check_start
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
@@ -157,12 +158,6 @@ def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--precision", "fp64", why, "use bf16 or fp32, or --device cpu")
 
 
-def _start(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    if config.checkpoint.load is not None and config.checkpoint.init_from_hf is not None:
-        why = "--load brings weights of its own"
-        yield Problem("--init-from-hf", config.checkpoint.init_from_hf, why, "give one of them")
-
-
 _LAYOUT = "parallel.tensor parallel.context parallel.pipeline parallel.data"
 _BATCH = "train.global_batch train.micro_batch"
 _SHAPE = "model.num_heads model.num_kv_heads model.hidden_size model.head_dim"
@@ -180,7 +175,10 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
-    _start: "checkpoint.load checkpoint.init_from_hf",
+    check_data_path: "data.path",
+    check_split: "data.split",
+    check_start: "checkpoint.load checkpoint.init_from_hf checkpoint.resume checkpoint.save checkpoint.load_optim "
+    "checkpoint.override_lr_schedule",
 }
 
 

@@ -17,28 +17,32 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_aquila.config.check import check
 from megatron_aquila.config.files import FileSettings, read_file
+from megatron_aquila.config.inputs import missing
 from megatron_aquila.config.migrate import MIGRATIONS, known_flags, migration_problems, settings_of
 from megatron_aquila.config.presets import PRESETS
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.config.settings import Given, Setting, all_settings, flag_names, spell
+from megatron_aquila.config.settings import Given, Setting, all_settings, described_as, flag_names, spell
 from megatron_aquila.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
     """The settings of a run and, by dotted name, where each came from: ``default``, ``preset aquila2-7b``,
-    ``file run.yaml:7`` or ``flag --tp``. ``options`` are the command's own, outside of ``RunConfig``.
+    ``file run.yaml:7`` or ``flag --tp``. ``options`` are the command's own, outside of ``RunConfig``; ``missing`` is
+    what training would still need.
     """
 
     config: RunConfig
     sources: Mapping[str, str]
     options: Mapping[str, Any] = field(default_factory=dict)
+    missing: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
     """The command line as given, not yet typed: settings by dotted name, Megatron's flags, the command's options."""
 
+    preset: str | None
     given: Mapping[str, Given]
     foreign: Mapping[str, tuple[str, ...]]
     options: Mapping[str, Any]
@@ -46,25 +50,32 @@ class Parsed:
 
 
 def load_config(
-    argv: Sequence[str], *, world_size: int | None = None, prog: str = "aquila", options: type | None = None
+    argv: Sequence[str],
+    *,
+    world_size: int | None = None,
+    prog: str = "aquila",
+    options: type | None = None,
+    to_train: bool = False,
 ) -> LoadedConfig:
     """The settings that ``argv`` asks for, checked for a world of ``world_size`` ranks (``None``: not known yet).
 
-    ``options`` is a ``TypedDict(total=False)`` with flags of the command's own. ``--help`` prints and exits. Raises
-    ``ConfigError`` with every problem at once.
+    ``options`` is a ``TypedDict(total=False)`` with flags of the command's own. With ``to_train`` what training needs
+    must be given too, the data first of all. ``--help`` prints and exits. Raises ``ConfigError`` with every problem at
+    once.
     """
-    return resolve(parse(argv, prog=prog, options=options), world_size=world_size)
+    return resolve(parse(argv, prog=prog, options=options), world_size=world_size, to_train=to_train)
 
 
 def parse(argv: Sequence[str], *, prog: str = "aquila", options: type | None = None) -> Parsed:
     """Reads flags, file and preset without typing or checking them."""
+    words, valued = _without_values_of_bools(argv)
     answers, unknown = tyro.cli(
-        _flags_type(options), args=list(argv), prog=prog, config=(tyro.conf.OmitArgPrefixes,), return_unknown_args=True
+        _flags_type(options), args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,), return_unknown_args=True
     )
     foreign, rest = _read_foreign(unknown)
     file = read_file(Path(answers["config"])) if "config" in answers else FileSettings()
     preset, flags = answers.get("preset", file.preset), _flags_given(answers, argv)
-    problems = [*_unknown_flags(rest), *file.problems]
+    problems = [*valued, *_unknown_flags(rest), *file.problems]
     if preset is not None and preset not in PRESETS:
         problems.append(Problem("--preset", preset, "no preset has this name", _suggest(preset, PRESETS)))
     for name, given in settings_of(foreign):
@@ -74,13 +85,14 @@ def parse(argv: Sequence[str], *, prog: str = "aquila", options: type | None = N
             problems.append(Problem(given.source.removeprefix("flag "), "", why, "give one of them"))
         flags.setdefault(name, given)
     from_preset = {name: Given(value, f"preset {preset}") for name, value in PRESETS.get(preset or "", {}).items()}
-    return Parsed(from_preset | file.given | flags, foreign, answers.get("options", {}), tuple(problems))
+    own = {name: answers[name] for name in _option_types(options) if name in answers}
+    return Parsed(preset, from_preset | file.given | flags, foreign, own, tuple(problems))
 
 
-def resolve(parsed: Parsed, *, world_size: int | None = None) -> LoadedConfig:
+def resolve(parsed: Parsed, *, world_size: int | None = None, to_train: bool = False) -> LoadedConfig:
     """Types and checks what was parsed; raises ``ConfigError`` with every problem of parsing, typing and checking."""
     problems = list(parsed.problems)
-    values = {name: _absent(all_settings()[name], given.value) for name, given in parsed.given.items()}
+    values = {name: _untyped(all_settings()[name], given.value) for name, given in parsed.given.items()}
     try:
         config = _adapter().validate_python(_nested(values))
     except ValidationError as error:
@@ -92,10 +104,13 @@ def resolve(parsed: Parsed, *, world_size: int | None = None) -> LoadedConfig:
         untyped = set()
     problems += migration_problems(parsed.foreign, config)
     problems += [_located(problem, parsed.given) for problem in check(config, world_size, without=untyped)]
+    needed = missing(config, parsed.preset, without=untyped)
+    if to_train:
+        problems += needed
     if problems:
         raise ConfigError(problems)
     sources = {name: parsed.given[name].source if name in parsed.given else "default" for name in all_settings()}
-    return LoadedConfig(config, sources, parsed.options)
+    return LoadedConfig(config, sources, parsed.options, tuple(needed))
 
 
 def format_problems(error: ConfigError) -> str:
@@ -114,32 +129,58 @@ def _flags_type(options: type | None) -> Any:
         groups.setdefault(setting.section, {})[setting.field] = _flag_type(setting)
     sections = typing.get_type_hints(RunConfig)
     members: dict[str, Any] = {
-        "config": Annotated[str, tyro.conf.arg(help="YAML file of settings", metavar="FILE")],
-        "preset": Annotated[str, tyro.conf.arg(help=f"start from {', '.join(PRESETS)}", metavar="NAME")],
+        "config": _word("YAML file of settings", "FILE"),
+        "preset": _word(f"start from {', '.join(PRESETS)}", "NAME"),
+        **_option_types(options),
         **groups.pop(""),
     }
-    if options is not None:
-        members["options"] = options
     for section, flags in groups.items():
-        about = tyro.conf.arg(help=sections[section].__doc__)
+        about = tyro.conf.arg(help=(sections[section].__doc__ or "").replace("`", ""))
         members[section] = Annotated[typed_dict(section, flags, total=False), about]
     group = typed_dict("settings", members, total=False)
     group.__doc__ = "Settings of a run. Precedence: default < preset < file < flag."
     return group
 
 
+def _option_types(options: type | None) -> dict[str, Any]:
+    """The types of a command's own flags by name."""
+    return {} if options is None else typing.get_type_hints(options, include_extras=True)
+
+
+def _word(help: str, metavar: str) -> Any:
+    return Annotated[str, tyro.conf.arg(help=help, metavar=metavar, help_behavior_hint="")]
+
+
 def _flag_type(setting: Setting) -> Any:
-    main, *aliases = setting.flags
+    *others, last = setting.flags  # --help shows the name after its aliases: the order is ours, then Megatron's
     kind: Any = bool if setting.kind is bool else tuple[str, ...] if setting.is_tuple else str
     default = "" if setting.default is None else f" [{spell(setting.default)}]" if setting.default != () else ""
     about = tyro.conf.arg(
-        name=main.removeprefix("--"),
-        aliases=aliases,
+        name=last.removeprefix("--"),
+        aliases=others,
         help=setting.help + default,
         help_behavior_hint="",
         metavar=None if setting.kind is bool else setting.metavar,
     )
     return Annotated[kind, about]
+
+
+def _without_values_of_bools(argv: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """``argv`` without flags that were given a value and take none, and a problem for each: ``--load-optim false``."""
+    words: list[str] = []
+    problems = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        setting = all_settings().get(flag_names().get(flag.replace("_", "-"), ""))
+        if setting is not None and setting.kind is bool and (equals or (rest and not rest[0].startswith("-"))):
+            on = setting.flags[0]
+            way_out = f"use {on} or {on.replace('--', '--no-', 1)}"
+            problems.append(Problem(flag, value if equals else rest.pop(0), "takes no value", way_out))
+        else:
+            words.append(word)
+    return words, problems
 
 
 def _read_foreign(words: Sequence[str]) -> tuple[Mapping[str, tuple[str, ...]], Sequence[str]]:
@@ -176,12 +217,18 @@ def _unknown_flags(rest: Sequence[str]) -> list[Problem]:
     for word in rest:
         if word.startswith("--"):
             flag, _, value = word.partition("=")
-            problems.append(Problem(flag, value, "is no setting", _suggest(flag.replace("_", "-"), known_flags())))
+            problems.append(Problem(flag, value, "is no setting", _suggest_flag(flag.replace("_", "-"))))
         elif problems and problems[-1].flag.startswith("--"):
             problems[-1] = replace(problems[-1], value=f"{problems[-1].value} {word}".lstrip())
         else:
             problems.append(Problem(word, "", "belongs to no flag", "settings are given as --flag value"))
     return problems
+
+
+def _suggest_flag(flag: str) -> str:
+    """The setting that is described in the flag's words, or the flags of a similar spelling."""
+    described = [all_settings()[name].flags[0] for name in described_as(flag)]
+    return f"did you mean {' or '.join(described)}?" if described else _suggest(flag, known_flags())
 
 
 def _suggest(word: str, known: typing.Iterable[str]) -> str:
@@ -205,9 +252,17 @@ def _nested(values: Mapping[str, object]) -> dict[str, Any]:
     return nested
 
 
-def _absent(setting: Setting, value: object) -> object:
-    """``value``, where the word ``none`` means that an optional setting is left to be derived."""
-    return None if setting.is_optional and value in ("none", ("none",)) else value
+def _untyped(setting: Setting, value: object) -> object:
+    """``value`` as pydantic is to read it.
+
+    The word ``none`` means that an optional setting is left to be derived; several values may be one text with blanks.
+    """
+    match value:
+        case "none" | ["none"] if setting.is_optional:
+            return None
+        case str(text) | [str(text)] if setting.is_tuple:
+            return text.split()
+    return value
 
 
 def _name_of(location: tuple[int | str, ...]) -> str:

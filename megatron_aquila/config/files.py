@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_aquila.config.settings import Given, all_settings
+from megatron_aquila.config.settings import Given, all_settings, described_as, flag_names
 from megatron_aquila.errors import Problem
 
 
@@ -84,6 +84,8 @@ def _unknown(where: str, name: str, section: str) -> Problem:
     known = [other for other in (*all_settings(), *_sections(), "preset") if other != name]
     leaf = name.rpartition(".")[2]
     close = [other for other in known if other.rpartition(".")[2] == leaf]
+    flag = f"--{leaf.replace('_', '-')}"
+    close = close or ([flag_names()[flag]] if flag in flag_names() else described_as(leaf, section))
     close = close or get_close_matches(name, known, n=2, cutoff=0.75)
     if close:
         return Problem(where, name, "is no setting", f"did you mean {' or '.join(close)}?")

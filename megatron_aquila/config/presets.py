@@ -108,3 +108,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "aquila2-70b": _70B,
     }
 )
+
+CONTINUATIONS: Mapping[str, str] = MappingProxyType(  # presets that train published weights on: the one from scratch
+    {"aquila2-7b-continue": "aquila2-7b"}
+)

@@ -93,7 +93,7 @@ class DataConfig:
     """Where the tokens come from."""
 
     path: tuple[str, ...] = setting(
-        (), "prefixes of .bin/.idx pairs: one, or weight prefix weight prefix ...", "--data-path"
+        (), "prefixes of .bin/.idx pairs: one, or weight prefix weight prefix ...; needed to train", "--data-path"
     )
     split: str = setting("99,1,0", "documents for train, valid and test, as ratios", "--split")
     cache_path: Path | None = setting(None, "folder of the built indices; default beside the data", "--data-cache-path")
@@ -154,6 +154,11 @@ class CheckpointConfig:
 
     save: Path | None = setting(None, "folder the checkpoints are written to", "--save")
     load: Path | None = setting(None, "folder (or one step of it) to resume from; it must exist", "--load")
+    resume: bool = setting(
+        False,
+        "continue from the --save folder where it holds a checkpoint, else start as the other settings say",
+        "--resume",
+    )
     save_interval: Count = setting(1000, "steps between checkpoints", "--save-interval")
     rampup_save_interval: Count | None = setting(None, "steps between checkpoints while the batch ramps up")
     keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
@@ -174,7 +179,9 @@ class ObserveConfig:
     log_interval: Count = setting(1, "steps between lines of the log", "--log-interval")
     log_dir: Path | None = setting(None, "folder of log.jsonl; default the save folder", "--log-dir")
     tensorboard_dir: Path | None = setting(None, "folder of TensorBoard events", "--tensorboard-dir")
-    wandb_project: str | None = setting(None, "Weights & Biases project, written offline", "--wandb-project")
+    wandb_project: str | None = setting(
+        None, "Weights & Biases project, written offline; megatron_aquila where only --wandb-dir is given"
+    )
     wandb_dir: Path | None = setting(
         None, "folder of the offline Weights & Biases run", "--wandb-dir", "--wandb-save-dir"
     )

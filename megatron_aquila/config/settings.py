@@ -121,6 +121,15 @@ def flag_names() -> Mapping[str, str]:
     return names
 
 
+def described_as(words: str, section: str = "") -> list[str]:
+    """Names of at most two settings, those of ``section`` first, whose help holds ``words``: ``learning_rate``."""
+    phrase = words.strip("-").replace("_", " ").replace("-", " ")
+    if len(phrase) < 5:  # shorter ones are in half of all helps
+        return []
+    found = [setting for setting in all_settings().values() if phrase in setting.help.replace("-", " ")]
+    return [setting.name for setting in sorted(found, key=lambda setting: setting.section != section)[:2]]
+
+
 def value_of(config: RunConfig, name: str) -> Any:
     """The value of the setting ``name`` in ``config``."""
     section, _, field = name.rpartition(".")

@@ -23,6 +23,15 @@ def test_show_without_a_world_size_plans_for_the_fewest_ranks(capsys):
     assert "16 = tp 4 x cp 1 x dp 1 x pp 4" in out
 
 
+def test_show_names_what_training_would_still_need(capsys):
+    assert config.main(["show", "--preset", "aquila2-7b-continue"]) == 0
+    _, found, needed = capsys.readouterr().out.partition("to train, give also:\n")
+    assert found
+    assert [line.split()[0] for line in needed.splitlines()] == ["--data-path", "--preset"]
+    assert config.main(["show", "--data-path", "a"]) == 0
+    assert "to train" not in capsys.readouterr().out
+
+
 def test_show_draws_tables_in_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(config, "Console", lambda **settings: Console(force_terminal=True, width=120, **settings))
     assert config.main(["show", "--save", "[red]"]) == 0

@@ -8,6 +8,7 @@ import pytest
 from megatron_aquila.config.check import RULES, check
 from megatron_aquila.config.schema import (
     CheckpointConfig,
+    DataConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -19,6 +20,7 @@ from megatron_aquila.config.settings import all_settings
 SECTIONS = {
     "model": ModelConfig,
     "parallel": ParallelConfig,
+    "data": DataConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
     "checkpoint": CheckpointConfig,

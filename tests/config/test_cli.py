@@ -88,6 +88,20 @@ def test_values_are_typed(tmp_path):
     assert config.checkpoint.load == Path("x/y")
 
 
+@pytest.mark.parametrize("text", ["[0.5, a, 0.5, b]", "0.5 a  0.5 b", "[0.5 a 0.5 b]"])
+def test_several_values_may_be_one_text(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(f"data: {{path: {text}}}\n")
+    assert load(f"--config {tmp_path}/run.yaml").config.data.path == ("0.5", "a", "0.5", "b")
+    assert load_config(["--data-path", "0.5 a 0.5 b"]).config.data.path == ("0.5", "a", "0.5", "b")
+    loaded = load_config(["--global-batch", "8", "--rampup-batch", "4 4 90"])
+    assert loaded.config.train.rampup_batch == (4, 4, 90)
+
+
+def test_one_text_is_one_value_where_it_holds_no_blank(tmp_path):
+    (tmp_path / "run.yaml").write_text("data: {path: d/c}\n")
+    assert load(f"--config {tmp_path}/run.yaml").config.data.path == ("d/c",)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -106,6 +120,9 @@ def test_values_are_typed(tmp_path):
         ),
         ("--zzzz", "--zzzz: is no setting; see --help for every flag"),
         ("--zzzz=3", "--zzzz 3: is no setting"),
+        ("--learning-rate 1", "--learning-rate 1: is no setting; did you mean --lr or --min-lr?"),
+        ("--load-optim false", "--load-optim false: takes no value; use --load-optim or --no-load-optim"),
+        ("--sequence_parallel=True", "--sequence_parallel True: takes no value; use --sp or --no-sp"),
         ("stray", "stray: belongs to no flag; settings are given as --flag value"),
         ("--preset aquila-7b", "--preset aquila-7b: no preset has this name; did you mean aquila2-7b"),
         ("--preset gpt", "--preset gpt: no preset has this name; use aquila2-34b, aquila2-70b, aquila2-7b, "),
@@ -167,10 +184,20 @@ def test_options_of_a_command_stand_apart():
     assert load_config([], options=Options).options == {}
 
 
+def test_options_of_a_command_are_listed_first(capsys):
+    with pytest.raises(SystemExit):
+        load_config(["--help"], options=Options)
+    shown = capsys.readouterr().out
+    assert shown.index("--fields") < shown.index("model options")
+    assert "options options" not in shown
+
+
 def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as caught:
         load_config(["--help"], prog="aquila pretrain")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert "usage: aquila pretrain" in shown
+    assert "--tp INT, --tensor-model-parallel-size INT" in shown, "our spelling first"
+    assert "`" not in shown
     assert all(flag in shown for setting in all_settings().values() for flag in setting.flags)

@@ -1,0 +1,129 @@
+"""What a run reads and starts from: every problem, its words, and that sound settings pass."""
+
+import math
+
+import pytest
+
+from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.presets import CONTINUATIONS, PRESETS
+from megatron_aquila.data.blend import parse_blend, split_ranges
+from megatron_aquila.errors import ConfigError, DataError
+
+
+def flaws(text, **settings):
+    try:
+        load_config(text.split(), **settings)
+    except ConfigError as error:
+        return [str(problem) for problem in error.problems]
+    return []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--data-path a",
+        "--data-path 0.5 a 0.5 b",
+        "--data-path a b c",
+        "--split 1",
+        "--split 98,2",
+        "--split 0.9,0.1,0",
+        "--load a",
+        "--save a --resume",
+        "--save a --resume --init-from-hf b",
+        "--load a --no-load-optim",
+        "--save a --resume --no-load-optim",
+        "--load a --override-lr-schedule",
+        "--save a --resume --override-opt-param-scheduler",
+    ],
+)
+def test_sound_settings(text):
+    assert flaws(text) == []
+
+
+PAIRS = "give weight prefix weight prefix ..., or prefixes alone"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--data-path 0.5 a 0.5", f"--data-path 0.5 a 0.5: weights and prefixes do not pair up; {PAIRS}"),
+        ("--data-path 0 a 1 b", f"--data-path 0 a 1 b: the weight 0 is not a number above 0; {PAIRS}"),
+        ("--data-path 1 a b c", f"--data-path 1 a b c: the weight b is not a number above 0; {PAIRS}"),
+        ("--data-path inf a 1 b", f"--data-path inf a 1 b: the weight inf is not a number above 0; {PAIRS}"),
+        ("--split a,b", "--split a,b: is not one to three shares of train, valid and test; use e.g. 99,1,0"),
+        ("--split 1,1,1,1", "--split 1,1,1,1: is not one to three shares of train, valid and test; use e.g. 99,1,0"),
+        (
+            "--split 0,1",
+            "--split 0,1: leaves no documents to train on; give train, the first of the shares, more than 0",
+        ),
+        (
+            "--resume --save a --load b",
+            "--resume: --load b already says where to continue from; give one of them: --no-resume or --load none "
+            "takes back the other",
+        ),
+        ("--resume", "--resume: it continues from the --save folder, and none is given; give --save FOLDER"),
+        (
+            "--no-load-optim",
+            "--no-load-optim: nothing is loaded that it could leave out; give --load FOLDER with it, or leave it out",
+        ),
+        (
+            "--override-opt-param-scheduler --init-from-hf a",
+            "--override-opt-param-scheduler: no checkpoint is resumed whose schedule could differ; give --load "
+            "FOLDER or --resume with it, or leave it out",
+        ),
+    ],
+)
+def test_each_problem_is_found_and_worded(text, words):
+    assert flaws(text) == [words]
+
+
+@pytest.mark.parametrize("path", ["a", "0.5 a 0.5 b", "a b", "0.5 a 0.5", "0 a 1 b", "1 a b c", "a 1 b 2", "nan a"])
+def test_paths_are_refused_as_when_they_are_read(path):
+    assert bool(flaws(f"--data-path {path}")) is raises(parse_blend, path.split())
+
+
+@pytest.mark.parametrize("split", ["1", "99,1,0", "1,1,1,1", "a", "1,", "-1,2", "nan", "0,0", f"{math.inf}"])
+def test_splits_are_refused_as_when_they_are_read(split):
+    assert bool(flaws(f"--split={split}")) is raises(split_ranges, split)
+
+
+def raises(function, argument):
+    try:
+        function(argument)
+    except DataError:
+        return True
+    return False
+
+
+def test_training_needs_data_and_showing_does_not():
+    assert load_config([]).missing[0].flag == "--data-path"
+    [words] = flaws("", to_train=True)
+    assert words.startswith("--data-path: no tokens to train on are named; give the prefix of a .bin/.idx pair")
+    assert load_config(["--data-path", "a"], to_train=True).missing == ()
+
+
+@pytest.mark.parametrize("start", ["--init-from-hf a", "--load a", "--save b --resume --init-from-hf a"])
+def test_a_continuation_needs_the_weights_it_continues(start):
+    given = "--data-path a --preset aquila2-7b-continue"
+    way_out = "give --init-from-hf FOLDER or --load FOLDER, or use --preset aquila2-7b"
+    for without in ("", " --save b --resume"):
+        [words] = flaws(given + without, to_train=True)
+        assert words.startswith("--preset aquila2-7b-continue: it continues published weights, and none are named")
+        assert words.endswith(way_out)
+    assert flaws(f"{given} {start}", to_train=True) == []
+    assert flaws("--data-path a --preset aquila2-7b", to_train=True) == []
+
+
+def test_continuations_are_presets():
+    assert set(CONTINUATIONS) | set(CONTINUATIONS.values()) <= set(PRESETS)
+
+
+def test_they_come_with_all_other_problems():
+    found = flaws("--tp 3 --split x --no-load-optim --fp16", to_train=True)
+    assert [line.split(":")[0].split()[0] for line in found] == [
+        "--fp16",
+        "--tp",
+        "--split",
+        "--no-load-optim",
+        "--data-path",
+    ]
