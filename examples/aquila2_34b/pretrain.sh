@@ -2,13 +2,9 @@
 # Start, or go on with, the run of pretrain.yaml on this node; run it on every node with the same settings but NODE_RANK.
 #   examples/aquila2_34b/pretrain.sh [flags of pretrain_aquila.py]
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, GPUS_PER_NODE, SAVE and PYTHON may be set. SAVE must be a folder that
-# every node sees; where it holds a checkpoint, the run resumes from the newest.
+# every node sees; where it holds a checkpoint, the run continues from it: pretrain.yaml sets resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-save=${SAVE:-checkpoints/aquila2_34b}
-load=()
-if [[ -e $save/latest ]]; then load=(--load "$save"); fi
 
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NNODES:-1}" \
@@ -18,4 +14,4 @@ exec "${PYTHON:-python}" -m torch.distributed.run \
     --master-port "${MASTER_PORT:-29500}" \
     pretrain_aquila.py \
     --config examples/aquila2_34b/pretrain.yaml \
-    --save "$save" "${load[@]}" "$@"
+    --save "${SAVE:-checkpoints/aquila2_34b}" "$@"

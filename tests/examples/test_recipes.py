@@ -8,6 +8,7 @@ import pytest
 
 from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive, memory_plan
+from megatron_aquila.errors import ConfigError
 from megatron_aquila.plan.flops import flops_per_token, num_params
 from megatron_aquila.plan.time import bubble_share, bubble_time
 
@@ -76,12 +77,26 @@ def test_the_scripts_pass_on_what_they_are_given(recipe, tmp_path):
     save = tmp_path / "check points"
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "SAVE": str(save), "NNODES": "2", "NODE_RANK": "1"}
     script = EXAMPLES / recipe / "pretrain.sh"
-    for latest in (False, True):
-        if latest:
-            save.mkdir()
-            (save / "latest").write_text("step_0000001")
-        told = subprocess.run([script, "--lr", "1"], env=environment, capture_output=True, text=True, check=True).stdout
-        words = re.findall("<(.*?)>", told)
-        assert words[:7] == ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node"]
-        assert words[-2:] == ["--lr", "1"]
-        assert ("--load" in words) is latest
+    told = subprocess.run([script, "--lr", "1"], env=environment, capture_output=True, text=True, check=True).stdout
+    words = re.findall("<(.*?)>", told)
+    assert words[:7] == ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node"]
+    assert words[-4:] == ["--save", str(save), "--lr", "1"]
+
+
+@pytest.mark.parametrize("recipe", LAYOUTS)
+def test_a_recipe_goes_on_where_it_was_stopped(recipe):
+    config, _ = resolve(recipe, *LAYOUTS[recipe][0])
+    assert config.checkpoint.resume
+    assert config.checkpoint.load is None
+
+
+def test_the_commands_of_the_7b_are_accepted(monkeypatch):
+    """Those of the page as they stand, the continuation's among them; without its weights that one is refused."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    page = (EXAMPLES / "aquila2_7b" / "README.md").read_text().replace("\\\n", " ")
+    commands = [line.partition("pretrain_aquila.py ")[2].split() for line in page.splitlines() if "torchrun" in line]
+    assert len(commands) == 2
+    for flags in commands:
+        load_config(flags, world_size=8, to_train=True)
+    with pytest.raises(ConfigError, match="continues published weights"):
+        load_config([*commands[1], "--init-from-hf", "none"], world_size=8, to_train=True)
