@@ -16,18 +16,23 @@ from rich.progress import Progress as Bar
 
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.data.indexed import token_dtype
-from megatron_aquila.data.preprocess import Progress, preprocess
+from megatron_aquila.data.preprocess import Progress, document_prefixes, preprocess
+from megatron_aquila.data.temporary import remove_leftovers
 from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
+from megatron_aquila.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """Tokenize JSON lines into PREFIX_KEY_document.bin and .idx, which Megatron-LM reads too."""
+    """Tokenize JSON lines into PREFIX_KEY_document.bin and .idx, which Megatron-LM reads too.
+
+    PREFIX_KEY_document.json beside them says which tokenizer made them.
+    """
 
     input: tuple[Path, ...]
     """Files of one JSON object a line; a name that ends in .gz is unpacked on the way."""
     output_prefix: str
-    """Path and first part of the name of the files to write."""
+    """Path and first part of the name of the files to write; the folder is made where there is none."""
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the texts; each makes a data set."""
     tokenizer_type: TokenizerType = "AquilaTokenizer"
@@ -47,9 +52,9 @@ class PreprocessOptions:
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that tokenize; default one a core. The output does not depend on it."""
     on_bad_line: Literal["stop", "skip"] = "stop"
-    """What to do with a line that is no document: stop there, or leave it out and count it."""
+    """What to do with a line that is no document, a blank one too: stop there, or leave it out and count it."""
     log_interval: int = 100_000
-    """Documents between lines of progress where the output is not a terminal."""
+    """Documents between lines of progress where the output is not a terminal; 1 or more."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: PreprocessOptions) -> None:
-    """Tokenize and say what was done. Raises as ``data.preprocess.preprocess`` and ``load_tokenizer`` do."""
+    """Tokenize and say what was done.
+
+    Raises as ``data.preprocess.preprocess`` and ``load_tokenizer`` do; ConfigError where ``log_interval`` is below 1.
+    """
+    if options.log_interval < 1:
+        why = "progress is shown every so many documents"
+        raise ConfigError([Problem("--log-interval", options.log_interval, why, "use 1 or more")])
     tokenizer = load_tokenizer(
         options.tokenizer_type,
         vocab_file=options.vocab_file,
@@ -70,6 +81,7 @@ def run(options: PreprocessOptions) -> None:
         tokenizer_model=options.tokenizer_model,
         allow_special_tokens=options.allow_special_tokens,
     )
+    _remove_leftovers(options)
     started = time.perf_counter()
     with _shown(options) as report:
         done = preprocess(
@@ -85,6 +97,13 @@ def run(options: PreprocessOptions) -> None:
     for bad in done.named_bad_lines:
         print(f"skipped {bad}", file=sys.stderr)
     print(_summary(options, tokenizer, done, time.perf_counter() - started))
+
+
+def _remove_leftovers(options: PreprocessOptions) -> None:
+    prefixes = document_prefixes(options.output_prefix, options.json_keys)
+    removed = [path.name for prefix in prefixes for path in remove_leftovers(prefix)]
+    if removed:
+        print(f"removed what a dead process left: {', '.join(removed)}", file=sys.stderr)
 
 
 @contextmanager
@@ -126,5 +145,6 @@ def _rate(done: Progress, seconds: float) -> str:
 
 def _summary(options: PreprocessOptions, tokenizer: Tokenizer, done: Progress, seconds: float) -> str:
     skipped = f"; {done.bad_lines:,} bad lines skipped" if done.bad_lines > 0 else ""
-    files = ", ".join(f"{options.output_prefix}_{key}_document.bin/.idx" for key in options.json_keys)
+    prefixes = document_prefixes(options.output_prefix, options.json_keys)
+    files = ", ".join(f"{prefix}.bin/.idx/.json" for prefix in prefixes)
     return f"{_rate(done, seconds)} in {seconds:.1f} s{skipped}\nwrote {files} ({token_dtype(tokenizer.vocab_size)})"

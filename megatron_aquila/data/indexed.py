@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Final, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from megatron_aquila.data.temporary import temporary_path
 from megatron_aquila.errors import DataError
 
 MAGIC: Final = b"MMIDIDX\x00\x00"
@@ -156,7 +157,9 @@ class IndexedDatasetWriter:
     """Writes ``prefix.bin`` and ``prefix.idx`` under temporary names; ``close`` gives them their own.
 
     As a context manager it closes on success and discards on an exception, so that a name is either absent, the old
-    pair or the whole new pair.
+    pair or the whole new pair. The folder is made where there is none.
+
+    Attributes: ``num_tokens``, how many were added so far.
 
     Raises:
         DataError: the dtype is not one of the format's, a token does not fit it, or a file cannot be written.
@@ -170,11 +173,13 @@ class IndexedDatasetWriter:
         self._lengths = array("i")
         self._modes: array[int] | None = array("b") if multimodal else None
         self._boundaries = array("q", [0])
-        self._temporary = {end: Path(f"{self.prefix}.{end}.{os.getpid()}.tmp") for end in ("bin", "idx")}
+        self.num_tokens = 0
+        self._temporary = {end: temporary_path(self.prefix, end) for end in ("bin", "idx")}
         try:
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
             self._bin: BinaryIO = self._temporary["bin"].open("wb")
         except OSError as error:
-            raise DataError(f"{self._temporary['bin']}: cannot be written: {error.strerror}") from error
+            raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}") from error
 
     def add_sequence(self, tokens: ArrayLike, *, mode: int = 0) -> None:
         """Append one sequence to the document at hand. A mode other than 0 needs ``multimodal``."""
@@ -251,6 +256,7 @@ class IndexedDatasetWriter:
     def _write(self, stored: NDArray[Any]) -> None:
         try:
             self._bin.write(np.ascontiguousarray(stored).data)
+            self.num_tokens += len(stored)
         except OSError as error:
             self.discard()
             raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}; nothing was published") from error

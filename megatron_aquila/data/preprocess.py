@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_aquila.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron_aquila.data.jsonl import BadLine, LineBlock, parse_block, read_blocks
+from megatron_aquila.data.sidecar import remove_sidecar, write_sidecar
 from megatron_aquila.data.tokenizer import Tokenizer
 from megatron_aquila.data.workers import ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
@@ -89,7 +90,8 @@ def preprocess(
 ) -> Progress:
     """Tokenize files into ``<output_prefix>_<key>_document.bin`` and ``.idx``, in order, in bounded memory.
 
-    The output does not depend on ``workers``, and appears under its final names only when all of it is written.
+    The output does not depend on ``workers``, and appears under its final names only when all of it is written. A
+    ``.json`` beside each pair then says which tokenizer made it.
     ``report`` is called after each block, of about a megabyte of lines.
 
     Raises:
@@ -102,7 +104,7 @@ def preprocess(
     dtype = token_dtype(tokenizer.vocab_size)
     encoder = Encoder(tokenizer=tokenizer, keys=tuple(keys), append_eod=append_eod, dtype=dtype)
     with ExitStack() as stack:
-        prefixes = [f"{output_prefix}_{key}_document" for key in keys]
+        prefixes = document_prefixes(output_prefix, keys)
         writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in prefixes]
         for block in ordered_map(encoder, _all_blocks(inputs), workers=workers):
             if block.bad and not skip_bad_lines:
@@ -113,7 +115,16 @@ def preprocess(
             report(done)
         if done.documents == 0:
             raise DataError(f"{', '.join(map(str, inputs))}: no document found, {done.bad_lines} bad lines")
+        for prefix in prefixes:
+            remove_sidecar(prefix)  # it speaks of the data that is replaced now
+    for writer in writers:
+        write_sidecar(writer.prefix, tokenizer, documents=done.documents, tokens=writer.num_tokens)
     return done
+
+
+def document_prefixes(output_prefix: str, keys: Sequence[str]) -> list[str]:
+    """The prefix of each key's data set, as Megatron-LM names them."""
+    return [f"{output_prefix}_{key}_document" for key in keys]
 
 
 def _check(tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool, workers: int) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def test_megatrons_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     progress, summary, wrote = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"3 documents, 0\.0 M tokens, 0\.0 MB \([\d.]+ MB/s\)", progress)
     assert re.fullmatch(r"3 documents, .* in [\d.]+ s", summary)
-    assert wrote == f"wrote {tmp_path}/out_text_document.bin/.idx (uint16)"
+    assert wrote == f"wrote {tmp_path}/out_text_document.bin/.idx/.json (uint16)"
 
 
 def test_a_bad_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +62,35 @@ def test_settings_are_refused_before_anything_runs(tmp_path: Path, capsys: pytes
     assert all(flag in printed for flag in ("--vocab-file", "--merge-file", "--special-tokens-file"))
     with pytest.raises(SystemExit, match="2"):
         preprocess.main([*arguments, "--append-oed"])
+
+
+@pytest.mark.parametrize("interval", ["0", "-1"])
+def test_an_interval_of_nothing_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], interval: str
+) -> None:
+    arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--log-interval", interval]
+    assert preprocess.main(arguments) == 2
+    assert f"--log-interval {interval}: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_dead_process_are_removed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    names = [f"out_text_document.{end}.{dead.pid}.tmp" for end in ("bin", "idx")]
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert preprocess.main([*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out")]) == 0
+    assert f"removed what a dead process left: {', '.join(names)}\n" in capsys.readouterr().err
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".bin", ".idx", ".json"]
+
+
+def test_help_says_what_a_bad_line_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        preprocess.main(["--help"])
+    assert "blank" in capsys.readouterr().out
 
 
 def test_a_bar_in_a_terminal(

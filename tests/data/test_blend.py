@@ -133,5 +133,5 @@ def test_the_identity_of_the_data(megatron_fixtures: Path, tmp_path: Path) -> No
     assert [part["weight"] for part in describe_data([a, b], "1")] == [None, None]
     for paths, split in ((["1", b, "3", a], "90,10,0"), (["1", a, "1", b], "90,10,0"), (["3", a, "1", b], "80,20")):
         assert describe_data(paths, split) != found
-    with pytest.raises(DataError, match="nowhere.idx: cannot be read"):
+    with pytest.raises(DataError, match=r"nowhere.idx: cannot be read"):
         describe_data([str(tmp_path / "nowhere")], "1")

@@ -120,9 +120,18 @@ def test_a_dtype_outside_the_format_is_refused(tmp_path: Path) -> None:
         IndexedDatasetWriter(tmp_path / "data", np.complex128)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
-        IndexedDatasetWriter(tmp_path / "nowhere" / "data", np.uint16)
+def test_the_folder_is_made(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "new" / "folder" / "data", np.uint16) as writer:
+        writer.add_sequence([1, 2])
+        writer.end_document()
+        assert writer.num_tokens == 2
+    assert IndexedDataset(tmp_path / "new" / "folder" / "data")[0].tolist() == [1, 2]
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/data.bin: cannot be written: (Not a directory|File exists)"):
+        IndexedDatasetWriter(tmp_path / "file" / "data", np.uint16)
 
 
 def test_a_full_disk_leaves_no_final_name(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.jsonl import LineBlock
 from megatron_aquila.data.preprocess import NAMED, EncodedBlock, Encoder, Progress, preprocess
-from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, DataError
 
 
@@ -110,6 +110,37 @@ def test_a_bad_line_stops_or_is_skipped(tmp_path: Path, tokenizer: Tokenizer, wo
     done = run([source], tmp_path / "out", tokenizer, workers=workers, skip_bad_lines=True)
     assert (done.documents, done.bad_lines, len(done.named_bad_lines)) == (2, NAMED + 1, NAMED)
     assert IndexedDataset(tmp_path / "out_text_document")[1].tolist() == tokenizer.encode("b")
+
+
+def test_each_data_set_says_how_it_was_made(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"q": "one", "a": "two, three"}\n{"q": "", "a": "four"}\n')
+    run([source], tmp_path / "out", tokenizer, keys=["q", "a"])
+    for key in ("q", "a"):
+        prefix = tmp_path / f"out_{key}_document"
+        said = json.loads(prefix.with_name(f"{prefix.name}.json").read_text(encoding="utf-8"))
+        dataset = IndexedDataset(prefix)
+        assert (said["documents"], said["tokens"]) == (2, len(dataset.tokens))
+        assert said["fingerprint"] == fingerprint(tokenizer)
+
+
+def test_an_old_sidecar_never_stands_beside_new_data(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["a"])
+    sidecar = tmp_path / "out_text_document.json"
+    sidecar.write_text("old")
+    with pytest.raises(DataError):
+        run([write_jsonl(tmp_path / "bad.jsonl", [1])], tmp_path / "out", tokenizer)
+    assert sidecar.read_text() == "old", "the old data set was not replaced"
+
+    def fail(*_: object, **__: object) -> None:
+        raise DataError("no room")
+
+    monkeypatch.setattr("megatron_aquila.data.preprocess.write_sidecar", fail)
+    with pytest.raises(DataError, match="no room"):
+        run([source], tmp_path / "out", tokenizer)
+    assert not sidecar.exists()
 
 
 def test_nothing_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
