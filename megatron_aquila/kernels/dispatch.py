@@ -1,7 +1,6 @@
 """Which kernel runs where, and why. Chosen once at start and logged; nothing falls back later in silence."""
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
 from megatron_aquila.kernels.attention import causal_attention, causal_attention_flash, causal_attention_reference
 from megatron_aquila.kernels.rms_norm import Order, rms_norm, rms_norm_reference, rms_norm_torch
@@ -73,15 +73,39 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
 )
 
 
+@dataclass(frozen=True, slots=True)
+class OptionalPackage:
+    """A package that is used where it is installed: the dtypes its kernel takes, and the names we import from it."""
+
+    title: str
+    dtypes: frozenset[torch.dtype]
+    needs: tuple[tuple[str, str], ...]
+
+
+OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
+    {
+        "flash_attn": OptionalPackage(
+            "flash_attn", frozenset((torch.bfloat16, torch.float16)), (("flash_attn", "flash_attn_func"),)
+        ),
+        "apex": OptionalPackage(  # for weights of these types the optimizer's own tensors are float32
+            "NVIDIA apex",
+            frozenset((torch.bfloat16, torch.float16, torch.float32)),
+            (("apex.multi_tensor_apply", "multi_tensor_applier"), ("amp_C", "multi_tensor_adam")),
+        ),
+    }
+)
+
+
 def choose_kernels(device: torch.device, dtype: torch.dtype, *, forced: Mapping[str, str] | None = None) -> Kernels:
     """The kernels for activations of ``dtype`` on ``device``. ``forced`` maps an op to a name of ``IMPLEMENTATIONS``.
 
-    The optional packages flash_attn and NVIDIA's apex are used where they are installed and fit.
+    The optional packages flash_attn and NVIDIA's apex are used where they fit and can be imported. Raises
+    ``ConfigError`` for a forced op or name that does not exist, or that cannot run here.
     """
     forced = {} if forced is None else forced
-    for op, name in forced.items():
-        assert op in IMPLEMENTATIONS, f"no op {op!r}; there are {', '.join(IMPLEMENTATIONS)}"
-        assert name in IMPLEMENTATIONS[op], f"no {op} kernel {name!r}; there are {', '.join(IMPLEMENTATIONS[op])}"
+    problems = [problem for op, name in forced.items() for problem in _problems(op, name, device, dtype)]
+    if problems:
+        raise ConfigError(problems)
     names, reasons = {}, {}
     for op, (name, why) in _preferences(device, dtype).items():
         names[op] = forced.get(op, name)
@@ -90,49 +114,57 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, *, forced: Mapping[
     return Kernels(**chosen, reasons=MappingProxyType(reasons))
 
 
-def has_flash_attn() -> bool:
-    """Whether the package flash_attn is installed."""
-    return importlib.util.find_spec("flash_attn") is not None
+def _problems(op: str, name: str, device: torch.device, dtype: torch.dtype) -> list[Problem]:
+    """What is wrong with asking for kernel ``name`` of ``op``."""
+    if op not in IMPLEMENTATIONS:
+        why, way_out = f"there is no op {op!r}", f"use one of {', '.join(IMPLEMENTATIONS)}"
+    elif name not in IMPLEMENTATIONS[op]:
+        why, way_out = f"there is no {op} kernel {name!r}", f"use one of {', '.join(IMPLEMENTATIONS[op])}"
+    elif (unfit := _unfit(name, device, dtype)) is not None:
+        why, way_out = unfit, "leave it out: without it the best kernel that runs here is chosen"
+    else:
+        return []
+    return [Problem("--kernels", f"{op}={name}", why, way_out)]
 
 
-def has_apex() -> bool:
-    """Whether NVIDIA's apex is installed; the PyPI project of that name is another one and has no FusedAdam."""
-    if importlib.util.find_spec("apex") is None:
-        return False
-    try:
-        return hasattr(importlib.import_module("apex.optimizers"), "FusedAdam")
-    except ImportError:
-        return False
+def _unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel ``name`` cannot run here, in a line; None if it can.
+
+    Its package is imported and not just looked up: one of that name may lack the kernel (flash-attn-4 brings only
+    ``flash_attn.cute``, PyPI's apex is another project) or be built for another torch, and it is too late to learn that
+    in the first forward.
+    """
+    if name not in OPTIONAL:
+        return None
+    optional = OPTIONAL[name]
+    if device.type != "cuda":
+        return f"{optional.title} needs a GPU"
+    if dtype not in optional.dtypes:
+        return f"{optional.title} has no {str(dtype).removeprefix('torch.')}"
+    for module, attribute in optional.needs:
+        try:
+            getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # a package that does not fit its surroundings may raise anything
+            return f"{optional.title} cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+    return None
 
 
 def _preferences(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, str]]:
     """For each op the kernel to use and why."""
-    on_gpu = device.type == "cuda"
-    only = ("own", "the only one")
+    only, lean = ("own", "the only one"), ("own", "keeps no float32 copy for backward")
+    if device.type != "cuda":
+        attention = "sdpa", "torch's flash attention for CPUs"
+        adamw = "own", "on a CPU torch's fused kernel rounds differently when shards change"
+        return {"rms_norm": lean, "apply_rope": only, "swiglu": lean, "attention": attention, "adamw": adamw}
     return {
-        "rms_norm": ("torch", "one fused pass on a GPU") if on_gpu else ("own", "keeps no float32 copy for backward"),
+        "rms_norm": ("torch", "one fused pass on a GPU"),
         "apply_rope": only,
-        "swiglu": ("own", "keeps no float32 copy for backward"),
-        "attention": _attention_preference(on_gpu, dtype),
-        "adamw": _adamw_preference(on_gpu, dtype),
+        "swiglu": lean,
+        "attention": _optional_or("flash_attn", "sdpa", device, dtype),
+        "adamw": _optional_or("apex", "torch_fused", device, dtype),
     }
 
 
-def _attention_preference(on_gpu: bool, dtype: torch.dtype) -> tuple[str, str]:
-    if not on_gpu:
-        return "sdpa", "torch's flash attention for CPUs"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa", f"flash_attn has no {str(dtype).removeprefix('torch.')}"
-    if not has_flash_attn():
-        return "sdpa", "flash_attn is not installed"
-    return "flash_attn", "it is installed"
-
-
-def _adamw_preference(on_gpu: bool, dtype: torch.dtype) -> tuple[str, str]:
-    if not on_gpu:
-        return "own", "on a CPU torch's fused kernel rounds differently when shards change"
-    if dtype == torch.float64:
-        return "torch_fused", "apex has no float64"
-    if not has_apex():
-        return "torch_fused", "NVIDIA apex is not installed"
-    return "apex", "NVIDIA apex is installed"
+def _optional_or(name: str, otherwise: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    unfit = _unfit(name, device, dtype)
+    return (name, f"{OPTIONAL[name].title} is installed") if unfit is None else (otherwise, unfit)

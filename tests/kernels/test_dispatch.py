@@ -1,13 +1,15 @@
 import sys
 import types
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_aquila.errors import ConfigError
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
 from megatron_aquila.kernels.attention import causal_attention, causal_attention_flash, causal_attention_reference
-from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels, has_apex
+from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm, rms_norm_torch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -36,28 +38,49 @@ def test_on_a_cpu_all_are_ours_and_every_op_has_a_reason() -> None:
 def test_on_a_gpu_without_optional_packages() -> None:
     kernels = choose_kernels(CUDA, torch.bfloat16)
     assert (kernels.rms_norm, kernels.attention, kernels.adamw) == (rms_norm_torch, causal_attention, adamw_torch_)
-    assert kernels.reasons["attention"] == "sdpa: flash_attn is not installed"
-    assert kernels.reasons["adamw"] == "torch_fused: NVIDIA apex is not installed"
+    missing = "cannot be imported: ModuleNotFoundError: No module named"
+    assert kernels.reasons["attention"] == f"sdpa: flash_attn {missing} 'flash_attn'"
+    assert kernels.reasons["adamw"] == f"torch_fused: NVIDIA apex {missing} 'apex'"
 
 
 def test_optional_packages_are_used_where_they_fit(install) -> None:
-    install("flash_attn")
+    install("flash_attn", flash_attn_func=object)
     install("apex")
-    install("apex.optimizers", FusedAdam=object)
+    install("apex.multi_tensor_apply", multi_tensor_applier=object)
+    install("amp_C", multi_tensor_adam=object)
     kernels = choose_kernels(CUDA, torch.bfloat16)
     assert (kernels.attention, kernels.adamw) == (causal_attention_flash, adamw_apex_)
     kernels = choose_kernels(CUDA, torch.float64)
     assert (kernels.attention, kernels.adamw) == (causal_attention, adamw_torch_)
     assert kernels.reasons["attention"] == "sdpa: flash_attn has no float64"
+    assert kernels.reasons["adamw"] == "torch_fused: NVIDIA apex has no float64"
     assert choose_kernels(CPU, torch.bfloat16).attention is causal_attention
 
 
-def test_the_other_apex_is_not_nvidias(install) -> None:
-    assert not has_apex()
-    install("apex")  # the PyPI project: importable, without optimizers
-    assert not has_apex()
-    install("apex.optimizers")
-    assert not has_apex()
+def test_a_package_without_the_kernel_is_not_used(install) -> None:
+    """flash-attn-4 alone has only flash_attn.cute; PyPI's apex is another project; apex can be built without CUDA."""
+    install("flash_attn")
+    install("apex")
+    kernels = choose_kernels(CUDA, torch.bfloat16)
+    assert (kernels.attention, kernels.adamw) == (causal_attention, adamw_torch_)
+    assert kernels.reasons["attention"] == (
+        "sdpa: flash_attn cannot be imported: AttributeError: module 'flash_attn' has no attribute 'flash_attn_func'"
+    )
+    assert "No module named 'apex.multi_tensor_apply'" in kernels.reasons["adamw"]
+    install("apex.multi_tensor_apply", multi_tensor_applier=object)
+    kernels = choose_kernels(CUDA, torch.bfloat16)
+    assert kernels.adamw is adamw_torch_
+    assert kernels.reasons["adamw"].endswith("No module named 'amp_C'")
+
+
+def test_a_package_built_for_another_torch_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('flash_attn_2_cuda.so:\\n undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels = choose_kernels(CUDA, torch.bfloat16)
+    assert kernels.attention is causal_attention
+    assert kernels.reasons["attention"] == (
+        "sdpa: flash_attn cannot be imported: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c10"
+    )
 
 
 def test_a_kernel_can_be_asked_for() -> None:
@@ -67,9 +90,15 @@ def test_a_kernel_can_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("forced", "message"),
-    [({"attn": "sdpa"}, "no op 'attn'; there are rms_norm"), ({"attention": "fast"}, "no attention kernel 'fast'")],
+    ("device", "op", "name", "message"),
+    [
+        (CPU, "attn", "sdpa", "there is no op 'attn'; use one of rms_norm, apply_rope, swiglu, attention, adamw"),
+        (CPU, "attention", "fast", "there is no attention kernel 'fast'; use one of sdpa, flash_attn, reference"),
+        (CPU, "attention", "flash_attn", "flash_attn needs a GPU; leave it out"),
+        (CUDA, "adamw", "apex", "NVIDIA apex cannot be imported: ModuleNotFoundError"),
+    ],
 )
-def test_unknown_names_are_refused(forced: dict[str, str], message: str) -> None:
-    with pytest.raises(AssertionError, match=message):
-        choose_kernels(CPU, torch.float32, forced=forced)
+def test_what_cannot_be_had_is_refused(device: torch.device, op: str, name: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        choose_kernels(device, torch.bfloat16, forced={op: name, "rms_norm": "reference"})
+    assert str(error.value).startswith(f"--kernels {op}={name}: {message}")
