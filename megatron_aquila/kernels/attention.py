@@ -25,7 +25,8 @@ def causal_attention_reference(q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -
 def causal_attention(q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
     """``causal_attention_reference`` by torch's scaled_dot_product_attention, which picks flash, cuDNN or plain itself.
 
-    All of them sum in float32 or wider. On a CPU bfloat16 is widened first: its backward is 5 times faster so.
+    All of them sum in float32 or wider. On a CPU bfloat16 is widened first: its backward is 5 times faster so. On a GPU
+    float32 with grouped heads has only the plain one, which holds all S x S scores: use it for small checks.
     """
     grouped = _heads_per_group(q_SBND, k_SBKD) > 1
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBKD, v_SBKD))
