@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 
 class AquilaError(Exception):
-    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+    """Base of every error that is the input's fault; the command line prints it without a traceback.
+
+    ``is_shared``: every rank of the run raises the same one, so that one of them prints it.
+    """
+
+    is_shared = False
 
 
 class DataError(AquilaError):
@@ -35,6 +40,8 @@ class Problem:
 
 class ConfigError(AquilaError):
     """The settings cannot run; carries every ``Problem`` found, not only the first."""
+
+    is_shared = True
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems, "ConfigError needs at least one problem"

@@ -1,11 +1,13 @@
 """One rank's failure is every rank's failure."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.collectives import gather_objects
 from megatron_aquila.parallel.context import Group
+
+T = TypeVar("T")
 
 
 def together(action: Callable[[], Any], group: Group) -> list[Any]:
@@ -27,5 +29,14 @@ def together(action: Callable[[], Any], group: Group) -> list[Any]:
             reasons.setdefault(reason, []).append(rank)
     if reasons:
         lines = (f"{reason} (rank {', '.join(map(str, ranks))})" for reason, ranks in reasons.items())
-        raise CheckpointError("\n".join(lines)) from failure
+        shared = CheckpointError("\n".join(lines))
+        shared.is_shared = True
+        raise shared from failure
     return [result for result, _ in outcomes]
+
+
+def agreed(action: Callable[[], T], group: Group) -> T:
+    """This rank's result of ``action``, once no rank has failed; raises as ``together`` where one has."""
+    kept: list[T] = []
+    together(lambda: kept.append(action()), group)
+    return kept[0]

@@ -20,18 +20,16 @@ class ExitCode:
 def exit_code(*, rank: int = 0) -> Iterator[ExitCode]:
     """Print a user's error to stderr and set the status; let our own mistakes through with their traceback.
 
-    Problems of the settings are the same on every rank of a run: only rank 0 prints them.
+    Of an error that every rank raises, rank 0 prints the one copy.
     """
     code = ExitCode()
     try:
         yield code
-    except ConfigError as error:
-        code.value = 2
-        if rank == 0:
-            print(format_problems(error), file=sys.stderr)
     except AquilaError as error:
         code.value = 2
-        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+        if rank == 0 or not error.is_shared:
+            text = format_problems(error) if isinstance(error, ConfigError) else f"error: {error}"
+            print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr)
     except KeyboardInterrupt:
         code.value = 130
         print("interrupted", file=sys.stderr)

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     launch = read_launch()
     with exit_code(rank=launch.rank) as code:
-        run(load_config(arguments, world_size=launch.world_size, prog="aquila pretrain", to_train=True), launch)
+        run(load_config(arguments, world_size=launch.world_size, prog="aquila pretrain"), launch)
     return code.value
 
 
@@ -23,23 +23,13 @@ def run(loaded: LoadedConfig, launch: Launch) -> None:
     """Build the run and train to its end."""
     # Torch is imported here, so that --help and wrong flags answer at once.
     from megatron_aquila.observe.log import Log
-    from megatron_aquila.train import banner, build, corpus, env, report, resume, trainer
+    from megatron_aquila.train import banner, env, run
 
     config = loaded.config
     derived = derive(config, launch.world_size)
-    log = Log(enabled=launch.rank == 0)
+    env.prepare_environment()
     device = env.choose_device(config.train.device, launch)
-    env.prepare_process(device, launch)
     banner.check_memory(config, derived, device)
-    corpus.check_tokenizer(config)
-    state = resume.read_state(config, derived.shape)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     with env.process_group(device, launch, timeout), banner.explain_out_of_memory(config, derived):
-        machine = build.build_machine(config, derived, device)
-        banner.print_banner(log, loaded, derived, machine.kernels.reasons)
-        data = corpus.build_corpus(config, derived, machine.ctx, launch, segments=state.index_segments)
-        log.line(data.train.source.describe())
-        resume.load_weights(machine, state)
-        with report.open_reporter(machine, log) as reporter:
-            trainer.train(machine, data, state, reporter)
-        data.close()
+        run.pretrain(loaded, derived, device, launch, Log(enabled=launch.rank == 0))

@@ -146,6 +146,10 @@ class TrainConfig:
         None, "save and stop after this many minutes", "--exit-minutes", "--exit-duration-in-mins"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute", "--device")
+    kernels: tuple[str, ...] = setting(
+        (), "kernels chosen by hand, e.g. attention=reference rms_norm=torch", "--kernels"
+    )
+    check_replicas: Whole = setting(0, "steps between checks that replicas are bit-equal; 0 means never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,9 @@ class CheckpointConfig:
     keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
     init_from_hf: Path | None = setting(None, "Hugging Face folder whose weights the run starts from", "--init-from-hf")
     load_optim: bool = setting(True, "also load the optimizer and the position in the data", "--load-optim")
+    override_data: bool = setting(
+        False, "resume although data sets, weights, split or tokenizer differ from the checkpoint's", "--override-data"
+    )
     override_lr_schedule: bool = setting(
         False,
         "resume although the learning-rate schedule differs from the checkpoint's",

@@ -108,15 +108,20 @@ class WandbWriter:
 
 
 class Writers:
-    """Several writers as one."""
+    """Several writers as one. One that fails, as on a full disk, is said once and left out: training goes on."""
 
-    def __init__(self, writers: Sequence[Writer]) -> None:
-        self._writers = tuple(writers)
+    def __init__(self, writers: Sequence[Writer], log: Log) -> None:
+        self._writers = list(writers)
+        self._log = log
 
     def write(self, row: Mapping[str, Value]) -> None:
         """Pass the row to each."""
-        for writer in self._writers:
-            writer.write(row)
+        for writer in tuple(self._writers):
+            try:
+                writer.write(row)
+            except OSError as error:
+                self._writers.remove(writer)
+                self._log.line(f"{type(writer).__name__} stops at step {row['step']}: {error}")
 
     def close(self) -> None:
         """Close each."""
@@ -150,7 +155,7 @@ def open_writers(
             log.line("wandb is not installed: no Weights & Biases run is written (pip install wandb)")
         else:
             writers.append(WandbWriter(wandb, project=wandb_project, folder=wandb_dir))
-    return Writers(writers)
+    return Writers(writers, log)
 
 
 def read_log(path: Path) -> list[Row]:

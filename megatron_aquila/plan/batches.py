@@ -35,6 +35,13 @@ class BatchPlan:
         assert rest == 0, f"a batch of {batch} does not divide into {self.micro_batch} x dp {self.dp}"
         return batch, microbatches
 
+    def end_of_run(self, consumed_samples: int, target: int) -> int:
+        """Samples consumed when at least ``target`` are, in whole batches, starting from ``consumed_samples``."""
+        while consumed_samples < target and self.global_batch_at(consumed_samples) < self.global_batch:
+            consumed_samples += self.global_batch_at(consumed_samples)
+        steps = max(0, -(-(target - consumed_samples) // self.global_batch))
+        return consumed_samples + steps * self.global_batch
+
     def sizes(self) -> tuple[int, ...]:
         """Every global batch the run passes through, ascending."""
         if self.ramp is None:

@@ -20,6 +20,8 @@ def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapp
     log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
     log.section("what follows", dict(derived_rows(loaded.config, derived)))
     log.section("kernels", {**kernels, "sample indices": INDEX_BUILDER})
+    if loaded.config.checkpoint.save is None:
+        log.line("no --save folder is set: nothing of this run will be kept")
 
 
 def check_memory(config: RunConfig, derived: Derived, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """From settings to a run: one line a part. The rooms of the layer below meet here and nowhere else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +17,7 @@ from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
-from megatron_aquila.pipeline.action import Action
+from megatron_aquila.pipeline.action import Program
 from megatron_aquila.pipeline.checks import check
 from megatron_aquila.pipeline.engine import Engine, LossFn
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
@@ -40,29 +40,26 @@ class Machine:
     wire: Wire
     optimizer: DistributedOptimizer
     lr: LrSchedule
+    programs: Mapping[int, Program]  # this pipeline rank's work for a step, by number of microbatches
 
     def engine(self, loss_fn: LossFn) -> Engine:
         """The engine over this rank's stages, for one step's loss."""
         return Engine(self.stages, num_stages=self.derived.stages.num_stages, loss_fn=loss_fn, wire=self.wire)
 
-    def program(self, num_microbatches: int) -> Sequence[Action]:
-        """This pipeline rank's forward and backward work for a step of ``num_microbatches``, checked."""
-        pp = self.derived.grid.pp
-        schedule = build_schedule(self.config.parallel.schedule, pp, num_microbatches)
-        check(schedule, self.derived.stages.num_stages, num_microbatches)
-        return schedule[self.ctx.pp.rank]
-
-    def forward_program(self, num_microbatches: int) -> Sequence[Action]:
+    def forward_program(self, num_microbatches: int) -> Program:
         """This pipeline rank's forward work, for a validation."""
         return forward_only(self.derived.grid.pp, num_microbatches)[self.ctx.pp.rank]
 
 
-def build_machine(config: RunConfig, derived: Derived, device: torch.device) -> Machine:
-    """Groups, kernels, stages, optimizer, wire. Collective. Weights are allocated, not filled."""
+def create_context(config: RunConfig, derived: Derived, device: torch.device) -> ParallelContext:
+    """This process's place among the ranks, and its groups. Collective."""
+    return ParallelContext.create(derived.grid, device, timedelta(minutes=config.parallel.timeout_minutes))
+
+
+def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> Machine:
+    """Kernels, stages, optimizer, wire and programs. Local. Weights are allocated, not filled."""
     dtype = DTYPES[config.train.precision]
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    ctx = ParallelContext.create(derived.grid, device, timeout)
-    kernels = choose_kernels(device, dtype)
+    kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
     sequence_parallel = config.parallel.sequence
     stages = build_stages(
         derived.shape, derived.stages, ctx, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype
@@ -83,7 +80,25 @@ def build_machine(config: RunConfig, derived: Derived, device: torch.device) -> 
         wire=P2PWire(ctx, activation_shape=activation_shape, dtype=dtype),
         optimizer=optimizer,
         lr=lr_schedule(config),
+        programs=build_programs(config, derived, ctx.pp.rank),
     )
+
+
+def split_choice(word: str) -> tuple[str, str]:
+    """``op=name`` in two."""
+    op, _, name = word.partition("=")
+    return op, name
+
+
+def build_programs(config: RunConfig, derived: Derived, pp_rank: int) -> dict[int, Program]:
+    """One pipeline rank's program for every number of microbatches that the batch ramp passes through, each proved."""
+    programs = {}
+    for batch in derived.batches.sizes():
+        num_microbatches = batch // (config.train.micro_batch * derived.grid.dp)
+        schedule = build_schedule(config.parallel.schedule, derived.grid.pp, num_microbatches)
+        check(schedule, derived.stages.num_stages, num_microbatches)
+        programs[num_microbatches] = schedule[pp_rank]
+    return programs
 
 
 def update_rule(optim: OptimConfig, kernels: Kernels) -> Rule:

@@ -10,47 +10,48 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.errors import AquilaError
 from megatron_aquila.train.launcher import Launch
+from megatron_aquila.train.rendezvous import agree_on_attempt
+
+
+def prepare_environment() -> None:
+    """Set what must stand before CUDA and NCCL start; what the user set stays.
+
+    One hardware queue keeps kernels in the order of their launch: a collective launched before a matrix product also
+    starts before it, which whatever overlaps the two relies on (on Ampere and Hopper).
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> torch.device:
     """The device this process computes on; ``auto`` takes a GPU where there is one.
 
-    Raises ``ConfigError`` where this rank has no GPU of its own.
+    On the CPU several ranks share the cores: more threads than cores slow each other down thirtyfold. Raises
+    ``AquilaError`` where this rank has no GPU of its own.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if kind == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.device_count() <= launch.local_rank:
-        why = f"local rank {launch.local_rank} has no GPU: this node shows {torch.cuda.device_count()}"
-        way_out = "start as many processes a node as it has GPUs, or use --device cpu"
-        raise ConfigError([Problem("--device", wanted, why, way_out)])
-    return torch.device("cuda", launch.local_rank)
-
-
-def prepare_process(device: torch.device, launch: Launch) -> None:
-    """Set what must stand before CUDA and NCCL start; what the user set stays.
-
-    One hardware queue keeps kernels in the order of their launch, so that a collective launched before a GEMM also
-    starts before it: what sequence parallel's overlap needs on Ampere and Hopper. On the CPU several ranks share the
-    cores: more threads than cores slow each other down thirtyfold.
-    """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
         share = (os.cpu_count() or 1) // launch.local_world_size
         torch.set_num_threads(max(1, min(torch.get_num_threads(), share)))
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= launch.local_rank:
+        raise AquilaError(
+            f"--device {wanted}: local rank {launch.local_rank} has no GPU: this node shows "
+            f"{torch.cuda.device_count()}; start as many processes a node as it has GPUs, or use --device cpu"
+        )
+    device = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager
 def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> Iterator[None]:
     """The default process group for the length of a run; nothing in a world of one.
 
-    The store's keys carry the attempt's number: after a restart the agent's store still holds the dead processes'
+    The store's keys carry the attempt's id: after a restart torchrun's store still holds the dead processes'
     addresses, and a rank that reads them never connects.
     """
     if launch.world_size == 1:
@@ -64,9 +65,10 @@ def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> I
         is_master=launch.rank == 0 and not agent_hosts,
         timeout=timeout,
     )
+    attempt = agree_on_attempt(tcp, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt_{launch.attempt}", tcp),  # type: ignore[attr-defined]
+        store=dist.PrefixStore(f"attempt_{attempt}", tcp),  # type: ignore[attr-defined]
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,

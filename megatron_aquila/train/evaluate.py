@@ -15,7 +15,7 @@ def evaluate(machine: Machine, corpus: Corpus) -> LossMeans:
         for start in range(0, corpus.valid_samples, global_batch)
         for batch in load_batches(corpus.valid, start, global_batch, machine.ctx.device)
     ]
-    counts = agree(machine.ctx, batches, stop_requested=False)
+    counts = agree(machine.ctx, batches)
     sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=machine.ctx.device)
     machine.engine(sums.loss).evaluate(machine.forward_program(len(batches)), batches)
     return sums.means(machine.ctx)

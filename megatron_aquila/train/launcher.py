@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """This process among those of the run. ``attempt`` counts torchrun's restarts."""
+    """This process among those of the run."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    attempt: int = 0
 
 
 def read_launch() -> Launch:
@@ -22,5 +21,4 @@ def read_launch() -> Launch:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )

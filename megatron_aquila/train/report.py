@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.gemm import measure_gemm_flops
 from megatron_aquila.observe.log import Log
 from megatron_aquila.observe.meters import ThroughputMeter
@@ -38,9 +40,10 @@ class RankZeroReporter:
             {"step": state.step, "consumed_samples": state.consumed_samples, "valid_loss": means.loss, **by_source}
         )
 
-    def note(self, text: str) -> None:
-        """Print a line."""
-        self._log.line(text)
+    def note(self, text: str | None) -> None:
+        """Print a line; ``None`` is none."""
+        if text is not None:
+            self._log.line(text)
 
 
 @contextmanager
@@ -55,21 +58,34 @@ def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
         peak_flops=device_peak(config, machine.ctx.device, log),
         gemm_flops=cpu_rate(machine) if machine.ctx.device.type == "cpu" else None,
     )
-    writers = Writers([])
-    if machine.ctx.rank == 0:
-        observe = config.observe
-        writers = open_writers(
-            log,
-            total_samples=config.train.train_samples,
-            log_dir=observe.log_dir if observe.log_dir is not None else config.checkpoint.save,
-            tensorboard_dir=observe.tensorboard_dir,
-            wandb_project=observe.wandb_project,
-            wandb_dir=observe.wandb_dir if observe.wandb_dir is not None else Path("wandb"),
-        )
+    writers = agreed(
+        lambda: rank_writers(config, log) if machine.ctx.rank == 0 else Writers([], log), machine.ctx.world
+    )
     try:
         yield RankZeroReporter(log=log, meter=meter, writers=writers, log_interval=config.observe.log_interval)
     finally:
         writers.close()
+
+
+def rank_writers(config: RunConfig, log: Log) -> Writers:
+    """The writers that the settings ask for. Raises ``AquilaError`` naming the folder that cannot be written."""
+    observe = config.observe
+    project = observe.wandb_project
+    if project is None and observe.wandb_dir is not None:
+        project = "megatron_aquila"  # FlagScale's scripts turn W&B on by naming its folder
+    try:
+        return open_writers(
+            log,
+            total_samples=config.train.train_samples,
+            log_dir=observe.log_dir if observe.log_dir is not None else config.checkpoint.save,
+            tensorboard_dir=observe.tensorboard_dir,
+            wandb_project=project,
+            wandb_dir=observe.wandb_dir if observe.wandb_dir is not None else Path("wandb"),
+        )
+    except OSError as error:
+        raise AquilaError(
+            f"--log-dir, --save or --tensorboard-dir: {error.filename}: {error.strerror}; name writable folders"
+        ) from error
 
 
 def device_peak(config: RunConfig, device: torch.device, log: Log) -> float | None:

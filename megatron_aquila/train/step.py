@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_aquila.data.loader import BatchLoader
+from megatron_aquila.errors import AquilaError, DataError
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import all_reduce_
@@ -36,10 +38,12 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     started = time.perf_counter()
     ctx, derived = machine.ctx, machine.derived
     global_batch, _ = derived.batch_at(state.consumed_samples)
-    batches = load_batches(corpus.train, state.consumed_samples, global_batch, ctx.device)
+    batches, failure = read_batches(corpus.train, state.consumed_samples, global_batch, ctx)
     data_seconds = time.perf_counter() - started
 
-    counts = agree(ctx, batches, stop_requested=stop_requested)
+    counts = agree(ctx, batches, stop_requested=stop_requested, failed=failure is not None)
+    if counts.failed:
+        raise failure if failure is not None else elsewhere_failed()
     sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device)
     compute_gradients(machine, batches, sums)
     grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad)
@@ -72,8 +76,25 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
 def compute_gradients(machine: Machine, batches: Sequence[Batch], sums: LossSums) -> None:
     """Forward and backward over this rank's microbatches, then the reduction: gradients are ready to be clipped."""
     machine.optimizer.zero_grad()
-    machine.engine(sums.loss).step(machine.program(len(batches)), batches)
+    machine.engine(sums.loss).step(machine.programs[len(batches)], batches)
     machine.optimizer.reduce_gradients()
+
+
+def read_batches(
+    loader: BatchLoader, consumed: int, global_batch: int, ctx: ParallelContext
+) -> tuple[list[Batch], DataError | None]:
+    """This rank's microbatches, or none and why: a rank must not leave while the others go on into a collective."""
+    try:
+        return load_batches(loader, consumed, global_batch, ctx.device), None
+    except DataError as error:
+        return [], error
+
+
+def elsewhere_failed() -> AquilaError:
+    """What the ranks raise whose own batch was fine."""
+    error = AquilaError("another rank could not read its part of the batch; it says why")
+    error.is_shared = True
+    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +103,21 @@ class Agreement:
 
     num_tokens: int
     stop_requested: bool
+    failed: bool
 
 
-def agree(ctx: ParallelContext, batches: Sequence[Batch], *, stop_requested: bool) -> Agreement:
-    """Count the labels of the whole global batch and ask whether any rank wants to stop. One all-reduce over the world.
+def agree(
+    ctx: ParallelContext, batches: Sequence[Batch], *, stop_requested: bool = False, failed: bool = False
+) -> Agreement:
+    """Count the labels of the global batch; ask whether any rank wants to stop or has failed. One all-reduce over all.
 
     The ranks of a tp or pp group hold the same microbatches: only the first of each counts them.
     """
     counts_here = ctx.tp.rank == 0 and ctx.pp.rank == 0
-    tokens = torch.stack([batch.loss_mask_BS.sum(dtype=torch.float64) for batch in batches]).sum()
-    stop = torch.tensor(float(stop_requested), dtype=torch.float64, device=ctx.device)
-    num_tokens, stops = all_reduce_(torch.stack([tokens * counts_here, stop]), ctx.world).tolist()
-    return Agreement(num_tokens=round(num_tokens), stop_requested=stops > 0)
+    counts = torch.zeros(3, dtype=torch.float64, device=ctx.device)
+    if counts_here:
+        for batch in batches:
+            counts[0] += batch.loss_mask_BS.sum(dtype=torch.float64)
+    counts[1:] = torch.tensor([stop_requested, failed])
+    num_tokens, stops, failures = all_reduce_(counts, ctx.world).tolist()
+    return Agreement(num_tokens=round(num_tokens), stop_requested=stops > 0, failed=failures > 0)

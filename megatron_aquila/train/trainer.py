@@ -11,11 +11,12 @@ from typing import Protocol
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.report import StepReport
+from megatron_aquila.parallel.sanity import check_replicated
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.evaluate import evaluate
 from megatron_aquila.train.loss import LossMeans
-from megatron_aquila.train.resume import save
+from megatron_aquila.train.resume import prune_old, save
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.step import train_step
 
@@ -31,8 +32,8 @@ class Reporter(Protocol):
     def validation(self, state: TrainState, means: LossMeans) -> None:
         """A validation is done."""
 
-    def note(self, text: str) -> None:
-        """Something else worth a line."""
+    def note(self, text: str | None) -> None:
+        """Something else worth a line; ``None`` is not."""
 
 
 class StopRequest:
@@ -76,6 +77,8 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
             state = outcome.state
             reporter.step(outcome.report)
             check_progress(state, outcome.report)
+            if is_due(state.step, config.train.check_replicas, last=False):
+                check_replicated(machine.infos, machine.ctx)
             why = end_of_run(config, state)
             if why is None and outcome.stop_requested:
                 why = stop_reason(request, late=late)
@@ -84,7 +87,8 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
             if config.checkpoint.save is not None and is_due(
                 state.step, save_interval(config, state), last=why is not None
             ):
-                reporter.note(f"saved {save(machine, state)}")
+                reporter.note(f"saved {save(machine, state, corpus.identity)}")
+                reporter.note(prune_old(machine))
                 last_saved = state.step
     reporter.note(f"stopped at step {state.step}, {state.consumed_samples} samples: {why}")
     if last_saved < state.step:

@@ -14,7 +14,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import OptimConfig, RunConfig
 from megatron_aquila.model.init import initialize_
 from megatron_aquila.plan.shape import ModelShape
-from megatron_aquila.train.build import Machine, build_machine
+from megatron_aquila.train.build import Machine, build_machine, create_context
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
 from megatron_aquila.verify.pool import WorkerPool
@@ -109,7 +109,7 @@ def build_small(config: RunConfig) -> Machine:
     parallel = config.parallel
     assert parallel.data is not None, "a small config names its data-parallel degree"
     derived = derive(config, parallel.tensor * parallel.pipeline * parallel.data)
-    machine = build_machine(config, derived, torch.device("cpu"))
+    machine = build_machine(config, derived, create_context(config, derived, torch.device("cpu")))
     initialize_(machine.infos, seed=config.seed)
     machine.optimizer.refresh_masters()
     return machine
@@ -125,7 +125,7 @@ def _one_step(machine: Machine) -> RankObservation:
         dp=ctx.dp.size,
         dp_rank=ctx.dp.rank,
     )
-    counts = agree(ctx, batches, stop_requested=False)
+    counts = agree(ctx, batches)
     sums = LossSums(SOURCES, num_tokens=counts.num_tokens, device=ctx.device)
     compute_gradients(machine, batches, sums)
     gradients = [_copy(chunk) for chunk in gradient_chunks(machine)]

@@ -38,7 +38,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
     """
     model, kv_heads = config.model, config.model.num_kv_heads
     group = model.num_heads // (model.num_heads if kv_heads is None else kv_heads)
-    small_kv = largest.tp
+    small_kv = 2 * largest.tp  # two a rank: with one, a query head could not read the wrong one
     num_heads = small_kv * max(1, group)
     stage_layers = small_stages(config.parallel.stage_layers)
     samples = MICROBATCHES * largest.dp * largest.micro_batch

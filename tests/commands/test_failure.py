@@ -27,7 +27,7 @@ def test_other_errors_name_their_rank(capsys: pytest.CaptureFixture[str]) -> Non
     with exit_code(rank=3) as code:
         raise DataError("a.bin is cut")
     assert code.value == 2
-    assert capsys.readouterr().err == "error on rank 3: a.bin is cut\n"
+    assert capsys.readouterr().err == "rank 3: error: a.bin is cut\n"
 
 
 def test_an_interrupt_is_130_and_our_own_mistakes_keep_their_traceback() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import (
     CheckpointConfig,
@@ -21,7 +22,7 @@ from megatron_aquila.config.schema import (
 )
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.observe.report import StepReport
-from megatron_aquila.train import build, corpus, resume, trainer
+from megatron_aquila.train import build, corpus, resume, start, trainer
 from megatron_aquila.train.launcher import Launch, read_launch
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.state import TrainState
@@ -87,9 +88,10 @@ class Recorder:
         """Keep step and loss."""
         self.validations.append((state.step, means.loss))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str | None) -> None:
         """Keep the text."""
-        self.notes.append(text)
+        if text is not None:
+            self.notes.append(text)
 
 
 def run(config: RunConfig, kill_at: int | None = None) -> Recorder:
@@ -97,10 +99,14 @@ def run(config: RunConfig, kill_at: int | None = None) -> Recorder:
     launch = read_launch() if torch.distributed.is_initialized() else Launch()
     recorder = Recorder(kill_at=kill_at)
     derived = derive(config, launch.world_size)
-    state = resume.read_state(config, derived.shape)
-    machine = build.build_machine(config, derived, torch.device("cpu"))
-    data = corpus.build_corpus(config, derived, machine.ctx, launch, segments=state.index_segments)
-    resume.load_weights(machine, state)
-    trainer.train(machine, data, state, recorder)
+    ctx = build.create_context(config, derived, torch.device("cpu"))
+    checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world)
+    identity = corpus.identify(config) if ctx.rank == 0 else None
+    begin = agreed(lambda: start.find_start(config, derived, checkpoint, identity), ctx.world)
+    machine = build.build_machine(config, derived, ctx)
+    segments = begin.state.index_segments
+    data = corpus.build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
+    resume.load_weights(machine, begin)
+    trainer.train(machine, data, begin.state, recorder)
     data.close()
     return recorder

@@ -5,19 +5,22 @@ import pytest
 
 from megatron_aquila.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_aquila.errors import ConfigError, DataError
-from megatron_aquila.train.corpus import check_tokenizer
-from tests.train.runs import run, tiny_config
+from megatron_aquila.train.corpus import identify
+from tests.train.runs import run, tiny_config, write_corpus
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused_with_the_right_size(aquila_tokenizer_dir: Path) -> None:
+def test_a_tokenizer_of_another_vocabulary_is_refused_with_the_right_size(
+    aquila_tokenizer_dir: Path, tmp_path: Path
+) -> None:
     data = DataConfig(
+        path=write_corpus(tmp_path),
         vocab_file=aquila_tokenizer_dir / "vocab.json",
         merge_file=aquila_tokenizer_dir / "merges.txt",
         special_tokens_file=aquila_tokenizer_dir / "special_tokens.txt",
     )
-    check_tokenizer(RunConfig(data=data))
+    assert identify(RunConfig(data=data)).tokenizer is not None
     with pytest.raises(ConfigError, match="use --vocab-size 100008"):
-        check_tokenizer(RunConfig(data=data, model=ModelConfig(vocab_size=32000)))
+        identify(RunConfig(data=data, model=ModelConfig(vocab_size=32000)))
 
 
 def test_tokens_outside_the_vocabulary_stop_the_run_with_data_set_and_sample(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ import torch
 from megatron_aquila.checkpoint.huggingface import export_huggingface
 from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.store import CheckpointReader
+from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import CheckpointError
+from megatron_aquila.train import build, corpus, resume, start
+from megatron_aquila.train.launcher import Launch
 from megatron_aquila.verify.pool import WorkerPool
 from tests.train.runs import Recorder, run, split, tiny_config
 
@@ -77,14 +80,13 @@ def test_a_loaded_checkpoint_saved_at_once_is_bit_equal(
 
 
 def save_loaded(config: RunConfig) -> None:
-    from megatron_aquila.config.derive import derive
-    from megatron_aquila.train import build, resume
-
     derived = derive(config, 2)
-    state = resume.read_state(config, derived.shape)
-    machine = build.build_machine(config, derived, torch.device("cpu"))
-    resume.load_weights(machine, state)
-    resume.save(machine, state)
+    ctx = build.create_context(config, derived, torch.device("cpu"))
+    checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world)
+    begin = start.find_start(config, derived, checkpoint, None)
+    machine = build.build_machine(config, derived, ctx)
+    resume.load_weights(machine, begin)
+    resume.save(machine, begin.state, None)
 
 
 def test_a_signal_to_one_rank_saves_on_all_and_nothing_is_lost(pool: Pools, tmp_path: Path) -> None:
@@ -108,6 +110,7 @@ def test_exit_samples_and_a_longer_run_append_a_segment(pool: Pools, tmp_path: P
     longer = resumed(longer, load=config.checkpoint.save, override_lr_schedule=True)
     second = run(longer)
     assert second.reports[-1].consumed_samples == 64
+    assert [report.consumed_samples for report in second.reports] == [24, 32, 40, 48, 56, 64]
     assert config.checkpoint.save is not None
     assert CheckpointReader(config.checkpoint.save).state["train"]["index_segments"] == [48, 16]  # type: ignore[index,call-overload]
 
@@ -155,5 +158,131 @@ def test_published_weights_start_a_run_and_what_does_not_fit_is_refused(
     found = pool(4).run(run, from_hf)[0]
     assert figures(found) == figures(expected)
     other = replace(from_hf, model=replace(config.model, rope_base=5e5))
+    other = resumed(other, save=tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"--init-from-hf .*rope_base is 10000\.0 there, 500000\.0 in this run"):
         run(split(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "50,50,0"}, r"data set 1: splits .* give --override-data"),
+        ({"path": ("0.3", "threes", "0.7", "fives")}, r"data set 1: weight 0\.7 there, 0\.3 here"),
+        ({"path": ("0.7", "fives", "0.3", "threes")}, r"data set 1: .*index_sha256"),
+        ({"path": ("threes",)}, "2 data sets there, 1 here"),
+    ],
+)
+def test_other_data_is_refused(
+    change: dict[str, object], message: str, whole: tuple[RunConfig, Recorder], tmp_path: Path
+) -> None:
+    config, _ = whole
+    folder = Path(config.data.path[1]).parent
+    if "path" in change:
+        words = tuple(word if word[0].isdigit() else str(folder / word) for word in change["path"])  # type: ignore[attr-defined]
+        change = {"path": words}
+    again = split(resumed(config, load=config.checkpoint.save, save=tmp_path))
+    other = replace(again, data=replace(config.data, **change))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=message):
+        run(other)
+
+
+def test_a_longer_sample_is_refused_and_data_can_be_overridden(
+    whole: tuple[RunConfig, Recorder], tmp_path: Path
+) -> None:
+    config, _ = whole
+    again = split(resumed(config, load=config.checkpoint.save, save=tmp_path))
+    with pytest.raises(CheckpointError, match="--seq-len 16 there, 8 here"):
+        run(replace(again, model=replace(config.model, seq_len=8)))
+    other = replace(again, data=replace(config.data, split="80,20,0"))
+    run(
+        resumed(
+            replace(other, train=replace(config.train, train_samples=56)), override_data=True, override_lr_schedule=True
+        )
+    )
+    assert (tmp_path / "latest").exists()
+
+
+def test_a_folder_that_holds_another_run_is_not_written_into(whole: tuple[RunConfig, Recorder], tmp_path: Path) -> None:
+    config, _ = whole
+    with pytest.raises(CheckpointError, match="already holds a run, at step_0000006; continue that with --resume"):
+        run(split(config))
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        run(split(resumed(config, load=config.checkpoint.save, load_optim=False)))
+
+
+def test_resume_continues_what_is_there_and_starts_where_nothing_is(tmp_path: Path) -> None:
+    config = resumed(tiny_config(tmp_path, exit_samples=16), resume=True)
+    first = run(config)
+    assert first.reports[0].step == 1
+    second = run(replace(config, train=replace(config.train, exit_samples=None)))
+    assert second.reports[0].step == 3
+    third = run(config)
+    assert third.reports == []
+
+
+def test_a_run_that_is_no_whole_number_of_batches_ends_with_a_whole_one_and_saves(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train_samples=50, rampup_batch=(4, 4, 20))
+    recorder = run(config)
+    assert [report.global_batch for report in recorder.reports] == [4, 4, 4, 4, 4, 8, 8, 8, 8]
+    assert recorder.reports[-1].consumed_samples == 52
+    assert config.checkpoint.save is not None
+    state = CheckpointReader(config.checkpoint.save).state["train"]
+    assert state["consumed_samples"] == 52  # type: ignore[index,call-overload]
+    assert state["consumed_tokens"] == 52 * 16  # type: ignore[index,call-overload]
+
+
+def test_learning_rate_is_that_of_the_samples_before_the_step(whole: tuple[RunConfig, Recorder]) -> None:
+    config, recorder = whole
+    schedule = build.lr_schedule(config)
+    assert [report.lr for report in recorder.reports] == [schedule.at(8 * step) for step in range(6)]
+
+
+def test_keep_leaves_the_newest(tmp_path: Path) -> None:
+    config = resumed(tiny_config(tmp_path), keep=1)
+    run(config)
+    assert config.checkpoint.save is not None
+    assert [path.name for path in sorted(config.checkpoint.save.glob("step_*"))] == ["step_0000006"]
+
+
+def test_a_second_segment_is_shuffled_anew(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    derived = derive(config, 1)
+    ctx = build.create_context(config, derived, torch.device("cpu"))
+    data = corpus.build_corpus(config, derived, ctx, Launch(), segments=(48, 48), identity=None)
+    samples = [data.train.source[index].tokens.tolist() for index in range(96)]
+    data.close()
+    assert samples[:48] != samples[48:]
+    assert len(samples) == 96
+
+
+def run_with_nan_filled_memory(config: RunConfig) -> Recorder:
+    """Fresh memory holds NaN: whatever reads it before it was written is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return run(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_bf16_with_masters_resumes_bit_equal_even_on_dirty_memory(pool: Pools, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config = split(replace(config, train=replace(config.train, precision="bf16")), tp=2)
+    never = pool(2).run(run_with_nan_filled_memory, config)[0]
+    assert all(report.applied for report in never.reports)
+    assert config.checkpoint.save is not None
+    again = resumed(config, load=config.checkpoint.save / "step_0000002", save=tmp_path / "again")
+    after = pool(2).run(run_with_nan_filled_memory, again)[0]
+    assert figures(after) == figures(never)[2:]
+    expected, found = tensors(config.checkpoint.save), tensors(tmp_path / "again")
+    assert {name for name in expected if name.startswith("optimizer.master.")}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # other moments of the same masters: weights alone, in a wider type, come from the masters
+    wider = resumed(replace(config, train=replace(config.train, precision="fp32")), load_optim=False)
+    wider = resumed(wider, load=config.checkpoint.save, save=tmp_path / "wider")
+    pool(2).run(
+        run,
+        replace(wider, train=replace(wider.train, exit_samples=8), optim=replace(config.optim, lr=1e-9, min_lr=1e-9)),
+    )
+    name = "model.norm.weight"
+    kept = tensors(tmp_path / "wider")[name]
+    assert torch.allclose(kept, expected[f"optimizer.master.{name}"], rtol=0, atol=1e-7)

@@ -43,12 +43,14 @@ def test_reasons_to_stop_name_their_cause() -> None:
     assert "--exit-minutes" in trainer.stop_reason(request, late=True)
 
 
-def test_time_that_is_up_saves_and_stops(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, exit_minutes=1e-9)
+def test_time_that_is_up_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, *range(40, 1000, 40)])  # 40 s a step: two minutes are over before the fourth
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
+    config = tiny_config(tmp_path, exit_minutes=2)
     recorder = run(config)
-    assert len(recorder.reports) == 1
+    assert len(recorder.reports) == 4
     assert "--exit-minutes" in recorder.notes[-1]
-    assert any("step_0000001" in note for note in recorder.notes)
+    assert any("step_0000004" in note for note in recorder.notes)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_twenty_end_the_run(

@@ -149,6 +149,24 @@ def kv_heads_swapped() -> Any:
     return patched(attention, "column_part", wrong)
 
 
+def query_heads_read_group_n_mod_k() -> Any:
+    """Query head n reads key/value head n % K instead of n // (N / K)."""
+    from megatron_aquila.train import build
+
+    right = build.choose_kernels
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        kernels = right(*args, **kwargs)
+
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            heads = torch.arange(q.shape[2]) % k.shape[2]
+            return kernels.attention(q, k[:, :, heads], v[:, :, heads])
+
+        return replace(kernels, attention=attention)
+
+    return patched(build, "choose_kernels", wrong)
+
+
 def parameter_missing_from_norm() -> Any:
     """Clipping leaves a parameter out of the global norm."""
     from megatron_aquila.optim import distributed
@@ -202,6 +220,7 @@ MUTANTS: dict[str, tuple[Callable[[], Any], Layout]] = {
     "vocab_log_offset": (vocab_log_offset, Layout(tp=2)),
     "dropped_layer": (dropped_layer, Layout(pp=2)),
     "kv_heads_swapped": (kv_heads_swapped, Layout(tp=2)),
+    "query_heads_read_group_n_mod_k": (query_heads_read_group_n_mod_k, Layout()),
     "parameter_missing_from_norm": (parameter_missing_from_norm, Layout()),
     "norms_counted_tp_times": (norms_counted_tp_times, Layout(tp=2)),
     "shard_border_off_by_one": (shard_border_off_by_one, Layout(dp=2)),

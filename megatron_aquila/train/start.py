@@ -1,0 +1,131 @@
+"""Where a run starts, and whether what it continues is what the settings describe."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_aquila.checkpoint.agree import together
+from megatron_aquila.checkpoint.folders import LATEST, find_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
+from megatron_aquila.config.derive import Derived
+from megatron_aquila.config.schema import CheckpointConfig, RunConfig
+from megatron_aquila.errors import CheckpointError
+from megatron_aquila.optim.lr import LrSchedule
+from megatron_aquila.parallel.context import Group
+from megatron_aquila.train.build import lr_schedule
+from megatron_aquila.train.corpus import Identity
+from megatron_aquila.train.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """The state a run begins with and the checkpoint it takes tensors from.
+
+    ``checkpoint`` is ``None`` where weights come from a Hugging Face folder or the seed; ``with_optimizer`` says
+    whether optimizer states and the position in the data are taken too.
+    """
+
+    state: TrainState
+    checkpoint: Path | None = None
+    with_optimizer: bool = False
+
+
+def resolve_checkpoint(settings: CheckpointConfig, world: Group) -> Path | None:
+    """The step folder to take tensors from: ``--load``, or with ``--resume`` what ``--save`` holds. Collective.
+
+    Rank 0 follows ``latest`` for all, so that a save by another job cannot give ranks different steps. Raises
+    ``CheckpointError`` on every rank where ``--load`` names nothing, or where the run would write into a folder that
+    another one has filled.
+    """
+
+    def resolve() -> str | None:
+        path = settings.load
+        if path is None and settings.resume and settings.save is not None and (settings.save / LATEST).exists():
+            path = settings.save
+        found = None if path is None else find_checkpoint(path)
+        refuse_to_mix(settings, found if settings.load_optim else None)
+        return None if found is None else str(found)
+
+    (name, *_) = together(lambda: resolve() if world.rank == 0 else None, world)
+    return None if name is None else Path(name)
+
+
+def find_start(config: RunConfig, derived: Derived, checkpoint: Path | None, identity: Identity | None) -> Start:
+    """The state of the checkpoint, or a fresh one. Reads the manifest. Local.
+
+    ``identity`` of the data and tokenizer is compared where it is given. Raises ``CheckpointError`` where the
+    checkpoint is of another model or run.
+    """
+    if checkpoint is None:
+        return Start(state=fresh_state(config, derived))
+    reader = CheckpointReader(checkpoint)
+    problems = reader.shape_problems(derived.shape)
+    if problems:
+        raise CheckpointError(f"{checkpoint}: another model: {'; '.join(problems)}; use its settings")
+    if not config.checkpoint.load_optim:
+        return Start(state=fresh_state(config, derived), checkpoint=checkpoint)
+    saved: Mapping[str, Any] = reader.state
+    missing = {"train", "data", "optimizer", "precision", "lr_schedule"} - set(saved)
+    if missing:
+        raise CheckpointError(f"{checkpoint}: its state has no {', '.join(sorted(missing))}: give --no-load-optim")
+    problems = run_problems(saved, config, identity)
+    if problems:
+        raise CheckpointError(f"{checkpoint}: " + "; ".join(problems))
+    state = TrainState.from_json(saved["train"])
+    end = derived.batches.end_of_run(state.consumed_samples, config.train.train_samples)
+    return Start(state=state.extended_to(end), checkpoint=checkpoint, with_optimizer=True)
+
+
+def fresh_state(config: RunConfig, derived: Derived) -> TrainState:
+    """The state of a run that has seen nothing. Its index is long enough for the last batch, which is a whole one."""
+    return TrainState(seed=config.seed, index_segments=(derived.batches.end_of_run(0, config.train.train_samples),))
+
+
+def refuse_to_mix(settings: CheckpointConfig, continued: Path | None) -> None:
+    """Raise ``CheckpointError`` where ``--save`` holds a run that this one does not continue.
+
+    Its checkpoints and its log would be taken for this run's, and pruning would count them.
+    """
+    if settings.save is None or not (settings.save / LATEST).exists():
+        return
+    inside = continued is not None and settings.save.resolve() in (continued.resolve(), *continued.resolve().parents)
+    if not inside:
+        latest = (settings.save / LATEST).read_text(encoding="utf-8", errors="replace").strip()[:80]
+        raise CheckpointError(
+            f"--save {settings.save}: it already holds a run, at {latest}; continue that with --resume, "
+            "or choose another folder"
+        )
+
+
+def run_problems(saved: Mapping[str, Any], config: RunConfig, identity: Identity | None) -> list[str]:
+    """Where resuming would silently change the update, the order of the data or the learning rate, and the way out."""
+    here = {
+        "--seed": (saved["train"]["seed"], config.seed),
+        "--optimizer": (saved["optimizer"], config.optim.optimizer),
+        "--precision": (saved["precision"], config.train.precision),
+    }
+    problems = [f"{flag} {new}: the run was started with {old}" for flag, (old, new) in here.items() if new != old]
+    old_schedule, new_schedule = LrSchedule(**saved["lr_schedule"]), lr_schedule(config)
+    changed = [name for name in relevant(new_schedule) if getattr(old_schedule, name) != getattr(new_schedule, name)]
+    if changed and not config.checkpoint.override_lr_schedule:
+        pairs = ", ".join(f"{name} {getattr(old_schedule, name)} -> {getattr(new_schedule, name)}" for name in changed)
+        problems.append(f"the learning-rate schedule differs ({pairs}): give --override-lr-schedule if that is meant")
+    differences = [] if identity is None else identity.differences(saved["data"])
+    if differences and not config.checkpoint.override_data:
+        problems.append(
+            f"the data differs ({'; '.join(differences)}), so that samples would be seen twice or never: "
+            "give --override-data if that is meant"
+        )
+    return problems
+
+
+def relevant(schedule: LrSchedule) -> list[str]:
+    """The fields that decide the learning rate under the schedule's kind of decay."""
+    unused = {
+        "constant": {"minimum", "decay_samples", "wsd_decay_samples", "wsd_decay"},
+        "cosine": {"wsd_decay_samples", "wsd_decay"},
+        "linear": {"wsd_decay_samples", "wsd_decay"},
+        "wsd": set[str](),
+    }[schedule.decay]
+    return [name for name in asdict(schedule) if name not in unused]
