@@ -28,9 +28,21 @@ def test_latest_stays_and_leftovers_go(tmp_path: Path) -> None:
     make(tmp_path, "step_0000001", "step_0000002", "step_0000003", "step_0000003.old", "step_0000004.tmp")
     make(tmp_path, "step_0000009.old", "mine")
     (tmp_path / "latest").write_text("step_0000001\n")
-    assert prune(tmp_path, 1) == [tmp_path / "step_0000002"]
-    left = ["latest", "mine", "step_0000001", "step_0000003", "step_0000009.old"]
+    assert prune(tmp_path, 1) == [tmp_path / "step_0000002", tmp_path / "step_0000003"]
+    left = ["latest", "mine", "step_0000001", "step_0000009.old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_an_abandoned_branch_goes_first(tmp_path: Path) -> None:
+    """Back to step 100 with 200 and 300 there: what is saved from now on counts as the newest."""
+    make(tmp_path, "step_0000100", "step_0000200", "step_0000300")
+    left = []
+    for step in (110, 120, 130):
+        make(tmp_path, f"step_{step:07d}")
+        (tmp_path / "latest").write_text(f"step_{step:07d}\n")
+        prune(tmp_path, 2)
+        left.append(complete_steps(tmp_path))
+    assert left == [[100, 110], [110, 120], [120, 130]]
 
 
 def test_nothing_is_kept_by_mistake_only(tmp_path: Path) -> None:
