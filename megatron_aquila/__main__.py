@@ -8,8 +8,8 @@ from difflib import get_close_matches
 COMMANDS = {
     "pretrain": "train a model; under torchrun one process a rank",
     "preprocess": "turn jsonl corpora into .bin/.idx token files",
-    "tokenizer": "train a byte-level BPE tokenizer, or inspect one",
-    "convert": "convert checkpoints to and from Hugging Face folders, or inspect one",
+    "tokenizer": "train a byte-level BPE tokenizer",
+    "convert": "convert checkpoints to Hugging Face folders, or inspect one",
     "parity": "prove that a layout computes the same model as one process",
     "config": "show the resolved settings and where each came from",
 }

@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.extras.subcommand_cli_from_dict(commands, prog="aquila convert", args=argv)
     with exit_code() as code:
         if isinstance(options, ToHf):
+            if options.verify:
+                need_transformers()  # before gigabytes are written
             to_hf(options, compare_in_transformers)
         else:
             inspect(options.checkpoint, Console())
@@ -110,26 +112,38 @@ def to_hf(options: ToHf, verify: Verifier) -> None:
     print(f"{reader.folder} -> {options.output}")
 
 
+def need_transformers() -> None:
+    """Raise CheckpointError where transformers is not installed."""
+    if find_spec("transformers") is None:
+        raise CheckpointError(
+            "the folder cannot be verified: transformers is not installed; pip install 'megatron_aquila[hf]', or give "
+            "--no-verify"
+        )
+
+
 def compare_in_transformers(reader: "CheckpointReader", tokenizer: "Tokenizer", folder: Path) -> str:
     """Load weights and tokenizer with transformers; ids must be equal and fp32 logits as near as rounding allows.
 
-    Where transformers is not installed, the line says so. Raises CheckpointError or DataError when they differ.
+    A model or tokenizer of Aquila's size must also have Aquila's ids. Raises CheckpointError or DataError when they
+    differ.
     """
-    if find_spec("transformers") is None:
-        return "not verified: transformers is not installed (pip install 'megatron_aquila[hf]')"
-    from megatron_aquila.data.huggingface_tokenizer import check_huggingface_tokenizer
+    from megatron_aquila.data.huggingface_tokenizer import check_aquila_ids, check_huggingface_tokenizer
+    from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE
     from megatron_aquila.verify.huggingface import compare_logits
 
     check_huggingface_tokenizer(tokenizer, folder, _TEXTS)
+    if AQUILA_VOCAB_SIZE in (reader.shape().vocab_size, tokenizer.vocab_size):
+        check_aquila_ids(folder)
     return f"token ids are equal, {compare_logits(reader, folder)}"
 
 
 def open_tokenizer(options: ToHf, state: Mapping[str, object]) -> "Tokenizer":
     """The tokenizer whose files are given, else the one that the checkpoint names.
 
-    Raises CheckpointError when neither names files that exist, DataError when they are no tokenizer.
+    Raises CheckpointError when neither names files that exist, or they are another tokenizer than the run's, DataError
+    when they are no tokenizer.
     """
-    from megatron_aquila.data.tokenizer import load_tokenizer
+    from megatron_aquila.data.tokenizer import fingerprint, load_tokenizer
 
     names = ("vocab_file", "merge_file", "special_tokens_file", "tokenizer_model")
     given: Mapping[str, Path | None] = {name: getattr(options, name) for name in names}
@@ -143,13 +157,21 @@ def open_tokenizer(options: ToHf, state: Mapping[str, object]) -> "Tokenizer":
     missing = [str(path) for path in given.values() if path is not None and not path.exists()]
     if missing:
         raise CheckpointError(f"{options.checkpoint}: its tokenizer's {', '.join(missing)} is not there; {_GIVE_FILES}")
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         kind,
         vocab_file=given["vocab_file"],
         merge_file=given["merge_file"],
         special_tokens_file=given["special_tokens_file"],
         tokenizer_model=given["tokenizer_model"],
     )
+    expected = saved.get("fingerprint") if isinstance(saved, Mapping) else None
+    if expected is not None and fingerprint(tokenizer) != expected:
+        paths = ", ".join(str(path) for path in given.values() if path is not None)
+        raise CheckpointError(
+            f"{options.checkpoint}: {paths}: not the tokenizer that the run was trained with: the fingerprint is "
+            f"{fingerprint(tokenizer)[:12]}, not {str(expected)[:12]}; {_GIVE_FILES} as they were"
+        )
+    return tokenizer
 
 
 def inspect(path: Path, console: Console) -> None:

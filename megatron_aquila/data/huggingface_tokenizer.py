@@ -3,9 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.data.tokenizer import AQUILA_GOLDEN_IDS, AQUILA_SPECIAL_TOKENS, AQUILA_VOCAB_SIZE, Tokenizer
 from megatron_aquila.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def save_huggingface_tokenizer(tokenizer: Tokenizer, out_dir: Path, *, max_length: int | None = None) -> None:
@@ -22,6 +26,15 @@ def save_huggingface_tokenizer(tokenizer: Tokenizer, out_dir: Path, *, max_lengt
     Raises:
         DataError: the folder cannot be written.
     """
+    try:
+        for name, text in huggingface_files(tokenizer, max_length=max_length).items():
+            (out_dir / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{out_dir}: the tokenizer cannot be written: {error.strerror}") from error
+
+
+def huggingface_files(tokenizer: Tokenizer, *, max_length: int | None = None) -> dict[str, str]:
+    """Name and text of the files that ``save_huggingface_tokenizer`` writes."""
     roles = {
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eod_token,
@@ -33,13 +46,9 @@ def save_huggingface_tokenizer(tokenizer: Tokenizer, out_dir: Path, *, max_lengt
     config |= {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     if max_length is not None:
         config["model_max_length"] = max_length
-    try:
-        tokenizer.model.save(str(out_dir / "tokenizer.json"))
-        for name, value in (("tokenizer_config", config), ("special_tokens_map", special)):
-            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-            (out_dir / f"{name}.json").write_text(text, encoding="utf-8")
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        raise DataError(f"{out_dir}: the tokenizer cannot be written: {error}") from error
+    named = {"tokenizer_config.json": config, "special_tokens_map.json": special}
+    texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in named.items()}
+    return {"tokenizer.json": tokenizer.model.to_str(pretty=True), **texts}
 
 
 def check_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> None:
@@ -50,14 +59,7 @@ def check_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Seque
     Raises:
         DataError: transformers is not installed, cannot load the folder, or gives other ids.
     """
-    try:
-        from transformers import AutoTokenizer  # optional: only this check needs it
-    except ImportError as error:
-        raise DataError("transformers is not installed: pip install 'megatron_aquila[hf]'") from error
-    try:
-        theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever it trips over, the folder is not usable
-        raise DataError(f"{folder}: transformers cannot load the tokenizer: {error}") from error
+    theirs = _loaded(folder)
     model = tokenizer.model
     pairs: list[tuple[str, object, object]] = [
         ("bos_token_id", theirs.bos_token_id, tokenizer.bos),
@@ -76,3 +78,37 @@ def check_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Seque
     for what, found, expected in pairs:
         if found != expected:
             raise DataError(f"{folder}: through transformers the {what} is {found!r}, not {expected!r}")
+
+
+def check_aquila_ids(folder: Path) -> None:
+    """Load ``folder`` with transformers: the special tokens and some texts must have the ids of Aquila's tokenizer.
+
+    Raises:
+        DataError: transformers is not installed, cannot load the folder, or gives other ids.
+    """
+    theirs = _loaded(folder)
+    first = AQUILA_VOCAB_SIZE - len(AQUILA_SPECIAL_TOKENS)
+    pairs: list[tuple[str, object, object]] = [
+        (f"{token} has the id", theirs.convert_tokens_to_ids(token), number)
+        for number, token in enumerate(AQUILA_SPECIAL_TOKENS, start=first)
+    ]
+    pairs += [
+        (f"{text!r} has the ids", theirs(text)["input_ids"], list(ids)) for text, ids in AQUILA_GOLDEN_IDS.items()
+    ]
+    for what, found, expected in pairs:
+        if found != expected:
+            raise DataError(
+                f"{folder}: a vocabulary of {AQUILA_VOCAB_SIZE} tokens is Aquila's, but through transformers {what} "
+                f"{found}, not {expected}; name Aquila's own files, or give --no-verify if it is another tokenizer"
+            )
+
+
+def _loaded(folder: Path) -> "PreTrainedTokenizerBase":
+    try:
+        from transformers import AutoTokenizer  # optional: only these checks need it
+    except ImportError as error:
+        raise DataError("transformers is not installed: pip install 'megatron_aquila[hf]'") from error
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever it trips over, the folder is not usable
+        raise DataError(f"{folder}: transformers cannot load the tokenizer: {error}") from error

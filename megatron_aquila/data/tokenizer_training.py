@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from megatron_aquila.data.huggingface_tokenizer import save_huggingface_tokenizer
+from megatron_aquila.data.huggingface_tokenizer import huggingface_files
 from megatron_aquila.data.tokenizer import (
     AQUILA_SPECIAL_TOKENS,
     PAD,
@@ -53,8 +54,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def save_tokenizer_files(tokenizer: Tokenizer, out_dir: Path) -> None:
     """Write the files of ``save_huggingface_tokenizer``, and vocab.json, merges.txt and special_tokens.txt as Aquila's.
 
+    They are written into a temporary folder beside ``out_dir`` and get their names when all of them are whole. What
+    else is in ``out_dir`` stays.
+
     Raises:
-        DataError: the folder cannot be made or written.
+        DataError: the folder cannot be made or written; it is as it was then.
     """
     model = json.loads(tokenizer.model.to_str())["model"]
     merges = [f"{left} {right}" for left, right in model["merges"]]
@@ -62,14 +66,18 @@ def save_tokenizer_files(tokenizer: Tokenizer, out_dir: Path) -> None:
         "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
         "special_tokens.txt": "\n".join([*AQUILA_SPECIAL_TOKENS, ""]),
+        **huggingface_files(tokenizer),
     }
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (out_dir / name).write_text(text, encoding="utf-8")
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f"{out_dir.name}.", suffix=".tmp", dir=out_dir.parent) as temporary:
+            for name, text in files.items():
+                (Path(temporary) / name).write_text(text, encoding="utf-8")
+            out_dir.mkdir(exist_ok=True)
+            for name in files:
+                (Path(temporary) / name).replace(out_dir / name)
     except OSError as error:
         raise DataError(f"{out_dir}: the tokenizer cannot be written: {error.strerror}") from error
-    save_huggingface_tokenizer(tokenizer, out_dir)
 
 
 @dataclass(frozen=True, slots=True)

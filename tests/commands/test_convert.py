@@ -13,7 +13,7 @@ from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import llama_tensors
 from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
 from megatron_aquila.commands import convert
-from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import ParallelContext
@@ -106,14 +106,73 @@ def test_a_folder_that_differs_gets_no_name(checkpoint: Path, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_without_transformers_it_says_so(
+def test_without_transformers_it_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(convert, "find_spec", lambda name: None)
-    assert to_hf(checkpoint, tmp_path / "out") == 0
-    assert "not verified: transformers is not installed" in capsys.readouterr().out
+    assert to_hf(checkpoint, tmp_path / "out") == 2
+    assert "pip install 'megatron_aquila[hf]', or give --no-verify" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
     assert to_hf(checkpoint, tmp_path / "out2", "--no-verify") == 0
     assert "not verified: --no-verify" in capsys.readouterr().out
+
+
+def test_another_tokenizer_than_the_runs_is_refused(
+    checkpoint: Path, tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tokenizer_dir)
+    saved = {"tokenizer_type": "AquilaTokenizer", **files(tokenizer_dir), "tokenizer_model": None}
+    save(checkpoint, {"shape": asdict(SHAPE), "tokenizer": saved | {"fingerprint": fingerprint(ours)}}, step=8)
+    assert to_hf(checkpoint, tmp_path / "same", "--no-verify") == 0
+    save_tokenizer_files(
+        train_tokenizer(["other words, others, and many more words of them"] * 9, 280), tmp_path / "other"
+    )
+    capsys.readouterr()
+    assert to_hf(checkpoint, tmp_path / "out", "--no-verify", "--tokenizer-model", str(tmp_path / "other")) == 2
+    assert "not the tokenizer that the run was trained with" in capsys.readouterr().err
+    # The files that the checkpoint names can be overwritten after it was saved.
+    save(checkpoint, {"shape": asdict(SHAPE), "tokenizer": saved | {"fingerprint": "0" * 64}}, step=9)
+    assert to_hf(checkpoint, tmp_path / "out", "--no-verify") == 2
+    assert "give --tokenizer-model, or --vocab-file" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(("size", "asked"), [(AQUILA_VOCAB_SIZE, True), (SHAPE.vocab_size, False)])
+def test_aquilas_size_means_aquilas_ids(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_dir: Path, size: int, asked: bool
+) -> None:
+    pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
+    seen: list[Path] = []
+    monkeypatch.setattr("megatron_aquila.data.huggingface_tokenizer.check_aquila_ids", seen.append)
+    monkeypatch.setattr("megatron_aquila.verify.huggingface.compare_logits", lambda *_: "fp32 logits equal")
+    reader = CheckpointReader(checkpoint)
+    monkeypatch.setattr(reader, "shape", lambda: replace(SHAPE, vocab_size=size))
+    line = convert.compare_in_transformers(
+        reader, load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tokenizer_dir), tokenizer_dir
+    )
+    assert line == "token ids are equal, fp32 logits equal"
+    assert seen == ([tokenizer_dir] if asked else [])
+
+
+def test_aquilas_own_tokenizer(
+    checkpoint: Path, tmp_path: Path, aquila_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
+    shape = replace(SHAPE, vocab_size=AQUILA_VOCAB_SIZE, padded_vocab_size=100096)
+    chunks = [Chunk(name, size, (0,) * len(size), torch.ones(size)) for name, size in llama_tensors(shape).items()]
+    state = {"shape": asdict(shape), "tokenizer": {"tokenizer_type": "AquilaTokenizer", "tokenizer_model": None}}
+    state["tokenizer"] |= files(aquila_tokenizer_dir)
+    save_checkpoint(checkpoint, 8, chunks, state, ParallelContext.single())
+    assert to_hf(checkpoint, tmp_path / "own") == 0
+    assert "token ids are equal" in capsys.readouterr().out
+    vocab = json.loads((aquila_tokenizer_dir / "vocab.json").read_text(encoding="utf-8"))
+    vocab["Hello"], vocab["ĠHello"] = vocab["ĠHello"], vocab["Hello"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    names = [tmp_path / "vocab.json", aquila_tokenizer_dir / "merges.txt", aquila_tokenizer_dir / "special_tokens.txt"]
+    flags = zip(("--vocab-file", "--merge-file", "--special-tokens-file"), map(str, names), strict=True)
+    assert to_hf(checkpoint, tmp_path / "out", *(word for pair in flags for word in pair)) == 2
+    assert "'Hello world' has the ids" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_bad_input_is_an_error_and_leaves_nothing(

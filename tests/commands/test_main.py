@@ -13,6 +13,11 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert aquila.main([]) == 2
 
 
+def test_usage_promises_no_more_than_there_is() -> None:
+    assert aquila.COMMANDS["tokenizer"] == "train a byte-level BPE tokenizer"
+    assert aquila.COMMANDS["convert"] == "convert checkpoints to Hugging Face folders, or inspect one"
+
+
 def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert aquila.main(["pretrian"]) == 2
     assert "did you mean pretrain?" in capsys.readouterr().err

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aquila.data.huggingface_tokenizer import check_huggingface_tokenizer, save_huggingface_tokenizer
-from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_aquila.data.huggingface_tokenizer import (
+    check_aquila_ids,
+    check_huggingface_tokenizer,
+    save_huggingface_tokenizer,
+)
+from megatron_aquila.data.tokenizer import AQUILA_GOLDEN_IDS, AQUILA_SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from megatron_aquila.errors import DataError
 
 transformers = pytest.importorskip("transformers")
@@ -45,6 +49,40 @@ def test_aquilas_own(aquila_tokenizer_dir: Path, tmp_path: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     assert theirs("[CLS]你好</s>")["input_ids"] == [100006, 34856, 100007]
     assert len(theirs) == 100008
+    check_aquila_ids(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ids", "message"),
+    [
+        ({"[CLS]": 100001}, {}, r"\[CLS\] has the id 100001, not 100006.*--no-verify"),
+        ({}, {"Hello world": [22299]}, r"'Hello world' has the ids \[22299\], not \[22299, 3117\]"),
+        ({}, {}, None),
+    ],
+)
+def test_ids_that_are_not_aquilas(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: dict[str, int],
+    ids: dict[str, list[int]],
+    message: str | None,
+) -> None:
+    """What transformers answers is replaced, so that this needs no file of Aquila's."""
+    right = {token: 100000 + place for place, token in enumerate(AQUILA_SPECIAL_TOKENS)} | tokens
+    golden = {text: list(expected) for text, expected in AQUILA_GOLDEN_IDS.items()} | ids
+
+    class Theirs:
+        convert_tokens_to_ids = staticmethod(right.__getitem__)
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": golden[text]}
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: Theirs())
+    if message is None:
+        check_aquila_ids(tmp_path)
+    else:
+        with pytest.raises(DataError, match=message):
+            check_aquila_ids(tmp_path)
 
 
 def swap_specials(folder: Path) -> None:

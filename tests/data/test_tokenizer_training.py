@@ -1,6 +1,7 @@
 """A trained vocabulary has Aquila's layout, is the same every time, and is read back by every door."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,27 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="the tokenizer cannot be written"):
         save_tokenizer_files(train_tokenizer([], 265), tmp_path / "file")
+
+
+def test_a_full_disk_leaves_the_old_files_or_none(tmp_path: Path, texts: list[str]) -> None:
+    small, large = train_tokenizer([], 265), train_tokenizer(texts, 600)
+    save_tokenizer_files(small, tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))  # room for vocab.json, not for tokenizer.json
+    try:
+        for name in ("old", "new"):
+            with pytest.raises(DataError, match=rf"{name}: the tokenizer cannot be written: File too large"):
+                save_tokenizer_files(large, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    save_tokenizer_files(large, tmp_path / "old")
+    (tmp_path / "old" / "notes").write_text("mine")
+    save_tokenizer_files(large, tmp_path / "old")
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == sorted([*before, "notes"])
+    assert load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tmp_path / "old").vocab_size == 600
 
 
 def test_density() -> None:
