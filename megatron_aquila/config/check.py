@@ -178,7 +178,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_data_path: "data.path",
     check_split: "data.split",
     check_start: "checkpoint.load checkpoint.init_from_hf checkpoint.resume checkpoint.save checkpoint.load_optim "
-    "checkpoint.override_lr_schedule",
+    "checkpoint.override_lr_schedule checkpoint.override_data",
 }
 
 

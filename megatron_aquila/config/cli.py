@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_aquila.config.check import check
 from megatron_aquila.config.files import FileSettings, read_file
 from megatron_aquila.config.inputs import missing
-from megatron_aquila.config.migrate import MIGRATIONS, known_flags, migration_problems, settings_of
+from megatron_aquila.config.megatron_flags import MIGRATIONS
+from megatron_aquila.config.migrate import known_flags, migration_problems, settings_of
 from megatron_aquila.config.presets import PRESETS
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import Given, Setting, all_settings, described_as, flag_names, spell

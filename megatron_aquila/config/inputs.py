@@ -74,9 +74,10 @@ def check_start(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     if not start.load_optim:
         why = "nothing is loaded that it could leave out"
         yield Problem("--no-load-optim", "", why, "give --load FOLDER with it, or leave it out")
-    if start.override_lr_schedule:
-        why = "no checkpoint is resumed whose schedule could differ"
-        yield Problem("--override-lr-schedule", "", why, "give --load FOLDER or --resume with it, or leave it out")
+    overrides = {"--override-lr-schedule": start.override_lr_schedule, "--override-data": start.override_data}
+    for flag in (flag for flag, given in overrides.items() if given):
+        why = "no checkpoint is resumed that could differ"
+        yield Problem(flag, "", why, "give --load FOLDER or --resume with it, or leave it out")
 
 
 def _number(written: str) -> float | None:

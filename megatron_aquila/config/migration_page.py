@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megatron_aquila.config.migrate import MIGRATIONS, Always, Follows, Refused, Sets
+from megatron_aquila.config.megatron_flags import DIFFERENCES, MIGRATIONS, Always, Follows, Refused, Sets
 from megatron_aquila.config.settings import all_settings
 
 _HEAD = """# From Megatron-LM and FlagScale
@@ -30,6 +30,12 @@ def migration_page() -> str:
             *_same(),
             "",
             f"The same name in both, or only here: {_one_name()}.",
+            "",
+            "## Settings that behave differently",
+            "",
+            "| flag | here |",
+            "|---|---|",
+            *(f"| `{flag}` | {difference} |" for flag, difference in DIFFERENCES.items()),
             "",
             "## Accepted, because it is always so",
             "",

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_aquila.config.cli import load_config, parse, resolve
-from megatron_aquila.config.migrate import MIGRATIONS, Always, Follows, Refused, Sets, known_flags, migration_problems
+from megatron_aquila.config.megatron_flags import DIFFERENCES, MIGRATIONS, Always, Follows, Refused, Sets
+from megatron_aquila.config.migrate import known_flags, migration_problems
 from megatron_aquila.config.migration_page import migration_page
 from megatron_aquila.config.presets import PRESETS
 from megatron_aquila.config.schema import RunConfig
@@ -94,17 +95,33 @@ def test_no_flag_has_two_meanings():
         ("--swiglu yes", "give the flag alone"),
         ("--bf16 true", "give the flag alone"),
         ("--fp16", "use --bf16"),
+        ("--transformer-impl transformer_engine", "use local or leave it out"),
+        ("--no-save-optim", "leave it out: aquila convert to-hf"),
+        ("--exit-interval 10 --gbs 4", "use --exit-samples 40 "),
+        ("--ckpt-format torch_dist", "leave it out"),
+        ("--ckpt-step 100 --load runs/a", "use --load runs/a/step_0000100"),
+        ("--use-checkpoint-opt_param-scheduler", "leave it out"),
+        ("--ckpt-step latest", "use --load FOLDER/step_N"),
+        ("--finetune --load a", "use --load with --no-load-optim"),
     ],
 )
 def test_refusals_say_what_to_do(argv, advice):
     [problem] = problems_of(argv.split())
-    assert problem.flag == argv.split()[0]
+    assert problem.flag == argv.split()[0].replace("_", "-")
     assert problem.way_out.startswith(advice)
 
 
 @pytest.mark.parametrize(
     "argv",
-    ["--attention-dropout 0", "--max_position_embeddings 2048", "--normalization=RMSNorm", "--swiglu --no-load-rng"],
+    [
+        "--attention-dropout 0",
+        "--max_position_embeddings 2048",
+        "--normalization=RMSNorm",
+        "--swiglu --no-load-rng",
+        "--use-mcore-models --transformer-impl local --distributed-backend nccl --no-masked-softmax-fusion",
+        "--position-embedding-type rope --attention-softmax-in-fp32 --no-gradient-accumulation-fusion",
+        "--no-save-rng --log-throughput --timing-log-level 0 --exit-signal-handler --no-bias-swiglu-fusion",
+    ],
 )
 def test_accepted_spellings(argv):
     assert load_config(argv.split()).config == RunConfig()
@@ -132,8 +149,13 @@ def test_the_page_is_current():
     )
 
 
+def test_differences_are_of_settings():
+    assert set(DIFFERENCES) <= set(flag_names())
+
+
 def test_the_page_has_every_flag():
     page = migration_page()
+    assert all(f"| `{flag}` | {difference} |" in page for flag, difference in DIFFERENCES.items())
     for flag, meaning in MIGRATIONS.items():
         assert f"`{flag}" in page
         if isinstance(meaning, Refused | Always):

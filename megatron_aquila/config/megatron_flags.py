@@ -1,0 +1,356 @@
+"""Flags of Megatron-LM and FlagScale that are no settings here: what each means, or what to use instead.
+
+One table serves the command line (``config.migrate``) and ``docs/from-megatron.md``. Flags that are settings under
+their Megatron spelling (``--tensor-model-parallel-size``) are aliases in the schema and need no row.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.settings import spell
+
+Values = Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """The flag is this value of our setting."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Always:
+    """Accepted: it is always so here, ``why`` says how. A flag with a value must have one of ``values``."""
+
+    why: str
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Follows:
+    """Accepted when its value is that of our setting ``name``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not accepted: why, and what to do. ``exact`` words the way out with the value at hand, where it can."""
+
+    why: str
+    way_out: str
+    exact: Callable[[Values, RunConfig], str] | None = None
+
+
+Meaning = Sets | Always | Follows | Refused
+
+
+def _vocab_multiple(values: Values, config: RunConfig) -> str:
+    return f"use --vocab-multiple {int(values[0]) * config.parallel.tensor} ({values[0]} x tp {config.parallel.tensor})"
+
+
+def _in_samples(flag: str) -> Callable[[Values, RunConfig], str]:
+    return lambda values, config: f"use {flag} {int(values[0]) * config.train.global_batch} (steps x global batch)"
+
+
+def _warmup_samples(values: Values, config: RunConfig) -> str:
+    return f"use --lr-warmup-samples {round(float(values[0]) * config.train.train_samples)} (of --train-samples)"
+
+
+def _step_folder(values: Values, config: RunConfig) -> str:
+    return f"use --load {config.checkpoint.load or 'FOLDER'}/step_{int(values[0]):07d}"
+
+
+def _stage_layers(values: Values, config: RunConfig) -> str:
+    """``1 15 3 15 15 15``, a count of stages before each device type's layers, is ``--stage-layers 15 15 15 15``."""
+    rest, layers = iter(int(value) for value in values), list[int]()
+    for count in rest:
+        layers += itertools.islice(rest, count)
+    return f"use --stage-layers {spell(layers)}"
+
+
+def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
+    """The same meaning for several flags."""
+    return dict.fromkeys(flags.split(), meaning)
+
+
+_FP16 = Refused(
+    "belongs to fp16, which comes with dynamic loss scaling in a later version", "leave it out: bf16 needs none"
+)
+_INIT = Refused("one standard deviation and one norm weight serve the whole model", "use --init-std and --norm-init")
+_MUP = Refused("muP is not offered", "use --init-std and --lr")
+_RECOMPUTE = Refused("recomputation is not yet offered", "use a smaller --micro-batch or more --tp or --pp")
+_HETERO = Refused("training on mixed devices is not offered", "use ranks of one kind")
+_ADAN = Refused("Adan is not offered", "use --optimizer adamw")
+_SEARCH = Refused(
+    "is not offered",
+    "leave it out: a sample follows from seed, length, blend and split, so the log's consumed samples name it",
+)
+_OVERLAP = Refused("is not yet offered and changes speed only", "leave it out")
+_SPEED = Refused("changes speed only and is not offered", "leave it out")
+_MOE = Refused("mixtures of experts are not offered", "leave it out: every MLP is dense")
+_SHARDING = Refused("optimizer states are sharded, weights and gradients are not yet", "leave it out")
+_BALANCE = Refused(
+    "stages are balanced with the head counted, or given by their layers", "leave it out, or use --stage-layers"
+)
+_DOCUMENTS = Refused("documents of a sample are not kept apart yet", "leave it out")
+_SPLITS = Refused("training, validation and test are shares of the same data", "use --data-path and --split")
+_NOT_LOGGED = Refused("is not logged", "leave it out: docs/log.md has what is")
+_NAMED_BY_WANDB = Refused("the offline run is named when it is uploaded", "leave it out")
+_XPU = Refused("belongs to Kunlun XPU, which is not offered", "leave it out")
+_SERVE = Refused("serving is not offered", "use aquila convert and a server of Hugging Face models")
+_RMS_NORM = "every norm is an RMSNorm without bias"
+_ROPE = "positions are rotary"
+_FUSED = "kernels are chosen by device and dtype, and logged at start; there are no biases and no dropout to fuse"
+_ONE_MODEL = "there is one implementation of the model"
+_LOGGED = "it is in every row of the log and goes to every writer"
+
+MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
+    {
+        # Precision
+        "--bf16": Sets("train.precision", "bf16"),
+        "--fp32": Sets("train.precision", "fp32"),
+        "--fp16": Refused("fp16 comes with dynamic loss scaling in a later version", "use --bf16"),
+        **_family(_FP16, "--initial-loss-scale --min-loss-scale --loss-scale --loss-scale-window --hysteresis"),
+        "--attention-softmax-in-fp32": Always("softmax is computed in fp32 or wider"),
+        "--accumulate-allreduce-grads-in-fp32": Always("gradients accumulate and reduce in fp32 or wider"),
+        "--rotary-position-embeddings-in-fp32": Always(
+            "angles are computed in fp32 or wider (FlagScale's own flag was passed as an offset and had no such effect)"
+        ),
+        "--embedding-weights-in-fp32": Refused(
+            "the embedding is bf16 with an fp32 master weight, like every other weight", "leave it out"
+        ),
+        "--apply-query-key-layer-scaling": Refused(
+            "it protects fp16; softmax is computed in fp32 or wider", "leave it out"
+        ),
+        "--no-query-key-layer-scaling": Always("attention's scores are not scaled by the layer"),
+        "--fp32-residual-connection": Refused(
+            "the residual stream has the type of the activations", "leave it out, or use --precision fp32"
+        ),
+        "--grad-reduce-in-bf16": Refused("gradients are reduced in fp32 or wider", "leave it out"),
+        "--use-precision-aware-optimizer": Refused("optimizer states are fp32 or wider", "leave it out"),
+        **_family(Refused("fp8 is not offered", "use --bf16"), "--fp8-format --fp8-hybrid --fp8-e4m3 --fp8-margin"),
+        # The network
+        "--use-mcore-models": Always(_ONE_MODEL),
+        "--use-legacy-models": Always(_ONE_MODEL),
+        "--transformer-impl": Always("layers are the package's own, without Transformer Engine", ("local",)),
+        "--attention-backend": Always("the fastest attention at hand is chosen, and logged at start", ("auto",)),
+        "--swiglu": Always("the MLP is gated by SiLU"),
+        "--disable-bias-linear": Always("no linear layer has a bias"),
+        "--untie-embeddings-and-output-weights": Always("the head has its own weight"),
+        "--apply-layernorm-rms": Always(_RMS_NORM),
+        "--normalization": Always(_RMS_NORM, ("RMSNorm",)),
+        "--use-rotary-position-embeddings": Always(_ROPE),
+        "--no-position-embedding": Always("there is no learned position"),
+        "--position-embedding-type": Always(_ROPE, ("rope",)),
+        "--rotary-percent": Always("all of a head is rotated", ("1.0",)),
+        "--max-position-embeddings": Follows("model.seq_len"),
+        **_family(
+            Refused("angles follow from --rope-base alone", "use --rope-base"),
+            "--use-rope-scaling --rope-scaling-factor --rotary-seq-len-interpolation-factor",
+        ),
+        "--rotary-interleaved": Refused(
+            "rotary halves are split here, as in Hugging Face's files", "leave it out, and start from such files"
+        ),
+        **_family(Refused("the MLP is gated by SiLU", "use --swiglu"), "--squared-relu --openai-gelu"),
+        "--add-qkv-bias": Refused("no linear layer has a bias", "leave it out"),
+        "--qk-layernorm": Refused("queries and keys are not normalized", "leave it out"),
+        "--apply-layernorm-1p": Refused("a norm's weight is stored as it is", "leave it out: see --norm-init"),
+        "--apply-residual-connection-post-layernorm": Refused("norms come before each block", "leave it out"),
+        "--window-size": Refused("attention sees all that came before", "leave it out"),
+        **_family(
+            _MOE,
+            "--num-experts --moe-router-topk --moe-router-load-balancing-type --moe-aux-loss-coeff "
+            "--moe-grouped-gemm --moe-token-dispatcher-type",
+        ),
+        "--expert-model-parallel-size": Always("every MLP is dense", ("1",)),
+        "--use-cpu-initialization": Always("initial weights are drawn on the CPU and depend on no layout"),
+        "--init-method-xavier-uniform": Refused("initial weights are normal", "use --init-std"),
+        "--group-query-attention": Always("follows from --num-kv-heads"),
+        "--attention-dropout": Always("there is no dropout", ("0.0",)),
+        "--hidden-dropout": Always("there is no dropout", ("0.0",)),
+        "--make-vocab-size-divisible-by": Refused(
+            "Megatron-LM multiplies it by tp, so the model would depend on the layout",
+            "use --vocab-multiple with this number times tp",
+            _vocab_multiple,
+        ),
+        "--rotary-interleaved-patch": Refused(
+            "rotary halves are split here, as in Hugging Face's files",
+            "start from the published Hugging Face weights with --init-from-hf: they are in this form already",
+        ),
+        **_family(
+            _INIT,
+            "--apply-init-customized --init-method-std-scaled-embed --init-method-std-scaled-attn-q "
+            "--init-method-std-scaled-attn-k --init-method-std-scaled-attn-v --init-method-std-scaled-ffn-w1 "
+            "--init-method-std-scaled-ffn-w2 --init-method-std-scaled-ffn-w3 --init-method-std-scaled-output "
+            "--apply-init-norm-customized --init-weight-attn-norm --init-weight-ffn-norm "
+            "--init-weight-output-norm",
+        ),
+        **_family(
+            _MUP,
+            "--mup --mup-attn-multiplier --mup-output-multiplier --mup-coord-check --mup-save "
+            "--mup-delta-hidden-size --query-zero-init --readout-zero-init",
+        ),
+        # Parallelism and speed
+        "--use-distributed-optimizer": Always("optimizer states and master weights are sharded over dp"),
+        "--use-flash-attn": Always("the fastest attention at hand is chosen, and logged at start"),
+        "--no-gradient-accumulation-fusion": Always("gradient accumulation is not fused"),
+        **_family(
+            Always(_FUSED),
+            "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
+            "--no-rope-fusion --no-persist-layer-norm",
+        ),
+        **_family(
+            _SPEED,
+            "--cross-entropy-loss-fusion --cross-entropy-fusion-impl --manual-gc --manual-gc-interval "
+            "--empty-unused-memory-level --num-dataset-builder-threads --no-mmap-bin-files --async-save "
+            "--use-ring-exchange-p2p --use-tp-pp-dp-mapping --nccl-communicator-config-path",
+        ),
+        "--no-async-tensor-model-parallel-allreduce": Always("gradients of tensor-parallel inputs are awaited"),
+        "--no-overlap-p2p-communication": Always("a pipeline's stage waits for what it receives"),
+        "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib"),
+        **_family(_SHARDING, "--use-torch-fsdp2 --use-custom-fsdp --data-parallel-sharding-strategy"),
+        **_family(
+            _BALANCE,
+            "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
+            "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
+        ),
+        "--deterministic-mode": Refused("equal bits are promised on the CPU, on CUDA not yet", "leave it out"),
+        "--distributed-backend": Always("the backend follows from the device", ("nccl", "gloo")),
+        "--no-global-file-system": Always("a missing index is noticed and built on each node"),
+        "--num-devices-per-node": Refused("torchrun says how many ranks a node has", "leave it out"),
+        **_family(
+            _OVERLAP,
+            "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step "
+            "--tp-comm-overlap --align-grad-reduce --align-param-gather",
+        ),
+        **_family(
+            Refused("interleaved stages are not yet offered", "leave it out"),
+            "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank",
+        ),
+        **_family(
+            _RECOMPUTE,
+            "--recompute-granularity --recompute-method --recompute-num-layers --recompute-activations "
+            "--recompute-granularity-per-stage --recompute-method-per-stage --recompute-num-layers-per-stage "
+            "--recompute-modules --checkpoint-activations --distribute-saved-activations",
+        ),
+        **_family(
+            _HETERO,
+            "--hetero-mode --hetero-device-types --hetero-current-device-type --hetero-micro-batch-sizes",
+        ),
+        "--hetero-pipeline-stages": Refused(
+            "stages are given by their layers alone", "use --stage-layers without the counts", _stage_layers
+        ),
+        **_family(_XPU, "--memory-saving --findmax-opt"),
+        # Length and learning rate
+        "--train-iters": Refused("lengths are in samples", "use --train-samples", _in_samples("--train-samples")),
+        "--lr-warmup-iters": Refused(
+            "lengths are in samples", "use --lr-warmup-samples", _in_samples("--lr-warmup-samples")
+        ),
+        "--lr-decay-iters": Refused(
+            "lengths are in samples", "use --lr-decay-samples", _in_samples("--lr-decay-samples")
+        ),
+        "--lr-wsd-decay-iters": Refused(
+            "lengths are in samples", "use --lr-wsd-decay-samples", _in_samples("--lr-wsd-decay-samples")
+        ),
+        "--exit-interval": Refused("lengths are in samples", "use --exit-samples", _in_samples("--exit-samples")),
+        "--lr-warmup-init": Always("the warm-up starts from 0", ("0.0",)),
+        "--start-weight-decay": Follows("optim.weight_decay"),
+        "--end-weight-decay": Follows("optim.weight_decay"),
+        "--weight-decay-incr-style": Always("weight decay is the same throughout", ("constant",)),
+        "--sgd-momentum": Always("sgd has no momentum", ("0.0",)),
+        "--decoupled-lr": Refused("one learning rate serves all weights", "use --lr"),
+        "--calculate-per-token-loss": Always("the loss is the mean over the tokens of the step"),
+        "--no-check-for-nan-in-loss-and-grad": Always(
+            "a step whose gradient norm is not finite is left out and logged; the run goes on"
+        ),
+        "--check-for-nan-in-loss-and-grad": Refused(
+            "a step whose gradient norm is not finite is left out and logged; the run goes on",
+            "leave it out, and watch the log's field applied",
+        ),
+        "--exit-signal-handler": Always("SIGTERM ends the run after its step, saved"),
+        "--lr-warmup-fraction": Refused("lengths are in samples", "use --lr-warmup-samples", _warmup_samples),
+        **_family(_ADAN, "--adan-beta1 --adan-beta2 --adan-beta3 --adan-eps"),
+        # Data
+        "--data-impl": Always("indexed datasets are mapped into memory", ("mmap",)),
+        "--dataloader-type": Always("samples are read in the order of the index", ("single",)),
+        **_family(_SPLITS, "--train-data-path --valid-data-path --test-data-path"),
+        **_family(
+            Refused("a blend is written in the settings", "use --data-path, or data: path in a file"),
+            "--data-args-path --per-split-data-args-path",
+        ),
+        "--mock-data": Refused("a run trains on files", "use --data-path: make quickstart builds a small corpus"),
+        **_family(_DOCUMENTS, "--reset-position-ids --reset-attention-mask --eod-mask-loss"),
+        "--no-create-attention-mask-in-dataloader": Always("attention is causal; the loader makes no masks"),
+        **_family(_SEARCH, "--return-doc-ids --data-searching-save --data-searching-range"),
+        "--finetune-dataset-type": Refused("fine-tuning is not yet offered", "leave it out"),
+        # Checkpoints and logs
+        "--no-load-rng": Always(
+            "nothing random is left after the weights and the data order, which follow from the seed"
+        ),
+        "--exit-on-missing-checkpoint": Always("a folder that --load names must hold a checkpoint"),
+        "--no-save-rng": Always("no generator's state is saved: initial weights and data order follow from the seed"),
+        "--no-save-optim": Refused(
+            "a checkpoint always holds the optimizer", "leave it out: aquila convert to-hf writes the weights alone"
+        ),
+        "--finetune": Refused("a new run from weights alone is said in other words", "use --load with --no-load-optim"),
+        "--pretrained-checkpoint": Refused(
+            "a new run from weights alone is said in other words", "use --load with --no-load-optim"
+        ),
+        "--ckpt-step": Refused("a step is a folder", "use --load FOLDER/step_N, N in seven digits", _step_folder),
+        **_family(
+            Refused("there is one format, which any layout loads", "leave it out"),
+            "--ckpt-format --dist-ckpt-format --ckpt-convert-format --ckpt-fully-parallel-load",
+        ),
+        "--use-dist-ckpt": Always("any layout loads a checkpoint"),
+        "--auto-detect-ckpt-format": Always("there is one format"),
+        "--ckpt-fully-parallel-save": Always("each rank writes its share, spread over the replicas"),
+        "--ckpt-assume-constant-structure": Always("checkpoints of any layout have the same structure"),
+        **_family(
+            Refused(
+                "settings come from the command line, the file and the preset; a checkpoint that differs is refused",
+                "leave it out",
+            ),
+            "--use-checkpoint-args --use-checkpoint-opt-param-scheduler",
+        ),
+        "--format-ckpt": Refused("a checkpoint holds the logical model", "use aquila convert"),
+        "--save-param-index-maps-only": Refused("a checkpoint names every tensor", "leave it out: any layout loads it"),
+        "--tensorboard-log-interval": Follows("observe.log_interval"),
+        **_family(
+            Always(_LOGGED),
+            "--log-throughput --log-memory-to-tensorboard --log-batch-size-to-tensorboard "
+            "--log-learning-rate-to-tensorboard",
+        ),
+        **_family(
+            _NOT_LOGGED,
+            "--log-params-norm --log-num-zeros-in-grad --log-timers-to-tensorboard --log-world-size-to-tensorboard "
+            "--log-validation-ppl-to-tensorboard --log-loss-scale-to-tensorboard --log-straggler --log-progress "
+            "--timing-log-option --tensorboard-queue-size",
+        ),
+        "--timing-log-level": Always("a step's time and its wait for data are logged", ("0",)),
+        **_family(_NAMED_BY_WANDB, "--wandb-exp-name --wandb-entity"),
+        # Serving
+        **_family(_SERVE, "--server-port --model-info"),
+    }
+)
+
+
+# Settings under Megatron's name, or in its place, that do not mean quite the same.
+DIFFERENCES: Mapping[str, str] = MappingProxyType(
+    {
+        "--load": "the folder must hold a checkpoint, where Megatron-LM would start from random weights; a script that "
+        "gives one folder to `--save` and `--load` gives it to `--save`, and `--resume`",
+        "--data-path": "needed to train; a blend may be one quoted word, as `dist_start.sh` passes it",
+        "--num-workers": "`--prefetch`, the steps that a thread of each rank reads ahead: no worker processes",
+        "--optimizer": "`adamw` is what Megatron-LM calls `adam`; its `sgd` has momentum, ours has none",
+        "--vocab-size": "special tokens included; it must be the tokenizer's own",
+        "--override-opt-param-scheduler": "only with `--load` or `--resume`",
+        "--wandb-dir": "alone, it switches offline Weights & Biases on, as FlagScale's does, under the project "
+        "`megatron_aquila`",
+    }
+)
