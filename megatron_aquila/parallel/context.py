@@ -8,18 +8,20 @@ import torch.distributed as dist
 
 from megatron_aquila.plan.grid import Axis, RankGrid
 
+Ranks = tuple[int, ...]  # global ranks, ascending
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """One communication group. Size 1 means that every collective through it is the identity.
 
-    ``rank`` is this process's place in it, ``ranks`` the global ranks of its members, ascending.
+    ``rank`` is this process's place in it, ``ranks`` are its members.
     """
 
     name: str
     rank: int
     size: int
-    ranks: tuple[int, ...]
+    ranks: Ranks
     handle: dist.ProcessGroup | None
 
 
@@ -29,7 +31,8 @@ class ParallelContext:
 
     ``pp`` carries activations forward and ``pp_backward`` gradients back: two communicators, because with one an NCCL
     rank that sends an activation while its neighbour sends a gradient would wait for ever. ``dp_cp`` joins the replicas
-    of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all.
+    of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all. Groups of the same
+    ranks share a communicator, ``pp_backward`` excepted: each one costs memory on every GPU, and time at the start.
     """
 
     grid: RankGrid
@@ -47,20 +50,26 @@ class ParallelContext:
     def create(cls, grid: RankGrid, device: torch.device, timeout: timedelta | None = None) -> "ParallelContext":
         """Make every group of the grid. Collective: all ranks call it, in the same order.
 
-        The default process group must be up unless the grid is a world of one.
+        The default process group must be up unless the grid is a world of one; it serves where a group is the world,
+        with its own timeout.
         """
         rank = dist.get_rank() if dist.is_initialized() else 0
         world = dist.get_world_size() if dist.is_initialized() else 1
         assert world == grid.world_size, f"{grid} needs {grid.world_size} processes, there are {world}"
 
-        def group(name: str, *axes: Axis) -> Group:
-            mine = None
-            for ranks in grid.groups(*axes):
-                handle = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
-                if rank in ranks:
-                    mine = Group(name, ranks.index(rank), len(ranks), ranks, handle)
-            assert mine is not None, f"rank {rank} is in no {name} group of {grid}"
-            return mine
+        everyone = tuple(range(world))
+        handles: dict[tuple[tuple[Ranks, ...], bool], dist.ProcessGroup | None] = {
+            ((everyone,), False): dist.group.WORLD
+        }
+
+        def group(name: str, *axes: Axis, own: bool = False) -> Group:
+            """``own``: with a communicator that no other group has, for whatever ranks."""
+            partition = tuple(grid.groups(*axes))
+            (mine,) = (ranks for ranks in partition if rank in ranks)
+            if len(mine) > 1 and (partition, own) not in handles:
+                made = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in partition}  # collective
+                handles[partition, own] = made[mine]
+            return Group(name, mine.index(rank), len(mine), mine, handles[partition, own] if len(mine) > 1 else None)
 
         return cls(
             grid=grid,
@@ -70,7 +79,7 @@ class ParallelContext:
             cp=group("cp", "cp"),
             dp=group("dp", "dp"),
             pp=group("pp", "pp"),
-            pp_backward=group("pp_backward", "pp"),
+            pp_backward=group("pp_backward", "pp", own=True),
             dp_cp=group("dp_cp", "dp", "cp"),
             world=group("world", "tp", "cp", "dp", "pp"),
         )

@@ -1,5 +1,8 @@
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.plan.grid import RankGrid
@@ -25,6 +28,41 @@ def test_groups_follow_the_grid(pool) -> None:
         "pp": (0, (3,)),
         "world": (3, (0, 1, 2, 3)),
     }
+
+
+def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
+    """The groups that were made, in order, and which of the context's share each communicator."""
+    with mock.patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
+        ctx = ParallelContext.create(grid, torch.device("cpu"))
+    shared: dict[object, set[str]] = {}
+    for name in ("tp", "cp", "dp", "pp", "pp_backward", "dp_cp", "world"):
+        group = getattr(ctx, name)
+        if group.size > 1:
+            assert tuple(dist.get_process_group_ranks(group.handle)) == group.ranks
+            shared.setdefault(group.handle, set()).add(name)
+    assert shared[dist.group.WORLD] >= {"world"}
+    return [call.args[0] for call in new_group.call_args_list], list(shared.values())
+
+
+@pytest.mark.parametrize(
+    ("grid", "made", "shared"),
+    [
+        (RankGrid(dp=4), [], [{"dp", "dp_cp", "world"}]),
+        (RankGrid(tp=4), [], [{"tp", "world"}]),
+        (RankGrid(pp=4), [[0, 1, 2, 3]], [{"pp", "world"}, {"pp_backward"}]),
+        (RankGrid(tp=2, dp=2), [[0, 1], [2, 3], [0, 2], [1, 3]], [{"tp"}, {"dp", "dp_cp"}, {"world"}]),
+        (
+            RankGrid(tp=2, pp=2),
+            [[0, 1], [2, 3], [0, 2], [1, 3], [0, 2], [1, 3]],
+            [{"tp"}, {"pp"}, {"pp_backward"}, {"world"}],
+        ),
+        (RankGrid(cp=2, dp=2), [[0, 1], [2, 3], [0, 2], [1, 3]], [{"cp"}, {"dp"}, {"dp_cp", "world"}]),
+    ],
+    ids=str,
+)
+def test_no_communicator_is_made_twice(pool, grid: RankGrid, made: list[list[int]], shared: list[set[str]]) -> None:
+    """Gradients alone have one of their own. Every rank makes the same ones in the same order."""
+    assert pool(4).run(communicators, grid) == [(made, shared)] * 4
 
 
 def test_a_grid_of_another_world_is_refused() -> None:
