@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from megatron_aquila import __version__
+
 COMMANDS = {
     "pretrain": "train a model; under torchrun one process a rank",
     "preprocess": "turn jsonl corpora into .bin/.idx token files",
@@ -18,6 +20,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command with the rest of the arguments and return its exit status; 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"megatron_aquila {__version__}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """The commands, a line each."""
     lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: aquila COMMAND [options]; COMMAND --help tells more", "", *lines])
+    return "\n".join(["usage: aquila COMMAND [options]; COMMAND --help tells more; aquila --version", "", *lines])
 
 
 if __name__ == "__main__":

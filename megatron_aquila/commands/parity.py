@@ -19,12 +19,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0 only if every row holds.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", *arguments]
+    arguments = with_config_flag(sys.argv[1:] if argv is None else argv)
     with exit_code() as code:
-        code.value = 0 if prove(load_config(arguments, prog="aquila parity").config) else 1
+        code.value = 0 if prove(load_config(arguments, prog="aquila parity [CONFIG.yaml]").config) else 1
     return code.value
+
+
+def with_config_flag(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with ``--config`` before a file that stands alone: the first word, or a name in .yaml anywhere."""
+    words: list[str] = []
+    for word in arguments:
+        stands_alone = not words or word.endswith((".yaml", ".yml"))
+        if stands_alone and not word.startswith("-") and words[-1:] != ["--config"]:
+            words.append("--config")
+        words.append(word)
+    return words
 
 
 def prove(config: RunConfig) -> bool:
@@ -37,6 +46,8 @@ def prove(config: RunConfig) -> bool:
             pools[world] = WorkerPool(world)
         return pools[world]
 
+    if requested == Layout():
+        print("warning: no axis is above 1, so the engine is only compared in one process; give e.g. --tp 2 --pp 2")
     # A pipe has no width of its own: tensors are named in full there.
     console = Console() if sys.stdout.isatty() else Console(width=150)
     try:

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from megatron_aquila import __main__ as aquila
+from megatron_aquila import __version__
 
 
 def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -11,6 +12,11 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(name in out for name in aquila.COMMANDS)
     assert aquila.main([]) == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert aquila.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megatron_aquila {__version__}\n"
 
 
 def test_usage_promises_no_more_than_there_is() -> None:

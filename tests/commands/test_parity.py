@@ -22,6 +22,39 @@ def test_it_prints_a_row_an_axis_and_exits_0(capsys: pytest.CaptureFixture[str],
     assert "FAILS" not in out
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("run --tp 2", "--config run --tp 2"),
+        ("--tp 2 run.yaml --sp", "--tp 2 --config run.yaml --sp"),
+        ("--sp run.yml", "--sp --config run.yml"),
+        ("--data-path a b run.yaml", "--data-path a b --config run.yaml"),
+        ("--config run.yaml", "--config run.yaml"),
+        ("--config=run.yaml --tp 2", "--config=run.yaml --tp 2"),
+        ("", ""),
+    ],
+)
+def test_the_config_may_stand_anywhere(words: str, expected: str) -> None:
+    assert parity.with_config_flag(words.split()) == expected.split()
+
+
+def test_help_has_a_usage_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parity.main(["--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: aquila parity [CONFIG.yaml] ")
+
+
+def test_a_layout_of_one_process_is_warned_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Parity, "observe", lambda self, layout: self.plain)
+    assert parity.main(ARGUMENTS) == 0
+    assert capsys.readouterr().out.startswith("warning: no axis is above 1")
+    assert parity.main([*ARGUMENTS, "--dp", "2"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_wrong_layout_exits_1_and_names_tensor_and_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

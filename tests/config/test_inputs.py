@@ -68,8 +68,8 @@ PAIRS = "give weight prefix weight prefix ..., or prefixes alone"
         ),
         (
             "--override-opt-param-scheduler --init-from-hf a",
-            "--override-opt-param-scheduler: no checkpoint is resumed that could differ; give --load FOLDER or --resume "
-            "with it, or leave it out",
+            "--override-opt-param-scheduler: no checkpoint is resumed that could differ; give --load FOLDER or "
+            "--resume with it, or leave it out",
         ),
         (
             "--override-data",
