@@ -3,7 +3,8 @@
     python3 tools/bootstrap.py [--venv .venv] EXTRA
 
 EXTRA is one of setup.py's extras: quickstart or dev. An installed torch >= 2.11 of the calling interpreter is used as
-it is. Otherwise torch is installed first: TORCH_SPEC if set (anything that ``pip install`` takes), else torch==2.13.0.
+it is. Otherwise torch is installed first: TORCH_SPEC if set (anything that ``pip install`` takes), else torch==2.13.0,
+as its CPU build where one is offered.
 Whatever else is installed may not change it. Standard library only.
 """
 
@@ -65,34 +66,33 @@ def share_packages(folder):
     target.write_text("".join(f"{path}\n" for path in shared))
 
 
-def announce_download(python, spec):
-    """Say before it begins how large the download of ``spec`` is, unless the registry has a CPU wheel for it."""
-    match = re.fullmatch(r"torch==(\d[\w.]*)", spec)
-    if match is None:
-        say(f"installing torch as TORCH_SPEC says: {spec}")
-        return
+def choose_build(python):
+    """What to install where TORCH_SPEC says nothing: exactly the CPU build, if the registry offers one.
+
+    Else it is the default build, and it is said before its download begins how large that is.
+    """
     listing = subprocess.run([python, "-m", "pip", "index", "versions", "torch"], capture_output=True, text=True)
-    offered = re.findall(re.escape(match[1]) + r"(?:\+\w+)?(?=[,\s]|$)", listing.stdout)
-    if offered and max(offered) == f"{match[1]}+cpu":
-        say(f"installing {spec} from a CPU wheel")
-        return
-    say(f"installing {spec}: no CPU wheel is offered, so pip takes the default build.")
-    say(
-        f"For torch 2.13.0 on x86-64 Linux that is {CUDA_GB} GB to download, CUDA libraries included, and more on disk."
-    )
+    cpu_build = f"{TORCH_DEFAULT}+cpu"
+    if cpu_build.removeprefix("torch==") in re.split(r"[\s,()]+", listing.stdout):
+        say(f"installing {cpu_build}")
+        return cpu_build
+    say(f"installing {TORCH_DEFAULT}: no CPU build is offered, so pip takes the default one.")
+    say(f"On x86-64 Linux that is {CUDA_GB} GB to download, CUDA libraries included, and more on disk.")
     say("Set TORCH_SPEC to choose another, for instance TORCH_SPEC='torch==2.13.0 --index-url URL_OF_CPU_WHEELS'.")
+    return TORCH_DEFAULT
 
 
 def ensure_torch(python, folder):
     """A torch that the project can use, the caller's or one in the environment; returns its version."""
-    chosen = "TORCH_SPEC" in os.environ
-    if not chosen and installed_torch() is not None:
+    spec = os.environ.get("TORCH_SPEC")
+    if spec is None and installed_torch() is not None:
         say(f"using the installed torch {installed_torch()} of {sys.executable}")
         share_packages(folder)
-    elif chosen or torch_of(python) is None:
-        spec = os.environ.get("TORCH_SPEC", TORCH_DEFAULT)
-        announce_download(python, spec)
+    elif spec is not None:
+        say(f"installing torch as TORCH_SPEC says: {spec}")
         pip_install(python, *shlex.split(spec))
+    elif torch_of(python) is None:
+        pip_install(python, choose_build(python))
     version = torch_of(python)
     if version is None:
         sys.exit(f"bootstrap: {python} has no torch >= 2.11 after the installation; set TORCH_SPEC to one")

@@ -8,6 +8,7 @@ import pytest
 
 PATH = Path(__file__).parents[2] / "tools" / "bootstrap.py"
 CPU_WHEEL = "torch (2.15.0)\nAvailable versions: 2.15.0, 2.13.0+cpu, 2.13.0, 2.12.1"
+BOTH = "torch (2.15.0)\nAvailable versions: 2.15.0+cu130, 2.15.0, 2.13.0+cu130, 2.13.0+cu126, 2.13.0+cpu, 2.13.0"
 NO_CPU_WHEEL = "torch (2.15.0)\nAvailable versions: 2.15.0, 2.13.0, 2.12.1"
 
 
@@ -42,19 +43,28 @@ def test_which_torch_will_do(bootstrap, version, enough):
 
 
 @pytest.mark.parametrize(
-    ("listing", "spec", "said"),
+    ("listing", "build", "said"),
     [
-        (CPU_WHEEL, "torch==2.13.0", "from a CPU wheel"),
+        (CPU_WHEEL, "torch==2.13.0+cpu", "installing torch==2.13.0+cpu"),
+        (BOTH, "torch==2.13.0+cpu", "installing torch==2.13.0+cpu"),
+        ("torch (2.13.0+cpu)", "torch==2.13.0+cpu", "installing torch==2.13.0+cpu"),
         (NO_CPU_WHEEL, "torch==2.13.0", "2.7 GB"),
-        (CPU_WHEEL, "torch==2.12.1", "no CPU wheel is offered"),
-        ("", "torch==2.13.0", "no CPU wheel is offered"),
-        (CPU_WHEEL, "torch==2.13.0 --index-url file:///wheels", "as TORCH_SPEC says"),
+        ("torch (12.13.0+cpu)", "torch==2.13.0", "no CPU build is offered"),
+        ("", "torch==2.13.0", "no CPU build is offered"),
     ],
 )
-def test_a_large_download_is_announced(bootstrap, tmp_path, capsys, listing, spec, said):
+def test_the_cpu_build_is_taken_or_a_large_download_announced(bootstrap, tmp_path, capsys, listing, build, said):
     (tmp_path / "listing").write_text(listing)
-    bootstrap.announce_download(script(tmp_path / "python", f"cat {tmp_path}/listing"), spec)
+    assert bootstrap.choose_build(script(tmp_path / "python", f"cat {tmp_path}/listing")) == build
     assert said in capsys.readouterr().out
+
+
+def test_torch_spec_is_taken_as_it_is(bootstrap, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_SPEC", "torch==2.13.0 --index-url 'file:///a b'")
+    python = script(tmp_path / "python", f'printf "<%s>" "$@" >> {tmp_path}/told; echo 2.13.0')
+    assert bootstrap.ensure_torch(python, tmp_path) == "2.13.0"
+    assert "<torch==2.13.0><--index-url><file:///a b>" in (tmp_path / "told").read_text()
+    assert "as TORCH_SPEC says" in capsys.readouterr().out
 
 
 def test_another_python_is_refused(bootstrap, monkeypatch):
