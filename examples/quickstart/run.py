@@ -28,6 +28,8 @@ LANGUAGES = {"zh": 0.5, "en": 0.3, "code": 0.2}  # weights of the blend
 VOCAB_SIZE, PROCESSES = 8192, 4
 STOP_SAMPLES = 640  # of the 1280 of pretrain.yaml
 MUST_FALL = 1.5  # nats below ln(vocabulary), the loss of a model that knows nothing
+MARKER = ".aquila-quickstart"  # in a folder that an earlier quickstart may have filled
+OUTPUTS = ("corpus", "tokenizer", "data", "checkpoints", "logs", "tensorboard", "huggingface")
 FIRST, SECOND = ("tp 2 x pp 2", ["--tp", 2, "--pp", 2]), ("tp 1 x pp 2 x dp 2", ["--tp", 1, "--pp", 2])
 
 
@@ -179,14 +181,28 @@ STEPS = {
 }
 
 
+def prepare(out: Path) -> None:
+    """Make ``out`` ready. What an earlier quickstart left is deleted, downloads kept; files of others end the program."""
+    if not out.is_dir() and out.exists():
+        sys.exit(f"quickstart: {out} is no folder; give another --output-dir")
+    others = [path.name for path in out.iterdir() if path.name != "downloads"] if out.exists() else []
+    if others and MARKER not in others:
+        sys.exit(
+            f"quickstart: {out} holds {', '.join(sorted(others)[:3])}, and not from a quickstart; "
+            "give another --output-dir, or empty it"
+        )
+    for name in OUTPUTS:
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text("Made by examples/quickstart/run.py, which replaces what is here when it runs again.\n")
+
+
 def main() -> None:
-    """Run the steps in order, each timed. What an earlier run left is replaced; downloads are kept."""
+    """Run the steps in order, each timed. What an earlier quickstart left is replaced; downloads are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=ROOT / "quickstart-out", help="folder for all outputs")
     at = Layout(parser.parse_args().output_dir.absolute())
-    for name in ("corpus", "tokenizer", "data", "checkpoints", "logs", "tensorboard", "huggingface"):
-        shutil.rmtree(at.out / name, ignore_errors=True)
-    at.out.mkdir(parents=True, exist_ok=True)
+    prepare(at.out)
     started, seconds = time.monotonic(), {}
     for number, (name, step) in enumerate(STEPS.items(), start=1):
         print(f"\n=== {number}/{len(STEPS)} {name} ===", flush=True)
