@@ -182,7 +182,7 @@ STEPS = {
 
 
 def prepare(out: Path) -> None:
-    """Make ``out`` ready. What an earlier quickstart left is deleted, downloads kept; files of others end the program."""
+    """Make ``out`` ready. What an earlier quickstart left is deleted, downloads kept; other files end the program."""
     if not out.is_dir() and out.exists():
         sys.exit(f"quickstart: {out} is no folder; give another --output-dir")
     others = [path.name for path in out.iterdir() if path.name != "downloads"] if out.exists() else []
