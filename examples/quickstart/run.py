@@ -25,9 +25,9 @@ from megatron_aquila.observe.writers import LOG_NAME, read_log
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path("examples/quickstart")
 LANGUAGES = {"zh": 0.5, "en": 0.3, "code": 0.2}  # weights of the blend
-VOCAB_SIZE, PROCESSES = 8192, 4
-STOP_SAMPLES = 640  # of the 1280 of pretrain.yaml
-MUST_FALL = 1.5  # nats below ln(vocabulary), the loss of a model that knows nothing
+VOCAB_SIZE, PROCESSES = 4096, 4
+STOP_SAMPLES = 960  # of the 2,880 of pretrain.yaml
+MUST_FALL = 2.0  # nats below ln(vocabulary), the loss of a model that knows nothing
 MARKER = ".aquila-quickstart"  # in a folder that an earlier quickstart may have filled
 OUTPUTS = ("corpus", "tokenizer", "data", "checkpoints", "logs", "tensorboard", "huggingface")
 FIRST, SECOND = ("tp 2 x pp 2", ["--tp", 2, "--pp", 2]), ("tp 1 x pp 2 x dp 2", ["--tp", 1, "--pp", 2])
