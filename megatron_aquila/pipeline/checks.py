@@ -1,34 +1,49 @@
 """Is a schedule complete, in order, and free of deadlock? Asked before the first step, answered without a process."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
+from types import MappingProxyType
 
 from megatron_aquila.errors import ScheduleError
 from megatron_aquila.pipeline.action import Action, Op, Schedule
 
 Link = tuple[Op, int, int]  # (what is sent, sending rank, receiving rank)
+TOWARDS = {Op.F: 1, Op.B: -1}  # from the stage that sends to the one that receives
 
 
 def check(schedule: Schedule, num_stages: int, num_microbatches: int) -> None:
     """Raise ``ScheduleError`` unless ``schedule`` trains ``num_microbatches`` through ``num_stages`` and cannot hang.
 
-    A schedule without a single backward is held to the forwards only.
+    A schedule without a single backward is held to the forwards only. It must also run where a link carries one message
+    at a time: an action that sends is done only when the receiver is done with the message before. That is more than
+    ``wire.P2PWire`` waits for, and than NCCL does, whose communicator receives nothing while a send waits in it.
     """
     _check_complete(schedule, num_stages, num_microbatches)
-    runnable_order(schedule, num_stages)
-    for (op, source, target), (sent, received) in messages(schedule, num_stages).items():
+    links = messages(schedule, num_stages)
+    for (op, source, target), (sent, received) in links.items():
         if sent != received:
             raise ScheduleError(
                 f"rank {source} sends to rank {target} in the order {_listed(sent)}, but rank {target} receives in the "
                 f"order {_listed(received)}: messages pair up in order, so the {op} tensors would be swapped"
             )
+    one_at_a_time = {later: _receiver(earlier) for sent, _ in links.values() for earlier, later in pairwise(sent)}
+    runnable_order(schedule, num_stages, also_after=one_at_a_time)
 
 
-def runnable_order(schedule: Schedule, num_stages: int) -> list[Action]:
+def runnable_order(
+    schedule: Schedule, num_stages: int, *, also_after: Mapping[Action, Action] = MappingProxyType({})
+) -> list[Action]:
     """All actions in an order in which they can run, each after its inputs and each rank's in its own order.
 
-    Raises ``ScheduleError`` showing where each rank stands if the ranks wait for one another for ever.
+    ``also_after`` gives an action one more to wait for. Raises ``ScheduleError`` showing where each rank stands if the
+    ranks wait for one another for ever.
     """
+
+    def awaited(action: Action) -> tuple[Action, ...]:
+        extra = also_after.get(action)
+        return action.inputs(num_stages) if extra is None else (*action.inputs(num_stages), extra)
+
     done: set[Action] = set()
     order: list[Action] = []
     cursor = dict.fromkeys(schedule, 0)
@@ -36,12 +51,12 @@ def runnable_order(schedule: Schedule, num_stages: int) -> list[Action]:
     while len(order) < total:
         before = len(order)
         for rank, program in schedule.items():
-            while cursor[rank] < len(program) and done.issuperset(program[cursor[rank]].inputs(num_stages)):
+            while cursor[rank] < len(program) and done.issuperset(awaited(program[cursor[rank]])):
                 done.add(program[cursor[rank]])
                 order.append(program[cursor[rank]])
                 cursor[rank] += 1
         if len(order) == before:
-            raise ScheduleError("the ranks wait for one another:\n" + _standing(schedule, cursor, done, num_stages))
+            raise ScheduleError("the ranks wait for one another:\n" + _standing(schedule, cursor, done, awaited))
     return order
 
 
@@ -51,18 +66,22 @@ def messages(schedule: Schedule, num_stages: int) -> dict[Link, tuple[list[Actio
     A message is named by the action that produced it.
     """
     rank_of = {action: rank for rank, program in schedule.items() for action in program}
-    step = {Op.F: 1, Op.B: -1}
     links: dict[Link, tuple[list[Action], list[Action]]] = {}
     for rank, program in schedule.items():
         for action in program:
             op = action.op
-            consumer = Action(op, action.stage + step[op], action.microbatch)
-            producer = Action(op, action.stage - step[op], action.microbatch)
+            consumer = _receiver(action)
+            producer = Action(op, action.stage - TOWARDS[op], action.microbatch)
             if 0 <= consumer.stage < num_stages and rank_of[consumer] != rank:
                 links.setdefault((op, rank, rank_of[consumer]), ([], []))[0].append(action)
             if 0 <= producer.stage < num_stages and rank_of[producer] != rank:
                 links.setdefault((op, rank_of[producer], rank), ([], []))[1].append(producer)
     return links
+
+
+def _receiver(action: Action) -> Action:
+    """What takes the message that ``action`` sends."""
+    return Action(action.op, action.stage + TOWARDS[action.op], action.microbatch)
 
 
 def _check_complete(schedule: Schedule, num_stages: int, num_microbatches: int) -> None:
@@ -87,14 +106,19 @@ def _check_complete(schedule: Schedule, num_stages: int, num_microbatches: int) 
         raise ScheduleError(f"the schedule is not one of {size}:\n" + "\n".join(problems))
 
 
-def _standing(schedule: Schedule, cursor: dict[int, int], done: set[Action], num_stages: int) -> str:
+def _standing(
+    schedule: Schedule,
+    cursor: Mapping[int, int],
+    done: set[Action],
+    awaited: Callable[[Action], tuple[Action, ...]],
+) -> str:
     lines = []
     for rank, program in schedule.items():
         at = cursor[rank]
         if at == len(program):
             lines.append(f"rank {rank} is done")
         else:
-            missing = [a for a in program[at].inputs(num_stages) if a not in done]
+            missing = [a for a in awaited(program[at]) if a not in done]
             lines.append(f"rank {rank} stands at {program[at]} ({at} of {len(program)} done) for {_listed(missing)}")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from megatron_aquila.errors import ScheduleError
 from megatron_aquila.pipeline.action import Action, Op, Schedule
 from megatron_aquila.pipeline.checks import check, messages, runnable_order
-from megatron_aquila.pipeline.schedules import SCHEDULES, build_schedule
+from megatron_aquila.pipeline.schedules import SCHEDULES, build_schedule, forward_only
 
 
 def parse(*rows: str) -> Schedule:
@@ -57,6 +57,28 @@ def test_messages_that_cross_are_refused() -> None:
     """It can run, but without tags rank 1 would compute microbatch 1 with the activations of microbatch 0."""
     with pytest.raises(ScheduleError, match=r"in the order 0F0 0F1, but rank 1 receives in the order 0F1 0F0"):
         check(parse("0F0 0F1 0B0 0B1", "1F1 1F0 1B0 1B1"), 2, 2)
+
+
+def test_a_schedule_that_piles_up_messages_is_refused() -> None:
+    """Rank 0 sends all activations before it takes a gradient, rank 1 gives one back after each.
+
+    It can run only if any number of messages fit between them.
+    """
+    rows = "0F0 0F1 0F2 0F3 0B0 0B1 0B2 0B3", "1F0 1B0 1F1 1B1 1F2 1B2 1F3 1B3"
+    runnable_order(parse(*rows), 2)
+    with pytest.raises(ScheduleError) as error:
+        check(parse(*rows), 2, 4)
+    assert str(error.value).splitlines()[1:] == [
+        "rank 0 stands at 0F3 (3 of 8 done) for 1F2",
+        "rank 1 stands at 1B1 (3 of 8 done) for 0B0",
+    ]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(ranks=st.integers(1, 9), microbatches=st.integers(1, 24))
+def test_ours_pass(name: str, ranks: int, microbatches: int) -> None:
+    check(build_schedule(name, ranks, microbatches), ranks, microbatches)
+    check(forward_only(ranks, microbatches), ranks, microbatches)
 
 
 def test_long_lists_are_cut() -> None:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -222,6 +223,37 @@ def test_a_stage_must_use_its_input() -> None:
     engine = Engine({1: lambda x, batch: weight * 2}, num_stages=3, loss_fn=toy_loss, wire=Void())
     with pytest.raises(AssertionError, match="stage 1 did not use its input"):
         engine.step(build_schedule("1f1b", 3, 1)[1], toy_batches(1))
+
+
+def most_sent_alive(name: str, pp: int, count: int) -> dict[Op, int]:
+    """Most sent tensors of each kind that lived at once, after any send, in a step or, as ``forward_only``, without."""
+    ctx = ParallelContext.create(RankGrid(pp=pp), torch.device("cpu"))
+    stage = toy_stages(pp)[ctx.pp.rank]
+    wire = P2PWire(ctx, activation_shape=(S, B, H), dtype=torch.float32)
+    sent: dict[Op, list[weakref.ref[Tensor]]] = {Op.F: [], Op.B: []}
+    most = dict.fromkeys(Op, 0)
+
+    def counted(op: Op, to_stage: int, microbatch: int, x: Tensor) -> None:
+        P2PWire.send(wire, op, to_stage, microbatch, x)
+        sent[op].append(weakref.ref(x))
+        del x
+        most[op] = max(most[op], sum(ref() is not None for ref in sent[op]))
+
+    with mock.patch.object(wire, "send", counted):
+        engine = Engine({ctx.pp.rank: stage}, num_stages=pp, loss_fn=toy_loss, wire=wire)
+        if name == "forward_only":
+            engine.evaluate(forward_only(pp, count)[ctx.pp.rank], toy_batches(count))
+        else:
+            engine.step(build_schedule(name, pp, count)[ctx.pp.rank], toy_batches(count))
+    assert not any(ref() is not None for refs in sent.values() for ref in refs), "something sent outlived the step"
+    return most
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, "forward_only"])
+def test_what_was_sent_is_let_go(pool: Callable[[int], WorkerPool], name: str) -> None:
+    """However many microbatches a step has: the tensor on its way, and the one that the caller still holds."""
+    for most in pool(4).run(most_sent_alive, name, 4, 12):
+        assert max(most.values()) <= 2
 
 
 def evaluate_rank(pp: int, count: int) -> list[float]:
