@@ -100,7 +100,7 @@ _BALANCE = Refused(
 )
 _DOCUMENTS = Refused("documents of a sample are not kept apart yet", "leave it out")
 _SPLITS = Refused("training, validation and test are shares of the same data", "use --data-path and --split")
-_NOT_LOGGED = Refused("is not logged", "leave it out: docs/log.md has what is")
+_NOT_LOGGED = Refused("is not logged", "leave it out: docs/running.md has what is")
 _NAMED_BY_WANDB = Refused("the offline run is named when it is uploaded", "leave it out")
 _XPU = Refused("belongs to Kunlun XPU, which is not offered", "leave it out")
 _SERVE = Refused("serving is not offered", "use aquila convert and a server of Hugging Face models")
