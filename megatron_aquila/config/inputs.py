@@ -69,11 +69,11 @@ def check_start(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--resume", "", why, "give one of them: --no-resume or --load none takes back the other")
     if start.resume and start.save is None:
         yield Problem("--resume", "", "it continues from the --save folder, and none is given", "give --save FOLDER")
+    if not start.load_optim and start.load is None:
+        why = "it starts a new run from the weights that --load names, and none are named"
+        yield Problem("--no-load-optim", "", why, "give --load FOLDER with it, or leave it out")
     if start.load is not None or start.resume:
         return
-    if not start.load_optim:
-        why = "nothing is loaded that it could leave out"
-        yield Problem("--no-load-optim", "", why, "give --load FOLDER with it, or leave it out")
     overrides = {"--override-lr-schedule": start.override_lr_schedule, "--override-data": start.override_data}
     for flag in (flag for flag, given in overrides.items() if given):
         why = "no checkpoint is resumed that could differ"

@@ -31,7 +31,6 @@ def flaws(text, **settings):
         "--save a --resume",
         "--save a --resume --init-from-hf b",
         "--load a --no-load-optim",
-        "--save a --resume --no-load-optim",
         "--load a --override-lr-schedule",
         "--save a --resume --override-opt-param-scheduler",
     ],
@@ -63,8 +62,9 @@ PAIRS = "give weight prefix weight prefix ..., or prefixes alone"
         ),
         ("--resume", "--resume: it continues from the --save folder, and none is given; give --save FOLDER"),
         (
-            "--no-load-optim",
-            "--no-load-optim: nothing is loaded that it could leave out; give --load FOLDER with it, or leave it out",
+            "--no-load-optim --save a --resume",
+            "--no-load-optim: it starts a new run from the weights that --load names, and none are named; give --load "
+            "FOLDER with it, or leave it out",
         ),
         (
             "--override-opt-param-scheduler --init-from-hf a",
