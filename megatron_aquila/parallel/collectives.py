@@ -27,22 +27,23 @@ def all_reduce_(x: Tensor, group: Group, op: Literal["sum", "max", "min"] = "sum
     return x
 
 
-def all_gather(x: Tensor, group: Group, dim: int = 0) -> Tensor:
-    """The ranks' ``x`` joined along ``dim``, in rank order."""
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """The ranks' ``x`` joined along dim 0, in rank order."""
     if group.size == 1:
         return x
     gathered = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
     _all_gather_single(gathered, x.contiguous(), group=group.handle)
-    return gathered if dim == 0 else torch.cat(gathered.chunk(group.size), dim)
+    return gathered
 
 
-def reduce_scatter(x: Tensor, group: Group, dim: int = 0) -> Tensor:
-    """This rank's equal slice along ``dim`` of the sum of the ranks' ``x``."""
+def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    """This rank's equal slice along dim 0 of the sum of the ranks' ``x``."""
     if group.size == 1:
         return x
-    pieces = _pieces(x, group, dim)
-    out = torch.empty_like(pieces[group.rank], memory_format=torch.contiguous_format)
-    _reduce_scatter_single(out, x.contiguous() if dim == 0 else torch.cat(pieces), group=group.handle)
+    rows, rest = divmod(x.shape[0], group.size)
+    assert rest == 0, f"shape {tuple(x.shape)} does not split over the {group.size} ranks of {group.name}"
+    out = x.new_empty((rows, *x.shape[1:]))
+    _reduce_scatter_single(out, x.contiguous(), group=group.handle)
     return out
 
 
@@ -64,13 +65,6 @@ def reduce_scatter_flat_(shard_out: Tensor, full: Tensor, group: Group) -> None:
         _reduce_scatter_single(shard_out, full, group=group.handle)
     elif shard_out.data_ptr() != full.data_ptr():
         shard_out.copy_(full)
-
-
-def broadcast_(x: Tensor, group: Group, src_in_group: int = 0) -> Tensor:
-    """Replace ``x`` by that of the group's rank ``src_in_group``, and return it."""
-    if group.size > 1:
-        dist.broadcast(x, src=group.ranks[src_in_group], group=group.handle)
-    return x
 
 
 def gather_objects(obj: Any, group: Group) -> list[Any]:
@@ -98,25 +92,6 @@ def _device(group: Group) -> torch.device:
     return torch.device("cuda" if dist.get_backend(group.handle) == "nccl" else "cpu")
 
 
-def _pieces(x: Tensor, group: Group, dim: int = 0) -> tuple[Tensor, ...]:
-    """``x`` cut along ``dim`` into one equal piece a rank. Local; views."""
-    assert x.shape[dim] % group.size == 0, (
-        f"dim {dim} of shape {tuple(x.shape)} does not split over the {group.size} ranks of {group.name}"
-    )
-    return x.chunk(group.size, dim)
-
-
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
-
-
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -125,17 +100,6 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: Group) -> Tensor:
-        ctx.tp = tp
-        return all_gather(x, tp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grad, ctx.tp), None
 
 
 class _ScatterSequence(torch.autograd.Function):
@@ -149,37 +113,11 @@ class _ScatterSequence(torch.autograd.Function):
         return all_gather(grad, ctx.tp), None
 
 
-class _SplitSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: Group) -> Tensor:
-        ctx.tp = tp
-        return _pieces(x, tp)[tp.rank].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.tp), None
-
-
-def copy_to(x: Tensor, group: Group) -> Tensor:
-    """A replicated tensor enters work that is split over the group. Forward: identity. Backward: all-reduce."""
-    return apply(_CopyTo, x, group) if group.size > 1 else x
-
-
 def reduce_from(x: Tensor, group: Group) -> Tensor:
     """Partial sums become one replicated tensor. Forward: all-reduce. Backward: identity."""
     return apply(_ReduceFrom, x, group) if group.size > 1 else x
 
 
-def gather_sequence(x_StBH: Tensor, tp: Group) -> Tensor:
-    """Each rank's tokens enter work that is split over tp. Forward: all-gather, St -> S. Backward: reduce-scatter."""
-    return apply(_GatherSequence, x_StBH, tp) if tp.size > 1 else x_StBH
-
-
 def scatter_sequence(x_SBH: Tensor, tp: Group) -> Tensor:
     """Partial sums become each rank's tokens. Forward: reduce-scatter, S -> St. Backward: all-gather, St -> S."""
     return apply(_ScatterSequence, x_SBH, tp) if tp.size > 1 else x_SBH
-
-
-def split_sequence(x_SBH: Tensor, tp: Group) -> Tensor:
-    """A replicated tensor becomes each rank's tokens. Forward: local slice, S -> St. Backward: all-gather, St -> S."""
-    return apply(_SplitSequence, x_SBH, tp) if tp.size > 1 else x_SBH

@@ -1,4 +1,4 @@
-"""Checks of what must hold between ranks at any time. They cost time, so a flag turns them on."""
+"""Checks of what must hold between ranks at any time. The trainer makes them every ``--check-replicas`` steps."""
 
 import hashlib
 from collections import defaultdict
