@@ -52,8 +52,7 @@ class DistributedOptimizer:
     def grad_norm(self) -> float:
         """Norm of the whole model's reduced gradients, each logical parameter counted once; the same on every rank.
 
-        Communicates: one all-reduce of a float64 over all ranks. The optimizer's only wait of
-        the host for the device.
+        Communicates: one all-reduce of a float64 over all ranks. The optimizer's only wait for the device.
         """
         grads = [
             bucket.grad_shard[piece.start + start - piece.flat.start : piece.start + stop - piece.flat.start]
