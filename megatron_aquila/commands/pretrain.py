@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     launch = read_launch()
     with exit_code(rank=launch.rank) as code:
-        run(load_config(arguments, world_size=launch.world_size, prog="aquila pretrain"), launch)
+        run(load_config(arguments, world_size=launch.world_size, prog="aquila pretrain", to_train=True), launch)
     return code.value
 
 

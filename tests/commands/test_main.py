@@ -45,3 +45,4 @@ def test_wrong_settings_answer_without_importing_torch() -> None:
     assert done.stdout.split() == ["2", "False"]
     assert "--tp 3" in done.stderr
     assert "--no-such-flag" in done.stderr
+    assert "--data-path: no tokens to train on" in done.stderr
