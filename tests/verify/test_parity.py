@@ -82,7 +82,7 @@ def row_output_added_again() -> Any:
     from megatron_aquila.parallel import layers
 
     right = layers.reduce_scatter
-    return patched(layers, "reduce_scatter", lambda x, group, dim=0: right(x, group, dim) * group.size)
+    return patched(layers, "reduce_scatter", lambda x, group: right(x, group) * group.size)
 
 
 def no_column_reduce() -> Any:
