@@ -32,6 +32,8 @@ setup(
     name="megatron_aquila",
     version=version(),
     description="Megatron-style pretraining of the Aquila2 family: Megatron's layout and data format, with proofs",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_aquila", "megatron_aquila.*"]),
