@@ -41,8 +41,6 @@ class Problem:
 class ConfigError(AquilaError):
     """The settings cannot run; carries every ``Problem`` found, not only the first."""
 
-    is_shared = True
-
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems, "ConfigError needs at least one problem"
         self.problems = tuple(problems)

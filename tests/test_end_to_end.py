@@ -60,3 +60,13 @@ def test_torchrun_stops_on_sigterm_and_resumes_on_another_layout(tmp_path: Path)
     assert second.returncode == 0, second.stdout + second.stderr
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, stopped + 3))
     assert "(flag --load)" in second.stdout
+
+
+@pytest.mark.end_to_end
+def test_a_refusal_under_torchrun_is_one_message_and_status_2_on_every_rank(tmp_path: Path) -> None:
+    words = command(tmp_path, "--load", str(tmp_path / "nowhere"))
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("nowhere: there is no such folder") == 1, done.stderr
+    assert "exitcode: 2" in done.stderr.replace("exitcode  : 2", "exitcode: 2"), done.stderr
+    assert "terminate called" not in done.stderr

@@ -28,7 +28,10 @@ def together(action: Callable[[], Any], group: Group) -> list[Any]:
         if reason is not None:
             reasons.setdefault(reason, []).append(rank)
     if reasons:
-        lines = (f"{reason} (rank {', '.join(map(str, ranks))})" for reason, ranks in reasons.items())
+        where = {
+            text: f" (rank {', '.join(map(str, ranks))})" if group.size > 1 else "" for text, ranks in reasons.items()
+        }
+        lines = (f"{text}{ranks}" for text, ranks in where.items())
         shared = CheckpointError("\n".join(lines))
         shared.is_shared = True
         raise shared from failure

@@ -150,7 +150,7 @@ def open_tokenizer(options: ToHf, state: Mapping[str, object]) -> "Tokenizer":
     kind: TokenizerType = "AquilaTokenizer" if options.tokenizer_model is None else "HuggingFaceTokenizer"
     saved = state.get("tokenizer")
     if all(path is None for path in given.values()):
-        if not isinstance(saved, Mapping):
+        if not isinstance(saved, Mapping) or all(saved[name] is None for name in names):
             raise CheckpointError(f"{options.checkpoint}: it names no tokenizer; {_GIVE_FILES}")
         kind = saved["tokenizer_type"]
         given = {name: None if saved[name] is None else Path(saved[name]) for name in names}

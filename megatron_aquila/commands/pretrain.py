@@ -1,12 +1,15 @@
 """``aquila pretrain``: parse, build, run."""
 
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import NoReturn
 
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.config.cli import LoadedConfig, load_config
 from megatron_aquila.config.derive import derive
+from megatron_aquila.errors import ConfigError
 from megatron_aquila.train.launcher import Launch, read_launch
 
 
@@ -15,8 +18,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     launch = read_launch()
     with exit_code(rank=launch.rank) as code:
-        run(load_config(arguments, world_size=launch.world_size, prog="aquila pretrain", to_train=True), launch)
+        run(load(arguments, launch), launch)
+    if code.value != 0 and launch.world_size > 1:
+        leave(code.value)
     return code.value
+
+
+def load(arguments: Sequence[str], launch: Launch) -> LoadedConfig:
+    """The settings. Their problems are the same on every rank: one of them prints them."""
+    try:
+        return load_config(arguments, world_size=launch.world_size, prog="aquila pretrain", to_train=True)
+    except ConfigError as error:
+        error.is_shared = True
+        raise
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once, what it printed written out.
+
+    The process group's threads are still there, and a group whose other ranks may be gone is not taken down in order:
+    the interpreter's own way out would abort the process, and the status would be lost.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(loaded: LoadedConfig, launch: Launch) -> None:

@@ -67,10 +67,21 @@ def check_fingerprint(prefixes: Sequence[str], fingerprint: str) -> None:
         said = _read(path)
         if said["fingerprint"] != fingerprint:
             raise DataError(
-                f"{prefix}: it was tokenized by another tokenizer, a {said.get('tokenizer_type')} of "
-                f"{said.get('vocab_size')} tokens with the fingerprint {said['fingerprint'][:12]}, not "
+                f"{prefix}: it was tokenized by another tokenizer ({said.get('tokenizer_type')}, "
+                f"{said.get('vocab_size')} tokens) with the fingerprint {said['fingerprint'][:12]}, not "
                 f"{fingerprint[:12]}, as {path} says; name that tokenizer, or tokenize the text again"
             )
+
+
+def read_fingerprint(prefixes: Sequence[str]) -> str | None:
+    """The tokenizer that made the data sets, where each of them says and all say the same; else ``None``.
+
+    Raises:
+        DataError: a sidecar that cannot be read.
+    """
+    paths = [sidecar_path(prefix) for prefix in prefixes]
+    said = {_read(path)["fingerprint"] if path.exists() else None for path in paths}
+    return said.pop() if len(said) == 1 else None
 
 
 def _read(path: Path) -> dict[str, Any]:

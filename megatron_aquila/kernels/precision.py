@@ -30,6 +30,6 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     """``function.apply(*args)`` for a Function of one output, with its type."""
-    out = function.apply(*args)  # type: ignore[no-untyped-call]
+    out = function.apply(*args)  # type: ignore[no-untyped-call]  # torch has no types for it
     assert isinstance(out, Tensor), f"{function.__name__} returned {type(out).__name__}"
     return out

@@ -42,7 +42,8 @@ class Bucket:
         weight, grad = (flat[where].view(info.param.shape) for flat in (self.weights, self.grads))
         weight.copy_(info.param.detach())
         info.param.data = weight
-        info.param.register_post_accumulate_grad_hook(partial(_accumulate, grad))  # type: ignore[no-untyped-call]
+        hook = partial(_accumulate, grad)
+        info.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
         self.grad_of.append((info, grad))
 
     def reduce_(self) -> None:

@@ -10,7 +10,7 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.blend import build_datasets, describe_data, parse_blend
 from megatron_aquila.data.loader import BatchLoader, SegmentedSource
 from megatron_aquila.data.samples import SampleSource
-from megatron_aquila.data.sidecar import check_fingerprint
+from megatron_aquila.data.sidecar import check_fingerprint, read_fingerprint
 from megatron_aquila.data.tokenizer import fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.parallel.context import ParallelContext
@@ -21,7 +21,8 @@ from megatron_aquila.train.launcher import Launch
 class Identity:
     """What the run reads, as kept in checkpoints: a run that continues must read the same.
 
-    ``sets`` describes each data set without its place on disk, ``tokenizer`` is a fingerprint where files are named.
+    ``sets`` describes each data set without its place on disk, ``tokenizer`` is the fingerprint of the named
+    files, or what the data says of itself; ``None`` where neither is there.
     """
 
     sets: list[dict[str, Any]]
@@ -69,7 +70,8 @@ def identify(config: RunConfig) -> Identity:
     Raises ``ConfigError`` or ``DataError`` where the tokenizer does not fit the model or the data.
     """
     data = config.data
-    tokenizer = None
+    prefixes = parse_blend(data.path)[0]
+    tokenizer = read_fingerprint(prefixes)
     if any(
         path is not None for path in (data.vocab_file, data.merge_file, data.special_tokens_file, data.tokenizer_model)
     ):
@@ -85,7 +87,7 @@ def identify(config: RunConfig) -> Identity:
             way_out = f"use --vocab-size {found.vocab_size}"
             raise ConfigError([Problem("--vocab-size", config.model.vocab_size, why, way_out)])
         tokenizer = fingerprint(found)
-        check_fingerprint(parse_blend(data.path)[0], tokenizer)
+        check_fingerprint(prefixes, tokenizer)
     sets = describe_data(data.path, data.split)
     return Identity(sets=sets, seq_len=config.model.seq_len, tokenizer=tokenizer)
 

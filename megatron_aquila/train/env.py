@@ -68,7 +68,7 @@ def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> I
     attempt = agree_on_attempt(tcp, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt_{attempt}", tcp),  # type: ignore[attr-defined]
+        store=dist.PrefixStore(f"attempt_{attempt}", tcp),  # type: ignore[attr-defined]  # as above
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,

@@ -132,7 +132,9 @@ def check_progress(state: TrainState, report: StepReport) -> None:
     recent = state.skipped_samples[-MAX_SKIPPED_IN_A_ROW:]
     in_a_row = all(before[1] == after[0] for before, after in itertools.pairwise(recent))
     if in_a_row:
-        raise AquilaError(
+        error = AquilaError(
             f"step {state.step}: the gradient norm was not finite for {MAX_SKIPPED_IN_A_ROW} steps, samples "
             f"{recent[0][0]} to {recent[-1][1]}; resume from an earlier checkpoint with a lower --lr"
         )
+        error.is_shared = True
+        raise error

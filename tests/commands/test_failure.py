@@ -14,6 +14,7 @@ def test_problems_of_the_settings_are_printed_by_one_rank(capsys: pytest.Capture
     error = ConfigError(
         [Problem("--tp", 3, "32 heads do not divide", "use 4"), Problem("--pp", 9, "8 layers", "use 8")]
     )
+    error.is_shared = True
     for rank in (0, 1):
         with exit_code(rank=rank) as code:
             raise error

@@ -1,9 +1,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_aquila.config.schema import DataConfig, ModelConfig, RunConfig
+from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.errors import ConfigError, DataError
 from megatron_aquila.train.corpus import identify
 from tests.train.runs import run, tiny_config, write_corpus
@@ -21,6 +23,30 @@ def test_a_tokenizer_of_another_vocabulary_is_refused_with_the_right_size(
     assert identify(RunConfig(data=data)).tokenizer is not None
     with pytest.raises(ConfigError, match="use --vocab-size 100008"):
         identify(RunConfig(data=data, model=ModelConfig(vocab_size=32000)))
+
+
+def test_the_data_names_its_tokenizer_where_the_settings_do_not(tmp_path: Path) -> None:
+    path = write_corpus(tmp_path)
+    assert identify(RunConfig(data=DataConfig(path=path))).tokenizer is None
+    for name in ("threes", "fives"):
+        (tmp_path / f"{name}.json").write_text('{"fingerprint": "abc"}')
+    assert identify(RunConfig(data=DataConfig(path=path))).tokenizer == "abc"
+    (tmp_path / "fives.json").write_text('{"fingerprint": "xyz"}')
+    assert identify(RunConfig(data=DataConfig(path=path))).tokenizer is None
+
+
+def test_bad_validation_tokens_stop_the_run_too(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, eval_interval=1)
+    with IndexedDatasetWriter(tmp_path / "late", np.uint16) as writer:
+        for document in range(40):
+            writer.add_sequence(np.full(40, 60 if document >= 36 else 1))
+            writer.end_document()
+    data = replace(config.data, path=(str(tmp_path / "late"),), split="90,10,0")
+    small = replace(
+        config, data=data, model=replace(config.model, vocab_size=50), train=replace(config.train, train_samples=16)
+    )
+    with pytest.raises(DataError, match="late: token 60 in sample"):
+        run(small)
 
 
 def test_tokens_outside_the_vocabulary_stop_the_run_with_data_set_and_sample(tmp_path: Path) -> None:
