@@ -12,12 +12,13 @@ from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.pipeline.action import Action, Op, Schedule
 from megatron_aquila.pipeline.engine import Engine
-from megatron_aquila.pipeline.schedules import SCHEDULES, build_schedule, forward_only
+from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.simulate import simulate
 from megatron_aquila.pipeline.wire import LocalWire, P2PWire
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.verify.pool import WorkerPool
 
+SCHEDULES = "gpipe", "1f1b"  # those that the engine runs
 B, S, H, V, LAYERS = 2, 5, 8, 11, 5
 
 
