@@ -48,7 +48,7 @@ WITHOUT_TORCH = [
     "observe/__init__.py", "observe/log.py", "observe/meters.py", "observe/plot.py", "observe/report.py",
     "observe/timers.py", "observe/writers.py",
     "pipeline/__init__.py", "pipeline/action.py", "pipeline/checks.py", "pipeline/draw.py", "pipeline/schedules.py",
-    "pipeline/simulate.py",
+    "pipeline/simulate.py", "pipeline/svg.py",
 ]  # fmt: skip
 
 MODULE_LINES, FUNCTION_LINES = 400, 60

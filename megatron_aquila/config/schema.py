@@ -78,7 +78,7 @@ class ParallelConfig:
     sequence: bool = setting(
         False, "split norms and residuals along the sequence over tp", "--sp", "--sequence-parallel"
     )
-    schedule: Literal["1f1b", "gpipe"] = setting("1f1b", "pipeline schedule", "--schedule")
+    schedule: Literal["1f1b", "gpipe", "zb-h1"] = setting("1f1b", "pipeline schedule", "--schedule")
     stage_layers: tuple[Count, ...] | None = setting(
         None, "layers of each pipeline stage, e.g. 15 16 16 13; default balanced with the head counted"
     )

@@ -57,6 +57,7 @@ class Bucket:
 
 
 def _accumulate(total: Tensor, param: Tensor) -> None:
-    assert param.grad is not None, "called by autograd behind the accumulation"
+    if param.grad is None:  # a backward that left this gradient out, to come here again with it
+        return
     total.add_(param.grad)
     param.grad = None

@@ -2,22 +2,23 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from itertools import pairwise
 from types import MappingProxyType
 
 from megatron_aquila.errors import ScheduleError
 from megatron_aquila.pipeline.action import Action, Op, Schedule
 
 Link = tuple[Op, int, int]  # (what is sent, sending rank, receiving rank)
-TOWARDS = {Op.F: 1, Op.B: -1}  # from the stage that sends to the one that receives
+TOWARDS = {Op.F: 1, Op.B: -1, Op.I: -1}  # from the stage that sends to the one that receives; W sends nothing
 
 
-def check(schedule: Schedule, num_stages: int, num_microbatches: int) -> None:
+def check(schedule: Schedule, num_stages: int, num_microbatches: int, *, link_depth: int = 1) -> None:
     """Raise ``ScheduleError`` unless ``schedule`` trains ``num_microbatches`` through ``num_stages`` and cannot hang.
 
-    A schedule without a single backward is held to the forwards only. It must also run where a link carries one message
-    at a time: an action that sends is done only when the receiver is done with the message before. That is more than
-    ``wire.P2PWire`` waits for, and than NCCL does, whose communicator receives nothing while a send waits in it.
+    A schedule without a single backward is held to the forwards only, one with an I or a W to both for all. It must
+    also run where a link carries ``link_depth`` messages: an action that sends is done only when the receiver is done
+    with the message that many before. At 1 that is more than ``wire.P2PWire`` waits for and, with one stage a rank,
+    than NCCL does, whose communicator receives nothing while a send waits in it. Stages in a loop need more: see
+    ``needed_link_depth``.
     """
     _check_complete(schedule, num_stages, num_microbatches)
     links = messages(schedule, num_stages)
@@ -27,8 +28,29 @@ def check(schedule: Schedule, num_stages: int, num_microbatches: int) -> None:
                 f"rank {source} sends to rank {target} in the order {_listed(sent)}, but rank {target} receives in the "
                 f"order {_listed(received)}: messages pair up in order, so the {op} tensors would be swapped"
             )
-    one_at_a_time = {later: _receiver(earlier) for sent, _ in links.values() for earlier, later in pairwise(sent)}
-    runnable_order(schedule, num_stages, also_after=one_at_a_time)
+    runnable_order(schedule, num_stages, also_after=_waits(schedule, num_stages, link_depth))
+
+
+def needed_link_depth(schedule: Schedule, num_stages: int) -> int:
+    """The fewest messages that every link must hold for ``schedule`` to run; see ``check``.
+
+    Raises ``ScheduleError`` if it cannot run at any depth.
+    """
+    runnable_order(schedule, num_stages)
+    depth = 1
+    while True:
+        try:
+            runnable_order(schedule, num_stages, also_after=_waits(schedule, num_stages, depth))
+        except ScheduleError:
+            depth += 1
+        else:
+            return depth
+
+
+def _waits(schedule: Schedule, num_stages: int, depth: int) -> dict[Action, Action]:
+    """What each sending action waits for where a link holds ``depth`` messages."""
+    sent = [sent for sent, _ in messages(schedule, num_stages).values()]
+    return {later: _receiver(earlier) for one in sent for earlier, later in zip(one, one[depth:], strict=False)}
 
 
 def runnable_order(
@@ -70,6 +92,8 @@ def messages(schedule: Schedule, num_stages: int) -> dict[Link, tuple[list[Actio
     for rank, program in schedule.items():
         for action in program:
             op = action.op
+            if op not in TOWARDS:
+                continue
             consumer = _receiver(action)
             producer = Action(op, action.stage - TOWARDS[op], action.microbatch)
             if 0 <= consumer.stage < num_stages and rank_of[consumer] != rank:
@@ -86,7 +110,8 @@ def _receiver(action: Action) -> Action:
 
 def _check_complete(schedule: Schedule, num_stages: int, num_microbatches: int) -> None:
     given = Counter(action for program in schedule.values() for action in program)
-    ops = [Op.F, Op.B] if any(action.op is Op.B for action in given) else [Op.F]
+    used = {action.op for action in given}
+    ops = [Op.F, *([Op.I, Op.W] if used & {Op.I, Op.W} else [Op.B] if Op.B in used else [])]
     wanted = {Action(op, s, m) for op in ops for s in range(num_stages) for m in range(num_microbatches)}
     problems = []
     for what, actions in (
@@ -95,7 +120,7 @@ def _check_complete(schedule: Schedule, num_stages: int, num_microbatches: int) 
         ("done more than once", {action for action, count in given.items() if count > 1}),
     ):
         if actions:
-            in_order = sorted(actions, key=lambda a: (a.op is Op.B, a.microbatch, a.stage))
+            in_order = sorted(actions, key=lambda a: (list(Op).index(a.op), a.microbatch, a.stage))
             problems.append(f"{what}: {_listed(in_order)}")
     for stage in range(num_stages):
         ranks = sorted(rank for rank, program in schedule.items() if any(a.stage == stage for a in program))

@@ -1,6 +1,7 @@
 """Runs one rank's program. Knows actions and tensors, and no schedule by name."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.layers import WeightGradQueue
 from megatron_aquila.pipeline.action import Op, Program
 from megatron_aquila.pipeline.wire import Wire
 
@@ -33,11 +35,21 @@ class Engine:
     one process that ran the same microbatches through the whole model.
     """
 
-    def __init__(self, stages: Mapping[int, Stage], *, num_stages: int, loss_fn: LossFn, wire: Wire) -> None:
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        *,
+        num_stages: int,
+        loss_fn: LossFn,
+        wire: Wire,
+        weight_grads: WeightGradQueue | None = None,
+    ) -> None:
         self._stages = stages
         self._last = num_stages - 1
         self._loss_fn = loss_fn
         self._wire = wire
+        # the queue of the stages' linears: what an I leaves there, its W pays
+        self._weight_grads = WeightGradQueue() if weight_grads is None else weight_grads
 
     def step(self, program: Program, batches: Sequence[Batch]) -> None:
         """Forward and backward of ``batches``, microbatch by microbatch, as ``program`` orders them.
@@ -51,9 +63,13 @@ class Engine:
                 x, y = self._forward(*key, batches[action.microbatch])
                 held[key] = _Held(x, get_gradient_edge(y))
                 del x, y  # or this microbatch's output would live until the next forward
+            elif action.op is Op.W:
+                self._weight_grads.pay(key)
             else:
-                self._backward(*key, held.pop(key))
+                with self._weight_grads.deferring(key) if action.op is Op.I else nullcontext():
+                    self._backward(*key, held.pop(key))
         self._wire.flush()
+        assert not self._weight_grads.owed, f"weight gradients left over: {self._weight_grads.owed}"
         assert not held, f"activations left over: {[f'{stage}F{microbatch}' for stage, microbatch in held]}"
 
     def evaluate(self, program: Program, batches: Sequence[Batch]) -> None:

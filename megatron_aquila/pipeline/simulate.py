@@ -35,11 +35,16 @@ class Timeline:
         busy = sum(self.busy(rank) for rank in self.schedule)
         return 1 - busy / (self.makespan * len(self.schedule))
 
+    @property
+    def span_bubble(self) -> float:
+        """Share of waiting in the own span of the rank that waits most: the bubble if steps may overlap."""
+        return max(1 - self.busy(rank) / self.span(rank) for rank in self.schedule)
+
     def peak_in_flight(self, rank: int) -> int:
-        """Most microbatches whose activations ``rank`` holds at once."""
+        """Most activations, each of one microbatch in one stage, that ``rank`` holds at once; B and W let them go."""
         held = peak = 0
         for action in self.schedule[rank]:
-            held += 1 if action.op is Op.F else -1
+            held += {Op.F: 1, Op.I: 0, Op.B: -1, Op.W: -1}[action.op]
             peak = max(peak, held)
         return peak
 

@@ -43,7 +43,7 @@ class MemoryPlan:
     stages: StagePlan
     micro_batch: int
     num_microbatches: int
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    schedule: Literal["1f1b", "gpipe", "zb-h1"] = "1f1b"
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -69,10 +69,14 @@ class MemoryPlan:
         return max((self.of_stage(stage) for stage in range(self.stages.num_stages)), key=lambda memory: memory.total)
 
     def in_flight(self, stage: int) -> int:
-        """Microbatches whose activations a stage keeps at once: 1F1B ``min(stages behind it, m)``, GPipe all ``m``."""
+        """Microbatches whose activations a stage keeps at once.
+
+        GPipe all ``m``; 1F1B ``min(stages behind it, m)``; ZB-H1 on every stage as many as 1F1B on the first.
+        """
         if self.schedule == "gpipe":
             return self.num_microbatches
-        return min(self.stages.num_stages - stage, self.num_microbatches)
+        ahead = 0 if self.schedule == "zb-h1" else stage
+        return min(self.stages.num_stages - ahead, self.num_microbatches)
 
     def stage_params(self, stage: int) -> int:
         """Elements of this rank's shard of the stage, padded rows included; norms are whole on every rank."""

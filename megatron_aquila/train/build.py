@@ -16,6 +16,7 @@ from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.layers import WeightGradQueue, share_weight_grad_queue
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.pipeline.action import Program
 from megatron_aquila.pipeline.checks import check
@@ -38,13 +39,20 @@ class Machine:
     stages: dict[int, AquilaStage]
     infos: tuple[ParamInfo, ...]
     wire: Wire
+    weight_grads: WeightGradQueue
     optimizer: DistributedOptimizer
     lr: LrSchedule
     programs: Mapping[int, Program]  # this pipeline rank's work for a step, by number of microbatches
 
     def engine(self, loss_fn: LossFn) -> Engine:
         """The engine over this rank's stages, for one step's loss."""
-        return Engine(self.stages, num_stages=self.derived.stages.num_stages, loss_fn=loss_fn, wire=self.wire)
+        return Engine(
+            self.stages,
+            num_stages=self.derived.stages.num_stages,
+            loss_fn=loss_fn,
+            wire=self.wire,
+            weight_grads=self.weight_grads,
+        )
 
     def forward_program(self, num_microbatches: int) -> Program:
         """This pipeline rank's forward work, for a validation."""
@@ -78,6 +86,7 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
         stages=stages,
         infos=infos,
         wire=P2PWire(ctx, activation_shape=activation_shape, dtype=dtype),
+        weight_grads=share_weight_grad_queue(stages.values()),
         optimizer=optimizer,
         lr=lr_schedule(config),
         programs=build_programs(config, derived, ctx.pp.rank),

@@ -77,7 +77,11 @@ def small_stages(stage_layers: tuple[int, ...] | None) -> tuple[int, ...] | None
 
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
-    """The small settings split as ``layout`` says. Without a pipeline there are no stages to place by hand."""
+    """The small settings split as ``layout`` says.
+
+    Without a pipeline there are no stages to place by hand, and the schedule is the plain one: what a pipeline is held
+    against has nothing deferred.
+    """
     stage_layers = small_stages(config.parallel.stage_layers) if layout.pp > 1 else None
     return replace(
         config,
@@ -88,6 +92,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             data=layout.dp,
             sequence=layout.sequence,
             stage_layers=stage_layers,
+            schedule=config.parallel.schedule if layout.pp > 1 else "1f1b",
             bucket_mib=1,
         ),
         train=replace(config.train, micro_batch=layout.micro_batch),

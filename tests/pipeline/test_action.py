@@ -10,3 +10,5 @@ def test_inputs_are_the_dependency_graph() -> None:
     assert Action(Op.F, 2, 3).inputs(4) == (Action(Op.F, 1, 3),)
     assert Action(Op.B, 3, 3).inputs(4) == (Action(Op.F, 3, 3),)
     assert Action(Op.B, 1, 3).inputs(4) == (Action(Op.F, 1, 3), Action(Op.B, 2, 3))
+    assert Action(Op.I, 1, 3).inputs(4) == (Action(Op.F, 1, 3), Action(Op.I, 2, 3))
+    assert Action(Op.W, 1, 3).inputs(4) == (Action(Op.I, 1, 3),)

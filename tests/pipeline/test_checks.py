@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from megatron_aquila.errors import ScheduleError
 from megatron_aquila.pipeline.action import Action, Op, Schedule
-from megatron_aquila.pipeline.checks import check, messages, runnable_order
-from megatron_aquila.pipeline.schedules import SCHEDULES, build_schedule, forward_only
+from megatron_aquila.pipeline.checks import check, messages, needed_link_depth, runnable_order
+from megatron_aquila.pipeline.schedules import SCHEDULES, build_schedule, default_chunks, forward_only
 
 
 def parse(*rows: str) -> Schedule:
@@ -24,6 +24,9 @@ def parse(*rows: str) -> Schedule:
         (["0F0 0F0 0B0"], 1, 1, "done more than once: 0F0"),
         (["0F0 0B0 0B1"], 1, 1, "of no stage or microbatch: 0B1"),
         (["0F0 0F1 0B0", "0B1"], 1, 2, r"stage 0 is on ranks \[0, 1\]"),
+        (["0F0 0I0"], 1, 1, "missing: 0W0"),
+        (["0F0 0W0"], 1, 1, "missing: 0I0"),
+        (["0F0 0B0", "1F0 1I0 1W0"], 2, 1, "missing: 0I0 0W0\nof no stage or microbatch: 0B0"),
     ],
 )
 def test_incomplete_schedules_are_refused(rows: list[str], stages: int, microbatches: int, message: str) -> None:
@@ -74,11 +77,33 @@ def test_a_schedule_that_piles_up_messages_is_refused() -> None:
     ]
 
 
+def test_a_weight_gradient_waits_for_its_input_gradient() -> None:
+    with pytest.raises(ScheduleError, match=r"rank 0 stands at 0W0 \(1 of 3 done\) for 0I0"):
+        check(parse("0F0 0W0 0I0"), 1, 1)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @given(ranks=st.integers(1, 9), microbatches=st.integers(1, 24))
 def test_ours_pass(name: str, ranks: int, microbatches: int) -> None:
-    check(build_schedule(name, ranks, microbatches), ranks, microbatches)
+    check(build_schedule(name, ranks, microbatches), ranks * default_chunks(name), microbatches)
     check(forward_only(ranks, microbatches), ranks, microbatches)
+
+
+def test_stages_in_a_loop_need_links_that_hold_more() -> None:
+    """Every rank of a loop would wait to send to the next: interleaved needs two messages a link, GPipe more."""
+    interleaved, gpipe = (build_schedule(name, 4, 32, 5) for name in ("1f1b", "gpipe"))
+    with pytest.raises(ScheduleError, match="wait for one another"):
+        check(interleaved, 20, 32)
+    check(interleaved, 20, 32, link_depth=2)
+    assert (needed_link_depth(interleaved, 20), needed_link_depth(gpipe, 20)) == (2, 9)
+    assert needed_link_depth(build_schedule("zb-v", 4, 32), 8) == 1
+    with pytest.raises(ScheduleError, match="wait for one another"):
+        needed_link_depth(parse("0F0 0B0", "1B0 1F0"), 2)
+
+
+@given(ranks=st.integers(1, 7), microbatches=st.integers(1, 24), chunks=st.integers(2, 5))
+def test_interleaved_passes_with_two_messages_a_link(ranks: int, microbatches: int, chunks: int) -> None:
+    check(build_schedule("1f1b", ranks, microbatches, chunks), ranks * chunks, microbatches, link_depth=2)
 
 
 def test_long_lists_are_cut() -> None:
@@ -89,9 +114,12 @@ def test_long_lists_are_cut() -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @given(ranks=st.integers(1, 9), microbatches=st.integers(1, 24))
 def test_wire_order_is_equal_on_both_ends(name: str, ranks: int, microbatches: int) -> None:
-    links = messages(build_schedule(name, ranks, microbatches), ranks)
-    forward, backward = [(Op.F, r, r + 1) for r in range(ranks - 1)], [(Op.B, r + 1, r) for r in range(ranks - 1)]
-    assert set(links) == {*forward, *backward}
+    links = messages(build_schedule(name, ranks, microbatches), ranks * default_chunks(name))
+    back = Op.I if name.startswith("zb") else Op.B
+    pairs = [pair for r in range(ranks - 1) for pair in ((Op.F, r, r + 1), (back, r + 1, r))]
+    if name == "zb-v":  # the other leg goes the other way
+        pairs += [(op, target, source) for op, source, target in pairs]
+    assert set(links) == set(pairs)
     for sent, received in links.values():
         assert sent == received
         assert len(sent) == microbatches
@@ -103,7 +131,7 @@ def runs_with_rendezvous(schedule: Schedule, num_stages: int) -> bool:
     A message stands in the queue of both its ranks and runs when it is at the head of both and was computed.
     """
     home = {a: rank for rank, program in schedule.items() for a in program}
-    step = {Op.F: 1, Op.B: -1}
+    step = {Op.F: 1, Op.B: -1, Op.I: -1, Op.W: num_stages}  # W sends to nobody
     queues: dict[tuple[int, str], list[Action]] = {}
     for rank, program in schedule.items():
         queues[rank, "compute"] = list(program)
@@ -134,9 +162,10 @@ def runs_with_rendezvous(schedule: Schedule, num_stages: int) -> bool:
     return not any(queues.values())
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1"])
 @given(ranks=st.integers(1, 6), microbatches=st.integers(1, 12))
 def test_no_deadlock_where_sends_wait_for_their_receivers(name: str, ranks: int, microbatches: int) -> None:
+    """For one stage a rank; on a V, activations go both ways and one communicator would not do."""
     assert runs_with_rendezvous(build_schedule(name, ranks, microbatches), ranks)
 
 

@@ -65,6 +65,7 @@ def test_the_schedule_decides_what_is_in_flight():
     assert [one.in_flight(stage) for stage in range(4)] == [4, 3, 2, 1]
     assert [replace(one, num_microbatches=2).in_flight(stage) for stage in range(4)] == [2, 2, 2, 1]
     assert [replace(one, schedule="gpipe").in_flight(stage) for stage in range(4)] == [32] * 4
+    assert [replace(one, schedule="zb-h1").in_flight(stage) for stage in range(4)] == [4] * 4
     assert one.of_stage(0).logits == 0 < one.of_stage(3).logits
 
 

@@ -44,6 +44,17 @@ def test_every_axis_and_all_together_hold(parity: Parity) -> None:
     assert any(row.against.startswith("world of one") for row in rows)
 
 
+def split(config: RunConfig) -> RunConfig:
+    """``config`` with a schedule that takes the backward in two."""
+    return replace(config, parallel=replace(config.parallel, schedule="zb-h1"))
+
+
+def test_a_split_backward_is_bit_equal_to_a_whole_one(pool: Pools) -> None:
+    rows = list(Parity(split(CONFIG), Layout(tp=2, sequence=True, pp=2), pool).rows())
+    assert all(row.holds for row in rows), [row for row in rows if not row.holds]
+    assert [row.axis for row in rows if row.against.startswith("world of one")] == ["pp"]
+
+
 def test_small_config_keeps_structure() -> None:
     small = shrink(CONFIG, FULL)
     assert small.model.num_heads // (small.model.num_kv_heads or 1) == 2
@@ -229,6 +240,30 @@ MUTANTS: dict[str, tuple[Callable[[], Any], Layout]] = {
 }
 
 
+def weight_gradient_never_paid() -> Any:
+    """What an input gradient leaves out is dropped."""
+    from megatron_aquila.parallel.layers import WeightGradQueue
+
+    return patched(WeightGradQueue, "pay", lambda self, key: self._owed.pop(key) and None)
+
+
+def weight_gradient_paid_twice() -> Any:
+    """What an input gradient leaves out is added twice."""
+    from megatron_aquila.parallel.layers import WeightGradQueue
+
+    def wrong(self: WeightGradQueue, key: Any) -> None:
+        for job in 2 * self._owed.pop(key):
+            job()
+
+    return patched(WeightGradQueue, "pay", wrong)
+
+
+MUTANTS |= {
+    "weight_gradient_never_paid": (weight_gradient_never_paid, Layout(pp=2)),
+    "weight_gradient_paid_twice": (weight_gradient_paid_twice, Layout(pp=2)),
+}
+
+
 def observe_mutant(config: RunConfig, mutant: str) -> RankObservation:
     with MUTANTS[mutant][0]():
         return observe.observe_rank(config)
@@ -237,7 +272,8 @@ def observe_mutant(config: RunConfig, mutant: str) -> RankObservation:
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_seeded_bug_is_caught_and_named(mutant: str, parity: Parity, pool: Pools) -> None:
     layout = MUTANTS[mutant][1]
-    parts = pool(layout.world_size).run(observe_mutant, with_layout(parity.config, layout), mutant)
+    config = split(parity.config) if mutant.startswith("weight_gradient") else parity.config
+    parts = pool(layout.world_size).run(observe_mutant, with_layout(config, layout), mutant)
     found = Observation(
         loss=parts[0].loss,
         grad_norm=parts[0].grad_norm,
