@@ -126,6 +126,12 @@ def document_rules(data: DataConfig, eod: int | None) -> DocumentRules | None:
     )
 
 
+def shared_rules(identity: Identity | None, ctx: ParallelContext) -> DocumentRules | None:
+    """Rank 0's rules for documents, on every rank: the others have not read the tokenizer. Collective."""
+    (fields, *_) = together(lambda: None if identity is None else identity.documents, ctx.world)
+    return None if fields is None else DocumentRules(**fields)
+
+
 def build_corpus(
     config: RunConfig,
     derived: Derived,
@@ -141,8 +147,7 @@ def build_corpus(
     validation reads the same first ``eval_iters`` global batches, so that its losses can be compared. ``identity`` is
     rank 0's, which has read the tokenizer.
     """
-    (fields, *_) = together(lambda: None if identity is None else identity.documents, ctx.world)
-    documents = None if fields is None else DocumentRules(**fields)
+    documents = shared_rules(identity, ctx)
     valid_samples = config.train.eval_iters * config.train.global_batch if config.train.eval_interval > 0 else 0
 
     def build(build_missing: bool) -> tuple[list[tuple[SampleSource, int]], SampleSource | None]:
@@ -177,11 +182,10 @@ def build_corpus(
             documents=documents,
         )
 
-    wanted = valid_source is not None and valid_samples > 0
     return Corpus(
         train=loader(train_source, derived.batches.global_batch_at),
         valid=loader(valid_source, lambda _: config.train.global_batch)
-        if wanted and valid_source is not None
+        if valid_source is not None and valid_samples > 0
         else None,
         source_names=tuple(train_source.names),
         valid_samples=valid_samples,
