@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.derive import model_shape
-from megatron_aquila.config.inputs import check_data_path, check_split, check_start
+from megatron_aquila.config.inputs import check_data_path, check_documents, check_split, check_start
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
@@ -177,6 +177,8 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _precision: "train.precision train.device",
     check_data_path: "data.path",
     check_split: "data.split",
+    check_documents: "data.reset_position_ids data.reset_attention_mask data.eod_mask_loss data.eod_token_id "
+    "data.vocab_file data.merge_file data.special_tokens_file data.tokenizer_model model.vocab_size",
     check_start: "checkpoint.load checkpoint.init_from_hf checkpoint.resume checkpoint.save checkpoint.load_optim "
     "checkpoint.override_lr_schedule checkpoint.override_data",
 }

@@ -59,6 +59,24 @@ def check_split(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--split", config.data.split, why, "give train, the first of the shares, more than 0")
 
 
+def check_documents(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Where documents end is known if anything depends on it: by a setting, or by the tokenizer."""
+    data, eod = config.data, config.data.eod_token_id
+    switches = {
+        "--reset-position-ids": data.reset_position_ids,
+        "--reset-attention-mask": data.reset_attention_mask,
+        "--eod-mask-loss": data.eod_mask_loss,
+    }
+    files = (data.vocab_file, data.merge_file, data.special_tokens_file, data.tokenizer_model)
+    asked = " ".join(flag for flag, given in switches.items() if given)
+    if asked and eod is None and all(file is None for file in files):
+        why = "nothing says which token ends a document"
+        yield Problem(asked, "", why, "give --eod-token-id, or the tokenizer's files")
+    if eod is not None and eod >= config.model.vocab_size:
+        why = f"it is outside the vocabulary of {config.model.vocab_size}"
+        yield Problem("--eod-token-id", eod, why, "give the id that ends the documents in the data")
+
+
 def check_start(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     """A run starts from one place, and settings of a resume need one."""
     start = config.checkpoint

@@ -98,7 +98,6 @@ _SHARDING = Refused("optimizer states are sharded, weights and gradients are not
 _BALANCE = Refused(
     "stages are balanced with the head counted, or given by their layers", "leave it out, or use --stage-layers"
 )
-_DOCUMENTS = Refused("documents of a sample are not kept apart yet", "leave it out")
 _SPLITS = Refused("training, validation and test are shares of the same data", "use --data-path and --split")
 _NOT_LOGGED = Refused("is not logged", "leave it out: docs/running.md has what is")
 _NAMED_BY_WANDB = Refused("the offline run is named when it is uploaded", "leave it out")
@@ -285,7 +284,6 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--data-args-path --per-split-data-args-path",
         ),
         "--mock-data": Refused("a run trains on files", "use --data-path: make quickstart builds a small corpus"),
-        **_family(_DOCUMENTS, "--reset-position-ids --reset-attention-mask --eod-mask-loss"),
         "--no-create-attention-mask-in-dataloader": Always("attention is causal; the loader makes no masks"),
         **_family(_SEARCH, "--return-doc-ids --data-searching-save --data-searching-range"),
         "--finetune-dataset-type": Refused("fine-tuning is not yet offered", "leave it out"),

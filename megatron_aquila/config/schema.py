@@ -104,6 +104,12 @@ class DataConfig:
     merge_file: Path | None = setting(None, "merges.txt", "--merge-file")
     special_tokens_file: Path | None = setting(None, "special_tokens.txt", "--special-tokens-file")
     tokenizer_model: Path | None = setting(None, "tokenizer.json instead of the three files", "--tokenizer-model")
+    reset_position_ids: bool = setting(False, "positions count from 0 again in every document of a sample")
+    reset_attention_mask: bool = setting(False, "no token attends to an earlier document of its sample")
+    eod_mask_loss: bool = setting(False, "the token after the end of a document does not count in the loss")
+    eod_token_id: Whole | None = setting(
+        None, "the token that ends a document, for the three switches above; default the tokenizer's"
+    )
     prefetch: Whole = setting(2, "steps of batches read ahead", "--prefetch", "--num-workers")
 
 

@@ -7,19 +7,44 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.samples import Sample, SampleSource
 from megatron_aquila.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """One microbatch on the host: int64 but for the float32 loss mask. B is the micro-batch size, S the sequence."""
+    """One microbatch on the host: int64 but for the float32 loss mask. B is the micro-batch size, S the sequence.
+
+    ``document_bounds``: ``DocumentRules.bounds``.
+    """
 
     tokens_BS: NDArray[np.int64]
     labels_BS: NDArray[np.int64]
     loss_mask_BS: NDArray[np.float32]
     positions_BS: NDArray[np.int64]
     source_B: NDArray[np.int64]
+    document_bounds: NDArray[np.int32] | None = None
+
+
+def microbatch(
+    tokens: NDArray[np.int64], source_B: NDArray[np.int64], documents: DocumentRules | None = None
+) -> MicroBatch:
+    """Samples of S + 1 tokens each, as int64 ``[B, S + 1]``, made ready for the model."""
+    tokens_BS = np.ascontiguousarray(tokens[:, :-1])
+    if documents is None:
+        loss_mask_BS = np.ones(tokens_BS.shape, dtype=np.float32)
+        positions_BS = np.tile(np.arange(tokens_BS.shape[1], dtype=np.int64), (len(tokens), 1))
+    else:
+        loss_mask_BS, positions_BS = documents.loss_mask(tokens_BS), documents.positions(tokens_BS)
+    return MicroBatch(
+        tokens_BS=tokens_BS,
+        labels_BS=np.ascontiguousarray(tokens[:, 1:]),
+        loss_mask_BS=loss_mask_BS,
+        positions_BS=positions_BS,
+        source_B=source_B,
+        document_bounds=None if documents is None else documents.bounds(tokens_BS),
+    )
 
 
 class SegmentedSource:
@@ -70,6 +95,7 @@ class BatchLoader:
         vocab_size: ids from here on are an error of the data.
         batch_at: the global batch of the step that starts at so many consumed samples; ``None``: nothing is read ahead.
         prefetch: steps read ahead.
+        documents: what is kept apart at the end of a document; ``None``: nothing.
     """
 
     def __init__(
@@ -82,10 +108,11 @@ class BatchLoader:
         vocab_size: int,
         batch_at: Callable[[int], int] | None = None,
         prefetch: int = 0,
+        documents: DocumentRules | None = None,
     ) -> None:
         self.source = source
         self.dp_rank, self.dp_size, self.micro_batch, self.vocab_size = dp_rank, dp_size, micro_batch, vocab_size
-        self._batch_at, self._prefetch = batch_at, prefetch
+        self._batch_at, self._prefetch, self._documents = batch_at, prefetch, documents
         self._ahead: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
 
@@ -134,14 +161,7 @@ class BatchLoader:
         tokens = np.stack([sample.tokens for sample in samples])
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             self._refuse(samples, start)
-        shape = (len(samples), tokens.shape[1] - 1)
-        return MicroBatch(
-            tokens_BS=np.ascontiguousarray(tokens[:, :-1]),
-            labels_BS=np.ascontiguousarray(tokens[:, 1:]),
-            loss_mask_BS=np.ones(shape, dtype=np.float32),
-            positions_BS=np.tile(np.arange(shape[1], dtype=np.int64), (shape[0], 1)),
-            source_B=np.array([sample.source for sample in samples], dtype=np.int64),
-        )
+        return microbatch(tokens, np.array([sample.source for sample in samples], dtype=np.int64), self._documents)
 
     def _refuse(self, samples: Sequence[Sample], start: int) -> None:
         for number, sample in enumerate(samples, start=start):

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
 from megatron_aquila.kernels.attention import causal_attention, causal_attention_flash, causal_attention_reference
+from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.rms_norm import Order, rms_norm, rms_norm_reference, rms_norm_torch
 from megatron_aquila.kernels.rope import apply_rope
 from megatron_aquila.kernels.swiglu import swiglu, swiglu_reference
@@ -22,6 +23,14 @@ class RmsNorm(Protocol):
 
     def __call__(self, x: Tensor, weight: Tensor, *, eps: float, order: Order) -> Tensor:
         """``x / rms(x) * weight``."""
+        ...
+
+
+class CausalAttention(Protocol):
+    """The signature of ``causal_attention``."""
+
+    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
+        """``softmax(q k^T / sqrt(D)) v`` over the earlier tokens, of the same document where documents are given."""
         ...
 
 
@@ -53,7 +62,7 @@ class Kernels:
     rms_norm: RmsNorm
     apply_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attention: CausalAttention
     adamw: AdamWUpdate
     reasons: Mapping[str, str]
 
@@ -85,7 +94,9 @@ class OptionalPackage:
 OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
     {
         "flash_attn": OptionalPackage(
-            "flash_attn", frozenset((torch.bfloat16, torch.float16)), (("flash_attn", "flash_attn_func"),)
+            "flash_attn",
+            frozenset((torch.bfloat16, torch.float16)),
+            (("flash_attn", "flash_attn_func"), ("flash_attn", "flash_attn_varlen_func")),
         ),
         "apex": OptionalPackage(  # for weights of these types the optimizer's own tensors are float32
             "NVIDIA apex",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.rope import rope_tables
 from megatron_aquila.model.block import Block
 from megatron_aquila.model.norm import RMSNorm
@@ -70,7 +71,7 @@ class AquilaStage(nn.Module):
 
         ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32.
         """
-        x = self._blocks(x, batch.tokens_BS, batch.positions_BS)
+        x = self._blocks(x, batch.tokens_BS, batch.positions_BS, batch.documents)
         if self.head is None:
             return x
         loss: Tensor = self.head(x, batch.labels_BS.t())
@@ -81,14 +82,16 @@ class AquilaStage(nn.Module):
         assert self.head is not None, f"stage {self.stage} has no head"
         return self.head.logits(self._blocks(x, tokens_BS, positions_BS))
 
-    def _blocks(self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+    def _blocks(
+        self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor, documents: Documents | None = None
+    ) -> Tensor:
         assert (x is None) == (self.embedding is not None), f"stage {self.stage} got x={x is not None}"
         if self.embedding is not None:
             x = self.embedding(tokens_BS)
         assert x is not None, "an embedding or an input is there"
         cos, sin = rope_tables(positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, documents)
         return x
 
     def param_infos(self) -> Iterator[ParamInfo]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
@@ -44,7 +45,7 @@ class Attention(nn.Module):
             device=device,
         )
 
-    def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None = None) -> Tensor:
         """x_StBH | x_SBH -> the same. Communicates only inside its two linears."""
         q_size, kv_size = self.shape.attention_size // self.tp.size, self.shape.kv_size // self.tp.size
         q, k, v = (
@@ -54,7 +55,7 @@ class Attention(nn.Module):
         q_SBNtD = self.kernels.apply_rope(q, cos_SBD, sin_SBD)
         k_SBKtD = self.kernels.apply_rope(k, cos_SBD, sin_SBD)
         v_SBKtD = v.contiguous()  # a view would keep the whole projection alive until backward
-        out: Tensor = self.out(self.kernels.attention(q_SBNtD, k_SBKtD, v_SBKtD).flatten(-2))
+        out: Tensor = self.out(self.kernels.attention(q_SBNtD, k_SBKtD, v_SBKtD, documents).flatten(-2))
         return out
 
     def param_infos(self, prefix: str, *, stage: int, std: float, out_std: float) -> Iterator[ParamInfo]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.model.attention import Attention
 from megatron_aquila.model.mlp import MLP
 from megatron_aquila.model.norm import RMSNorm
@@ -47,9 +48,9 @@ class Block(nn.Module):
         )
         self.mlp = MLP(shape, tp=tp, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None = None) -> Tensor:
         """x_StBH | x_SBH -> the same."""
-        x = x + self.attention(self.attention_norm(x), cos_SBD, sin_SBD)
+        x = x + self.attention(self.attention_norm(x), cos_SBD, sin_SBD, documents)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 

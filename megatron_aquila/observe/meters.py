@@ -16,7 +16,8 @@ WINDOW_STEPS = 50  # the time left follows the rate of this many steps
 class ThroughputMeter:
     """Turns each ``StepReport`` into one row of the log.
 
-    FLOPs per token come in two conventions: ``flops_per_token`` counts attention causally and gives ``mfu``;
+    FLOPs per token come in two conventions: ``flops_per_token`` counts attention causally and gives ``mfu``; of
+    ``attention_flops_per_token``, attention's part of it, a step counts what its documents leave.
     ``flops_per_token_full`` counts all of S x S, as PaLM's convention does, and gives ``mfu_full_attention``. Both
     count forward and backward and no recomputation. ``peak_flops`` is the dense data-sheet peak of one device, in
     FLOP/s; without it there is no MFU. ``gemm_flops`` is the rate measured for one rank of a CPU run: it gives
@@ -31,6 +32,7 @@ class ThroughputMeter:
         *,
         flops_per_token: float,
         flops_per_token_full: float,
+        attention_flops_per_token: float = 0.0,
         num_devices: int,
         total_samples: int,
         peak_flops: float | None = None,
@@ -38,6 +40,7 @@ class ThroughputMeter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._flops_per_token = flops_per_token
+        self._attention_flops_per_token = attention_flops_per_token
         self._flops_per_token_full = flops_per_token_full
         self._num_devices = num_devices
         self._total_samples = total_samples
@@ -50,6 +53,7 @@ class ThroughputMeter:
         """The figures of one step. Times are in seconds, memory in GiB, shares between 0 and 1."""
         tokens_per_second = report.computed_tokens / report.seconds
         device_tokens = tokens_per_second / self._num_devices
+        flops_per_token = self._flops_per_token - self._attention_flops_per_token * (1 - report.attention_share)
         row: Row = {
             "step": report.step,
             "consumed_samples": report.consumed_samples,
@@ -63,15 +67,15 @@ class ThroughputMeter:
             "data_seconds": report.data_seconds,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": device_tokens,
-            "tflops_per_device": device_tokens * self._flops_per_token / 1e12,
+            "tflops_per_device": device_tokens * flops_per_token / 1e12,
             "memory_gib": report.memory_bytes / GIB,
             "seconds_left": self._seconds_left(report),
         }
         if self._peak_flops is not None:
-            row["mfu"] = device_tokens * self._flops_per_token / self._peak_flops
+            row["mfu"] = device_tokens * flops_per_token / self._peak_flops
             row["mfu_full_attention"] = device_tokens * self._flops_per_token_full / self._peak_flops
         if self._gemm_flops is not None:
-            row["gemm_share"] = device_tokens * self._flops_per_token / self._gemm_flops
+            row["gemm_share"] = device_tokens * flops_per_token / self._gemm_flops
         return row | {f"loss/{source}": loss for source, loss in report.source_loss.items()}
 
     def _seconds_left(self, report: StepReport) -> float:

@@ -11,6 +11,8 @@ class StepReport:
     ``source_loss`` is the mean loss of each entry of the blend that had tokens in this step. ``data_seconds`` is the
     part of ``seconds`` spent waiting for the loader. ``num_tokens`` counts the labels that entered the loss;
     ``computed_tokens`` counts every token that went through the model (what FLOPs are counted from).
+    ``attention_share`` is what documents kept apart leave of attention's FLOPs: the sum of their squared lengths over
+    that of the samples'.
     """
 
     step: int
@@ -25,4 +27,5 @@ class StepReport:
     seconds: float
     data_seconds: float
     memory_bytes: int
+    attention_share: float = 1.0
     source_loss: Mapping[str, float] = field(default_factory=dict)

@@ -8,8 +8,9 @@ import torch
 
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import OptimConfig, RunConfig
-from megatron_aquila.data.loader import BatchLoader
+from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
+from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
@@ -140,13 +141,17 @@ def lr_schedule(config: RunConfig) -> LrSchedule:
 
 def load_batches(loader: BatchLoader, consumed: int, global_batch: int, device: torch.device) -> list[Batch]:
     """This rank's microbatches of the global batch that starts at sample ``consumed``, on the device."""
-    return [
-        Batch(
-            tokens_BS=torch.from_numpy(micro.tokens_BS).to(device),
-            labels_BS=torch.from_numpy(micro.labels_BS).to(device),
-            loss_mask_BS=torch.from_numpy(micro.loss_mask_BS).to(device),
-            positions_BS=torch.from_numpy(micro.positions_BS).to(device),
-            source_B=torch.from_numpy(micro.source_B).to(device),
-        )
-        for micro in loader.fetch(consumed, global_batch)
-    ]
+    return [to_device(micro, device) for micro in loader.fetch(consumed, global_batch)]
+
+
+def to_device(micro: MicroBatch, device: torch.device) -> Batch:
+    """A microbatch as tensors on ``device``."""
+    bounds = micro.document_bounds
+    return Batch(
+        tokens_BS=torch.from_numpy(micro.tokens_BS).to(device),
+        labels_BS=torch.from_numpy(micro.labels_BS).to(device),
+        loss_mask_BS=torch.from_numpy(micro.loss_mask_BS).to(device),
+        positions_BS=torch.from_numpy(micro.positions_BS).to(device),
+        source_B=torch.from_numpy(micro.source_B).to(device),
+        documents=None if bounds is None else Documents(tuple(bounds.tolist()), torch.from_numpy(bounds).to(device)),
+    )

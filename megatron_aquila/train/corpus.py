@@ -1,17 +1,18 @@
 """The run's data: sample indices of the blend, and loaders over them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_aquila.checkpoint.agree import agreed
+from megatron_aquila.checkpoint.agree import agreed, together
 from megatron_aquila.config.derive import Derived
-from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.data.blend import build_datasets, describe_data, parse_blend
+from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import BatchLoader, SegmentedSource
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.data.sidecar import check_fingerprint, read_fingerprint
-from megatron_aquila.data.tokenizer import fingerprint, load_tokenizer
+from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.launcher import Launch
@@ -22,12 +23,14 @@ class Identity:
     """What the run reads, as kept in checkpoints: a run that continues must read the same.
 
     ``sets`` describes each data set without its place on disk, ``tokenizer`` is the fingerprint of the named
-    files, or what the data says of itself; ``None`` where neither is there.
+    files, or what the data says of itself; ``None`` where neither is there. ``documents`` holds the fields of
+    ``DocumentRules`` where documents are kept apart.
     """
 
     sets: list[dict[str, Any]]
     seq_len: int
     tokenizer: str | None
+    documents: dict[str, Any] | None = None
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """What is not as a checkpoint's ``asdict(identity)`` says, in words. A run may name no tokenizer."""
@@ -36,6 +39,10 @@ class Identity:
             found.append(f"--seq-len {saved['seq_len']} there, {self.seq_len} here")
         if None not in (saved["tokenizer"], self.tokenizer) and saved["tokenizer"] != self.tokenizer:
             found.append("another tokenizer")
+        documents = saved.get("documents")  # checkpoints of before there were rules have none
+        if documents != self.documents:
+            there, here = ("none" if rules is None else rules for rules in (documents, self.documents))
+            found.append(f"rules for documents: {there} there, {here} here")
         if len(saved["sets"]) != len(self.sets):
             return [*found, f"{len(saved['sets'])} data sets there, {len(self.sets)} here"]
         for number, (there, here) in enumerate(zip(saved["sets"], self.sets, strict=True), start=1):
@@ -71,7 +78,7 @@ def identify(config: RunConfig) -> Identity:
     """
     data = config.data
     prefixes = parse_blend(data.path)[0]
-    tokenizer = read_fingerprint(prefixes)
+    tokenizer, eod = read_fingerprint(prefixes), data.eod_token_id
     if any(
         path is not None for path in (data.vocab_file, data.merge_file, data.special_tokens_file, data.tokenizer_model)
     ):
@@ -88,8 +95,43 @@ def identify(config: RunConfig) -> Identity:
             raise ConfigError([Problem("--vocab-size", config.model.vocab_size, why, way_out)])
         tokenizer = fingerprint(found)
         check_fingerprint(prefixes, tokenizer)
-    sets = describe_data(data.path, data.split)
-    return Identity(sets=sets, seq_len=config.model.seq_len, tokenizer=tokenizer)
+        eod = end_of_document(data, found)
+    rules = document_rules(data, eod)
+    return Identity(
+        sets=describe_data(data.path, data.split),
+        seq_len=config.model.seq_len,
+        tokenizer=tokenizer,
+        documents=None if rules is None else asdict(rules),
+    )
+
+
+def end_of_document(data: DataConfig, tokenizer: Tokenizer) -> int | None:
+    """The token that ends a document. Raises ``ConfigError`` where setting and tokenizer differ."""
+    given, own = data.eod_token_id, tokenizer.eod
+    if given is not None and own is not None and given != own:
+        raise ConfigError([Problem("--eod-token-id", given, f"the tokenizer's is {own}", "leave it out")])
+    return own if given is None else given
+
+
+def document_rules(data: DataConfig, eod: int | None) -> DocumentRules | None:
+    """What the settings keep apart at the token ``eod``, if anything. Raises ``ConfigError`` where there is none."""
+    if not (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
+        return None
+    if eod is None:
+        why = "the tokenizer names no token that ends a document"
+        raise ConfigError([Problem("--eod-token-id", "", why, "give the id that ends the documents in the data")])
+    return DocumentRules(
+        eod=eod,
+        reset_positions=data.reset_position_ids,
+        reset_attention=data.reset_attention_mask,
+        mask_loss=data.eod_mask_loss,
+    )
+
+
+def shared_rules(identity: Identity | None, ctx: ParallelContext) -> DocumentRules | None:
+    """Rank 0's rules for documents, on every rank: the others have not read the tokenizer. Collective."""
+    (fields, *_) = together(lambda: None if identity is None else identity.documents, ctx.world)
+    return None if fields is None else DocumentRules(**fields)
 
 
 def build_corpus(
@@ -104,8 +146,10 @@ def build_corpus(
     """Build the indices where they are missing and open them. Collective: the first rank of each node builds.
 
     ``segments`` are the index lengths of ``TrainState.index_segments``; segment k is shuffled with seed + k. Every
-    validation reads the same first ``eval_iters`` global batches, so that its losses can be compared.
+    validation reads the same first ``eval_iters`` global batches, so that its losses can be compared. ``identity`` is
+    rank 0's, which has read the tokenizer.
     """
+    documents = shared_rules(identity, ctx)
     valid_samples = config.train.eval_iters * config.train.global_batch if config.train.eval_interval > 0 else 0
 
     def build(build_missing: bool) -> tuple[list[tuple[SampleSource, int]], SampleSource | None]:
@@ -137,13 +181,13 @@ def build_corpus(
             vocab_size=derived.shape.vocab_size,
             prefetch=config.data.prefetch,
             batch_at=batch_at,
+            documents=documents,
         )
 
-    wanted = valid_source is not None and valid_samples > 0
     return Corpus(
         train=loader(train_source, derived.batches.global_batch_at),
         valid=loader(valid_source, lambda _: config.train.global_batch)
-        if wanted and valid_source is not None
+        if valid_source is not None and valid_samples > 0
         else None,
         source_names=tuple(train_source.names),
         valid_samples=valid_samples,

@@ -15,7 +15,7 @@ from megatron_aquila.observe.meters import ThroughputMeter
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.observe.writers import Writers, open_writers
 from megatron_aquila.parallel.collectives import all_reduce_
-from megatron_aquila.plan.flops import flops_per_token, peak_flops
+from megatron_aquila.plan.flops import attention_flops, flops_per_token, peak_flops
 from megatron_aquila.train.build import DTYPES, Machine
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.state import TrainState
@@ -53,6 +53,7 @@ def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
     meter = ThroughputMeter(
         flops_per_token=flops_per_token(shape),
         flops_per_token_full=flops_per_token(shape, "full"),
+        attention_flops_per_token=shape.num_layers * attention_flops(shape.attention_size, shape.seq_len),
         num_devices=machine.ctx.world.size,
         total_samples=config.train.train_samples,
         peak_flops=device_peak(config, machine.ctx.device, log),

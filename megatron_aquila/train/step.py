@@ -64,6 +64,7 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
         loss=means.loss,
         grad_norm=grad_norm,
         lr=lr,
+        attention_share=counts.attended / (computed_tokens * derived.shape.seq_len),
         applied=applied,
         seconds=time.perf_counter() - started,
         data_seconds=data_seconds,
@@ -102,6 +103,7 @@ class Agreement:
     """What all ranks know before the first forward of a step."""
 
     num_tokens: int
+    attended: int  # the sum of all documents' squared lengths
     stop_requested: bool
     failed: bool
 
@@ -114,10 +116,18 @@ def agree(
     The ranks of a tp or pp group hold the same microbatches: only the first of each counts them.
     """
     counts_here = ctx.tp.rank == 0 and ctx.pp.rank == 0
-    counts = torch.zeros(3, dtype=torch.float64, device=ctx.device)
+    counts = torch.zeros(4, dtype=torch.float64, device=ctx.device)
     if counts_here:
         for batch in batches:
             counts[0] += batch.loss_mask_BS.sum(dtype=torch.float64)
-    counts[1:] = torch.tensor([stop_requested, failed])
-    num_tokens, stops, failures = all_reduce_(counts, ctx.world).tolist()
-    return Agreement(num_tokens=round(num_tokens), stop_requested=stops > 0, failed=failures > 0)
+            counts[1] += attended(batch)
+    counts[2:] = torch.tensor([stop_requested, failed])
+    num_tokens, pairs, stops, failures = all_reduce_(counts, ctx.world).tolist()
+    return Agreement(num_tokens=round(num_tokens), attended=round(pairs), stop_requested=stops > 0, failed=failures > 0)
+
+
+def attended(batch: Batch) -> int:
+    """The sum of the squared lengths of what attention works on: twice its pairs of tokens."""
+    if batch.documents is None:
+        return batch.tokens_BS.shape[0] * batch.tokens_BS.shape[1] ** 2
+    return sum(length**2 for length in batch.documents.lengths)

@@ -15,11 +15,13 @@ from megatron_aquila.config.schema import OptimConfig, RunConfig
 from megatron_aquila.model.init import initialize_
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import Machine, build_machine, create_context
+from megatron_aquila.train.corpus import document_rules
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
 from megatron_aquila.verify.pool import WorkerPool
-from megatron_aquila.verify.reference import plain_losses
+from megatron_aquila.verify.reference import plain_documents, plain_losses, plain_losses_alone, plain_positions
 from megatron_aquila.verify.sample import rank_batches, sample_batch
+from megatron_aquila.verify.shrink import EOD
 
 RULES: tuple[Literal["sgd", "adamw"], ...] = ("sgd", "adamw")
 SOURCES = ("even", "odd")
@@ -35,12 +37,26 @@ class Observation:
     updated: Mapping[str, Mapping[str, Tensor]]  # by update rule
 
 
-def observe_plain(config: RunConfig, weights: Mapping[str, Tensor], shape: ModelShape) -> Observation:
-    """One step of the plain reference on one process, in the weights' dtype. Local."""
+def observe_plain(
+    config: RunConfig, weights: Mapping[str, Tensor], shape: ModelShape, *, alone: bool = False
+) -> Observation:
+    """One step of the plain reference on one process, in the weights' dtype. Local.
+
+    What ends of documents mean is worked out from the tokens here, not by the loader's rules. ``alone``: every document
+    is a sample of its own, so that nothing needs a mask.
+    """
     batch = sample_batch(shape, range(config.train.global_batch), seed=config.seed)
+    data, tokens = config.data, batch.tokens_BS
+    documents = plain_documents(tokens, EOD)
+    positions = plain_positions(documents if data.reset_position_ids else torch.zeros_like(documents))
+    attended = documents if data.reset_attention_mask else None
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-    losses = plain_losses(leaves, shape, batch.tokens_BS, batch.labels_BS, batch.positions_BS)
-    mask = batch.loss_mask_BS.to(losses.dtype)
+    if alone:
+        losses = plain_losses_alone(leaves, shape, tokens, batch.labels_BS, documents)
+    else:
+        losses = plain_losses(leaves, shape, tokens, batch.labels_BS, positions, attended)
+    counted = batch.loss_mask_BS * (tokens != EOD) if data.eod_mask_loss else batch.loss_mask_BS
+    mask = counted.to(losses.dtype)
     loss = (losses * mask).sum() / mask.sum()
     gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
@@ -124,6 +140,7 @@ def _one_step(machine: Machine) -> RankObservation:
         micro_batch=config.train.micro_batch,
         dp=ctx.dp.size,
         dp_rank=ctx.dp.rank,
+        documents=document_rules(config.data, config.data.eod_token_id),
     )
     counts = agree(ctx, batches)
     sums = LossSums(SOURCES, num_tokens=counts.num_tokens, device=ctx.device)

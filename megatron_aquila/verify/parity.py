@@ -87,12 +87,19 @@ class Parity:
         return self._observed[layout]
 
     def rows(self) -> Iterable[Row]:
-        """The table, a row as soon as it is known. Pipelines are also held bit for bit against the world of one."""
+        """The table, a row as soon as it is known.
+
+        Pipelines are also held bit for bit against the world of one, and masked documents against documents alone.
+        """
         for axis, layout in layouts(self.requested).items():
             row = compare(axis, layout, "plain", self.plain, self.observe(layout))
             yield row if row.holds else replace(row, smallest=self.smallest_failing(layout))
             if layout == Layout(pp=layout.pp) and layout.pp > 1:
                 yield compare_bits(axis, layout, self.observe(Layout()), self.observe(layout))
+        if self.config.data.reset_attention_mask:
+            alone = observe_plain(self.config, self.weights, self.shape, alone=True)
+            row = compare("document masks", self.requested, "each document alone", alone, self.observe(self.requested))
+            yield row if row.holds else replace(row, smallest=self.smallest_failing(self.requested))
 
     def smallest_failing(self, layout: Layout) -> Layout:
         """The layout with the fewest of ``layout``'s options that still differs from the plain reference."""

@@ -46,13 +46,31 @@ def plain_weights(shape: ModelShape, *, seed: int) -> dict[str, Tensor]:
     return weights
 
 
-def plain_logits(weights: Weights, shape: ModelShape, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
-    """tokens_BS -> logits_BSV over the real vocabulary, in the weights' dtype (norms and rope at least fp32)."""
+def plain_documents(tokens_BS: Tensor, eod: int) -> Tensor:
+    """The document of each token within its sample, counted from 0: how many ends of documents stand before it."""
+    return torch.stack([(tokens_BS[:, :place] == eod).sum(1) for place in range(tokens_BS.shape[1])], dim=1)
+
+
+def plain_positions(documents_BS: Tensor) -> Tensor:
+    """How many earlier tokens of its document a token has."""
+    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
+    return same_BSS.tril(-1).sum(-1)
+
+
+def plain_logits(
+    weights: Weights, shape: ModelShape, tokens_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor | None = None
+) -> Tensor:
+    """tokens_BS -> logits_BSV over the real vocabulary, in the weights' dtype (norms and rope at least fp32).
+
+    With ``documents_BS`` no token attends to one of another document of its sample.
+    """
+    if documents_BS is None:
+        documents_BS = torch.zeros_like(tokens_BS)
     x = F.embedding(tokens_BS, weights["model.embed_tokens.weight"])
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
         normed = plain_norm(x, weights[f"{prefix}.input_layernorm.weight"], shape)
-        x = x + _attention(weights, f"{prefix}.self_attn", shape, normed, positions_BS)
+        x = x + _attention(weights, f"{prefix}.self_attn", shape, normed, positions_BS, documents_BS)
         normed = plain_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], shape)
         gate = F.linear(normed, weights[f"{prefix}.mlp.gate_proj.weight"])
         up = F.linear(normed, weights[f"{prefix}.mlp.up_proj.weight"])
@@ -61,12 +79,33 @@ def plain_logits(weights: Weights, shape: ModelShape, tokens_BS: Tensor, positio
 
 
 def plain_losses(
-    weights: Weights, shape: ModelShape, tokens_BS: Tensor, labels_BS: Tensor, positions_BS: Tensor
+    weights: Weights,
+    shape: ModelShape,
+    tokens_BS: Tensor,
+    labels_BS: Tensor,
+    positions_BS: Tensor,
+    documents_BS: Tensor | None = None,
 ) -> Tensor:
     """Every token's negative log-likelihood in nats, loss_BS, unmasked."""
-    logits = plain_logits(weights, shape, tokens_BS, positions_BS)
+    logits = plain_logits(weights, shape, tokens_BS, positions_BS, documents_BS)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
+
+
+def plain_losses_alone(
+    weights: Weights, shape: ModelShape, tokens_BS: Tensor, labels_BS: Tensor, documents_BS: Tensor
+) -> Tensor:
+    """``plain_losses`` with every document as a sample of its own: what masks inside a sample must come to."""
+
+    def alone(sample: int, document: int) -> Tensor:
+        rows = documents_BS[sample] == document
+        tokens, labels = tokens_BS[sample, rows][None], labels_BS[sample, rows][None]
+        return plain_losses(weights, shape, tokens, labels, torch.arange(tokens.shape[1])[None])[0]
+
+    last = documents_BS[:, -1].tolist()
+    return torch.stack(
+        [torch.cat([alone(sample, document) for document in range(n + 1)]) for sample, n in enumerate(last)]
+    )
 
 
 def plain_norm(x: Tensor, weight: Tensor, shape: ModelShape) -> Tensor:
@@ -89,7 +128,9 @@ def _rotate(x_BSND: Tensor, positions_BS: Tensor, base: float) -> Tensor:
     return torch.cat(rotated, dim=-1).to(x_BSND.dtype)
 
 
-def _attention(weights: Weights, prefix: str, shape: ModelShape, x_BSH: Tensor, positions_BS: Tensor) -> Tensor:
+def _attention(
+    weights: Weights, prefix: str, shape: ModelShape, x_BSH: Tensor, positions_BS: Tensor, documents_BS: Tensor
+) -> Tensor:
     """Causal attention with the whole score matrix; query head n uses key head n // (N / K)."""
     q, k, v = (
         F.linear(x_BSH, weights[f"{prefix}.{name}_proj.weight"]).view(*x_BSH.shape[:2], -1, shape.head_dim)
@@ -100,7 +141,8 @@ def _attention(weights: Weights, prefix: str, shape: ModelShape, x_BSH: Tensor, 
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bsnd,btnd->bnst", q, k) / shape.head_dim**0.5
     future = torch.ones(x_BSH.shape[1], x_BSH.shape[1], dtype=torch.bool, device=x_BSH.device).triu(1)
+    foreign = documents_BS[:, None, :, None] != documents_BS[:, None, None, :]
     wide = torch.promote_types(scores.dtype, torch.float32)
-    probs = scores.to(wide).masked_fill(future, float("-inf")).softmax(-1).to(x_BSH.dtype)
+    probs = scores.to(wide).masked_fill(future | foreign, float("-inf")).softmax(-1).to(x_BSH.dtype)
     mixed = torch.einsum("bnst,btnd->bsnd", probs, v).flatten(2)
     return F.linear(mixed, weights[f"{prefix}.o_proj.weight"])

@@ -1,37 +1,50 @@
 """The batch that parity runs on: random tokens, and masks that leave every sample another number of labels."""
 
+from dataclasses import replace
+
 import torch
 
+from megatron_aquila.data.documents import DocumentRules
+from megatron_aquila.data.loader import microbatch
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.train.build import to_device
+from megatron_aquila.verify.shrink import EOD
 
 
-def sample_batch(shape: ModelShape, samples: range, *, seed: int) -> Batch:
+def sample_batch(shape: ModelShape, samples: range, *, seed: int, documents: DocumentRules | None = None) -> Batch:
     """Samples ``samples`` of an endless sequence; the same whoever asks. Sample i is a function of (seed, i).
 
     A prefix of each sample's labels is masked, of a length that differs from sample to sample: a mean of microbatch
-    means then differs from the mean over tokens.
+    means then differs from the mean over tokens. Sample i has i % 4 ends of documents, one of them in the middle: with
+    ``documents`` they are kept apart as the loader does.
     """
     rows = []
     for sample in samples:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
-        rows.append(torch.randint(shape.vocab_size, (shape.seq_len + 1,), generator=generator))
-    tokens = torch.stack(rows)
+        row = torch.randint(shape.vocab_size, (shape.seq_len + 1,), generator=generator)
+        ends = torch.cat((torch.tensor([shape.seq_len // 2]), torch.randperm(shape.seq_len, generator=generator)))
+        row[ends[: sample % 4]] = EOD
+        rows.append(row)
+    source_B = torch.tensor([sample % 2 for sample in samples])
+    micro = microbatch(torch.stack(rows).numpy(), source_B.numpy(), documents)
+    batch = to_device(micro, torch.device("cpu"))
     position = torch.arange(shape.seq_len).expand(len(samples), -1)
     masked = torch.tensor([(3 * sample) % (shape.seq_len // 2) for sample in samples])[:, None]
-    return Batch(
-        tokens_BS=tokens[:, :-1].contiguous(),
-        labels_BS=tokens[:, 1:].contiguous(),
-        loss_mask_BS=(position >= masked).float(),
-        positions_BS=position.contiguous(),
-        source_B=torch.tensor([sample % 2 for sample in samples]),
-    )
+    return replace(batch, loss_mask_BS=batch.loss_mask_BS * (position >= masked))
 
 
 def rank_batches(
-    shape: ModelShape, *, seed: int, global_batch: int, micro_batch: int, dp: int, dp_rank: int
+    shape: ModelShape,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    dp: int,
+    dp_rank: int,
+    documents: DocumentRules | None = None,
 ) -> list[Batch]:
     """One data-parallel rank's microbatches of the global batch, in the order the loader deals them."""
     step = micro_batch * dp
     starts = range(dp_rank * micro_batch, global_batch, step)
-    return [sample_batch(shape, range(start, start + micro_batch), seed=seed) for start in starts]
+    return [sample_batch(shape, range(start, start + micro_batch), seed=seed, documents=documents) for start in starts]

@@ -7,6 +7,7 @@ from megatron_aquila.config.schema import RunConfig
 HEAD_DIM = 8
 SEQ_LEN = 16
 VOCAB_SIZE = 61  # prime, so that the last vocabulary shard is uneven at every tp > 1
+EOD = 7  # ends documents, where the settings keep them apart
 MICROBATCHES = 4
 
 
@@ -57,6 +58,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             seq_len=SEQ_LEN,
             init_std=0.2,  # a residual stream of order one: small weights would hide errors
         ),
+        data=replace(config.data, eod_token_id=EOD),
         train=replace(
             config.train,
             precision="fp64",

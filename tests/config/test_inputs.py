@@ -29,6 +29,8 @@ def flaws(text, **settings):
         "--split 0.9,0.1,0",
         "--load a",
         "--save a --resume",
+        "--reset-position-ids --reset-attention-mask --eod-mask-loss --eod-token-id 7",
+        "--eod-mask-loss --tokenizer-model t",
         "--save a --resume --init-from-hf b",
         "--load a --no-load-optim",
         "--load a --override-lr-schedule",
@@ -132,3 +134,11 @@ def test_they_come_with_all_other_problems():
         "--no-load-optim",
         "--data-path",
     ]
+
+
+def test_where_documents_end_must_be_known():
+    (flaw,) = flaws("--reset-position-ids --eod-mask-loss")
+    assert flaw.startswith("--reset-position-ids --eod-mask-loss: nothing says which token ends a document; ")
+    assert "--eod-token-id" in flaw
+    (flaw,) = flaws("--eod-token-id 64 --vocab-size 64")
+    assert flaw.startswith("--eod-token-id 64: it is outside the vocabulary of 64; ")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import BatchLoader, MicroBatch, SegmentedSource
 from megatron_aquila.data.samples import Sample
 from megatron_aquila.errors import DataError
@@ -47,8 +48,19 @@ def test_a_microbatch() -> None:
     assert batch.positions_BS.tolist() == [[0, 1, 2]] * 2
     assert batch.loss_mask_BS.tolist() == [[1.0] * 3] * 2
     assert batch.source_B.tolist() == [1, 0]
-    dtypes = [getattr(batch, name).dtype for name in MicroBatch.__dataclass_fields__]
+    assert batch.document_bounds is None
+    dtypes = [getattr(batch, name).dtype for name in MicroBatch.__dataclass_fields__ if name != "document_bounds"]
     assert dtypes == [np.int64, np.int64, np.float32, np.int64, np.int64]
+
+
+def test_documents_reach_the_microbatch() -> None:
+    rules = DocumentRules(eod=4, reset_positions=True, reset_attention=True, mask_loss=True)
+    (batch,) = loader(Counting(10), micro_batch=2, documents=rules).fetch(3, 2)
+    assert batch.tokens_BS.tolist() == [[3, 4, 5], [4, 5, 6]]
+    assert batch.positions_BS.tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert batch.loss_mask_BS.tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert batch.document_bounds is not None
+    assert batch.document_bounds.tolist() == [0, 2, 3, 4, 6]
 
 
 @given(dp=st.integers(1, 4), micro=st.integers(1, 3), count=st.integers(1, 3), consumed=st.integers(0, 9))

@@ -44,7 +44,7 @@ def test_on_a_gpu_without_optional_packages() -> None:
 
 
 def test_optional_packages_are_used_where_they_fit(install) -> None:
-    install("flash_attn", flash_attn_func=object)
+    install("flash_attn", flash_attn_func=object, flash_attn_varlen_func=object)
     install("apex")
     install("apex.multi_tensor_apply", multi_tensor_applier=object)
     install("amp_C", multi_tensor_adam=object)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.model.init import initialize_
 from megatron_aquila.parallel.batch import Batch
@@ -91,6 +92,38 @@ def test_one_stage_is_the_plain_model() -> None:
     assert float((found - plain).detach().norm() / plain.norm()) < 1e-13
     shifted = replace(batch, positions_BS=batch.positions_BS * 2)
     assert float((loss_of(stage, shifted) - plain).detach().norm() / plain.norm()) > 1e-6
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_nothing_leaks_from_one_document_into_the_next(attention: str) -> None:
+    """The gradient of the second document's loss with respect to the first one's embeddings is 0 to the last bit."""
+    kernels = choose_kernels(torch.device("cpu"), torch.float64, forced={"attention": attention})
+    (stage,) = build_stages(
+        SHAPE,
+        plan_stages(SHAPE, 1),
+        ParallelContext.single(),
+        sequence_parallel=False,
+        kernels=kernels,
+        dtype=torch.float64,
+    ).values()
+    initialize_(stage.param_infos(), seed=3)
+    embedding, border = stage.embedding, 6
+    assert embedding is not None
+    batch = sample_batch(SHAPE, range(2), seed=5)
+    bounds = (0, border, 16, 32)
+
+    def leaked(documents: Documents | None) -> torch.Tensor:
+        embedded: list[torch.Tensor] = []
+        hook = embedding.register_forward_hook(lambda _module, _inputs, x_SBH: embedded.append(x_SBH))
+        loss_BS = loss_of(stage, replace(batch, documents=documents))
+        hook.remove()
+        (grad_SBH,) = torch.autograd.grad(loss_BS[0, border:].sum(), embedded)
+        assert grad_SBH[border:, 0].abs().amax(dim=-1).gt(0).all(), "its own embeddings count"
+        assert not grad_SBH[:, 1].any(), "samples never meet"
+        return grad_SBH[:border, 0]
+
+    assert not leaked(Documents(bounds, torch.tensor(bounds, dtype=torch.int32))).any()
+    assert leaked(None).abs().amax(dim=-1).gt(0).all()
 
 
 def test_logits_are_what_the_loss_is_of() -> None:

@@ -99,3 +99,13 @@ def test_time_left_forgets_the_distant_past():
 
 def test_nothing_is_left_past_the_end():
     assert meter(total_samples=4).row(REPORT)["seconds_left"] == 0.0
+
+
+def test_attention_counts_the_documents_that_are_kept_apart():
+    """Of 6 GFLOP a token 2 are attention's; documents that leave a quarter of it leave 4.5."""
+    report = replace(REPORT, attention_share=0.25)
+    row = meter(attention_flops_per_token=2e9, peak_flops=312e12, gemm_flops=1e12).row(report)
+    assert row["tflops_per_device"] == pytest.approx(1024 * 4.5e9 / 1e12)
+    assert row["mfu"] == pytest.approx(1024 * 4.5e9 / 312e12)
+    assert row["gemm_share"] == pytest.approx(1024 * 4.5e9 / 1e12)
+    assert row["mfu_full_attention"] == pytest.approx(1024 * 7e9 / 312e12), "a convention that knows no documents"

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +6,8 @@ import pytest
 
 from megatron_aquila.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_aquila.data.indexed import IndexedDatasetWriter
-from megatron_aquila.errors import ConfigError, DataError
-from megatron_aquila.train.corpus import identify
+from megatron_aquila.errors import CheckpointError, ConfigError, DataError
+from megatron_aquila.train.corpus import document_rules, identify
 from tests.train.runs import run, tiny_config, write_corpus
 
 
@@ -60,3 +60,51 @@ def test_a_run_without_validation_documents_trains(tmp_path: Path) -> None:
     recorder = run(replace(config, data=replace(config.data, split="100,0,0")))
     assert len(recorder.reports) == 2
     assert recorder.validations == []
+
+
+EOD = 30  # the first samples of the corpus hold it
+
+
+def test_documents_change_what_is_trained_and_how_much_attention_works(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train_samples=16)
+    plain = run(replace(config, checkpoint=replace(config.checkpoint, save=None)))
+    (first, *_) = plain.reports
+    assert first.attention_share == 1
+    assert first.num_tokens == first.computed_tokens
+    apart = replace(config.data, reset_attention_mask=True, eod_mask_loss=True, eod_token_id=EOD)
+    (masked, *_) = run(replace(config, data=apart)).reports
+    assert 0 < masked.attention_share < 1
+    assert masked.num_tokens < masked.computed_tokens == first.computed_tokens
+    assert masked.loss != first.loss
+
+    onward = replace(config.checkpoint, save=None, load=config.checkpoint.save)
+    with pytest.raises(CheckpointError, match=r"rules for documents: .*'reset_attention': True.* there, none here"):
+        run(replace(config, checkpoint=onward))
+
+
+def test_rules_are_part_of_what_a_run_reads(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    plain = identify(config)
+    assert plain.documents is None
+    apart = identify(replace(config, data=replace(config.data, eod_mask_loss=True, eod_token_id=EOD)))
+    assert apart.documents == {"eod": EOD, "reset_positions": False, "reset_attention": False, "mask_loss": True}
+    before = {name: value for name, value in asdict(plain).items() if name != "documents"}
+    assert plain.differences(before) == []
+    assert len(apart.differences(before)) == 1
+
+
+def test_the_end_of_a_document_is_the_tokenizers(aquila_tokenizer_dir: Path, tmp_path: Path) -> None:
+    data = DataConfig(
+        path=write_corpus(tmp_path),
+        vocab_file=aquila_tokenizer_dir / "vocab.json",
+        merge_file=aquila_tokenizer_dir / "merges.txt",
+        special_tokens_file=aquila_tokenizer_dir / "special_tokens.txt",
+        reset_attention_mask=True,
+    )
+    documents = identify(RunConfig(data=data)).documents
+    assert documents is not None
+    assert documents["eod"] == 100007
+    with pytest.raises(ConfigError, match="--eod-token-id 7: the tokenizer's is 100007; leave it out"):
+        identify(RunConfig(data=replace(data, eod_token_id=7)))
+    with pytest.raises(ConfigError, match="the tokenizer names no token that ends a document"):
+        document_rules(data, None)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_aquila.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_aquila.verify import observe
 from megatron_aquila.verify.observe import Observation, RankObservation
-from megatron_aquila.verify.parity import BOUND, Parity, compare, layouts
+from megatron_aquila.verify.parity import BOUND, Parity, Row, compare, layouts
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.shrink import Layout, shrink, small_stages, with_layout
 
@@ -169,9 +169,9 @@ def query_heads_read_group_n_mod_k() -> Any:
     def wrong(*args: Any, **kwargs: Any) -> Any:
         kernels = right(*args, **kwargs)
 
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any) -> torch.Tensor:
             heads = torch.arange(q.shape[2]) % k.shape[2]
-            return kernels.attention(q, k[:, :, heads], v[:, :, heads])
+            return kernels.attention(q, k[:, :, heads], v[:, :, heads], documents)
 
         return replace(kernels, attention=attention)
 
@@ -280,7 +280,10 @@ def test_a_seeded_bug_is_caught_and_named(mutant: str, parity: Parity, pool: Poo
         gradients=observe.assemble(chunk for part in parts for chunk in part.gradients),
         updated={rule: observe.assemble(c for part in parts for c in part.updated[rule]) for rule in observe.RULES},
     )
-    row = compare("mutant", layout, "plain", parity.plain, found)
+    assert_caught(compare("mutant", layout, "plain", parity.plain, found))
+
+
+def assert_caught(row: Row) -> None:
     assert not row.holds
     assert row.first_wrong is not None
     assert not row.worst.error <= 10 * BOUND, "too close to the bound to be called caught"
@@ -296,3 +299,88 @@ def test_the_smallest_failing_layout_is_found(parity: Parity) -> None:
     fake.plain = parity.plain
     fake.observe = broken  # type: ignore[method-assign]
     assert fake.smallest_failing(FULL) == Layout(tp=2)
+
+
+# Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So that bug is
+# looked for where only positions are reset.
+APART = replace(CONFIG, data=DataConfig(reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True))
+ONLY_POSITIONS = replace(CONFIG, data=DataConfig(reset_position_ids=True))
+
+
+def test_layouts_hold_with_documents_kept_apart(pool: Pools) -> None:
+    rows = list(Parity(APART, FULL, pool).rows())
+    assert len(rows) == 9
+    assert (rows[-1].axis, rows[-1].against) == ("document masks", "each document alone")
+    assert all(row.holds for row in rows), [row for row in rows if not row.holds]
+
+
+def mask_ignored() -> Any:
+    """Attention sees the whole sample (Megatron-LM#415)."""
+    from megatron_aquila.model.attention import Attention
+
+    right = Attention.forward
+    return patched(Attention, "forward", lambda self, x, cos, sin, documents: right(self, x, cos, sin))
+
+
+def mask_off_by_one() -> Any:
+    """A document begins with the end of the one before."""
+    from megatron_aquila.data.documents import DocumentRules
+
+    right = DocumentRules.bounds
+    return patched(
+        DocumentRules,
+        "bounds",
+        lambda self, tokens: (bounds := right(self, tokens)) - (bounds % tokens.shape[1] == tokens.shape[1] // 2 + 1),
+    )
+
+
+def positions_not_reset() -> Any:
+    """Positions count on through the sample."""
+    from megatron_aquila.data.documents import DocumentRules
+
+    right = DocumentRules.positions
+    return patched(DocumentRules, "positions", lambda self, tokens: right(replace(self, reset_positions=False), tokens))
+
+
+def positions_skip_one_after_a_start() -> Any:
+    """Rotary positions are off by one after a document's first token."""
+    from megatron_aquila.model import aquila
+
+    right = aquila.rope_tables
+    return patched(aquila, "rope_tables", lambda positions, **settings: right(positions + (positions > 0), **settings))
+
+
+def end_of_document_counts() -> Any:
+    """The loss is taken after the end of a document, too."""
+    from megatron_aquila.data.documents import DocumentRules
+
+    right = DocumentRules.loss_mask
+    return patched(DocumentRules, "loss_mask", lambda self, tokens: right(replace(self, mask_loss=False), tokens))
+
+
+DOCUMENT_MUTANTS: dict[str, tuple[Callable[[], Any], RunConfig]] = {
+    "mask_ignored": (mask_ignored, APART),
+    "mask_off_by_one": (mask_off_by_one, APART),
+    "positions_not_reset": (positions_not_reset, ONLY_POSITIONS),
+    "positions_skip_one_after_a_start": (positions_skip_one_after_a_start, APART),
+    "end_of_document_counts": (end_of_document_counts, APART),
+}
+
+
+def observe_document_mutant(config: RunConfig, mutant: str) -> RankObservation:
+    with DOCUMENT_MUTANTS[mutant][0]():
+        return observe.observe_rank(config)
+
+
+@pytest.mark.parametrize("mutant", DOCUMENT_MUTANTS)
+def test_a_seeded_bug_of_documents_is_caught(mutant: str, pool: Pools) -> None:
+    parity = Parity(DOCUMENT_MUTANTS[mutant][1], Layout(), pool)
+    (part,) = pool(1).run(observe_document_mutant, with_layout(parity.config, Layout()), mutant)
+    found = Observation(
+        loss=part.loss,
+        grad_norm=part.grad_norm,
+        gradients=observe.assemble(part.gradients),
+        updated={rule: observe.assemble(part.updated[rule]) for rule in observe.RULES},
+    )
+    assert compare("right", Layout(), "plain", parity.plain, parity.observe(Layout())).holds
+    assert_caught(compare("mutant", Layout(), "plain", parity.plain, found))
