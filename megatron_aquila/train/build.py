@@ -15,6 +15,7 @@ from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
+from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.layers import WeightGradQueue, share_weight_grad_queue
@@ -26,7 +27,12 @@ from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.wire import P2PWire, Wire
 from megatron_aquila.plan.shape import Precision
 
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +49,7 @@ class Machine:
     weight_grads: WeightGradQueue
     optimizer: DistributedOptimizer
     lr: LrSchedule
+    scaling: LossScaling
     programs: Mapping[int, Program]  # this pipeline rank's work for a step, by number of microbatches
 
     def engine(self, loss_fn: LossFn) -> Engine:
@@ -90,6 +97,7 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
         weight_grads=share_weight_grad_queue(stages.values()),
         optimizer=optimizer,
         lr=lr_schedule(config),
+        scaling=loss_scaling(config),
         programs=build_programs(config, derived, ctx.pp.rank),
     )
 
@@ -136,6 +144,21 @@ def lr_schedule(config: RunConfig) -> LrSchedule:
         decay=optim.lr_decay,
         wsd_decay_samples=optim.lr_wsd_decay_samples,
         wsd_decay=optim.lr_wsd_decay,
+    )
+
+
+def loss_scaling(config: RunConfig) -> LossScaling:
+    """How the loss is scaled before it is differentiated: in fp16 as set, else by 1."""
+    optim = config.optim
+    if config.train.precision != "fp16":
+        return LossScaling.constant()
+    if optim.loss_scale is not None:
+        return LossScaling.constant(optim.loss_scale)
+    return LossScaling(
+        initial=optim.initial_loss_scale,
+        minimum=optim.min_loss_scale,
+        window=optim.loss_scale_window,
+        hysteresis=optim.hysteresis,
     )
 
 
