@@ -18,8 +18,9 @@ from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.parallel.layers import WeightGradQueue, share_weight_grad_queue
 from megatron_aquila.parallel.params import ParamInfo
+from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.parallel.weight_grads import WeightGradQueue
 from megatron_aquila.pipeline.action import Program
 from megatron_aquila.pipeline.checks import check
 from megatron_aquila.pipeline.engine import Engine, LossFn
@@ -77,9 +78,8 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
     dtype = DTYPES[config.train.precision]
     kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
     sequence_parallel = config.parallel.sequence
-    stages = build_stages(
-        derived.shape, derived.stages, ctx, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype
-    )
+    placement = Placement(tp=ctx.tp, sequence_parallel=sequence_parallel, dtype=dtype, device=ctx.device)
+    stages = build_stages(derived.shape, derived.stages, pp_rank=ctx.pp.rank, placement=placement, kernels=kernels)
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
     optimizer = DistributedOptimizer(
         infos, ctx, rule=update_rule(config.optim, kernels), bucket_bytes=config.parallel.bucket_mib * 2**20
@@ -94,7 +94,7 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
         stages=stages,
         infos=infos,
         wire=P2PWire(ctx, activation_shape=activation_shape, dtype=dtype),
-        weight_grads=share_weight_grad_queue(stages.values()),
+        weight_grads=placement.weight_grads,
         optimizer=optimizer,
         lr=lr_schedule(config),
         scaling=loss_scaling(config),
