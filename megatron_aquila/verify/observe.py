@@ -1,6 +1,5 @@
-"""What a step computes, as whole logical tensors: by the plain reference, and by the engine under any layout."""
+"""What two steps compute, as whole logical tensors, by the engine under any layout."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,17 +10,16 @@ from torch import Tensor
 from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
 from megatron_aquila.checkpoint.rectangles import Rectangle
 from megatron_aquila.config.derive import derive
-from megatron_aquila.config.schema import OptimConfig, RunConfig
+from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.model.init import initialize_
-from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.train.build import Machine, build_machine, create_context
 from megatron_aquila.train.corpus import document_rules
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
+from megatron_aquila.verify.outputs import recording
 from megatron_aquila.verify.pool import WorkerPool
-from megatron_aquila.verify.reference import plain_documents, plain_losses, plain_losses_alone, plain_positions
-from megatron_aquila.verify.sample import rank_batches, sample_batch
-from megatron_aquila.verify.shrink import EOD
+from megatron_aquila.verify.sample import rank_batches
 
 RULES: tuple[Literal["sgd", "adamw"], ...] = ("sgd", "adamw")
 SOURCES = ("even", "odd")
@@ -29,95 +27,61 @@ SOURCES = ("even", "odd")
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """Everything a layout may not change: loss, gradient norm, gradients, and parameters after one update."""
+    """Everything a layout may not change.
 
-    loss: float
-    grad_norm: float
-    gradients: Mapping[str, Tensor]
-    updated: Mapping[str, Mapping[str, Tensor]]  # by update rule
-
-
-def observe_plain(
-    config: RunConfig, weights: Mapping[str, Tensor], shape: ModelShape, *, alone: bool = False
-) -> Observation:
-    """One step of the plain reference on one process, in the weights' dtype. Local.
-
-    What ends of documents mean is worked out from the tokens here, not by the loader's rules. ``alone``: every document
-    is a sample of its own, so that nothing needs a mask.
+    Of a first step what the layers give, loss, gradients, their norm, and parameters after an update by each rule. Of a
+    second over the same batch the loss, and after SGD the gradients: what was kept from the first must not show.
     """
-    batch = sample_batch(shape, range(config.train.global_batch), seed=config.seed)
-    data, tokens = config.data, batch.tokens_BS
-    documents = plain_documents(tokens, EOD)
-    positions = plain_positions(documents if data.reset_position_ids else torch.zeros_like(documents))
-    attended = documents if data.reset_attention_mask else None
-    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-    if alone:
-        losses = plain_losses_alone(leaves, shape, tokens, batch.labels_BS, documents)
-    else:
-        losses = plain_losses(leaves, shape, tokens, batch.labels_BS, positions, attended)
-    counted = batch.loss_mask_BS * (tokens != EOD) if data.eod_mask_loss else batch.loss_mask_BS
-    mask = counted.to(losses.dtype)
-    loss = (losses * mask).sum() / mask.sum()
-    gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
-    updated: dict[str, dict[str, Tensor]] = {
-        rule: plain_update(config.optim, rule, weights, gradients, norm) for rule in RULES
-    }
-    return Observation(loss=loss.item(), grad_norm=norm, gradients=gradients, updated=updated)
 
-
-def plain_update(
-    optim: OptimConfig, rule: str, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], norm: float
-) -> dict[str, Tensor]:
-    """The weights after one clipped step of torch's own optimizer; 1-D tensors do not decay."""
-    scale = min(1.0, optim.clip_grad / (norm + 1e-6)) if optim.clip_grad > 0 else 1.0
-    params = {name: torch.nn.Parameter(weight.clone()) for name, weight in weights.items()}
-    for name, param in params.items():
-        param.grad = gradients[name] * scale
-    groups = [
-        {"params": [p for p in params.values() if p.dim() > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in params.values() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    if rule == "adamw":
-        torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps).step()
-    else:
-        torch.optim.SGD(groups, lr=optim.lr).step()
-    return {name: param.detach() for name, param in params.items()}
+    outputs: Mapping[str, Tensor]
+    loss: float
+    gradients: Mapping[str, Tensor]
+    grad_norm: float
+    updated: Mapping[str, Mapping[str, Tensor]]  # by update rule
+    next_loss: Mapping[str, float]  # by update rule
+    next_gradients: Mapping[str, Tensor]
 
 
 def observe_layout(config: RunConfig, pool: WorkerPool) -> Observation:
-    """One step of the real engine on ``pool``'s processes, split as ``config`` says."""
-    parts = pool.run(observe_rank, config)
-    return Observation(
-        loss=parts[0].loss,
-        grad_norm=parts[0].grad_norm,
-        gradients=assemble(chunk for part in parts for chunk in part.gradients),
-        updated={rule: assemble(chunk for part in parts for chunk in part.updated[rule]) for rule in RULES},
-    )
+    """Two steps of the real engine on ``pool``'s processes, split as ``config`` says."""
+    return join_ranks(pool.run(observe_rank, config))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankObservation:
     """One rank's share of an ``Observation``, as chunks of logical tensors."""
 
+    outputs: list[Chunk]
     loss: float
-    grad_norm: float
     gradients: list[Chunk]
+    grad_norm: float
     updated: dict[str, list[Chunk]]
+    next_loss: dict[str, float]
+    next_gradients: list[Chunk]
+
+
+def join_ranks(parts: list[RankObservation]) -> Observation:
+    """The ranks' shares as one."""
+    first = parts[0]
+    return Observation(
+        outputs=assemble(chunk for part in parts for chunk in part.outputs),
+        loss=first.loss,
+        gradients=assemble(chunk for part in parts for chunk in part.gradients),
+        grad_norm=first.grad_norm,
+        updated={rule: assemble(chunk for part in parts for chunk in part.updated[rule]) for rule in RULES},
+        next_loss=first.next_loss,
+        next_gradients=assemble(chunk for part in parts for chunk in part.next_gradients),
+    )
 
 
 def observe_rank(config: RunConfig) -> RankObservation:
-    """One step under each update rule on this rank. Collective over the world; runs in a worker."""
-    first: RankObservation | None = None
-    updated: dict[str, list[Chunk]] = {}
-    for rule in RULES:
-        optim = replace(config.optim, optimizer=rule, lr_warmup_samples=0)
-        machine = build_small(replace(config, optim=optim))
-        observed = _one_step(machine)
-        updated[rule] = [_copy(chunk) for info in machine.infos for chunk in param_chunks(info)]
-        first = observed if first is None else first
-    assert first is not None, "at least one update rule"
-    return replace(first, updated=updated)
+    """Two steps under each update rule on this rank. Collective over the world; runs in a worker."""
+    by_sgd, by_adamw = (_observe_rule(replace(config, optim=replace(config.optim, optimizer=rule))) for rule in RULES)
+    return replace(
+        by_sgd,
+        updated=by_sgd.updated | by_adamw.updated,
+        next_loss=by_sgd.next_loss | by_adamw.next_loss,
+    )
 
 
 def build_small(config: RunConfig) -> Machine:
@@ -131,8 +95,13 @@ def build_small(config: RunConfig) -> Machine:
     return machine
 
 
-def _one_step(machine: Machine) -> RankObservation:
-    config, ctx, scale = machine.config, machine.ctx, machine.scaling.initial
+def _observe_rule(config: RunConfig) -> RankObservation:
+    """A step, an update, and a second: trained under SGD, validated under AdamW, so that both ways are seen.
+
+    Parameters are read after the second forward: where their all-gather is overlapped, it ends there.
+    """
+    machine, rule = build_small(config), config.optim.optimizer
+    optimizer, ctx, scale = machine.optimizer, machine.ctx, machine.scaling.initial
     batches = rank_batches(
         machine.derived.shape,
         seed=config.seed,
@@ -142,19 +111,37 @@ def _one_step(machine: Machine) -> RankObservation:
         dp_rank=ctx.dp.rank,
         documents=document_rules(config.data, config.data.eod_token_id),
     )
-    counts = agree(ctx, batches)
-    sums = LossSums(SOURCES, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
-    compute_gradients(machine, batches, sums)
-    gradients = [replace(chunk, tensor=chunk.tensor / scale) for chunk in gradient_chunks(machine)]
-    norm = machine.optimizer.clip_(config.optim.clip_grad, loss_scale=scale)
-    machine.optimizer.step(config.optim.lr)
-    return RankObservation(loss=sums.means(ctx).loss, grad_norm=norm, gradients=gradients, updated={})
+    first, second = _loss_sums(machine, batches), _loss_sums(machine, batches)
+    with recording(machine) as outputs:
+        compute_gradients(machine, batches, first)
+    gradients = gradient_chunks(machine, scale)
+    norm = optimizer.clip_(config.optim.clip_grad, loss_scale=scale)
+    optimizer.step(config.optim.lr)
+    if rule == "sgd":
+        compute_gradients(machine, batches, second)
+    else:
+        machine.engine(second.loss).evaluate(machine.forward_program(len(batches)), batches)
+    updated = [_copy(chunk) for info in machine.infos for chunk in param_chunks(info)]
+    return RankObservation(
+        outputs=outputs,
+        loss=first.means(ctx).loss,
+        gradients=gradients,
+        grad_norm=norm,
+        updated={rule: updated},
+        next_loss={rule: second.means(ctx).loss},
+        next_gradients=gradient_chunks(machine, scale) if rule == "sgd" else [],
+    )
 
 
-def gradient_chunks(machine: Machine) -> list[Chunk]:
-    """This rank's rectangles of the reduced gradients. Views, not copies."""
+def _loss_sums(machine: Machine, batches: list[Batch]) -> LossSums:
+    ctx, scale = machine.ctx, machine.scaling.initial
+    return LossSums(SOURCES, num_tokens=agree(ctx, batches).num_tokens, device=ctx.device, loss_scale=scale)
+
+
+def gradient_chunks(machine: Machine, scale: float) -> list[Chunk]:
+    """This rank's rectangles of the reduced gradients, divided by the loss ``scale``."""
     return [
-        chunk
+        replace(chunk, tensor=chunk.tensor / scale)
         for kind, owned, values in machine.optimizer.ranges()
         if kind == "grad"
         for chunk in range_chunks(owned, values)

@@ -58,24 +58,34 @@ def plain_positions(documents_BS: Tensor) -> Tensor:
 
 
 def plain_logits(
-    weights: Weights, shape: ModelShape, tokens_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor | None = None
+    weights: Weights,
+    shape: ModelShape,
+    tokens_BS: Tensor,
+    positions_BS: Tensor,
+    documents_BS: Tensor | None = None,
+    outputs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """tokens_BS -> logits_BSV over the real vocabulary, in the weights' dtype (norms and rope at least fp32).
 
-    With ``documents_BS`` no token attends to one of another document of its sample.
+    With ``documents_BS`` no token attends to one of another document of its sample. ``outputs`` is filled with what the
+    layers give, each (B, S, H).
     """
+    outputs = {} if outputs is None else outputs
     if documents_BS is None:
         documents_BS = torch.zeros_like(tokens_BS)
-    x = F.embedding(tokens_BS, weights["model.embed_tokens.weight"])
+    x = outputs["model.embed_tokens"] = F.embedding(tokens_BS, weights["model.embed_tokens.weight"])
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
         normed = plain_norm(x, weights[f"{prefix}.input_layernorm.weight"], shape)
-        x = x + _attention(weights, f"{prefix}.self_attn", shape, normed, positions_BS, documents_BS)
+        mixed = _attention(weights, f"{prefix}.self_attn", shape, normed, positions_BS, documents_BS)
+        x = x + outputs.setdefault(f"{prefix}.self_attn", mixed)
         normed = plain_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], shape)
         gate = F.linear(normed, weights[f"{prefix}.mlp.gate_proj.weight"])
         up = F.linear(normed, weights[f"{prefix}.mlp.up_proj.weight"])
-        x = x + F.linear(gate * torch.sigmoid(gate) * up, weights[f"{prefix}.mlp.down_proj.weight"])
-    return F.linear(plain_norm(x, weights["model.norm.weight"], shape), weights["lm_head.weight"])
+        down = F.linear(gate * torch.sigmoid(gate) * up, weights[f"{prefix}.mlp.down_proj.weight"])
+        x = x + outputs.setdefault(f"{prefix}.mlp", down)
+    x = outputs["model.norm"] = plain_norm(x, weights["model.norm.weight"], shape)
+    return F.linear(x, weights["lm_head.weight"])
 
 
 def plain_losses(
@@ -85,9 +95,10 @@ def plain_losses(
     labels_BS: Tensor,
     positions_BS: Tensor,
     documents_BS: Tensor | None = None,
+    outputs: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Every token's negative log-likelihood in nats, loss_BS, unmasked."""
-    logits = plain_logits(weights, shape, tokens_BS, positions_BS, documents_BS)
+    """Every token's negative log-likelihood in nats, loss_BS, unmasked. ``outputs`` as of ``plain_logits``."""
+    logits = plain_logits(weights, shape, tokens_BS, positions_BS, documents_BS, outputs)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
 

@@ -1,0 +1,133 @@
+"""One way to run: what parity varies, and which ways there are."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.pipeline.schedules import FIXED_CHUNKS, default_chunks
+
+LARGEST_MICRO_BATCH = 2  # two samples at once show what more would
+BUCKET_MIB = {False: 1.0, True: 1 / 64}  # the whole small model in two buckets, or one for every few weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """One way to run the model. The default is the simplest: one process, nothing deferred, overlapped or computed
+    again. ``small_buckets``: so small that the small model has several.
+    """
+
+    tp: int = 1
+    sequence: bool = False
+    pp: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    dp: int = 1
+    micro_batch: int = 1
+    recompute: str = "none"
+    overlap: bool = False
+    small_buckets: bool = False
+    deterministic: bool = False
+    fused: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Processes it needs."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What differs from the simplest."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def without(self, *options: str) -> "Layout":
+        """This layout with ``options``, and what has no meaning without them, as in the simplest."""
+        gone = {*options, *(name for name, other in NEEDS.items() if other in options)}
+        left = Layout(**{name: value for name, value in self.options.items() if name not in gone})
+        return left if left.schedule == self.schedule else replace(left, chunks=default_chunks(left.schedule))
+
+    def __str__(self) -> str:
+        return " ".join(WORDS[name].format(value) for name, value in self.options.items()) or "one process"
+
+
+WORDS: Mapping[str, str] = {
+    "tp": "tp {}",
+    "sequence": "sp",
+    "pp": "pp {}",
+    "schedule": "{}",
+    "chunks": "chunks {}",
+    "dp": "dp {}",
+    "micro_batch": "mbs {}",
+    "recompute": "recompute {}",
+    "overlap": "overlap",
+    "small_buckets": "small buckets",
+    "deterministic": "deterministic",
+    "fused": "fused",
+}
+NEEDS: Mapping[str, str] = {  # without the second the first is nothing
+    "sequence": "tp",
+    "schedule": "pp",
+    "chunks": "pp",
+    "small_buckets": "dp",
+    "deterministic": "dp",
+}
+
+
+def is_supported(layout: Layout) -> bool:
+    """Whether a run can be set so; a schedule may exist for one number of chunks only."""
+    plain = Layout()
+    return layout.chunks == FIXED_CHUNKS.get(layout.schedule, layout.chunks) and not any(
+        getattr(layout, name) != getattr(plain, name) and getattr(layout, other) == getattr(plain, other)
+        for name, other in NEEDS.items()
+    )
+
+
+def requested_layout(config: RunConfig) -> Layout:
+    """What the settings ask for. Buckets are small wherever they matter, as the model will be."""
+    parallel, dp = config.parallel, 1 if config.parallel.data is None else config.parallel.data
+    has_pipeline = parallel.pipeline > 1
+    return Layout(
+        tp=parallel.tensor,
+        sequence=parallel.sequence and parallel.tensor > 1,
+        pp=parallel.pipeline,
+        schedule=parallel.schedule if has_pipeline else "1f1b",
+        dp=dp,
+        micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
+        small_buckets=dp > 1,
+    )
+
+
+def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
+    """The small settings run as ``layout`` says.
+
+    Stages that were placed by hand are, where there are as many; else they are balanced.
+    """
+    parallel = config.parallel
+    by_hand = parallel.stage_layers is not None and len(parallel.stage_layers) == layout.pp
+    schedule: Any = layout.schedule
+    return replace(
+        config,
+        parallel=replace(
+            parallel,
+            tensor=layout.tp,
+            sequence=layout.sequence,
+            pipeline=layout.pp,
+            schedule=schedule,
+            stage_layers=parallel.stage_layers if by_hand and layout.pp > 1 else None,
+            data=layout.dp,
+            bucket_mib=BUCKET_MIB[layout.small_buckets],
+        ),
+        train=replace(config.train, micro_batch=layout.micro_batch),
+    )
+
+
+def simpler(layout: Layout) -> Iterator[Layout]:
+    """The layouts with one option less, those that save processes first."""
+    for name in sorted(layout.options, key=lambda name: name not in ("pp", "dp", "tp")):
+        candidate = layout.without(name)
+        if is_supported(candidate):
+            yield candidate

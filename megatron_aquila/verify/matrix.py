@@ -1,0 +1,113 @@
+"""The grid of everything that can be combined, proved by a sample in which every two settings meet."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.pipeline.schedules import SCHEDULES
+from megatron_aquila.verify.compare import Row
+from megatron_aquila.verify.cover import pairwise_cover
+from megatron_aquila.verify.layout import Layout, is_supported
+from megatron_aquila.verify.parity import Parity
+from megatron_aquila.verify.pool import WorkerPool
+from megatron_aquila.verify.rows import Claim
+
+MOST_PROCESSES = 8
+YES_OR_NO = (False, True)
+# What stands first is preferred where the cover leaves a choice.
+AXES: Mapping[str, Sequence[Any]] = {
+    "tp": (1, 2, 4),
+    "pp": (1, 2, 4),
+    "dp": (1, 2),
+    "micro_batch": (1, 2),
+    "sequence": YES_OR_NO,
+    "schedule": ("1f1b", *(name for name in SCHEDULES if name != "1f1b")),
+    "chunks": (1, 2),
+    "documents": YES_OR_NO,
+}
+LARGEST = Layout(**{name: max(AXES[name]) for name in ("tp", "pp", "dp", "micro_batch", "chunks")})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixCase:
+    """One combination: how to run, and whether documents are kept apart."""
+
+    layout: Layout
+    documents: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatrixRow:
+    """What was found: against the plain reference, and, where bits are due, against the world of one."""
+
+    case: MatrixCase
+    plain: Row
+    bits: Row | None
+    seconds: float
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All that was compared."""
+        return (self.plain,) if self.bits is None else (self.plain, self.bits)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every tensor is as near as it must be."""
+        return all(row.holds for row in self.rows)
+
+
+def case_of(values: Mapping[str, Any]) -> MatrixCase:
+    """The combination that these values of ``AXES`` name."""
+    ways = {name: value for name, value in values.items() if name != "documents"}
+    return MatrixCase(layout=Layout(**ways), documents=values["documents"])
+
+
+def is_case(values: Mapping[str, Any]) -> bool:
+    """Whether the combination can be run here."""
+    layout = case_of(values).layout
+    return layout.world_size <= MOST_PROCESSES and is_supported(layout)
+
+
+@cache
+def matrix_cases() -> tuple[MatrixCase, ...]:
+    """The sample, cheap cases first."""
+    found = [case_of(values) for values in pairwise_cover(AXES, is_case)]
+    return tuple(sorted(found, key=lambda case: case.layout.world_size))
+
+
+def twin_of(layout: Layout) -> Layout | None:
+    """The one process whose gradients those of ``layout`` must equal bit for bit; none where sums are split."""
+    if layout.tp > 1 or layout.dp > 1:
+        return None
+    twin = Layout(micro_batch=layout.micro_batch, fused=layout.fused)
+    return None if twin == layout else twin
+
+
+def run_matrix(config: RunConfig, pool: Callable[[int], WorkerPool]) -> Iterator[MatrixRow]:
+    """Every case of the sample on one small model made of ``config``, a row as soon as it is known."""
+    proofs = {documents: Parity(matrix_config(config, documents=documents), LARGEST, pool) for documents in YES_OR_NO}
+    for case in matrix_cases():
+        yield run_case(case, proofs[case.documents])
+
+
+def run_case(case: MatrixCase, parity: Parity) -> MatrixRow:
+    """One case."""
+    started, layout = time.perf_counter(), case.layout
+    plain = parity.judge(Claim(axis="matrix", layout=layout))
+    twin = twin_of(layout)
+    bits = None if twin is None else parity.judge(Claim(axis="matrix", layout=layout, twin=twin, bits="gradients"))
+    return MatrixRow(case=case, plain=plain, bits=bits, seconds=time.perf_counter() - started)
+
+
+def matrix_config(config: RunConfig, *, documents: bool) -> RunConfig:
+    """``config`` with balanced stages, and documents kept apart in everything or in nothing."""
+    return replace(
+        config,
+        parallel=replace(config.parallel, stage_layers=None),
+        data=replace(
+            config.data, reset_position_ids=documents, reset_attention_mask=documents, eod_mask_loss=documents
+        ),
+    )

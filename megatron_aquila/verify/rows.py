@@ -1,0 +1,49 @@
+"""What is claimed of a layout: a row an axis that it uses."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_aquila.verify.compare import Bits
+from megatron_aquila.verify.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """``layout`` computes what the plain reference does; or, with ``twin``, bit for bit what that layout does."""
+
+    axis: str
+    layout: Layout
+    twin: Layout | None = None
+    bits: Bits = "everything"
+
+
+def claims(requested: Layout) -> list[Claim]:
+    """Each axis of ``requested`` alone, what may not change a bit, and all together. What is asked twice stands once."""
+    found: list[Claim] = []
+    for claim in _claims(requested):
+        if not any((one.layout, one.twin) == (claim.layout, claim.twin) for one in found):
+            found.append(claim)
+    return found
+
+
+def _claims(requested: Layout) -> Iterator[Claim]:
+    one, asked = Layout(), requested.options
+    tp, pp, dp = Layout(tp=requested.tp), Layout(pp=requested.pp), Layout(dp=requested.dp)
+    yield Claim(axis="world of one", layout=one)
+    yield Claim(axis="tp", layout=tp)
+    yield Claim(axis="tp + sp", layout=replace(tp, sequence="tp" in asked))
+    for axis, layout in (("pp", pp), ("schedule", replace(pp, schedule=requested.schedule, chunks=requested.chunks))):
+        if "pp" in asked:
+            yield Claim(axis=axis, layout=layout)
+            yield Claim(axis=axis, layout=layout, twin=one, bits="gradients")
+    yield Claim(axis="dp (ZeRO-1)", layout=dp)
+    yield Claim(axis="micro-batch size", layout=Layout(micro_batch=requested.micro_batch))
+    yield Claim(axis="fused main grads", layout=Layout(fused=requested.fused))
+    for option in ("recompute", "overlap"):
+        if option in asked:
+            yield Claim(axis=option, layout=requested, twin=requested.without(option))
+    if "small_buckets" in asked:
+        fixed = replace(dp, deterministic=True)
+        small = replace(fixed, small_buckets=True)
+        yield Claim(axis="bucket sizes", layout=small, twin=fixed, bits="gradients")
+    yield Claim(axis="all together", layout=requested)

@@ -1,0 +1,476 @@
+"""Bugs that parity must find: one table. Each is put into the workers that run it, and taken out again.
+
+``python -m tests.verify.mutants PAGE`` writes the table into a page.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.verify import observe
+from megatron_aquila.verify.layout import Layout
+from megatron_aquila.verify.observe import Observation, RankObservation
+from megatron_aquila.verify.page import markdown, put, write
+from megatron_aquila.verify.pool import WorkerPool
+from megatron_aquila.verify.rows import Claim, claims
+
+Inject = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A bug: what it is in words, how to inject it, the layout that shows it, the row it turns red and the tensor that
+    is named. ``documents``: what the samples' documents are to each other, as switches of the data's settings.
+    """
+
+    bug: str
+    inject: Inject
+    layout: Layout
+    axis: str
+    tensor: str
+    documents: tuple[str, ...] = ()
+
+    @property
+    def claim(self) -> Claim:
+        """The row that must be red."""
+        return next(claim for claim in claims(self.layout) if claim.axis == self.axis)
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def mutant(bug: str, layout: Layout, axis: str, tensor: str, *documents: str) -> Callable[[Inject], Inject]:
+    """Put the decorated injection into the table."""
+
+    def register(inject: Inject) -> Inject:
+        MUTANTS[inject.__name__] = Mutant(
+            bug=bug, inject=inject, layout=layout, axis=axis, tensor=tensor, documents=documents
+        )
+        return inject
+
+    return register
+
+
+def observe_mutant(config: RunConfig, name: str) -> RankObservation:
+    """Runs in a worker."""
+    with MUTANTS[name].inject():
+        return observe.observe_rank(config)
+
+
+def run_mutant(name: str) -> Callable[[RunConfig, WorkerPool], Observation]:
+    """The engine with the bug in it, as ``Parity`` wants it."""
+    return lambda config, pool: observe.join_ranks(pool.run(observe_mutant, config, name))
+
+
+def with_switches(config: RunConfig, switches: tuple[str, ...]) -> RunConfig:
+    """``config`` with these switches of documents on."""
+    return replace(config, data=replace(config.data, **dict.fromkeys(switches, True)))
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def within(owner: Any, name: str, patch: Callable[[], Any]) -> Any:
+    """Patches only while the method ``owner.name`` runs."""
+    right = getattr(owner, name)
+
+    def wrong(*args: Any) -> Any:
+        with patch():
+            return right(*args)
+
+    return patched(owner, name, staticmethod(wrong) if isinstance(owner.__dict__[name], staticmethod) else wrong)
+
+
+def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return x
+
+
+ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
+SPLIT = Layout(pp=2, schedule="zb-h1")
+APART = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+
+
+# Tensor and sequence parallelism.
+
+
+@mutant("norm gradients are not summed over tp", SP, "tp + sp", "gradient of model.norm.weight")
+def no_norm_sum() -> Any:
+    from megatron_aquila.optim.distributed import DistributedOptimizer
+
+    return patched(DistributedOptimizer, "_sum_over_tp", lambda self: None)
+
+
+@mutant("a row-parallel output is added tp times", SP, "tp + sp", "output of model.layers.0.self_attn")
+def row_output_added_again() -> Any:
+    from megatron_aquila.parallel import layers
+
+    right = layers.reduce_scatter
+    return patched(layers, "reduce_scatter", lambda x, group: right(x, group) * group.size)
+
+
+@mutant("a column-parallel input gradient stays a partial sum", TP, "tp", "gradient of model.norm.weight")
+def no_column_reduce() -> Any:
+    from megatron_aquila.parallel import layers
+
+    return within(layers._ColumnParallel, "backward", lambda: patched(layers, "all_reduce_", unreduced))
+
+
+@mutant("sequence shards are gathered in the wrong order", SP, "tp + sp", "output of model.layers.0.self_attn")
+def shards_out_of_order() -> Any:
+    from megatron_aquila.parallel import layers
+
+    right = layers.all_gather
+    return patched(layers, "all_gather", lambda x, group: right(x, group).roll(x.shape[0], 0))
+
+
+@mutant("the replicas of a norm weight drift apart", TP, "tp", "model.layers.0.input_layernorm.weight after sgd")
+def replicas_drift() -> Any:
+    from megatron_aquila.optim.distributed import DistributedOptimizer
+
+    right = DistributedOptimizer.step
+
+    def wrong(self: DistributedOptimizer, lr: float) -> None:
+        right(self, lr)
+        for bucket in self._buckets:
+            bucket.weights += 1e-15 * (self._ctx.tp.rank if not bucket.layout.weight_decay else 0)
+
+    return patched(DistributedOptimizer, "step", wrong)
+
+
+@mutant("the exponentials of the loss are summed once too often: log(tp) more", TP, "tp", "loss")
+def vocab_log_offset() -> Any:
+    from megatron_aquila.parallel import vocab
+
+    right = vocab.all_reduce_
+
+    def wrong(x: torch.Tensor, group: Any, op: str = "sum") -> torch.Tensor:
+        out = right(x, group, op)  # type: ignore[arg-type]
+        return out if op == "max" or x.shape[:1] != (2,) else torch.stack([out[0], out[1] * group.size])
+
+    return patched(vocab, "all_reduce_", wrong)
+
+
+@mutant("the uneven last shard of the vocabulary is read into its padding", TP, "tp", "loss")
+def vocab_padding_counts() -> Any:
+    from megatron_aquila.parallel import vocab
+
+    return patched(vocab, "_num_real", lambda shard_size, tp, vocab_size: shard_size)
+
+
+@mutant("tokens of other ranks are looked up, too", TP, "tp", "output of model.embed_tokens")
+def foreign_tokens_embedded() -> Any:
+    from megatron_aquila.parallel import vocab
+
+    right = vocab._local
+
+    def wrong(*args: Any) -> Any:
+        rows, is_mine = right(*args)
+        return rows, torch.ones_like(is_mine)
+
+    return within(vocab.VocabParallelEmbedding, "forward", lambda: patched(vocab, "_local", wrong))
+
+
+@mutant("a tp rank has its neighbour's key heads", TP, "tp", "output of model.layers.0.self_attn")
+def key_heads_swapped() -> Any:
+    from megatron_aquila.model import attention
+
+    right = attention.column_part
+
+    def wrong(name: str, global_shape: tuple[int, int], tp: Any, *, local_row: int = 0) -> Any:
+        part = right(name, global_shape, tp, local_row=local_row)
+        if "k_proj" not in name:
+            return part
+        return replace(part, offset=((tp.rank + 1) % tp.size * part.shape[0], 0))
+
+    return patched(attention, "column_part", wrong)
+
+
+# The model.
+
+
+@mutant(
+    "query head n reads key head n % K, not n // (N / K)", ONE, "world of one", "output of model.layers.0.self_attn"
+)
+def query_heads_read_group_n_mod_k() -> Any:
+    from megatron_aquila.train import build
+
+    right = build.choose_kernels
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        kernels = right(*args, **kwargs)
+
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any) -> torch.Tensor:
+            heads = torch.arange(q.shape[2]) % k.shape[2]
+            return kernels.attention(q, k[:, :, heads], v[:, :, heads], documents)
+
+        return replace(kernels, attention=attention)
+
+    return patched(build, "choose_kernels", wrong)
+
+
+@mutant("rotary positions grow twice as fast", ONE, "world of one", "output of model.layers.0.self_attn")
+def rope_twice_as_fast() -> Any:
+    from megatron_aquila.model import aquila
+
+    right = aquila.rope_tables
+    return patched(aquila, "rope_tables", lambda positions, **settings: right(positions * 2, **settings))
+
+
+@mutant("a microbatch's loss is divided by its own tokens", ONE, "world of one", "gradient of lm_head.weight")
+def mean_of_means() -> Any:
+    from megatron_aquila.train.loss import LossSums
+
+    right = LossSums.loss
+
+    def wrong(self: LossSums, loss_SB: torch.Tensor, batch: Any) -> torch.Tensor:
+        return right(self, loss_SB, batch) * self.num_tokens / batch.loss_mask_BS.sum() / 4
+
+    return patched(LossSums, "loss", wrong)
+
+
+@mutant("the loss is divided by this replica's tokens", DP, "dp (ZeRO-1)", "loss")
+def tokens_of_one_replica() -> Any:
+    from megatron_aquila.train import step
+
+    return patched(step, "all_reduce_", unreduced)
+
+
+# Pipelines.
+
+
+@mutant("a stage leaves out its last layer", PP, "pp", "output of model.layers.2.self_attn")
+def dropped_layer() -> Any:
+    return _other_blocks(lambda blocks: blocks[:-1])
+
+
+@mutant("a stage runs its last layer twice", PP, "pp", "output of model.layers.2.self_attn")
+def repeated_layer() -> Any:
+    return _other_blocks(lambda blocks: [*blocks, blocks[-1]])
+
+
+def _other_blocks(change: Callable[[Any], Any]) -> Any:
+    from megatron_aquila.model.aquila import AquilaStage
+
+    right = AquilaStage._blocks
+
+    def wrong(self: AquilaStage, *inputs: Any) -> torch.Tensor:
+        blocks = self.blocks
+        self.blocks = torch.nn.ModuleList(change(blocks)) if self.stage == 1 else blocks
+        out = right(self, *inputs)
+        self.blocks = blocks
+        return out
+
+    return patched(AquilaStage, "_blocks", wrong)
+
+
+@mutant("two microbatches' activations change places", PP, "pp", "output of model.layers.2.self_attn")
+def activations_swapped() -> Any:
+    from megatron_aquila.pipeline.wire import P2PWire
+
+    right, kept = P2PWire.send, list[torch.Tensor]()
+
+    def wrong(self: P2PWire, op: Any, stage: int, microbatch: int, x: torch.Tensor) -> None:
+        if op == "F" and microbatch == 0:
+            kept.append(x)
+            return
+        right(self, op, stage, microbatch, x)
+        if op == "F" and microbatch == 1:
+            right(self, op, stage, microbatch, kept.pop())
+
+    return patched(P2PWire, "send", wrong)
+
+
+@mutant("activations travel in fp32", PP, "pp", "output of model.layers.2.self_attn")
+def activations_rounded() -> Any:
+    from megatron_aquila.pipeline.wire import P2PWire
+
+    right = P2PWire.send
+    return patched(P2PWire, "send", lambda self, op, stage, m, x: right(self, op, stage, m, x.float().to(x.dtype)))
+
+
+@mutant("a weight gradient put off is never added", SPLIT, "schedule", "gradient of lm_head.weight")
+def weight_gradient_never_paid() -> Any:
+    from megatron_aquila.parallel.weight_grads import WeightGradQueue
+
+    return patched(WeightGradQueue, "pay", lambda self, key: self._owed.pop(key) and None)
+
+
+@mutant("a weight gradient put off is added twice", SPLIT, "schedule", "gradient of lm_head.weight")
+def weight_gradient_paid_twice() -> Any:
+    from megatron_aquila.parallel.weight_grads import WeightGradQueue
+
+    def wrong(self: WeightGradQueue, key: Any) -> None:
+        for job in 2 * self._owed.pop(key):
+            job()
+
+    return patched(WeightGradQueue, "pay", wrong)
+
+
+# Clipping and the update.
+
+
+@mutant("the clip norm misses a parameter", ONE, "world of one", "gradient norm")
+def parameter_missing_from_norm() -> Any:
+    from megatron_aquila.optim import distributed
+
+    right = distributed.counted
+    return patched(
+        distributed, "counted", lambda flat: iter(()) if flat.info.name == "model.norm.weight" else right(flat)
+    )
+
+
+@mutant("the clip norm counts replicated parameters on every tp rank", TP, "tp", "gradient norm")
+def replicas_counted_in_norm() -> Any:
+    from megatron_aquila.optim import distributed
+
+    return patched(distributed, "counted", lambda flat: iter([(flat.start, flat.stop)]))
+
+
+@mutant("each rank clips by the norm of its own shard", DP, "dp (ZeRO-1)", "gradient norm")
+def norm_of_own_shard() -> Any:
+    from megatron_aquila.optim import distributed
+    from megatron_aquila.optim.distributed import DistributedOptimizer
+
+    return within(DistributedOptimizer, "grad_norm", lambda: patched(distributed, "all_reduce_", unreduced))
+
+
+@mutant("gradients are averaged over the replicas", DP, "dp (ZeRO-1)", "gradient of lm_head.weight")
+def gradients_averaged() -> Any:
+    from megatron_aquila.optim.distributed import DistributedOptimizer
+
+    right = DistributedOptimizer.reduce_gradients
+
+    def wrong(self: DistributedOptimizer) -> None:
+        right(self)
+        for bucket in self._buckets:
+            bucket.grad_shard /= self._ctx.dp_cp.size
+
+    return patched(DistributedOptimizer, "reduce_gradients", wrong)
+
+
+@mutant("gradients of the step before are left over", ONE, "world of one", "next gradient of lm_head.weight")
+def gradients_left_over() -> Any:
+    from megatron_aquila.optim.distributed import DistributedOptimizer
+
+    return patched(DistributedOptimizer, "zero_grad", lambda self: None)
+
+
+@mutant("norm weights decay", ONE, "world of one", "model.layers.0.input_layernorm.weight after sgd")
+def norms_decay() -> Any:
+    from megatron_aquila.optim.rules import Sgd
+
+    right = Sgd.update_
+    return patched(Sgd, "update_", lambda *args, decays, **kwargs: right(*args, decays=True, **kwargs))
+
+
+@mutant("Adam's bias correction counts one step too many", ONE, "world of one", "model.embed_tokens.weight after adamw")
+def bias_correction_off_by_one() -> Any:
+    from megatron_aquila.optim.rules import AdamW
+
+    right = AdamW.update_
+    return patched(AdamW, "update_", lambda *args, step, **kwargs: right(*args, step=step + 1, **kwargs))
+
+
+@mutant("an optimizer shard begins an element late", DP, "dp (ZeRO-1)", "model.embed_tokens.weight after sgd")
+def shard_border_off_by_one() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+
+    right = Bucket.publish_
+
+    def wrong(self: Bucket) -> None:
+        self.master.copy_(self.master.roll(1))
+        right(self)
+
+    return patched(Bucket, "publish_", wrong)
+
+
+@mutant("replicas keep the old weights of the others' shards", DP, "dp (ZeRO-1)", "model.embed_tokens.weight after sgd")
+def no_param_gather() -> Any:
+    from megatron_aquila.optim import buckets
+
+    return patched(buckets, "all_gather_flat_", lambda out, shard, group: None)
+
+
+# Documents. Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So
+# that bug is looked for where only positions are reset.
+
+
+@mutant("attention sees the whole sample", ONE, "world of one", "output of model.layers.0.self_attn", *APART)
+def mask_ignored() -> Any:
+    from megatron_aquila.model.attention import Attention
+
+    right = Attention.forward
+    return patched(Attention, "forward", lambda self, x, cos, sin, documents: right(self, x, cos, sin))
+
+
+@mutant(
+    "a document begins with the end of the one before",
+    ONE,
+    "world of one",
+    "output of model.layers.0.self_attn",
+    *APART,
+)
+def mask_off_by_one() -> Any:
+    from megatron_aquila.data.documents import DocumentRules
+
+    right = DocumentRules.bounds
+
+    def wrong(self: DocumentRules, tokens: Any) -> Any:
+        bounds = right(self, tokens)
+        return bounds - (bounds % tokens.shape[1] == tokens.shape[1] // 2 + 1)
+
+    return patched(DocumentRules, "bounds", wrong)
+
+
+@mutant("positions count on", ONE, "world of one", "output of model.layers.0.self_attn", "reset_position_ids")
+def positions_not_reset() -> Any:
+    from megatron_aquila.data.documents import DocumentRules
+
+    right = DocumentRules.positions
+    return patched(DocumentRules, "positions", lambda self, tokens: right(replace(self, reset_positions=False), tokens))
+
+
+@mutant(
+    "rotary positions skip one after a document's start",
+    ONE,
+    "world of one",
+    "output of model.layers.0.self_attn",
+    *APART,
+)
+def positions_skip_one_after_a_start() -> Any:
+    from megatron_aquila.model import aquila
+
+    right = aquila.rope_tables
+    return patched(aquila, "rope_tables", lambda positions, **settings: right(positions + (positions > 0), **settings))
+
+
+@mutant("the loss counts what follows the end of a document", ONE, "world of one", "loss", *APART)
+def end_of_document_counts() -> Any:
+    from megatron_aquila.data.documents import DocumentRules
+
+    right = DocumentRules.loss_mask
+    return patched(DocumentRules, "loss_mask", lambda self, tokens: right(replace(self, mask_loss=False), tokens))
+
+
+def mutants_table() -> str:
+    """The table as Markdown. That each line is true is what tests/verify/test_mutants.py tests."""
+    rows = [(one.bug, str(one.layout), one.axis, one.tensor) for one in MUTANTS.values()]
+    return markdown(("bug", "layout", "caught by the row", "first wrong tensor"), rows)
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    write(page, put(page.read_text(encoding="utf-8"), "mutants", mutants_table()))

@@ -1,0 +1,70 @@
+from dataclasses import fields, replace
+
+import pytest
+
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.verify.layout import NEEDS, WORDS, Layout, is_supported, requested_layout, simpler, with_layout
+from megatron_aquila.verify.shrink import shrink, small_stages
+
+FULL = Layout(
+    tp=2, sequence=True, pp=2, schedule="zb-v", chunks=2, dp=2, micro_batch=2, small_buckets=True, deterministic=True
+)
+
+
+def test_it_names_what_is_not_the_simplest() -> None:
+    assert str(Layout()) == "one process"
+    assert str(FULL) == "tp 2 sp pp 2 zb-v chunks 2 dp 2 mbs 2 small buckets deterministic"
+    assert set(WORDS) == {field.name for field in fields(Layout)}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_what_needs_another_option_goes_with_it(name: str) -> None:
+    left = FULL.without(NEEDS[name])
+    assert name not in left.options
+    assert is_supported(left)
+
+
+def test_a_schedule_takes_its_chunks_with_it() -> None:
+    assert FULL.without("schedule") == replace(FULL, schedule="1f1b", chunks=1)
+    assert replace(FULL, schedule="1f1b").without("tp").chunks == 2
+
+
+def test_simpler_layouts_have_fewer_options_and_can_run() -> None:
+    found = list(simpler(FULL))
+    assert found[0].world_size < FULL.world_size, "what saves processes comes first"
+    assert all(is_supported(one) and set(one.options) < set(FULL.options) for one in found)
+    assert FULL.without("chunks") not in found, "zb-v has two chunks"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(sequence=True), Layout(schedule="gpipe"), Layout(chunks=2), Layout(pp=2, schedule="zb-v"),
+     Layout(pp=2, schedule="zb-h1", chunks=2), Layout(deterministic=True), Layout(small_buckets=True)],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_or_need_not_run_is_not_supported(layout: Layout) -> None:
+    assert not is_supported(layout)
+
+
+def test_the_settings_say_what_is_asked_for() -> None:
+    config = RunConfig(
+        parallel=ParallelConfig(tensor=2, data=3, sequence=True, schedule="gpipe"), train=TrainConfig(micro_batch=8)
+    )
+    asked = requested_layout(config)
+    assert asked == Layout(tp=2, sequence=True, dp=3, micro_batch=2, small_buckets=True)
+    alone = requested_layout(replace(config, parallel=ParallelConfig(sequence=True)))
+    assert not alone.sequence
+    staged = requested_layout(replace(config, parallel=ParallelConfig(pipeline=2, schedule="gpipe")))
+    assert staged.schedule == "gpipe"
+
+
+def test_small_config_keeps_structure() -> None:
+    config = RunConfig(
+        model=ModelConfig(num_layers=60, num_heads=8, num_kv_heads=4), parallel=ParallelConfig(stage_layers=(31, 29))
+    )
+    small = shrink(config, FULL)
+    assert small.model.num_heads // (small.model.num_kv_heads or 1) == 2
+    assert small_stages((15, 16, 16, 13)) == (2, 2, 2, 1)
+    assert with_layout(small, Layout(pp=2)).parallel.stage_layers == (2, 1)
+    assert with_layout(small, Layout()).parallel.stage_layers is None
+    assert with_layout(small, Layout(pp=3)).parallel.stage_layers is None

@@ -1,0 +1,84 @@
+"""Tables, and the page docs/parity.md: its words and its measured tables belong to the tables in the code."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_aquila.errors import AquilaError
+from megatron_aquila.verify.compare import BOUND, Difference, Row, failed
+from megatron_aquila.verify.layout import Layout
+from megatron_aquila.verify.matrix import MatrixCase, MatrixRow, matrix_cases
+from megatron_aquila.verify.page import HEADER, as_json, case_cells, markdown, matrix_table, put, write
+from tests.verify.mutants import mutants_table
+
+PAGE = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+HOLDS = Row(
+    axis="pp", layout=Layout(pp=2), against="plain", worst=Difference(tensor="loss", error=1e-15), first_wrong=None
+)
+CASE = MatrixCase(layout=Layout(pp=2), documents=True)
+
+
+def cells(line: str) -> list[str]:
+    return line.strip("| ").split(" | ")
+
+
+def test_the_page_shows_the_matrix_of_this_code_without_a_failure() -> None:
+    """Only running it gives the numbers; that they are of these cases, and none fails, can be seen here."""
+    table = PAGE.partition("<!-- matrix: ")[2].partition("<!-- /matrix -->")[0]
+    lines = [cells(line) for line in table.splitlines() if line.startswith("|")]
+    header, _, *rows = lines
+    assert tuple(header[: len(HEADER)]) == HEADER
+    assert [row[: len(HEADER)] for row in rows] == [case_cells(case) for case in matrix_cases()], (
+        "run the command in the page again"
+    )
+    for *_, error, bits, verdict in rows:
+        assert float(error) <= BOUND
+        assert bits in ("equal", "–")
+        assert verdict == "holds"
+    assert f"{len(rows)} cases, 0 failures" in table
+
+
+def test_the_page_shows_the_mutants_of_this_code() -> None:
+    assert put(PAGE, "mutants", mutants_table()) == PAGE, "run the command in the page again"
+
+
+def test_a_matrix_row_says_what_fails() -> None:
+    right = MatrixRow(case=CASE, plain=HOLDS, bits=HOLDS, seconds=1.0)
+    wrong = MatrixRow(case=CASE, plain=HOLDS, bits=failed("pp", Layout(pp=2), "–", "no run"), seconds=1.0)
+    alone = MatrixRow(case=CASE, plain=HOLDS, bits=None, seconds=1.0)
+    text = matrix_table([right, wrong, alone])
+    lines = [cells(line) for line in text.splitlines() if line.startswith("| 1")]
+    assert [line[-2:] for line in lines] == [["equal", "holds"], ["DIFFER", "FAILS at no run"], ["–", "holds"]]
+    assert "3 cases, 1 failures" in text
+
+
+def test_a_table_is_put_in_its_place() -> None:
+    page = "a\n<!-- one: made by x -->\nold\n<!-- /one -->\nb\n"
+    assert put(page, "one", "new") == "a\n<!-- one: made by x -->\n\nnew\n\n<!-- /one -->\nb\n"
+    assert put(put(page, "one", "new"), "one", "new") == put(page, "one", "new")
+    with pytest.raises(AquilaError, match=r"no place for it: a line <!-- two: \.\.\. -->"):
+        put(page, "two", "new")
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(UnicodeEncodeError):
+        write(tmp_path / "a.json", "\ud800")
+    assert (tmp_path / "a.json").read_text() == "text"
+
+
+def test_what_a_program_reads_is_strict_json() -> None:
+    found = as_json([HOLDS, failed("pp", Layout(pp=2), "–", "no run")])
+    text = json.dumps(found, allow_nan=False)
+    assert json.loads(text)["rows"][1]["error"] is None
+    assert (found["holds"], found["bound"]) == (False, BOUND)
+    assert set(found["versions"]) == {"megatron_aquila", "torch", "python"}
+    assert as_json([HOLDS])["holds"]
+    assert not math.isnan(as_json([HOLDS])["rows"][0]["error"])
+
+
+def test_markdown() -> None:
+    assert markdown(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

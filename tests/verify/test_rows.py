@@ -1,0 +1,42 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_aquila.verify.layout import Layout, is_supported
+from megatron_aquila.verify.matrix import AXES, case_of, is_case
+from megatron_aquila.verify.rows import claims
+
+LAYOUTS = (
+    st.fixed_dictionaries({name: st.sampled_from(list(values)) for name, values in AXES.items()})
+    .filter(is_case)
+    .map(lambda values: case_of(values).layout)
+)
+
+
+@given(requested=LAYOUTS)
+def test_every_row_can_run_and_the_last_is_what_was_asked_for(requested: Layout) -> None:
+    found = claims(requested)
+    assert len({(claim.layout, claim.twin) for claim in found}) == len(found)
+    assert all(is_supported(claim.layout) for claim in found)
+    assert all(claim.twin is None or is_supported(claim.twin) for claim in found)
+    assert requested in [claim.layout for claim in found]
+    for name in requested.options:
+        assert any(name in claim.layout.options for claim in found if len(claim.layout.options) <= 4)
+
+
+def test_an_axis_of_degree_one_is_not_tried() -> None:
+    assert [claim.axis for claim in claims(Layout(tp=2))] == ["world of one", "tp", "tp + sp"]
+    assert [claim.axis for claim in claims(Layout())] == ["world of one"]
+
+
+def test_a_pipeline_is_held_against_both_references() -> None:
+    found = [(claim.axis, claim.twin) for claim in claims(Layout(pp=2, schedule="zb-h1"))]
+    assert found == [
+        ("world of one", None), ("pp", None), ("pp", Layout()), ("schedule", None), ("schedule", Layout()),
+    ]  # fmt: skip
+
+
+def test_buckets_are_held_against_whole_ones_in_a_fixed_order() -> None:
+    *_, buckets, together = claims(Layout(dp=2, small_buckets=True))
+    assert buckets.layout == Layout(dp=2, small_buckets=True, deterministic=True)
+    assert buckets.twin == Layout(dp=2, deterministic=True)
+    assert together.layout == Layout(dp=2, small_buckets=True)
