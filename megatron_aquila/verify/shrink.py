@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from megatron_aquila.config.derive import given_layers, num_chunks
 from megatron_aquila.config.schema import RunConfig
 
 HEAD_DIM = 8
@@ -41,13 +42,13 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
     group = model.num_heads // (model.num_heads if kv_heads is None else kv_heads)
     small_kv = 2 * largest.tp  # two a rank: with one, a query head could not read the wrong one
     num_heads = small_kv * max(1, group)
-    stage_layers = small_stages(config.parallel.stage_layers)
+    stage_layers = small_stages(given_layers(config.parallel))
     samples = MICROBATCHES * largest.dp * largest.micro_batch
     return replace(
         config,
         model=replace(
             model,
-            num_layers=sum(stage_layers) if stage_layers is not None else largest.pp + 1,
+            num_layers=sum(stage_layers) if stage_layers is not None else largest.pp * num_chunks(config.parallel) + 1,
             hidden_size=4 * HEAD_DIM,
             num_heads=num_heads,
             num_kv_heads=small_kv,
@@ -72,10 +73,11 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
 
 
 def small_stages(stage_layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """An uneven split made small: 1 layer where the fewest are, 2 elsewhere."""
+    """An uneven split made small: 1 layer where the fewest are, 2 elsewhere, none where there are none."""
     if stage_layers is None:
         return None
-    return tuple(1 + (layers > min(stage_layers)) for layers in stage_layers)
+    fewest = min(layers for layers in stage_layers if layers > 0)
+    return tuple((layers > 0) + (layers > fewest) for layers in stage_layers)
 
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
@@ -84,7 +86,8 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     Without a pipeline there are no stages to place by hand, and the schedule is the plain one: what a pipeline is held
     against has nothing deferred.
     """
-    stage_layers = small_stages(config.parallel.stage_layers) if layout.pp > 1 else None
+    is_split = layout.pp > 1
+    stage_layers = small_stages(given_layers(config.parallel)) if is_split else None
     return replace(
         config,
         parallel=replace(
@@ -94,7 +97,9 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             data=layout.dp,
             sequence=layout.sequence,
             stage_layers=stage_layers,
-            schedule=config.parallel.schedule if layout.pp > 1 else "1f1b",
+            pipeline_layout=None,
+            schedule=config.parallel.schedule if is_split else "1f1b",
+            chunks=num_chunks(config.parallel) if is_split else 1,
             bucket_mib=1,
         ),
         train=replace(config.train, micro_batch=layout.micro_batch),
