@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "config": {"plan"},
     "parallel": {"plan", "kernels"},
-    "pipeline": {"parallel"},
+    "pipeline": {"plan", "parallel"},
     "model": {"plan", "parallel", "kernels"},
     "data": {"plan", "_native"},
     "optim": {"parallel", "kernels"},

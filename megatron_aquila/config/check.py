@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-from megatron_aquila.config.derive import model_shape
+from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.inputs import check_data_path, check_documents, check_split, check_start
-from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
+from megatron_aquila.plan.layout import LayoutError
 from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.plan.stages import FIXED_CHUNKS
 
 Rule = Callable[[RunConfig, int | None], Iterator[Problem]]
 
@@ -66,18 +68,51 @@ def _context(config: RunConfig, _world: int | None) -> Iterator[Problem]:
 
 
 def _pipeline(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    """Each stage holds at least one layer; layers given by stage are as many as the stages and add up."""
-    pp, layers, given = config.parallel.pipeline, config.model.num_layers, config.parallel.stage_layers
-    if pp > layers:
-        yield Problem("--pp", pp, f"{layers} layers cannot fill {pp} stages", f"use 1 to {layers}")
-    if given is None:
+    """The schedule has as many stages a rank; they hold the layers, by hand or balanced, and none is empty."""
+    layout, layers = config.parallel, config.model.num_layers
+    name, pp, fixed = layout.schedule, layout.pipeline, FIXED_CHUNKS.get(layout.schedule)
+    if layout.chunks is not None and fixed not in (None, layout.chunks):
+        why = f"--schedule {name} has {fixed} a rank"
+        yield Problem("--chunks", layout.chunks, why, f"use {fixed}, or --schedule 1f1b, which takes any number")
         return
-    leave = "leave it out for a balanced split"
-    if len(given) != pp:
-        yield Problem("--stage-layers", spell(given), f"pp is {pp}, not {len(given)}", leave)
+    if layout.stage_layers is not None or layout.pipeline_layout is not None:
+        yield from _given_stages(layout, layers)
+        return
+    chunks = num_chunks(layout)
+    if pp > layers // chunks:
+        flags, stages = ("--pp", pp) if chunks == 1 else (f"--pp {pp} --chunks {chunks}", "")
+        why = f"{layers} layers cannot fill {pp * chunks} stages"
+        if pp > layers or fixed is not None:
+            way_out = f"use {_range(layers // chunks)}" if layers >= chunks else "use --schedule 1f1b"
+            yield Problem(flags, stages, why, way_out if chunks == 1 or layers < chunks else f"{way_out} for --pp")
+        else:
+            yield Problem(flags, stages, why, f"use {_range(layers // pp)} for --chunks")
+
+
+def _given_stages(layout: ParallelConfig, layers: int) -> Iterator[Problem]:
+    """Stages given by hand: in one form, as many as there are, adding up to the model."""
+    leave, pp = "leave it out for a balanced split", layout.pipeline
+    flag, value = "--stage-layers", spell(layout.stage_layers)
+    if layout.pipeline_layout is not None:
+        flag, value = "--pipeline-layout", layout.pipeline_layout
+        if layout.stage_layers is not None:
+            yield Problem(flag, value, f"--stage-layers {spell(layout.stage_layers)} says it too", "give one of them")
+            return
+    try:
+        given, chunks = given_layers(layout) or (), num_chunks(layout)
+    except LayoutError as error:
+        yield Problem(flag, value, str(error), leave)
+        return
+    if len(given) != pp * chunks:
+        stages = f"pp is {pp}" if chunks == 1 else f"pp {pp} x chunks {chunks} is {pp * chunks}"
+        is_fixed = layout.schedule in FIXED_CHUNKS or len(given) % pp
+        yield Problem(
+            flag, value, f"{stages}, not {len(given)}", leave if is_fixed else f"use --chunks {len(given) // pp}"
+        )
+    if 0 in given[1:-1]:
+        yield Problem(flag, value, f"stage {given.index(0, 1)} of {len(given)} holds nothing", leave)
     if sum(given) != layers:
-        why = f"they add up to {sum(given)}, the model has {layers} layers"
-        yield Problem("--stage-layers", spell(given), why, leave)
+        yield Problem(flag, value, f"they add up to {sum(given)}, the model has {layers} layers", leave)
 
 
 def _world(config: RunConfig, world: int | None) -> Iterator[Problem]:
@@ -177,8 +212,9 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _heads: _SHAPE,
     _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
     _context: "parallel.context",
-    _pipeline: "parallel.pipeline parallel.stage_layers model.num_layers",
-    _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers",
+    _pipeline: "parallel.pipeline parallel.schedule parallel.chunks parallel.stage_layers parallel.pipeline_layout "
+    "model.num_layers",
+    _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks",
     _batch: f"{_LAYOUT} {_BATCH}",
     _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
     _sequence: "parallel.sequence parallel.tensor model.seq_len",
@@ -240,15 +276,20 @@ def _product(config: RunConfig) -> tuple[str, str]:
 def _layouts(config: RunConfig, world: int) -> str:
     """The layouts nearest to the one asked for that this model and world allow, as advice."""
     layout, shape = config.parallel, model_shape(config.model)
+    chunks = FIXED_CHUNKS.get(layout.schedule, 1 if layout.chunks is None else layout.chunks)
     works = [
         (tp, pp)
         for tp in _tensor_degrees(shape, world)
-        for pp in range(1, min(shape.num_layers, world // tp) + 1)
+        for pp in range(1, min(shape.num_layers // chunks, world // tp) + 1)
         if world % (tp * pp) == 0
     ]
     works.sort(key=lambda at: abs(math.log(at[0] / layout.tensor)) + abs(math.log(at[1] / layout.pipeline)))
     nearest = [f"--tp {tp} --pp {pp}" for tp, pp in sorted(works[:6])]
     return f"use {_listed(nearest)}, or start a multiple of {_model_ranks(config)} processes"
+
+
+def _range(last: int) -> str:
+    return "1" if last == 1 else f"1 to {last}"
 
 
 def _divisors(number: int) -> list[int]:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from megatron_aquila.config.schema import ModelConfig, RunConfig
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_aquila.plan.batches import BatchPlan
 from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.layout import layout_layers
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.shape import ModelShape, ffn_size, padded_vocab_size
-from megatron_aquila.plan.stages import StagePlan, plan_stages
+from megatron_aquila.plan.stages import FIXED_CHUNKS, StagePlan, plan_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,30 @@ def derive(config: RunConfig, world_size: int | None) -> Derived:
     return Derived(
         grid=rank_grid(config, world_size),
         shape=(shape := model_shape(config.model)),
-        stages=plan_stages(shape, config.parallel.pipeline, config.parallel.stage_layers),
+        stages=stage_plan(config.parallel, shape),
         batches=batch_plan(config, rank_grid(config, world_size).dp),
     )
+
+
+def stage_plan(layout: ParallelConfig, shape: ModelShape) -> StagePlan:
+    """The stages, their layers and ranks."""
+    return plan_stages(
+        shape, layout.pipeline, given_layers(layout), chunks=num_chunks(layout), schedule=layout.schedule
+    )
+
+
+def num_chunks(layout: ParallelConfig) -> int:
+    """Stages a rank: as given, as the layout string has, as the schedule needs, or 1."""
+    if layout.chunks is not None:
+        return layout.chunks
+    if layout.pipeline_layout is not None and layout.schedule not in FIXED_CHUNKS:
+        return max(1, len(layout_layers(layout.pipeline_layout)) // layout.pipeline)
+    return FIXED_CHUNKS.get(layout.schedule, 1)
+
+
+def given_layers(layout: ParallelConfig) -> tuple[int, ...] | None:
+    """Layers of every stage where they are given, in either form. Raises ``LayoutError`` for a string that is none."""
+    return layout.stage_layers if layout.pipeline_layout is None else layout_layers(layout.pipeline_layout)
 
 
 def rank_grid(config: RunConfig, world_size: int | None) -> RankGrid:

@@ -44,10 +44,10 @@ def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
 
 
 def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
-    """One line of estimated memory a rank, by purpose, for each stage."""
+    """One line of estimated memory, by purpose, for each pipeline rank."""
     plan = memory_plan(config, derived)
     return [
-        (f"memory, stage {stage}", memory_words(plan.of_stage(stage))) for stage in range(derived.stages.num_stages)
+        (f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in range(derived.stages.num_ranks)
     ]
 
 
@@ -64,17 +64,24 @@ def _ramp(config: RunConfig) -> str:
 
 
 def _stages(derived: Derived) -> str:
-    counts = spell([len(layers) for layers in derived.stages.layers])
-    if derived.stages.num_stages == 1:
-        return counts
-    return f"{counts}; stages wait {100 * idle_share(derived.shape, derived.stages):.1f} % for the heaviest"
+    """``7 7 8 7 8 8 8 7; by rank 7+8 7+8 8+8 7+7; ranks wait 4.5 % for the heaviest``."""
+    stages = derived.stages
+    counts = [len(layers) for layers in stages.layers]
+    by_rank = ["+".join(str(counts[stage]) for stage in stages.stages_of(rank)) for rank in range(stages.num_ranks)]
+    parts = [spell(counts)]
+    if stages.chunks > 1:
+        parts.append(f"by rank {spell(by_rank)}")
+    if stages.num_ranks > 1:
+        parts.append(f"ranks wait {100 * idle_share(derived.shape, stages):.1f} % for the heaviest")
+    return "; ".join(parts)
 
 
 def _bubble(config: RunConfig, derived: Derived, microbatches: int) -> str:
-    stages = derived.stages.num_stages
-    bubble = bubble_time(config.parallel.schedule, num_stages=stages, forward=1, backward=1, weight=1)
+    stages, name = derived.stages, config.parallel.schedule
+    bubble = bubble_time(name, num_ranks=stages.num_ranks, forward=1, backward=1, weight=1, chunks=stages.chunks)
     share = bubble_share(bubble, num_microbatches=microbatches, stage=3)
-    return f"{100 * share:.2f} % of a step, {config.parallel.schedule} with {microbatches} microbatches on equal stages"
+    chunks = f" in {stages.chunks} chunks a rank" if stages.chunks > 1 else ""
+    return f"{100 * share:.2f} % of a step, {name}{chunks} with {microbatches} microbatches on equal stages"
 
 
 def memory_words(memory: Memory) -> str:

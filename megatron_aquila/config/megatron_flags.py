@@ -74,6 +74,11 @@ def _stage_layers(values: Values, config: RunConfig) -> str:
     return f"use --stage-layers {spell(layers)}"
 
 
+def _chunks(values: Values, config: RunConfig) -> str:
+    stages = config.model.num_layers // int(values[0])
+    return f"use --chunks {max(1, stages // config.parallel.pipeline)} (layers / {values[0]} / pp)"
+
+
 def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
     """The same meaning for several flags."""
     return dict.fromkeys(flags.split(), meaning)
@@ -93,7 +98,8 @@ _SPEED = Refused("changes speed only and is not offered", "leave it out")
 _MOE = Refused("mixtures of experts are not offered", "leave it out: every MLP is dense")
 _SHARDING = Refused("optimizer states are sharded, weights and gradients are not yet", "leave it out")
 _BALANCE = Refused(
-    "stages are balanced with the head counted, or given by their layers", "leave it out, or use --stage-layers"
+    "stages are balanced with the head counted, or given by their layers",
+    "leave it out, or use --stage-layers or --pipeline-layout",
 )
 _SPLITS = Refused("training, validation and test are shares of the same data", "use --data-path and --split")
 _NOT_LOGGED = Refused("is not logged", "leave it out: docs/running.md has what is")
@@ -207,7 +213,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--use-ring-exchange-p2p --use-tp-pp-dp-mapping --nccl-communicator-config-path",
         ),
         "--no-async-tensor-model-parallel-allreduce": Always("gradients of tensor-parallel inputs are awaited"),
-        "--no-overlap-p2p-communication": Always("a pipeline's stage waits for what it receives"),
+        "--no-overlap-p2p-communication": Refused("one switch serves all communication", "use --no-overlap"),
         "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib"),
         **_family(_SHARDING, "--use-torch-fsdp2 --use-custom-fsdp --data-parallel-sharding-strategy"),
         **_family(
@@ -224,9 +230,8 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step "
             "--tp-comm-overlap --align-grad-reduce --align-param-gather",
         ),
-        **_family(
-            Refused("interleaved stages are not yet offered", "leave it out"),
-            "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank",
+        "--num-layers-per-virtual-pipeline-stage": Refused(
+            "stages are counted, not their layers", "use --chunks, the stages on each rank", _chunks
         ),
         **_family(
             _RECOMPUTE,

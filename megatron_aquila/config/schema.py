@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from megatron_aquila.plan.shape import NormOrder, Precision
+from megatron_aquila.plan.stages import ScheduleName
 
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
@@ -78,10 +79,23 @@ class ParallelConfig:
     sequence: bool = setting(
         False, "split norms and residuals along the sequence over tp", "--sp", "--sequence-parallel"
     )
-    schedule: Literal["1f1b", "gpipe", "zb-h1"] = setting("1f1b", "pipeline schedule", "--schedule")
-    stage_layers: tuple[Count, ...] | None = setting(
-        None, "layers of each pipeline stage, e.g. 15 16 16 13; default balanced with the head counted"
+    schedule: ScheduleName = setting("1f1b", "pipeline schedule; 1f1b with several chunks is interleaved", "--schedule")
+    chunks: Count | None = setting(
+        None,
+        "pipeline stages on each rank; default 1, with zb-v 2, or what pipeline_layout has",
+        "--chunks",
+        "--num-virtual-stages-per-pipeline-rank",
     )
+    stage_layers: tuple[Whole, ...] | None = setting(
+        None, "layers of each of the pp x chunks stages, e.g. 15 16 16 13; default balanced with the head counted"
+    )
+    pipeline_layout: str | None = setting(
+        None,
+        "the stages in Megatron-LM's words, e.g. Et*15|t*16|t*16|t*13L: E the embedding, t a layer, L the head",
+        "--pipeline-layout",
+        "--pipeline-model-parallel-layout",
+    )
+    overlap: bool = setting(True, "communicate while computing: a stage's next input travels during the work before it")
     bucket_mib: Count = setting(128, "gradients are reduced in buckets of about this many MiB")
     timeout_minutes: Positive = setting(
         10.0, "a collective that takes longer ends the run", "--timeout-minutes", "--distributed-timeout-minutes"

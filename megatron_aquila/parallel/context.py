@@ -1,5 +1,6 @@
 """This process's place in the grid and the groups it talks through. Built once, passed everywhere."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from megatron_aquila.plan.grid import Axis, RankGrid
 
 Ranks = tuple[int, ...]  # global ranks, ascending
+Link = tuple[str, bool, int]  # "F" or "B", to a higher rank, from an odd rank (or to one): see ``pp_link``
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,9 @@ class Group:
 class ParallelContext:
     """Where this process stands and whom it talks to.
 
-    ``pp`` carries activations forward and ``pp_backward`` gradients back: two communicators, because with one an NCCL
-    rank that sends an activation while its neighbour sends a gradient would wait for ever. ``dp_cp`` joins the replicas
-    of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all. Groups of the same
-    ranks share a communicator, ``pp_backward`` excepted: each one costs memory on every GPU, and time at the start.
+    ``pp`` joins the ranks of one pipeline, ``pp_links`` carry its messages: see ``pp_link``. ``dp_cp`` joins the
+    replicas of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all. Groups of
+    the same ranks share a communicator, links excepted: each one costs memory on every GPU, and time at the start.
     """
 
     grid: RankGrid
@@ -42,14 +43,22 @@ class ParallelContext:
     cp: Group
     dp: Group
     pp: Group
-    pp_backward: Group
+    pp_links: Mapping[Link, Group]
     dp_cp: Group
     world: Group
 
     @classmethod
-    def create(cls, grid: RankGrid, device: torch.device, timeout: timedelta | None = None) -> "ParallelContext":
+    def create(
+        cls,
+        grid: RankGrid,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        *,
+        pp_turns_back: bool = False,
+    ) -> "ParallelContext":
         """Make every group of the grid. Collective: all ranks call it, in the same order.
 
+        ``pp_turns_back``: activations also go to lower pipeline ranks, and gradients to higher ones.
         The default process group must be up unless the grid is a world of one; it serves where a group is the world,
         with its own timeout.
         """
@@ -58,11 +67,11 @@ class ParallelContext:
         assert world == grid.world_size, f"{grid} needs {grid.world_size} processes, there are {world}"
 
         everyone = tuple(range(world))
-        handles: dict[tuple[tuple[Ranks, ...], bool], dist.ProcessGroup | None] = {
-            ((everyone,), False): dist.group.WORLD
+        handles: dict[tuple[tuple[Ranks, ...], Link | None], dist.ProcessGroup | None] = {
+            ((everyone,), None): dist.group.WORLD
         }
 
-        def group(name: str, *axes: Axis, own: bool = False) -> Group:
+        def group(name: str, *axes: Axis, own: Link | None = None) -> Group:
             """``own``: with a communicator that no other group has, for whatever ranks."""
             partition = tuple(grid.groups(*axes))
             (mine,) = (ranks for ranks in partition if rank in ranks)
@@ -71,6 +80,13 @@ class ParallelContext:
                 handles[partition, own] = made[mine]
             return Group(name, mine.index(rank), len(mine), mine, handles[partition, own] if len(mine) > 1 else None)
 
+        # With two ranks there is no link but the even one. The first, activations to a higher rank, may share.
+        kinds = [
+            (op, up, odd)
+            for odd in range(min(2, grid.pp - 1))
+            for op in ("F", "B")
+            for up in ((True, False) if pp_turns_back else (op == "F",))
+        ]
         return cls(
             grid=grid,
             rank=rank,
@@ -79,10 +95,19 @@ class ParallelContext:
             cp=group("cp", "cp"),
             dp=group("dp", "dp"),
             pp=group("pp", "pp"),
-            pp_backward=group("pp_backward", "pp", own=True),
+            pp_links={link: group("pp_link", "pp", own=link if index else None) for index, link in enumerate(kinds)},
             dp_cp=group("dp_cp", "dp", "cp"),
             world=group("world", "tp", "cp", "dp", "pp"),
         )
+
+    def pp_link(self, op: str, source: int, target: int) -> Group:
+        """The group in which pipeline rank ``source`` sends ``target`` its activations ("F") or gradients ("B").
+
+        Each rank meets one other in it, and only sends or only receives: in one NCCL communicator a rank's messages
+        wait for each other, so that one it sends would wait for one it awaits. Hence groups by what travels, whether to
+        a higher rank, and whether the lower of the two is odd.
+        """
+        return self.pp_links[op, target > source, min(source, target) % 2]
 
     @classmethod
     def single(cls, device: torch.device | None = None) -> "ParallelContext":

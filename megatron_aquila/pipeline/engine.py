@@ -1,8 +1,9 @@
 """Runs one rank's program. Knows actions and tensors, and no schedule by name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.weight_grads import WeightGradQueue
-from megatron_aquila.pipeline.action import Op, Program
+from megatron_aquila.pipeline.action import Action, Op, Program
 from megatron_aquila.pipeline.wire import Wire
 
 Stage = Callable[[Tensor | None, Batch], Tensor]  # (what the stage before sent, microbatch) -> what the next one needs
@@ -54,10 +55,11 @@ class Engine:
     def step(self, program: Program, batches: Sequence[Batch]) -> None:
         """Forward and backward of ``batches``, microbatch by microbatch, as ``program`` orders them.
 
-        Communicates: an activation to the next stage and a gradient to the one before, each microbatch.
+        Communicates: an activation to the next stage and a gradient to the one before, each microbatch. What the next
+        action needs is received while this one computes.
         """
         held: dict[tuple[int, int], _Held] = {}
-        for action in program:
+        for action in self._walk(program):
             key = action.stage, action.microbatch
             if action.op is Op.F:
                 x, y = self._forward(*key, batches[action.microbatch])
@@ -78,10 +80,22 @@ class Engine:
         Communicates: an activation to the next stage, each microbatch.
         """
         with torch.no_grad():
-            for action in program:
+            for action in self._walk(program):
                 assert action.op is Op.F, f"{action} in a program for evaluation"
                 self._forward(action.stage, action.microbatch, batches[action.microbatch])
         self._wire.flush()
+
+    def _walk(self, program: Program) -> Iterator[Action]:
+        """The actions, each once what the next one will receive is on its way: it travels while this one computes."""
+        for action, following in pairwise([None, *program, None]):
+            if following is not None and self._receives(following):
+                self._wire.expect(Op.F if following.op is Op.F else Op.B, following.stage, following.microbatch)
+            if action is not None:
+                yield action
+
+    def _receives(self, action: Action) -> bool:
+        """Whether the action's input comes over the wire."""
+        return action.op is not Op.W and action.stage != (0 if action.op is Op.F else self._last)
 
     def _forward(self, stage: int, microbatch: int, batch: Batch) -> tuple[Tensor | None, Tensor]:
         x = None if stage == 0 else self._wire.recv(Op.F, stage, microbatch).requires_grad_()

@@ -1,32 +1,40 @@
 """Pure functions of (ranks, microbatches, chunks) to a schedule. A new schedule is one function here and one table row.
 
-A rank holds ``chunks`` stages. They are laid out in a loop, rank r holding stages r, r + p, r + 2p, ...; only ZB-V goes
-up the ranks and back down, rank r holding r and 2p - 1 - r.
+A rank holds ``chunks`` stages, placed as ``plan.stages.stage_ranks`` says: in a loop, for ZB-V on a V.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from megatron_aquila.errors import ScheduleError
 from megatron_aquila.pipeline.action import Action, Op, Program, Schedule
+from megatron_aquila.plan.stages import FIXED_CHUNKS, stage_ranks
 
 
-def forward_only(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Schedule:
-    """Every forward and no backward, chunk by chunk: validation on a loop of stages."""
-    stages = range(num_ranks * chunks)
-    return {
-        rank: [Action(Op.F, stage, m) for stage in stages[rank::num_ranks] for m in range(num_microbatches)]
-        for rank in range(num_ranks)
-    }
+def forward_only(stage_rank: Sequence[int], num_microbatches: int) -> Schedule:
+    """Every forward and no backward: validation, wherever the stages are.
+
+    Of what a rank could do it does what is furthest along the model, so that little waits between the stages.
+    """
+    schedule: dict[int, list[Action]] = {rank: [] for rank in sorted(set(stage_rank))}
+    done = [0] * len(stage_rank)  # microbatches that each stage has seen
+    while done[-1] < num_microbatches:
+        ready = [given > taken for given, taken in pairwise([num_microbatches, *done])]
+        furthest = {rank: stage for stage, rank in enumerate(stage_rank) if ready[stage]}
+        for rank, stage in furthest.items():
+            schedule[rank].append(Action(Op.F, stage, done[stage]))
+            done[stage] += 1
+    return schedule
 
 
 def gpipe(num_ranks: int, num_microbatches: int, chunks: int) -> Schedule:
-    """All forwards, then all backwards; every rank holds the activations of all microbatches."""
-    forwards = forward_only(num_ranks, num_microbatches, chunks)
-    mbs, stages = range(num_microbatches), range(num_ranks * chunks)
+    """All forwards, then all backwards, which go the same way in a mirror; a rank holds all microbatches."""
+    stage_rank = stage_ranks("gpipe", num_ranks, chunks)
+    last = len(stage_rank) - 1
+    forwards, mirrored = (forward_only(ranks, num_microbatches) for ranks in (stage_rank, stage_rank[::-1]))
     return {
-        rank: [*program, *(Action(Op.B, stage, m) for stage in reversed(stages[rank::num_ranks]) for m in mbs)]
+        rank: [*program, *(Action(Op.B, last - action.stage, action.microbatch) for action in mirrored[rank])]
         for rank, program in forwards.items()
     }
 
@@ -127,7 +135,6 @@ SCHEDULES: Mapping[str, Callable[[int, int, int], Schedule]] = {
     "zb-h1": zero_bubble_h1,
     "zb-v": zero_bubble_v,
 }
-FIXED_CHUNKS: Mapping[str, int] = {"zb-h1": 1, "zb-v": 2}  # schedules that exist for one number of chunks only
 
 
 def default_chunks(name: str) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_aquila.plan.flops import layer_matmul_params
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.shape import ModelShape, Precision
-from megatron_aquila.plan.stages import StagePlan
+from megatron_aquila.plan.stages import ScheduleName, StagePlan
 
 ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp16": 4, "fp32": 4, "fp64": 8}
@@ -43,40 +43,65 @@ class MemoryPlan:
     stages: StagePlan
     micro_batch: int
     num_microbatches: int
-    schedule: Literal["1f1b", "gpipe", "zb-h1"] = "1f1b"
+    schedule: ScheduleName = "1f1b"
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
 
-    def of_stage(self, stage: int) -> Memory:
-        """Bytes of a rank that holds ``stage``."""
-        params = self.stage_params(stage)
+    def of_rank(self, rank: int) -> Memory:
+        """Bytes of pipeline rank ``rank``: of all its stages."""
+        stages = self.stages.stages_of(rank)
+        params = sum(self.stage_params(stage) for stage in stages)
         shard = -(-params // (self.grid.dp * self.grid.cp))
         gradient = GRADIENT_BYTES[self.precision]
-        in_flight = self.in_flight(stage)
+        in_flight = self._by_stage(rank)
         return Memory(
             weights=params * self._item,
             main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
             master_weights=shard * 4 if ITEM_BYTES[self.precision] < 4 else 0,
             optimizer_states=shard * gradient * MOMENTS[self.optimizer],
-            activations=in_flight * self._activations(stage),
-            logits=self._logits(in_flight) if self.stages.has_head(stage) else 0,
+            activations=sum(count * self._activations(stage) for stage, count in in_flight.items()),
+            logits=sum(self._logits(in_flight[stage]) for stage in stages if self.stages.has_head(stage)),
             temporaries=self._temporaries(),
         )
 
     def peak(self) -> Memory:
         """The memory of the rank that needs the most."""
-        return max((self.of_stage(stage) for stage in range(self.stages.num_stages)), key=lambda memory: memory.total)
+        return max((self.of_rank(rank) for rank in range(self.stages.num_ranks)), key=lambda memory: memory.total)
 
-    def in_flight(self, stage: int) -> int:
-        """Microbatches whose activations a stage keeps at once.
+    def in_flight(self, rank: int) -> int:
+        """Activations, each of one microbatch in one stage, that a rank keeps at once; the schedules' own peaks.
 
-        GPipe all ``m``; 1F1B ``min(stages behind it, m)``; ZB-H1 on every stage as many as 1F1B on the first.
+        For p ranks, m microbatches and v stages a rank: GPipe all, ``m v``; 1F1B ``p - rank``; interleaved, which goes
+        through the stages in rounds of p or a few more, ``2 (p - 1 - rank) + (v - 1) round + 1``; ZB-H1 on every rank
+        as many as 1F1B on the first; ZB-V twice that, and less on the first ranks while m is below 2 p - 1.
         """
-        if self.schedule == "gpipe":
-            return self.num_microbatches
-        ahead = 0 if self.schedule == "zb-h1" else stage
-        return min(self.stages.num_stages - ahead, self.num_microbatches)
+        p, m, v = self.stages.num_ranks, self.num_microbatches, self.stages.chunks
+        behind = p - 1 - rank
+        match self.schedule:
+            case "gpipe":
+                most = m * v
+            case "zb-h1":
+                most = p
+            case "zb-v":
+                most = min(2 * p, m + 1 + rank)
+            case "1f1b":
+                longest_round = -(-m // max(1, m // p))
+                most = behind + 1 if v == 1 else 2 * behind + (v - 1) * longest_round + 1
+        return min(most, m * v)
+
+    def _by_stage(self, rank: int) -> dict[int, int]:
+        """What a rank keeps of each stage, counted on its largest stages first: never less than the schedule's peak.
+
+        The head's backward follows its forward at once, in all schedules but two.
+        """
+        stages, left = self.stages.stages_of(rank), self.in_flight(rank)
+        kept = dict.fromkeys(stages, 0)
+        for stage in sorted(stages, key=self._activations, reverse=True):
+            is_short = self.stages.has_head(stage) and self.schedule in ("1f1b", "zb-v")
+            kept[stage] = min(left, 1 if is_short else self.num_microbatches)
+            left -= kept[stage]
+        return kept
 
     def stage_params(self, stage: int) -> int:
         """Elements of this rank's shard of the stage, padded rows included; norms are whole on every rank."""

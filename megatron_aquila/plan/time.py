@@ -1,25 +1,23 @@
 """Closed-form pipeline bubbles: what the simulator of ``pipeline`` must reproduce for equal stages."""
 
-from typing import Literal
-
-BubbleForm = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
+from megatron_aquila.plan.stages import ScheduleName
 
 
 def bubble_time(
-    schedule: BubbleForm, *, num_stages: int, forward: float, backward: float, weight: float, chunks: int = 1
+    schedule: ScheduleName, *, num_ranks: int, forward: float, backward: float, weight: float, chunks: int = 1
 ) -> float:
-    """Time a stage is idle in one step, in the unit of ``forward``, ``backward`` (input gradient) and ``weight``.
+    """Time a rank is idle in one step, in the unit of ``forward``, ``backward`` (input gradient) and ``weight``.
 
-    For equal stages and enough microbatches; the times are those of one whole stage (all chunks of a rank) and one
-    microbatch. GPipe and 1F1B wait until the step's last gradient. The zero-bubble forms are of a stage's own span:
-    a global barrier, such as clipping by the global norm, adds to them.
+    For equal stages and enough microbatches; the times are those of one microbatch on one rank, all its ``chunks``
+    together. GPipe and 1F1B wait until the step's last gradient. The zero-bubble forms are of a rank's own span: a
+    global barrier, such as clipping by the global norm, adds to them.
     """
-    others = num_stages - 1
+    others = num_ranks - 1
     if schedule == "zb-v":
         return 0.0
     if schedule == "zb-h1":
         return others * (forward + backward - weight)
-    return others * (forward + backward + weight) / (chunks if schedule == "interleaved" else 1)
+    return others * (forward + backward + weight) / chunks
 
 
 def bubble_share(bubble: float, *, num_microbatches: int, stage: float) -> float:

@@ -22,7 +22,7 @@ from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.parallel.weight_grads import WeightGradQueue
 from megatron_aquila.pipeline.action import Program
-from megatron_aquila.pipeline.checks import check
+from megatron_aquila.pipeline.checks import check, needed_link_depth
 from megatron_aquila.pipeline.engine import Engine, LossFn
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.wire import P2PWire, Wire
@@ -65,12 +65,13 @@ class Machine:
 
     def forward_program(self, num_microbatches: int) -> Program:
         """This pipeline rank's forward work, for a validation."""
-        return forward_only(self.derived.grid.pp, num_microbatches)[self.ctx.pp.rank]
+        return forward_only(self.derived.stages.stage_rank, num_microbatches)[self.ctx.pp.rank]
 
 
 def create_context(config: RunConfig, derived: Derived, device: torch.device) -> ParallelContext:
     """This process's place among the ranks, and its groups. Collective."""
-    return ParallelContext.create(derived.grid, device, timedelta(minutes=config.parallel.timeout_minutes))
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    return ParallelContext.create(derived.grid, device, timeout, pp_turns_back=derived.stages.turns_back)
 
 
 def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> Machine:
@@ -84,6 +85,7 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
     optimizer = DistributedOptimizer(
         infos, ctx, rule=update_rule(config.optim, kernels), bucket_bytes=config.parallel.bucket_mib * 2**20
     )
+    plan = plan_work(config, derived, ctx.pp.rank)
     rows = derived.shape.seq_len // (ctx.tp.size if sequence_parallel else 1)
     activation_shape = (rows, config.train.micro_batch, derived.shape.hidden_size)
     return Machine(
@@ -93,12 +95,19 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
         kernels=kernels,
         stages=stages,
         infos=infos,
-        wire=P2PWire(ctx, activation_shape=activation_shape, dtype=dtype),
+        wire=P2PWire(
+            ctx,
+            stage_rank=derived.stages.stage_rank,
+            activation_shape=activation_shape,
+            dtype=dtype,
+            depth=plan.link_depth,
+            overlap=config.parallel.overlap,
+        ),
         weight_grads=placement.weight_grads,
         optimizer=optimizer,
         lr=lr_schedule(config),
         scaling=loss_scaling(config),
-        programs=build_programs(config, derived, ctx.pp.rank),
+        programs=plan.programs,
     )
 
 
@@ -108,15 +117,29 @@ def split_choice(word: str) -> tuple[str, str]:
     return op, name
 
 
-def build_programs(config: RunConfig, derived: Derived, pp_rank: int) -> dict[int, Program]:
-    """One pipeline rank's program for every number of microbatches that the batch ramp passes through, each proved."""
-    programs = {}
+@dataclass(frozen=True, slots=True)
+class WorkPlan:
+    """One pipeline rank's programs by number of microbatches, and the messages that a link holds while they run."""
+
+    programs: Mapping[int, Program]
+    link_depth: int
+
+
+def plan_work(config: RunConfig, derived: Derived, pp_rank: int) -> WorkPlan:
+    """One pipeline rank's work for every number of microbatches that the batch ramp passes through, each proved.
+
+    Every schedule exists for every number, so that none has a stand-in. Where stages turn back, a validation's forwards
+    need links of two messages whatever the batches need.
+    """
+    stages = derived.stages
+    programs, link_depth = {}, 2 if stages.turns_back else 1
     for batch in derived.batches.sizes():
         num_microbatches = batch // (config.train.micro_batch * derived.grid.dp)
-        schedule = build_schedule(config.parallel.schedule, derived.grid.pp, num_microbatches)
-        check(schedule, derived.stages.num_stages, num_microbatches)
+        schedule = build_schedule(config.parallel.schedule, derived.grid.pp, num_microbatches, stages.chunks)
+        link_depth = max(link_depth, needed_link_depth(schedule, stages.num_stages))
+        check(schedule, stages.num_stages, num_microbatches, link_depth=link_depth)
         programs[num_microbatches] = schedule[pp_rank]
-    return programs
+    return WorkPlan(programs, link_depth)
 
 
 def update_rule(optim: OptimConfig, kernels: Kernels) -> Rule:

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from megatron_aquila.config.derive import num_chunks
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.pipeline.schedules import FIXED_CHUNKS, default_chunks
+from megatron_aquila.plan.stages import FIXED_CHUNKS
 
 LARGEST_MICRO_BATCH = 2  # two samples at once show what more would
 BUCKET_MIB = {False: 1.0, True: 1 / 64}  # the whole small model in two buckets, or one for every few weights
@@ -48,7 +49,7 @@ class Layout:
         """This layout with ``options``, and what has no meaning without them, as in the simplest."""
         gone = {*options, *(name for name, other in NEEDS.items() if other in options)}
         left = Layout(**{name: value for name, value in self.options.items() if name not in gone})
-        return left if left.schedule == self.schedule else replace(left, chunks=default_chunks(left.schedule))
+        return left if left.schedule == self.schedule else replace(left, chunks=FIXED_CHUNKS.get(left.schedule, 1))
 
     def __str__(self) -> str:
         return " ".join(WORDS[name].format(value) for name, value in self.options.items()) or "one process"
@@ -95,8 +96,10 @@ def requested_layout(config: RunConfig) -> Layout:
         sequence=parallel.sequence and parallel.tensor > 1,
         pp=parallel.pipeline,
         schedule=parallel.schedule if has_pipeline else "1f1b",
+        chunks=num_chunks(parallel) if has_pipeline else 1,
         dp=dp,
         micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
+        overlap=parallel.overlap and parallel.tensor * parallel.pipeline * dp > 1,
         small_buckets=dp > 1,
     )
 
@@ -107,7 +110,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     Stages that were placed by hand are, where there are as many; else they are balanced.
     """
     parallel = config.parallel
-    by_hand = parallel.stage_layers is not None and len(parallel.stage_layers) == layout.pp
+    by_hand = parallel.stage_layers is not None and len(parallel.stage_layers) == layout.pp * layout.chunks
     schedule: Any = layout.schedule
     return replace(
         config,
@@ -117,8 +120,10 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             sequence=layout.sequence,
             pipeline=layout.pp,
             schedule=schedule,
+            chunks=layout.chunks,
             stage_layers=parallel.stage_layers if by_hand and layout.pp > 1 else None,
             data=layout.dp,
+            overlap=layout.overlap,
             bucket_mib=BUCKET_MIB[layout.small_buckets],
         ),
         train=replace(config.train, micro_batch=layout.micro_batch),

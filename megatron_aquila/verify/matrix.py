@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.pipeline.schedules import SCHEDULES
+from megatron_aquila.plan.stages import ScheduleName
 from megatron_aquila.verify.compare import Row
 from megatron_aquila.verify.cover import pairwise_cover
 from megatron_aquila.verify.layout import Layout, is_supported
@@ -24,8 +24,9 @@ AXES: Mapping[str, Sequence[Any]] = {
     "dp": (1, 2),
     "micro_batch": (1, 2),
     "sequence": YES_OR_NO,
-    "schedule": ("1f1b", *(name for name in SCHEDULES if name != "1f1b")),
+    "schedule": get_args(ScheduleName),
     "chunks": (1, 2),
+    "overlap": YES_OR_NO,
     "documents": YES_OR_NO,
 }
 LARGEST = Layout(**{name: max(AXES[name]) for name in ("tp", "pp", "dp", "micro_batch", "chunks")})
@@ -106,7 +107,7 @@ def matrix_config(config: RunConfig, *, documents: bool) -> RunConfig:
     """``config`` with balanced stages, and documents kept apart in everything or in nothing."""
     return replace(
         config,
-        parallel=replace(config.parallel, stage_layers=None),
+        parallel=replace(config.parallel, stage_layers=None, pipeline_layout=None),
         data=replace(
             config.data, reset_position_ids=documents, reset_attention_mask=documents, eod_mask_loss=documents
         ),

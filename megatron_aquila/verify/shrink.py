@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from megatron_aquila.config.derive import given_layers
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.verify.layout import Layout
 
@@ -22,7 +23,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
     group = model.num_heads // (model.num_heads if kv_heads is None else kv_heads)
     small_kv = 2 * largest.tp  # two a rank: with one, a query head could not read the wrong one
     num_heads = small_kv * max(1, group)
-    stage_layers = small_stages(config.parallel.stage_layers)
+    stage_layers = small_stages(given_layers(config.parallel))
     stages = largest.pp * largest.chunks
     samples = max(MICROBATCHES * largest.dp * largest.micro_batch, 2 * largest.pp)
     samples += -samples % (largest.dp * largest.micro_batch)
@@ -41,7 +42,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             seq_len=SEQ_LEN,
             init_std=0.2,  # a residual stream of order one: small weights would hide errors
         ),
-        parallel=replace(config.parallel, stage_layers=stage_layers),
+        parallel=replace(config.parallel, stage_layers=stage_layers, pipeline_layout=None),
         data=replace(config.data, eod_token_id=EOD),
         optim=replace(config.optim, lr_warmup_samples=0),
         train=replace(
@@ -57,7 +58,8 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
 
 
 def small_stages(stage_layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """An uneven split made small: 1 layer where the fewest are, 2 elsewhere."""
+    """An uneven split made small: 1 layer where the fewest are, 2 elsewhere, none where there are none."""
     if stage_layers is None:
         return None
-    return tuple(1 + (layers > min(stage_layers)) for layers in stage_layers)
+    fewest = min(layers for layers in stage_layers if layers > 0)
+    return tuple((layers > 0) + (layers > fewest) for layers in stage_layers)

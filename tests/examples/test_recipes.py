@@ -42,11 +42,11 @@ def test_each_layout_of_the_table_is_as_planned(recipe, layout):
     page = (EXAMPLES / recipe / "README.md").read_text()
     name = f"| {grid.world_size} | tp {grid.tp} x pp {grid.pp} x dp {grid.dp}"
     (row,) = [line for line in page.splitlines() if line.startswith(name)]
-    memory = max(memory_plan(config, derived).of_stage(stage).total for stage in range(derived.stages.num_stages))
+    memory = max(memory_plan(config, derived).of_rank(rank).total for rank in range(grid.pp))
     assert f"| {memory / 2**30:.1f} GiB |" in row
     assert f"| {' '.join(str(len(layers)) for layers in derived.stages.layers)} |" in row
     microbatches = derived.batch_at(config.train.train_samples)[1]
-    idle = bubble_time("1f1b", num_stages=grid.pp, forward=1, backward=1, weight=1)
+    idle = bubble_time("1f1b", num_ranks=grid.pp, forward=1, backward=1, weight=1)
     share = bubble_share(idle, num_microbatches=microbatches, stage=3)
     assert ("none |" if grid.pp == 1 else f"{100 * share:.2f} % |") in row
 
@@ -54,7 +54,7 @@ def test_each_layout_of_the_table_is_as_planned(recipe, layout):
 def test_the_first_steps_of_the_34b_have_one_microbatch():
     _, derived = resolve("aquila2_34b", 512, [])
     assert derived.batch_at(0) == (32, 1)
-    idle = bubble_time("1f1b", num_stages=4, forward=1, backward=1, weight=1)
+    idle = bubble_time("1f1b", num_ranks=4, forward=1, backward=1, weight=1)
     page = (EXAMPLES / "aquila2_34b" / "README.md").read_text()
     assert f"{100 * bubble_share(idle, num_microbatches=1, stage=3):.2f} %" in page
 

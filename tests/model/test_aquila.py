@@ -63,7 +63,7 @@ def paper_context(grid: RankGrid, rank: int, device: torch.device) -> ParallelCo
         cp=group("cp", "cp"),
         dp=group("dp", "dp"),
         pp=group("pp", "pp"),
-        pp_backward=group("pp_backward", "pp"),
+        pp_links={},
         dp_cp=group("dp_cp", "dp", "cp"),
         world=group("world", "tp", "cp", "dp", "pp"),
     )

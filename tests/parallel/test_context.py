@@ -11,8 +11,9 @@ from megatron_aquila.plan.grid import RankGrid
 def test_a_world_of_one_has_groups_of_one_and_no_process_group() -> None:
     ctx = ParallelContext.single()
     assert ctx.device == torch.device("cpu")
-    for name in ("tp", "cp", "dp", "pp", "pp_backward", "dp_cp", "world"):
+    for name in ("tp", "cp", "dp", "pp", "dp_cp", "world"):
         assert getattr(ctx, name) == Group(name, 0, 1, (0,), None)
+    assert ctx.pp_links == {}
 
 
 def groups(dp: int) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -35,8 +36,9 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
     with mock.patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
         ctx = ParallelContext.create(grid, torch.device("cpu"))
     shared: dict[object, set[str]] = {}
-    for name in ("tp", "cp", "dp", "pp", "pp_backward", "dp_cp", "world"):
-        group = getattr(ctx, name)
+    named = {name: getattr(ctx, name) for name in ("tp", "cp", "dp", "pp", "dp_cp", "world")}
+    links = {f"{op} {'up' if up else 'down'} {odd}": link for (op, up, odd), link in ctx.pp_links.items()}
+    for name, group in {**named, **links}.items():
         if group.size > 1:
             assert tuple(dist.get_process_group_ranks(group.handle)) == group.ranks
             shared.setdefault(group.handle, set()).add(name)
@@ -49,19 +51,19 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
     [
         (RankGrid(dp=4), [], [{"dp", "dp_cp", "world"}]),
         (RankGrid(tp=4), [], [{"tp", "world"}]),
-        (RankGrid(pp=4), [[0, 1, 2, 3]], [{"pp", "world"}, {"pp_backward"}]),
+        (RankGrid(pp=4), [[0, 1, 2, 3]] * 3, [{"pp", "world", "F up 0"}, {"B down 0"}, {"F up 1"}, {"B down 1"}]),
         (RankGrid(tp=2, dp=2), [[0, 1], [2, 3], [0, 2], [1, 3]], [{"tp"}, {"dp", "dp_cp"}, {"world"}]),
         (
             RankGrid(tp=2, pp=2),
             [[0, 1], [2, 3], [0, 2], [1, 3], [0, 2], [1, 3]],
-            [{"tp"}, {"pp"}, {"pp_backward"}, {"world"}],
+            [{"tp"}, {"pp", "F up 0"}, {"world"}, {"B down 0"}],
         ),
         (RankGrid(cp=2, dp=2), [[0, 1], [2, 3], [0, 2], [1, 3]], [{"cp"}, {"dp"}, {"dp_cp", "world"}]),
     ],
     ids=str,
 )
 def test_no_communicator_is_made_twice(pool, grid: RankGrid, made: list[list[int]], shared: list[set[str]]) -> None:
-    """Gradients alone have one of their own. Every rank makes the same ones in the same order."""
+    """Links but the first have one of their own. Every rank makes the same ones in the same order."""
     assert pool(4).run(communicators, grid) == [(made, shared)] * 4
 
 

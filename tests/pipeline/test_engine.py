@@ -21,6 +21,7 @@ from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.verify.pool import WorkerPool
 
 SCHEDULES = "gpipe", "1f1b", "zb-h1"  # one stage a rank
+KINDS = [("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("1f1b", 2), ("1f1b", 3), ("zb-h1", 1), ("zb-v", 2)]  # name, chunks
 B, S, H, V, LAYERS = 2, 5, 8, 11, 5
 
 

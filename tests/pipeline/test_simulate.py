@@ -72,9 +72,7 @@ def test_interleaving_divides_the_bubble(
     microbatches += ranks
     timeline = split("1f1b", ranks, microbatches, chunks, costs)
     forward, backward, weight = costs
-    bubble = bubble_time(
-        "interleaved", num_stages=ranks, forward=forward, backward=backward, weight=weight, chunks=chunks
-    )
+    bubble = bubble_time("1f1b", num_ranks=ranks, forward=forward, backward=backward, weight=weight, chunks=chunks)
     assert timeline.makespan == pytest.approx(microbatches * sum(costs) + bubble, rel=EXACT)
     share = bubble_share(bubble, num_microbatches=microbatches, stage=sum(costs))
     assert timeline.bubble == pytest.approx(share, abs=EXACT)
@@ -92,7 +90,7 @@ def test_zb_h1_saves_the_weight_gradient_of_each_rank_behind(
     microbatches += 2 * ranks
     forward, backward = (weight + extra for extra in more)
     timeline = split("zb-h1", ranks, microbatches, 1, (forward, backward, weight))
-    bubble = bubble_time("zb-h1", num_stages=ranks, forward=forward, backward=backward, weight=weight)
+    bubble = bubble_time("zb-h1", num_ranks=ranks, forward=forward, backward=backward, weight=weight)
     for rank in range(ranks):
         idle = timeline.span(rank) - timeline.busy(rank)
         behind = (ranks - 1 - rank) / max(1, ranks - 1)
