@@ -19,9 +19,11 @@ def adamw_(
     eps: float,
     weight_decay: float,
     step: int,
+    publish: Tensor | None = None,
 ) -> None:
     """Update ``param``, ``exp_avg`` and ``exp_avg_sq``; all four are alike in shape and type.
 
+    ``publish``, where given, gets the new ``param`` rounded to its own type: the 16-bit weights of a float32 master.
     ``step`` counts updates, this one included: the first is 1. Element by element, so that the result does not depend
     on how a parameter is split. Decay is decoupled: ``param`` first shrinks by ``lr * weight_decay``.
     """
@@ -31,6 +33,7 @@ def adamw_(
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    _publish(param, publish)
 
 
 def adamw_torch_(
@@ -45,6 +48,7 @@ def adamw_torch_(
     eps: float,
     weight_decay: float,
     step: int,
+    publish: Tensor | None = None,
 ) -> None:
     """``adamw_`` by torch's fused kernel: one pass over memory instead of ten. Roundings differ in the last bit.
 
@@ -68,6 +72,7 @@ def adamw_torch_(
         eps=eps,
         maximize=False,
     )
+    _publish(param, publish)
 
 
 def adamw_apex_(
@@ -82,6 +87,7 @@ def adamw_apex_(
     eps: float,
     weight_decay: float,
     step: int,
+    publish: Tensor | None = None,
 ) -> None:
     """``adamw_`` by the kernel behind NVIDIA apex's FusedAdam; float32 on a GPU only."""
     from apex.multi_tensor_apply import multi_tensor_applier
@@ -103,3 +109,42 @@ def adamw_apex_(
         bias_correction,
         weight_decay,
     )
+    _publish(param, publish)
+
+
+def adamw_triton_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    publish: Tensor | None = None,
+) -> None:
+    """``adamw_`` by our Triton kernel, ``publish`` in the same pass; float32 only. A split changes no bit."""
+    from megatron_aquila.kernels.triton.adamw import update_
+
+    assert step >= 1, f"the first update is step 1, not {step}"
+    update_(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        publish=publish,
+    )
+
+
+def _publish(param: Tensor, publish: Tensor | None) -> None:
+    if publish is not None:
+        publish.copy_(param)

@@ -1,6 +1,8 @@
 """Which kernel runs where, and why. Chosen once at start and logged; nothing falls back later in silence."""
 
 import importlib
+import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,12 +12,23 @@ import torch
 from torch import Tensor
 
 from megatron_aquila.errors import ConfigError, Problem
-from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
+from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_, adamw_triton_
 from megatron_aquila.kernels.attention import causal_attention, causal_attention_flash, causal_attention_reference
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.rms_norm import Order, rms_norm, rms_norm_reference, rms_norm_torch
-from megatron_aquila.kernels.rope import apply_rope
-from megatron_aquila.kernels.swiglu import swiglu, swiglu_reference
+from megatron_aquila.kernels.rms_norm import (
+    Order,
+    add_rms_norm,
+    add_rms_norm_reference,
+    add_rms_norm_torch,
+    add_rms_norm_triton,
+    rms_norm,
+    rms_norm_reference,
+    rms_norm_torch,
+    rms_norm_triton,
+)
+from megatron_aquila.kernels.rope import apply_rope, apply_rope_triton, rope_qkv_, rope_qkv_triton_
+from megatron_aquila.kernels.self_check import Sizes, why_refused
+from megatron_aquila.kernels.swiglu import swiglu, swiglu_reference, swiglu_triton
 
 
 class RmsNorm(Protocol):
@@ -23,6 +36,41 @@ class RmsNorm(Protocol):
 
     def __call__(self, x: Tensor, weight: Tensor, *, eps: float, order: Order) -> Tensor:
         """``x / rms(x) * weight``."""
+        ...
+
+
+class AddRmsNorm(Protocol):
+    """The signature of ``add_rms_norm``."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, order: Order
+    ) -> tuple[Tensor, Tensor]:
+        """``(x + residual, its norm)``."""
+        ...
+
+
+class ApplyRope(Protocol):
+    """The signature of ``apply_rope``."""
+
+    def __call__(self, x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved: bool = False) -> Tensor:
+        """``x_SBND`` turned by the angles of its tokens."""
+        ...
+
+
+class RopeQkv(Protocol):
+    """The signature of ``rope_qkv_``."""
+
+    def __call__(
+        self,
+        qkv_SBP: Tensor,
+        cos_SBD: Tensor,
+        sin_SBD: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        interleaved: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of a projection, which may be written into; q and k turned."""
         ...
 
 
@@ -50,8 +98,9 @@ class AdamWUpdate(Protocol):
         eps: float,
         weight_decay: float,
         step: int,
+        publish: Tensor | None = None,
     ) -> None:
-        """One update in place."""
+        """One update in place, and its result rounded into ``publish``."""
         ...
 
 
@@ -60,7 +109,9 @@ class Kernels:
     """The kernels of a run. ``reasons`` says for each op which one was chosen and why, in a line for the log."""
 
     rms_norm: RmsNorm
-    apply_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    add_rms_norm: AddRmsNorm
+    apply_rope: ApplyRope
+    rope_qkv: RopeQkv
     swiglu: Callable[[Tensor], Tensor]
     attention: CausalAttention
     adamw: AdamWUpdate
@@ -69,15 +120,27 @@ class Kernels:
 
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyType(
     {
-        "rms_norm": {"own": rms_norm, "torch": rms_norm_torch, "reference": rms_norm_reference},
-        "apply_rope": {"own": apply_rope},
-        "swiglu": {"own": swiglu, "reference": swiglu_reference},
+        "rms_norm": {
+            "own": rms_norm,
+            "torch": rms_norm_torch,
+            "triton": rms_norm_triton,
+            "reference": rms_norm_reference,
+        },
+        "add_rms_norm": {
+            "own": add_rms_norm,
+            "torch": add_rms_norm_torch,
+            "triton": add_rms_norm_triton,
+            "reference": add_rms_norm_reference,
+        },
+        "apply_rope": {"own": apply_rope, "triton": apply_rope_triton},
+        "rope_qkv": {"own": rope_qkv_, "triton": rope_qkv_triton_},
+        "swiglu": {"own": swiglu, "triton": swiglu_triton, "reference": swiglu_reference},
         "attention": {
             "sdpa": causal_attention,
             "flash_attn": causal_attention_flash,
             "reference": causal_attention_reference,
         },
-        "adamw": {"own": adamw_, "torch_fused": adamw_torch_, "apex": adamw_apex_},
+        "adamw": {"own": adamw_, "torch_fused": adamw_torch_, "apex": adamw_apex_, "triton": adamw_triton_},
     }
 )
 
@@ -91,6 +154,8 @@ class OptionalPackage:
     needs: tuple[tuple[str, str], ...]
 
 
+TRUE = ("1", "on", "true", "y", "yes")  # what Triton takes for a yes in an environment variable
+
 OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
     {
         "flash_attn": OptionalPackage(
@@ -103,39 +168,79 @@ OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
             frozenset((torch.bfloat16, torch.float16, torch.float32)),
             (("apex.multi_tensor_apply", "multi_tensor_applier"), ("amp_C", "multi_tensor_adam")),
         ),
+        "triton": OptionalPackage(
+            "Triton",
+            frozenset((torch.bfloat16, torch.float16, torch.float32)),
+            (("triton", "jit"), ("triton.language", "sqrt_rn")),
+        ),
     }
 )
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype, *, forced: Mapping[str, str] | None = None) -> Kernels:
+def choose_kernels(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    forced: Mapping[str, str] | None = None,
+    sizes: Sizes = Sizes(),
+) -> Kernels:
     """The kernels for activations of ``dtype`` on ``device``. ``forced`` maps an op to a name of ``IMPLEMENTATIONS``.
 
-    The optional packages flash_attn and NVIDIA's apex are used where they fit and can be imported. Raises
-    ``ConfigError`` for a forced op or name that does not exist, or that cannot run here.
+    The optional packages flash_attn, NVIDIA's apex and Triton are used where they fit and can be imported. Each of our
+    Triton kernels must first show on this device, at ``sizes``, that it computes what its reference does: one that does
+    not is refused with a warning. Raises ``ConfigError`` for a forced op or name that does not exist, cannot run here
+    or is refused.
     """
     forced = {} if forced is None else forced
-    problems = [problem for op, name in forced.items() for problem in _problems(op, name, device, dtype)]
+    problems = [problem for op, name in forced.items() for problem in _problems(op, name, device, dtype, sizes)]
     if problems:
         raise ConfigError(problems)
-    names, reasons = {}, {}
-    for op, (name, why) in _preferences(device, dtype).items():
-        names[op] = forced.get(op, name)
-        reasons[op] = f"{names[op]}: {'asked for' if op in forced else why}"
-    chosen = {op: IMPLEMENTATIONS[op][name] for op, name in names.items()}
+    chosen, reasons = {}, {}
+    for op, candidates in _preferences(device).items():
+        name, why = (forced[op], "asked for") if op in forced else _first_fit(op, candidates, device, dtype, sizes)
+        chosen[op], reasons[op] = IMPLEMENTATIONS[op][name], f"{name}: {why}"
     return Kernels(**chosen, reasons=MappingProxyType(reasons))
 
 
-def _problems(op: str, name: str, device: torch.device, dtype: torch.dtype) -> list[Problem]:
+def _first_fit(
+    op: str, candidates: Mapping[str, str], device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> tuple[str, str]:
+    """The first candidate that can run here, and why: its own reason, or what is wrong with those before it."""
+    unfit, refused = [], []
+    for name, why in candidates.items():
+        if (reason := _unfit(name, device, dtype)) is not None:
+            unfit.append(reason)
+        elif (reason := _refusal(op, name, device, dtype, sizes)) is not None:
+            refused.append(reason)
+        else:
+            for reason in refused:  # on every rank, in addition to the first rank's list of kernels
+                warnings.warn(f"kernels: {reason}; {op}={name} runs instead", RuntimeWarning, stacklevel=3)
+            return name, "; ".join([*refused, *unfit]) or why
+    raise AssertionError(f"no {op} kernel runs on {device}: {unfit + refused}")
+
+
+def _problems(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Problem]:
     """What is wrong with asking for kernel ``name`` of ``op``."""
+    way_out = "leave it out: without it the best kernel that runs here is chosen"
     if op not in IMPLEMENTATIONS:
         why, way_out = f"there is no op {op!r}", f"use one of {', '.join(IMPLEMENTATIONS)}"
     elif name not in IMPLEMENTATIONS[op]:
         why, way_out = f"there is no {op} kernel {name!r}", f"use one of {', '.join(IMPLEMENTATIONS[op])}"
     elif (unfit := _unfit(name, device, dtype)) is not None:
-        why, way_out = unfit, "leave it out: without it the best kernel that runs here is chosen"
+        why = unfit
+    elif (refusal := _refusal(op, name, device, dtype, sizes)) is not None:
+        why = refusal
     else:
         return []
     return [Problem("--kernels", f"{op}={name}", why, way_out)]
+
+
+def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
+    """Why a kernel of ours that depends on compiler and driver is not trusted here, in a line; None if it is."""
+    if name != "triton":
+        return None
+    why = why_refused(op, IMPLEMENTATIONS[op][name], device=device, dtype=dtype, sizes=sizes)
+    return None if why is None else f"{op}={name} is refused, here it does not do what its reference does: {why}"
 
 
 def _unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -148,8 +253,9 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name not in OPTIONAL:
         return None
     optional = OPTIONAL[name]
-    if device.type != "cuda":
-        return f"{optional.title} needs a GPU"
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET", "").lower() in TRUE
+    if (device.type == "cuda") == interpreted:  # its interpreter is for CPUs, and for nothing but tests
+        return f"{optional.title} " + ("is set to interpret by TRITON_INTERPRET" if interpreted else "needs a GPU")
     if dtype not in optional.dtypes:
         return f"{optional.title} has no {str(dtype).removeprefix('torch.')}"
     for module, attribute in optional.needs:
@@ -160,22 +266,22 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _preferences(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, str]]:
-    """For each op the kernel to use and why."""
-    only, lean = ("own", "the only one"), ("own", "keeps no float32 copy for backward")
+def _preferences(device: torch.device) -> dict[str, dict[str, str]]:
+    """For each op the kernels to try in turn, the last of which always runs, and why."""
+    only, lean = {"own": "the only one"}, {"own": "keeps no float32 copy for backward"}
     if device.type != "cuda":
-        attention = "sdpa", "torch's flash attention for CPUs"
-        adamw = "own", "on a CPU torch's fused kernel rounds differently when shards change"
-        return {"rms_norm": lean, "apply_rope": only, "swiglu": lean, "attention": attention, "adamw": adamw}
+        attention = {"sdpa": "torch's flash attention for CPUs"}
+        adamw = {"own": "on a CPU torch's fused kernel rounds differently when shards change"}
+        rope = {"apply_rope": only, "rope_qkv": only}
+        return {"rms_norm": lean, "add_rms_norm": lean, **rope, "swiglu": lean, "attention": attention, "adamw": adamw}
+    triton = {"triton": "one pass over memory, and it agrees with its reference on this device"}
+    norm = {**triton, "torch": "one fused pass on a GPU"}
     return {
-        "rms_norm": ("torch", "one fused pass on a GPU"),
-        "apply_rope": only,
-        "swiglu": lean,
-        "attention": _optional_or("flash_attn", "sdpa", device, dtype),
-        "adamw": _optional_or("apex", "torch_fused", device, dtype),
+        "rms_norm": norm,
+        "add_rms_norm": norm,
+        "apply_rope": {**triton, **only},
+        "rope_qkv": {**triton, **only},
+        "swiglu": {**triton, **lean},
+        "attention": {"flash_attn": "flash_attn is installed", "sdpa": "torch's own"},
+        "adamw": {**triton, "apex": "NVIDIA apex is installed", "torch_fused": "one pass over memory"},
     }
-
-
-def _optional_or(name: str, otherwise: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    unfit = _unfit(name, device, dtype)
-    return (name, f"{OPTIONAL[name].title} is installed") if unfit is None else (otherwise, unfit)

@@ -59,3 +59,42 @@ def rms_norm_torch(x: Tensor, weight: Tensor, *, eps: float, order: Order) -> Te
     if order == "llama":
         return rms_norm(x, weight, eps=eps, order=order)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, *, eps: float, order: Order) -> Tensor:
+    """``rms_norm`` by our Triton kernel: one pass over memory forward, one backward, the same bits in every run."""
+    from megatron_aquila.kernels.triton.rms_norm import RmsNorm
+
+    return apply(RmsNorm, x, weight, eps, order == "llama")
+
+
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, order: Order
+) -> tuple[Tensor, Tensor]:
+    """``(x + residual, rms_norm_reference of it)``: the residual stream goes on, and what the next layer takes."""
+    total = x + residual
+    return total, rms_norm_reference(total, weight, eps=eps, order=order)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, order: Order) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm_reference`` by ``rms_norm``."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps=eps, order=order)
+
+
+def add_rms_norm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, order: Order
+) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm_reference`` by ``rms_norm_torch``."""
+    total = x + residual
+    return total, rms_norm_torch(total, weight, eps=eps, order=order)
+
+
+def add_rms_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, order: Order
+) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm_reference`` in one pass. Backward adds the sum's own gradient before it rounds, once not twice."""
+    from megatron_aquila.kernels.triton.rms_norm import AddRmsNorm
+
+    total, normed = AddRmsNorm.apply(x, residual, weight, eps, order == "llama")  # type: ignore[no-untyped-call]
+    return total, normed

@@ -1,9 +1,11 @@
-"""Rotary position embedding, half-split as in Hugging Face's Llama: feature i turns with feature i + D/2."""
+"""Rotary position embedding. Half-split, as in Hugging Face's Llama, feature i turns with feature i + D/2;
+interleaved, as in the paper, feature 2i with 2i + 1. The pair i has the angle i in both, and both use the same tables.
+"""
 
 import torch
 from torch import Tensor
 
-from megatron_aquila.kernels.precision import compute_dtype
+from megatron_aquila.kernels.precision import apply, compute_dtype
 
 
 def rope_tables(positions_BS: Tensor, *, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -19,12 +21,64 @@ def rope_tables(positions_BS: Tensor, *, head_dim: int, base: float, dtype: torc
     return angles_SBD.cos(), angles_SBD.sin()
 
 
-def apply_rope(x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor) -> Tensor:
+def apply_rope(x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved: bool = False) -> Tensor:
     """Every head of ``x_SBND`` turned by its token's position; computed in the type of the tables, rounded once.
 
     Autograd keeps the tables, which all layers share, and nothing of ``x``.
     """
     wide = x_SBND.to(cos_SBD.dtype)
+    if interleaved:
+        cos, sin = (table.chunk(2, dim=-1)[0].unsqueeze(2) for table in (cos_SBD, sin_SBD))
+        even, odd = wide[..., 0::2], wide[..., 1::2]
+        pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+        return pairs.flatten(-2).to(x_SBND.dtype)
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (wide * cos_SBD.unsqueeze(2) + turned * sin_SBD.unsqueeze(2)).to(x_SBND.dtype)
+
+
+def apply_rope_triton(x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved: bool = False) -> Tensor:
+    """``apply_rope`` by our Triton kernel, which reads half of the tables: their halves are the same."""
+    from megatron_aquila.kernels.triton.rope import Rope
+
+    return apply(Rope, x_SBND, cos_SBD, sin_SBD, interleaved)
+
+
+def rope_qkv_(
+    qkv_SBP: Tensor,
+    cos_SBD: Tensor,
+    sin_SBD: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(q_SBND, k_SBKD, v_SBKD)`` of a projection whose columns are [q heads; k heads; v heads], q and k turned.
+
+    ``qkv_SBP`` must not be used afterwards: a fast version writes into it.
+    """
+    heads = torch.unflatten(qkv_SBP, -1, (num_heads + 2 * num_kv_heads, -1))
+    q, k, v = torch.split_with_sizes(heads, [num_heads, num_kv_heads, num_kv_heads], dim=2)
+    q_SBND, k_SBKD = (apply_rope(x, cos_SBD, sin_SBD, interleaved=interleaved) for x in (q, k))
+    return q_SBND, k_SBKD, v.contiguous()  # a view would keep the whole projection alive until backward
+
+
+def rope_qkv_triton_(
+    qkv_SBP: Tensor,
+    cos_SBD: Tensor,
+    sin_SBD: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rope_qkv_`` by our Triton kernel: q and k are turned in place, and all three lie in the memory of ``qkv_SBP``.
+
+    Nothing is allocated forward, and v is not copied; backward writes the three gradients into one tensor.
+    """
+    from megatron_aquila.kernels.triton.rope import RopeQkv
+
+    _, q_SBND, k_SBKD, v_SBKD = RopeQkv.apply(  # type: ignore[no-untyped-call]
+        qkv_SBP, cos_SBD, sin_SBD, num_heads, num_kv_heads, interleaved
+    )
+    return q_SBND, k_SBKD, v_SBKD

@@ -1,0 +1,188 @@
+"""At start, a kernel shows on the device that it computes what its reference does: GPUs, drivers and compilers differ.
+
+A trial runs it forward and backward on random data, at the run's own sizes, against the reference in float64.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_aquila.kernels.adamw import adamw_
+from megatron_aquila.kernels.precision import compute_dtype
+from megatron_aquila.kernels.rms_norm import Order, add_rms_norm_reference, rms_norm_reference
+from megatron_aquila.kernels.rope import apply_rope, rope_qkv_, rope_tables
+from megatron_aquila.kernels.swiglu import swiglu_reference
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What kernels are compiled for, and so are tried at: the run's own."""
+
+    hidden_size: int = 96
+    ffn_size: int = 80
+    head_dim: int = 16
+    norm_order: Order = "aquila"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """``call(kernel, **inputs)`` gives outputs by name, ``inputs`` have gradients where the outputs do.
+
+    Inputs that optimizers keep in float32 are ``always_wide``.
+    """
+
+    reference: Callable[..., Any]
+    inputs: Mapping[str, Tensor]
+    call: Callable[..., Mapping[str, Tensor]]
+    always_wide: bool = False
+
+
+class _Draw:
+    """Normal float64 numbers on ``device``, the same each time; the run's own generators are left alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generator, self._device = torch.Generator().manual_seed(0), device
+        # on a GPU more rows than programs, so that each takes several; the interpreter needs few and is slow
+        self.tokens = (111, 7) if device.type == "cuda" else (7, 3)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator, dtype=torch.float64).to(self._device)
+
+    def rows(self, size: int) -> Tensor:
+        """Rows whose values are 0.001 to 10: in the small ones the norm's eps shows."""
+        scales = torch.logspace(-3, 1, self.tokens[0], dtype=torch.float64, device=self._device)
+        return self(*self.tokens, size) * scales[:, None, None]
+
+
+def _rms_norm(sizes: Sizes, draw: _Draw) -> Trial:
+    def call(kernel: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Mapping[str, Tensor]:
+        return {"the norm": kernel(x, weight, eps=EPS, order=sizes.norm_order)}
+
+    inputs = {"x": draw.rows(sizes.hidden_size), "weight": 1 + draw(sizes.hidden_size) / 4}
+    return Trial(rms_norm_reference, inputs, call)
+
+
+def _add_rms_norm(sizes: Sizes, draw: _Draw) -> Trial:
+    def call(kernel: Callable[..., Any], x: Tensor, residual: Tensor, weight: Tensor) -> Mapping[str, Tensor]:
+        total, normed = kernel(x, residual, weight, eps=EPS, order=sizes.norm_order)
+        return {"the sum": total, "its norm": normed}
+
+    x, residual = draw.rows(sizes.hidden_size), draw.rows(sizes.hidden_size)
+    weight = 1 + draw(sizes.hidden_size) / 4
+    return Trial(add_rms_norm_reference, {"x": x, "residual": residual, "weight": weight}, call)
+
+
+def _swiglu(sizes: Sizes, draw: _Draw) -> Trial:
+    def call(kernel: Callable[..., Tensor], gate_up: Tensor) -> Mapping[str, Tensor]:
+        return {"the product": kernel(gate_up)}
+
+    return Trial(swiglu_reference, {"gate_up": 2 * draw(*draw.tokens, 2 * sizes.ffn_size)}, call)
+
+
+def _tables(x: Tensor, sizes: Sizes, tokens: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The float32 tables of a run, widened for the reference: the kernel is tried, not they."""
+    positions_BS = torch.arange(tokens[0] * tokens[1], device=x.device).view(tokens[1], tokens[0])
+    tables = rope_tables(positions_BS, head_dim=sizes.head_dim, base=10000.0, dtype=torch.float32)
+    cos, sin = (table.to(compute_dtype(x.dtype)) for table in tables)
+    return cos, sin
+
+
+def _apply_rope(sizes: Sizes, draw: _Draw) -> Trial:
+    def call(kernel: Callable[..., Tensor], x: Tensor) -> Mapping[str, Tensor]:
+        return {"the turned x": kernel(x, *_tables(x, sizes, draw.tokens))}
+
+    return Trial(apply_rope, {"x": draw(*draw.tokens, 5, sizes.head_dim)}, call)
+
+
+def _rope_qkv(sizes: Sizes, draw: _Draw) -> Trial:
+    def call(kernel: Callable[..., Any], qkv: Tensor) -> Mapping[str, Tensor]:
+        projection = qkv.clone()  # it may be written into
+        q, k, v = kernel(projection, *_tables(qkv, sizes, draw.tokens), num_heads=4, num_kv_heads=2)
+        return {"q": q, "k": k, "v": v}
+
+    return Trial(rope_qkv_, {"qkv": draw(*draw.tokens, 8 * sizes.head_dim)}, call)
+
+
+def _adamw(sizes: Sizes, draw: _Draw) -> Trial:
+    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+
+    def call(kernel: Callable[..., None], **tensors: Tensor) -> Mapping[str, Tensor]:
+        new = {name: x.detach().clone() for name, x in tensors.items()}
+        kernel(*new.values(), **settings)
+        return new
+
+    size = 64 * sizes.hidden_size + 3  # no multiple of a block
+    inputs = {name: draw(size) for name in ("param", "grad", "exp_avg")}
+    return Trial(adamw_, {**inputs, "exp_avg_sq": draw(size).square()}, call, always_wide=True)
+
+
+TRIALS: Mapping[str, Callable[[Sizes, _Draw], Trial]] = MappingProxyType(
+    {
+        "rms_norm": _rms_norm,
+        "add_rms_norm": _add_rms_norm,
+        "apply_rope": _apply_rope,
+        "rope_qkv": _rope_qkv,
+        "swiglu": _swiglu,
+        "adamw": _adamw,
+    }
+)
+
+
+def why_refused(
+    op: str, kernel: Callable[..., Any], *, device: torch.device, dtype: torch.dtype, sizes: Sizes
+) -> str | None:
+    """Why ``kernel`` must not run as ``op`` here, in a line: it fails, or errs by more than roundings; else None.
+
+    A value may be off by four roundings to ``dtype`` and 32 to float32 (sums, the GPU's exp) of itself and of the
+    root mean square of its row.
+    """
+    try:
+        trial = TRIALS[op](sizes, _Draw(device))
+        dtype = torch.float32 if trial.always_wide else dtype
+        exact, ours = _outcomes(trial, kernel, dtype)
+    except Exception as error:  # compilers and drivers raise anything
+        return f"it fails: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+    allowed = 4 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
+    for name, value in exact.items():
+        if ours[name].shape != value.shape:
+            return f"{name} has the shape {tuple(ours[name].shape)}, not {tuple(value.shape)}"
+        bound = allowed * (value.abs() + value.square().mean(-1, keepdim=True).sqrt())
+        error_of = (ours[name].double() - value).abs()
+        wrong = ~(error_of <= bound)  # also what is not a number
+        if wrong.any():
+            worst = (error_of / bound).nan_to_num(nan=torch.inf).max().item()
+            return f"{name} is wrong in {wrong.sum()} of {wrong.numel()} places, by {worst:.3g} times what is allowed"
+    return None
+
+
+def _outcomes(
+    trial: Trial, kernel: Callable[..., Any], dtype: torch.dtype
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Outputs and gradients by name, of the reference in float64 and of ``kernel`` in ``dtype``.
+
+    Gradients come in that resemble the outputs, else a norm's would hardly have a part along its input.
+    """
+    rounded = {name: x.to(dtype) for name, x in trial.inputs.items()}
+    wide = {name: x.double().requires_grad_() for name, x in rounded.items()}
+    narrow = {name: x.requires_grad_() for name, x in rounded.items()}
+    with torch.enable_grad():
+        exact, ours = trial.call(trial.reference, **wide), trial.call(kernel, **narrow)
+    draw = _Draw(next(iter(wide.values())).device)
+    grads = {name: (y.detach() + draw(*y.shape)).to(dtype) for name, y in exact.items()}
+    return {**exact, **_gradients(exact, wide, grads)}, {**ours, **_gradients(ours, narrow, grads)}
+
+
+def _gradients(
+    outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    if not all(y.requires_grad for y in outputs.values()):
+        return {}
+    grad_outputs = [grads[name].to(y.dtype) for name, y in outputs.items()]
+    results = torch.autograd.grad([*outputs.values()], [*inputs.values()], grad_outputs)
+    return {f"the gradient of {name}": grad for name, grad in zip(inputs, results, strict=True)}
