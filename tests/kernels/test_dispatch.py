@@ -13,6 +13,14 @@ from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm, rms_norm_torch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NO_TRITON = "Triton cannot be imported: ModuleNotFoundError: import of triton halted; None in sys.modules"
+
+
+@pytest.fixture(autouse=True)
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not it is installed: its kernels are tried in triton/test_self_check.py."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture
@@ -40,7 +48,8 @@ def test_on_a_gpu_without_optional_packages() -> None:
     assert (kernels.rms_norm, kernels.attention, kernels.adamw) == (rms_norm_torch, causal_attention, adamw_torch_)
     missing = "cannot be imported: ModuleNotFoundError: No module named"
     assert kernels.reasons["attention"] == f"sdpa: flash_attn {missing} 'flash_attn'"
-    assert kernels.reasons["adamw"] == f"torch_fused: NVIDIA apex {missing} 'apex'"
+    assert kernels.reasons["rms_norm"] == f"torch: {NO_TRITON}"
+    assert kernels.reasons["adamw"] == f"torch_fused: {NO_TRITON}; NVIDIA apex {missing} 'apex'"
 
 
 def test_optional_packages_are_used_where_they_fit(install) -> None:
@@ -53,7 +62,7 @@ def test_optional_packages_are_used_where_they_fit(install) -> None:
     kernels = choose_kernels(CUDA, torch.float64)
     assert (kernels.attention, kernels.adamw) == (causal_attention, adamw_torch_)
     assert kernels.reasons["attention"] == "sdpa: flash_attn has no float64"
-    assert kernels.reasons["adamw"] == "torch_fused: NVIDIA apex has no float64"
+    assert kernels.reasons["adamw"] == "torch_fused: Triton has no float64; NVIDIA apex has no float64"
     assert choose_kernels(CPU, torch.bfloat16).attention is causal_attention
 
 
@@ -92,13 +101,22 @@ def test_a_kernel_can_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("device", "op", "name", "message"),
     [
-        (CPU, "attn", "sdpa", "there is no op 'attn'; use one of rms_norm, apply_rope, swiglu, attention, adamw"),
+        (CPU, "attn", "sdpa", f"there is no op 'attn'; use one of {', '.join(IMPLEMENTATIONS)}"),
         (CPU, "attention", "fast", "there is no attention kernel 'fast'; use one of sdpa, flash_attn, reference"),
         (CPU, "attention", "flash_attn", "flash_attn needs a GPU; leave it out"),
         (CUDA, "adamw", "apex", "NVIDIA apex cannot be imported: ModuleNotFoundError"),
+        (CUDA, "rms_norm", "triton", NO_TRITON),
+        (CPU, "swiglu", "triton", "Triton needs a GPU; leave it out"),
     ],
 )
 def test_what_cannot_be_had_is_refused(device: torch.device, op: str, name: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        choose_kernels(device, torch.bfloat16, forced={op: name, "rms_norm": "reference"})
+        choose_kernels(device, torch.bfloat16, forced={"rms_norm": "reference", op: name})
     assert str(error.value).startswith(f"--kernels {op}={name}: {message}")
+
+
+def test_triton_never_interprets_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert (
+        choose_kernels(CUDA, torch.bfloat16).reasons["swiglu"] == "own: Triton is set to interpret by TRITON_INTERPRET"
+    )

@@ -1,0 +1,64 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_aquila.kernels.adamw import adamw_, adamw_triton_
+from tests.kernels.triton.common import DEVICE, EPS32, draw, worst
+
+SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+SIZE, STEPS = 1500, 3
+
+
+def after(update, dtype: torch.dtype, cuts: tuple[int, ...] = (0, SIZE)) -> list[Tensor]:
+    """Parameter, moments and published weights after some steps, each update made piece by piece."""
+    torch.manual_seed(0)
+    state = [draw(SIZE).to(dtype), *(torch.zeros(SIZE, dtype=dtype, device=DEVICE) for _ in range(2))]
+    state.append(torch.zeros(SIZE, dtype=torch.bfloat16, device=DEVICE))
+    for step in range(1, STEPS + 1):
+        grad = draw(SIZE).to(dtype)
+        for start, stop in pairwise(cuts):
+            param, exp_avg, exp_avg_sq, publish = (x[start:stop] for x in state)
+            update(param, grad[start:stop], exp_avg, exp_avg_sq, step=step, publish=publish, **SETTINGS)
+    return state
+
+
+def test_equals_the_reference() -> None:
+    """Eight roundings a step, of values as large as the largest."""
+    ours, right = after(adamw_triton_, torch.float32), after(adamw_, torch.float64)
+    for found, value in zip(ours[:3], right[:3], strict=True):
+        assert worst(found, value, 8 * STEPS * EPS32 * value.abs().max().expand(SIZE)) <= 1
+    once_late = after(lambda *a, step, **k: adamw_triton_(*a, step=step + 1, **k), torch.float32)
+    assert worst(once_late[0], right[0], 8 * STEPS * EPS32 * right[0].abs().max().expand(SIZE)) > 10
+
+
+def test_what_is_published_is_the_parameter_rounded() -> None:
+    param, _, _, published = after(adamw_triton_, torch.float32)
+    if DEVICE.type == "cuda":
+        assert torch.equal(published, param.bfloat16())
+    assert worst(published, param.double(), param.double().abs() * torch.finfo(torch.bfloat16).eps) <= 1
+    plain = after(lambda *a, publish, **k: adamw_triton_(*a, **k), torch.float32)
+    assert torch.equal(plain[0], param)
+    assert plain[3].eq(0).all()
+
+
+@settings(max_examples=6)
+@given(cuts=st.sets(st.integers(1, SIZE - 1), max_size=4))
+def test_a_split_parameter_is_updated_to_the_same_bits(cuts: set[int]) -> None:
+    split = after(adamw_triton_, torch.float32, (0, *sorted(cuts), SIZE))
+    assert all(map(torch.equal, split, after(adamw_triton_, torch.float32)))
+
+
+def test_nothing_to_update_and_misuse() -> None:
+    adamw_triton_(*(draw(0) for _ in range(4)), step=1, **SETTINGS)
+    with pytest.raises(AssertionError, match="the first update is step 1, not 0"):
+        adamw_triton_(*(draw(1) for _ in range(4)), step=0, **SETTINGS)
+    with pytest.raises(AssertionError, match="one contiguous float32 each"):
+        adamw_triton_(*(draw(8, dtype=torch.bfloat16) for _ in range(4)), step=1, **SETTINGS)
+    with pytest.raises(AssertionError, match="one contiguous float32 each"):
+        adamw_triton_(*(draw(16)[::2] for _ in range(4)), step=1, **SETTINGS)
+    with pytest.raises(AssertionError, match="publish is not like param"):
+        adamw_triton_(*(draw(8) for _ in range(4)), step=1, publish=draw(4), **SETTINGS)

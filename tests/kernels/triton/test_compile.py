@@ -1,0 +1,65 @@
+"""All kernels compile for Hopper at Aquila2-7B's sizes, on a machine without a GPU too: Triton brings its assembler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install '.[kernels]'")
+
+# In a process of its own, where kernels are not interpreted. Prints a line a kernel: name and PTX instructions.
+COMPILE = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_aquila.kernels.triton import adamw, rms_norm, rope, swiglu
+from megatron_aquila.kernels.triton.launch import block_of, num_warps
+
+FLOATS = {"eps", "decay", "add1", "beta2", "add2", "rate", "correction2"}
+FLOAT32 = {"inverse_rms", "grad_weight_parts", "cos", "sin"}
+NUMBERS = FLOATS | {"num_rows", "num_heads", "num_samples", "size"}
+
+def compiled(name, kernel, warps, pointer="*bf16", **constants):
+    def kind(argument):
+        if argument in constants:
+            return "constexpr"
+        if argument in FLOATS:
+            return "fp32"
+        if argument in NUMBERS or "stride" in argument:
+            return "i32"
+        return "*fp32" if argument in FLOAT32 else pointer
+    names = kernel.arg_names
+    signature = {argument: kind(argument) for argument in names}
+    by_16 = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(names)
+             if signature[argument] != "constexpr" and argument not in NUMBERS - {"size"}}
+    source = ASTSource(fn=kernel, signature=signature, attrs=by_16,
+                       constexprs={(names.index(k),): v for k, v in constants.items()})
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    print(name, *sorted(set(re.findall(r"(?:ld.global|st.global|cp.async.c.)[.\\\\w:]*", code.asm["ptx"]))))
+
+for adds in (False, True):
+    common = dict(SIZE=4096, BLOCK=4096, ADDS=adds, ROUNDS_FIRST=adds)
+    compiled("norm", rms_norm._forward, 8, **common)
+    compiled("norm_backward", rms_norm._backward, 8, STAGES=rms_norm._stages(4096, 2, 2 + adds), **common)
+    compiled("rope", rope._rotate, 8, HALF=64, BLOCK=64, HEADS=32, BACK=adds, INTERLEAVED=adds)
+compiled("swiglu", swiglu._forward, 4, SIZE=11008, BLOCK=2048)
+compiled("swiglu_backward", swiglu._backward, 4, SIZE=11008, BLOCK=2048)
+compiled("adamw", adamw._update, 4, pointer="*fp32", PUBLISHES=True, BLOCK=1024)
+"""
+
+
+def test_memory_is_read_16_bytes_a_thread_and_ahead_of_time(tmp_path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-"], input=COMPILE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in lines] == [
+        *("norm", "norm_backward", "rope") * 2, "swiglu", "swiglu_backward", "adamw",
+    ]  # fmt: skip
+    for name, *instructions in lines:
+        assert {"st.global.v4.b32"} <= set(instructions), f"{name}: {instructions}"
+        ahead = any(word.startswith("cp.async.cg") for word in instructions)
+        assert ahead == (name == "norm_backward"), f"{name}: {instructions}"
+        assert ahead or "ld.global.v4.b32" in instructions, f"{name}: {instructions}"

@@ -1,0 +1,35 @@
+"""On a GPU: the run's own sizes. What the interpreter shows on small shapes is run compiled by the other files there."""
+
+import pytest
+import torch
+
+from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
+from megatron_aquila.kernels.rms_norm import rms_norm_reference, rms_norm_triton
+from megatron_aquila.kernels.self_check import TRIALS, Sizes, why_refused
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("op", TRIALS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("order", ["aquila", "llama"])
+@pytest.mark.parametrize(("hidden_size", "ffn_size"), [(4096, 11008), (6144, 24576), (8192, 28672)])
+def test_aquilas_sizes(op: str, dtype: torch.dtype, order, hidden_size: int, ffn_size: int) -> None:
+    sizes = Sizes(hidden_size=hidden_size, ffn_size=ffn_size, head_dim=128, norm_order=order)
+    assert why_refused(op, IMPLEMENTATIONS[op]["triton"], device=CUDA, dtype=dtype, sizes=sizes) is None
+
+
+def test_they_are_the_default_once_tried() -> None:
+    kernels = choose_kernels(CUDA, torch.bfloat16)
+    assert all(getattr(kernels, op) is IMPLEMENTATIONS[op]["triton"] for op in TRIALS)
+
+
+def test_more_elements_than_an_int32_counts() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    x = torch.randn(2**31 // 8192 + 5, 8192, device=CUDA, dtype=torch.bfloat16)
+    weight = torch.randn(8192, device=CUDA, dtype=torch.bfloat16)
+    y = rms_norm_triton(x, weight, eps=1e-5, order="aquila")
+    last = rms_norm_reference(x[-3:], weight, eps=1e-5, order="aquila")
+    torch.testing.assert_close(y[-3:], last, rtol=2**-7, atol=0)
