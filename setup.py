@@ -55,7 +55,7 @@ setup(
     extras_require={
         "hf": ["transformers>=5"],
         "quickstart": ["transformers>=5", "matplotlib"],
-        "kernels": ["triton"],
+        "kernels": ["triton>=3.6"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
         "dev": [

@@ -11,6 +11,7 @@ from megatron_aquila.config.schema import OptimConfig, RunConfig
 from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
@@ -77,7 +78,17 @@ def create_context(config: RunConfig, derived: Derived, device: torch.device) ->
 def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> Machine:
     """Kernels, stages, optimizer, wire and programs. Local. Weights are allocated, not filled."""
     dtype = DTYPES[config.train.precision]
-    kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
+    kernels = choose_kernels(
+        ctx.device,
+        dtype,
+        forced=dict(split_choice(word) for word in config.train.kernels),
+        sizes=Sizes(
+            hidden_size=derived.shape.hidden_size,
+            ffn_size=derived.shape.ffn_size // ctx.tp.size,
+            head_dim=derived.shape.head_dim,
+            norm_order=derived.shape.norm_order,
+        ),
+    )
     sequence_parallel = config.parallel.sequence
     placement = Placement(tp=ctx.tp, sequence_parallel=sequence_parallel, dtype=dtype, device=ctx.device)
     stages = build_stages(derived.shape, derived.stages, pp_rank=ctx.pp.rank, placement=placement, kernels=kernels)

@@ -37,7 +37,7 @@ def compiled(name, kernel, warps, pointer="*bf16", **constants):
     source = ASTSource(fn=kernel, signature=signature, attrs=by_16,
                        constexprs={(names.index(k),): v for k, v in constants.items()})
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    print(name, *sorted(set(re.findall(r"(?:ld.global|st.global|cp.async.c.)[.\\\\w:]*", code.asm["ptx"]))))
+    print(name, *sorted(set(re.findall(r"(?:ld.global|st.global|cp.async.c.)[.\\w:]*", code.asm["ptx"]))))
 
 for adds in (False, True):
     common = dict(SIZE=4096, BLOCK=4096, ADDS=adds, ROUNDS_FIRST=adds)

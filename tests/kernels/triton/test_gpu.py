@@ -1,4 +1,4 @@
-"""On a GPU: the run's own sizes. What the interpreter shows on small shapes is run compiled by the other files there."""
+"""On a GPU: Aquila's own sizes. What other files interpret on a CPU they run compiled there."""
 
 import pytest
 import torch

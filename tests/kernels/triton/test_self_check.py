@@ -38,6 +38,7 @@ MUTANTS = {
     "the tail of a flat tensor": ("adamw", "adamw", "inside = at < size", "inside = at < size // BLOCK * BLOCK"),
     "does not compile": ("swiglu", "swiglu", "sigmoid = tl.sigmoid(gate)", "sigmoid = tl.no_such_function(gate)"),
 }  # fmt: skip
+# ruff: noqa: E501  (the table of mutants)
 
 
 def refusal(op: str, kernel=None, dtype: torch.dtype = torch.float16, sizes: Sizes = SIZES) -> str | None:
@@ -121,7 +122,7 @@ def test_the_runs_random_numbers_are_left_alone() -> None:
 
 
 def test_all_can_be_forced_at_once() -> None:
-    forced = {op: "triton" for op in TRIALS}
+    forced = dict.fromkeys(TRIALS, "triton")
     kernels = choose_kernels(DEVICE, torch.bfloat16, forced=forced, sizes=SIZES)
     assert all(getattr(kernels, op) is IMPLEMENTATIONS[op]["triton"] for op in TRIALS)
     assert {kernels.reasons[op] for op in TRIALS} == {"triton: asked for"}
