@@ -46,9 +46,7 @@ def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
 def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
     """One line of estimated memory, by purpose, for each pipeline rank."""
     plan = memory_plan(config, derived)
-    return [
-        (f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in range(derived.stages.num_ranks)
-    ]
+    return [(f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in range(derived.stages.num_ranks)]
 
 
 def _flops(derived: Derived) -> str:

@@ -1,6 +1,6 @@
 """One way to run: what parity varies, and which ways there are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -128,11 +128,3 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
         ),
         train=replace(config.train, micro_batch=layout.micro_batch),
     )
-
-
-def simpler(layout: Layout) -> Iterator[Layout]:
-    """The layouts with one option less, those that save processes first."""
-    for name in sorted(layout.options, key=lambda name: name not in ("pp", "dp", "tp")):
-        candidate = layout.without(name)
-        if is_supported(candidate):
-            yield candidate

@@ -21,7 +21,8 @@ from megatron_aquila.verify.outputs import recording
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.sample import rank_batches
 
-RULES: tuple[Literal["sgd", "adamw"], ...] = ("sgd", "adamw")
+Rule = Literal["sgd", "adamw"]
+RULES: tuple[Rule, ...] = ("sgd", "adamw")
 SOURCES = ("even", "odd")
 
 
@@ -37,7 +38,7 @@ class Observation:
     loss: float
     gradients: Mapping[str, Tensor]
     grad_norm: float
-    updated: Mapping[str, Mapping[str, Tensor]]  # by update rule
+    updated: Mapping[Rule, Mapping[str, Tensor]]  # by update rule
     next_loss: Mapping[str, float]  # by update rule
     next_gradients: Mapping[str, Tensor]
 

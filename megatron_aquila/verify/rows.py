@@ -18,7 +18,7 @@ class Claim:
 
 
 def claims(requested: Layout) -> list[Claim]:
-    """Each axis of ``requested`` alone, what may not change a bit, and all together. What is asked twice stands once."""
+    """Each axis of ``requested`` alone, what may not change a bit, and all together; none of them twice."""
     found: list[Claim] = []
     for claim in _claims(requested):
         if not any((one.layout, one.twin) == (claim.layout, claim.twin) for one in found):

@@ -99,7 +99,7 @@ def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 
 ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
-SPLIT = Layout(pp=2, schedule="zb-h1")
+SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
 APART = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
 
@@ -317,6 +317,20 @@ def weight_gradient_paid_twice() -> Any:
             job()
 
     return patched(WeightGradQueue, "pay", wrong)
+
+
+@mutant("a rank's stages begin with the same weights", CHUNKS, "schedule", "output of model.layers.2.self_attn")
+def chunks_initialised_alike() -> Any:
+    right = observe.initialize_
+
+    def wrong(infos: Any, *, seed: int) -> None:
+        right(infos, seed=seed)
+        first: dict[str, torch.Tensor] = {}
+        for info in infos:
+            place = info.name.split(".", 3)[-1]  # within its layer
+            info.param.data.copy_(first.setdefault(place, info.param.data))
+
+    return patched(observe, "initialize_", wrong)
 
 
 # Clipping and the update.
