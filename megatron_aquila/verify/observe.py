@@ -148,6 +148,7 @@ def _one_step(machine: Machine) -> RankObservation:
     gradients = [replace(chunk, tensor=chunk.tensor / scale) for chunk in gradient_chunks(machine)]
     norm = machine.optimizer.clip_(config.optim.clip_grad, loss_scale=scale)
     machine.optimizer.step(config.optim.lr)
+    machine.optimizer.wait_for_weights()
     return RankObservation(loss=sums.means(ctx).loss, grad_norm=norm, gradients=gradients, updated={})
 
 

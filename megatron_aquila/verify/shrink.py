@@ -96,6 +96,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             stage_layers=stage_layers,
             schedule=config.parallel.schedule if layout.pp > 1 else "1f1b",
             bucket_mib=1,
+            grad_reduce="fp32",  # rounding to bf16 on the way is not what float64 can prove
         ),
         train=replace(config.train, micro_batch=layout.micro_batch),
     )

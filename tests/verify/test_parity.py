@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_aquila.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_aquila.parallel.collectives import Pending
 from megatron_aquila.verify import observe
 from megatron_aquila.verify.observe import Observation, RankObservation
 from megatron_aquila.verify.parity import BOUND, Parity, Row, compare, layouts
@@ -100,7 +101,7 @@ def no_column_reduce() -> Any:
     """The column-parallel input gradient stays a partial sum."""
     from megatron_aquila.parallel import layers
 
-    return patched(layers, "all_reduce_", lambda x, group, op="sum": x)
+    return patched(layers, "begin_all_reduce_", lambda x, group, overlap: Pending(x))
 
 
 def mean_of_means() -> Any:
@@ -199,20 +200,20 @@ def shard_border_off_by_one() -> Any:
     """An optimizer shard begins one element late inside a parameter."""
     from megatron_aquila.optim.buckets import Bucket
 
-    right = Bucket.publish_
+    right = Bucket.begin_publish
 
     def wrong(self: Bucket) -> None:
         self.master.copy_(self.master.roll(1))
         right(self)
 
-    return patched(Bucket, "publish_", wrong)
+    return patched(Bucket, "begin_publish", wrong)
 
 
 def no_param_gather() -> Any:
     """Replicas keep the stale parameters of the other shards."""
     from megatron_aquila.optim import buckets
 
-    return patched(buckets, "all_gather_flat_", lambda out, shard, group: None)
+    return patched(buckets, "begin_all_gather_flat_", lambda out, shard, group, overlap: Pending(out))
 
 
 def rope_off_by_one() -> Any:
