@@ -193,6 +193,13 @@ def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--precision", "fp64", why, "use bf16 or fp32, or --device cpu")
 
 
+def _grad_reduce(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    precision = config.train.precision
+    if config.parallel.grad_reduce == "bf16" and precision in ("fp32", "fp64"):
+        why = f"it would round the gradients of {precision} weights to 8 bits"
+        yield Problem("--grad-reduce", "bf16", why, "use fp32, or --precision bf16")
+
+
 def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     optim, precision = config.optim, config.train.precision
     if precision != "fp16":
@@ -221,6 +228,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
+    _grad_reduce: "parallel.grad_reduce train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
     check_data_path: "data.path",
     check_split: "data.split",

@@ -95,8 +95,22 @@ class ParallelConfig:
         "--pipeline-layout",
         "--pipeline-model-parallel-layout",
     )
-    overlap: bool = setting(True, "communicate while computing: a stage's next input travels during the work before it")
-    bucket_mib: Count = setting(128, "gradients are reduced in buckets of about this many MiB")
+    bucket_mib: Positive = setting(128.0, "gradients are reduced in buckets of about this many MiB")
+    overlap: bool = setting(
+        True, "communicate beside computation where neither needs the other; changes no bit", "--overlap"
+    )
+    grad_reduce: Literal["fp32", "bf16"] = setting(
+        "fp32", "what gradients travel in between replicas: the type they are summed up in, fp32 or wider, or bf16"
+    )
+    deterministic_reduce: bool = setting(
+        False, "sum gradients over replicas in the order of ranks, whatever the buckets; takes memory and time"
+    )
+    fuse_main_grads: bool = setting(
+        True,
+        "linears add their weight gradients to the fp32 sums within the product, unrounded",
+        "--fuse-main-grads",
+        "--gradient-accumulation-fusion",
+    )
     timeout_minutes: Positive = setting(
         10.0, "a collective that takes longer ends the run", "--timeout-minutes", "--distributed-timeout-minutes"
     )

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.precision import apply, matmul
-from megatron_aquila.parallel.collectives import all_gather, all_reduce_, reduce_scatter
+from megatron_aquila.parallel.collectives import (
+    Pending,
+    all_gather,
+    all_reduce_,
+    begin_all_gather,
+    begin_all_reduce_,
+    begin_reduce_scatter,
+    reduce_scatter,
+)
 from megatron_aquila.parallel.placement import Placement
 
 
@@ -25,12 +33,17 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
         placement: Placement = ctx.placement
-        tp, sequence_parallel = placement.tp, placement.sequence_parallel
+        tp, sequence_parallel, overlap = placement.tp, placement.sequence_parallel, placement.overlap
         x, weight = ctx.saved_tensors
-        x_SBH = all_gather(x, tp) if sequence_parallel else x
+        # Each collective runs beside the product that does not need it: the gathered x is for the weight's gradient
+        # alone, the sum of grad_x for nothing here. Where the weight's gradient is owed, that sum is simply awaited.
+        gathering = begin_all_gather(x, tp, overlap=overlap) if sequence_parallel else Pending(x)
         grad_x = matmul(grad_y, weight)  # this rank's partial sum
-        grad_x = reduce_scatter(grad_x, tp) if sequence_parallel else all_reduce_(grad_x, tp)
-        return grad_x, placement.weight_grads.gradient(weight, grad_y, x_SBH), None
+        x_SBH = gathering.wait()
+        begin_sum = begin_reduce_scatter if sequence_parallel else begin_all_reduce_
+        summing = begin_sum(grad_x, tp, overlap=overlap)
+        grad_weight = placement.weight_grads.gradient(weight, grad_y, x_SBH)
+        return summing.wait(), grad_weight, None
 
 
 class _RowParallel(torch.autograd.Function):

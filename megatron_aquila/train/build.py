@@ -1,17 +1,20 @@
 """From settings to a run: one line a part. The rooms of the layer below meet here and nowhere else."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch import Tensor, nn
 
 from megatron_aquila.config.derive import Derived
-from megatron_aquila.config.schema import OptimConfig, RunConfig
+from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.model.aquila import AquilaStage, build_stages
+from megatron_aquila.optim.buckets import Reduction
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
@@ -79,12 +82,25 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
     dtype = DTYPES[config.train.precision]
     kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
     sequence_parallel = config.parallel.sequence
-    placement = Placement(tp=ctx.tp, sequence_parallel=sequence_parallel, dtype=dtype, device=ctx.device)
+    placement = Placement(
+        tp=ctx.tp,
+        sequence_parallel=sequence_parallel,
+        dtype=dtype,
+        device=ctx.device,
+        overlap=config.parallel.overlap,
+    )
     stages = build_stages(derived.shape, derived.stages, pp_rank=ctx.pp.rank, placement=placement, kernels=kernels)
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
     optimizer = DistributedOptimizer(
-        infos, ctx, rule=update_rule(config.optim, kernels), bucket_bytes=config.parallel.bucket_mib * 2**20
+        infos,
+        ctx,
+        rule=update_rule(config.optim, kernels),
+        bucket_bytes=math.ceil(config.parallel.bucket_mib * 2**20),
+        reduction=reduction(config.parallel),
     )
+    if config.parallel.fuse_main_grads:
+        placement.weight_grads.accumulate_into(optimizer.main_grads())
+    wait_before_forward(stages.values(), optimizer)
     plan = plan_work(config, derived, ctx.pp.rank)
     rows = derived.shape.seq_len // (ctx.tp.size if sequence_parallel else 1)
     activation_shape = (rows, config.train.micro_batch, derived.shape.hidden_size)
@@ -109,6 +125,27 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
         scaling=loss_scaling(config),
         programs=plan.programs,
     )
+
+
+def reduction(parallel: ParallelConfig) -> Reduction:
+    """How gradients are summed over the replicas."""
+    return Reduction(
+        dtype=torch.bfloat16 if parallel.grad_reduce == "bf16" else None,
+        in_rank_order=parallel.deterministic_reduce,
+        overlap=parallel.overlap,
+    )
+
+
+def wait_before_forward(stages: Iterable[nn.Module], optimizer: DistributedOptimizer) -> None:
+    """Let every module, before its forward, wait for the weights it holds itself: they may still be on their way."""
+
+    def wait(module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+        optimizer.wait_for_weights(module.parameters(recurse=False))
+
+    for stage in stages:
+        for module in stage.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(wait)
 
 
 def split_choice(word: str) -> tuple[str, str]:

@@ -101,6 +101,8 @@ def requested_layout(config: RunConfig) -> Layout:
         micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
         overlap=parallel.overlap and parallel.tensor * parallel.pipeline * dp > 1,
         small_buckets=dp > 1,
+        deterministic=parallel.deterministic_reduce and dp > 1,
+        fused=parallel.fuse_main_grads,
     )
 
 
@@ -125,6 +127,9 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             data=layout.dp,
             overlap=layout.overlap,
             bucket_mib=BUCKET_MIB[layout.small_buckets],
+            grad_reduce="fp32",  # rounding to bf16 on the way is not what float64 can prove
+            deterministic_reduce=layout.deterministic,
+            fuse_main_grads=layout.fused,
         ),
         train=replace(config.train, micro_batch=layout.micro_batch),
     )

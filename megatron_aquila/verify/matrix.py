@@ -27,6 +27,9 @@ AXES: Mapping[str, Sequence[Any]] = {
     "schedule": get_args(ScheduleName),
     "chunks": (1, 2),
     "overlap": YES_OR_NO,
+    "small_buckets": YES_OR_NO,
+    "deterministic": YES_OR_NO,
+    "fused": YES_OR_NO,
     "documents": YES_OR_NO,
 }
 LARGEST = Layout(**{name: max(AXES[name]) for name in ("tp", "pp", "dp", "micro_batch", "chunks")})

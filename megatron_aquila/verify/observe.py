@@ -99,7 +99,7 @@ def build_small(config: RunConfig) -> Machine:
 def _observe_rule(config: RunConfig) -> RankObservation:
     """A step, an update, and a second: trained under SGD, validated under AdamW, so that both ways are seen.
 
-    Parameters are read after the second forward: where their all-gather is overlapped, it ends there.
+    Nobody waits for the parameters before the second forward: that they are there is the engine's to see to.
     """
     machine, rule = build_small(config), config.optim.optimizer
     optimizer, ctx, scale = machine.optimizer, machine.ctx, machine.scaling.initial
@@ -122,6 +122,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
         compute_gradients(machine, batches, second)
     else:
         machine.engine(second.loss).evaluate(machine.forward_program(len(batches)), batches)
+    optimizer.wait_for_weights()
     updated = [_copy(chunk) for info in machine.infos for chunk in param_chunks(info)]
     return RankObservation(
         outputs=outputs,

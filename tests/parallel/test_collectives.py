@@ -38,14 +38,14 @@ def check_flat(size: int) -> None:
     fulls = [of_rank(rank, (size * length,)) for rank in range(size)]
     full, total = fulls[group.rank].clone(), torch.stack(fulls).sum(0)
     apart = torch.empty(length, dtype=torch.float64)
-    c.reduce_scatter_flat_(apart, full, group)
+    c.begin_reduce_scatter_flat_(apart, full, group, overlap=False).wait()
     within = full.view(size, length)[group.rank]
-    c.reduce_scatter_flat_(within, full, group)
+    c.begin_reduce_scatter_flat_(within, full, group, overlap=True).wait()
     assert torch.equal(apart, total.view(size, length)[group.rank])
     assert torch.equal(within, apart)
     gathered = torch.empty(size * length, dtype=torch.float64)
-    c.all_gather_flat_(gathered, apart, group)
-    c.all_gather_flat_(full, within, group)
+    c.begin_all_gather_flat_(gathered, apart, group, overlap=False).wait()
+    c.begin_all_gather_flat_(full, within, group, overlap=True).wait()
     assert torch.equal(gathered, total)
     assert torch.equal(full, total)
 
@@ -163,9 +163,9 @@ def unequal_split(size: int) -> None:
     group = tp_group(size)
     with pytest.raises(AssertionError, match=r"shape \(5, 2\) does not split over the 2 ranks of tp"):
         c.reduce_scatter(torch.zeros(5, 2), group)
-    for flat in (c.all_gather_flat_, lambda *args: c.reduce_scatter_flat_(args[1], args[0], args[2])):
+    for flat in (c.begin_all_gather_flat_, lambda a, b, *args, **how: c.begin_reduce_scatter_flat_(b, a, *args, **how)):
         with pytest.raises(AssertionError, match="2 shards of 4 are not 9"):
-            flat(torch.zeros(9), torch.zeros(4), group)
+            flat(torch.zeros(9), torch.zeros(4), group, overlap=False)
 
 
 def test_what_does_not_split_is_refused_before_anything_is_sent(pool) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megatron_aquila.parallel import layers
+from megatron_aquila.parallel.collectives import Pending
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.placement import Placement
 from tests.parallel.worlds import CPU, CountCollectives, distance, on_ranks, share, tp_group
@@ -75,6 +76,17 @@ MUTANTS = {
     "added tp times": (False, "all_reduce_", lambda x, group: layers_all_reduce(x, group).mul_(group.size)),
     "no sum over ranks": (True, "reduce_scatter", lambda x, group: x.chunk(group.size)[group.rank].contiguous()),
     "own tokens for all": (True, "all_gather", lambda x, group: torch.cat([x] * group.size)),
+    "own tokens for the weight": (
+        True,
+        "begin_all_gather",
+        lambda x, group, overlap: Pending(torch.cat([x] * group.size)),
+    ),
+    "no sum of the input's gradient": (False, "begin_all_reduce_", lambda x, group, overlap: Pending(x)),
+    "no sum over ranks of the input's gradient": (
+        True,
+        "begin_reduce_scatter",
+        lambda x, group, overlap: Pending(x.chunk(group.size)[group.rank].contiguous()),
+    ),
 }
 layers_all_reduce = layers.all_reduce_
 

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.parallel.collectives import Pending
+from megatron_aquila.train import build
 from megatron_aquila.verify import observe
 from megatron_aquila.verify.layout import Layout
 from megatron_aquila.verify.observe import Observation, RankObservation
@@ -94,11 +97,29 @@ def within(owner: Any, name: str, patch: Callable[[], Any]) -> Any:
     return patched(owner, name, staticmethod(wrong) if isinstance(owner.__dict__[name], staticmethod) else wrong)
 
 
+@contextmanager
+def both(first: Any, second: Any) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+def other_attention(wrong: Callable[..., torch.Tensor]) -> Any:
+    """Attention is ``wrong(attention, q, k, v, documents)``."""
+    right = build.choose_kernels
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        kernels = right(*args, **kwargs)
+        return replace(kernels, attention=partial(wrong, kernels.attention))
+
+    return patched(build, "choose_kernels", choose)
+
+
 def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return x
 
 
 ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
+OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
 APART = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
@@ -125,7 +146,7 @@ def row_output_added_again() -> Any:
 def no_column_reduce() -> Any:
     from megatron_aquila.parallel import layers
 
-    return within(layers._ColumnParallel, "backward", lambda: patched(layers, "all_reduce_", unreduced))
+    return patched(layers, "begin_all_reduce_", lambda x, group, overlap: Pending(x))
 
 
 @mutant("sequence shards are gathered in the wrong order", SP, "tp + sp", "output of model.layers.0.self_attn")
@@ -205,20 +226,12 @@ def key_heads_swapped() -> Any:
     "query head n reads key head n % K, not n // (N / K)", ONE, "world of one", "output of model.layers.0.self_attn"
 )
 def query_heads_read_group_n_mod_k() -> Any:
-    from megatron_aquila.train import build
+    def wrong(attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any) -> torch.Tensor:
+        heads = torch.arange(q.shape[2]) % k.shape[2]
+        out: torch.Tensor = attention(q, k[:, :, heads], v[:, :, heads], documents)
+        return out
 
-    right = build.choose_kernels
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        kernels = right(*args, **kwargs)
-
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any) -> torch.Tensor:
-            heads = torch.arange(q.shape[2]) % k.shape[2]
-            return kernels.attention(q, k[:, :, heads], v[:, :, heads], documents)
-
-        return replace(kernels, attention=attention)
-
-    return patched(build, "choose_kernels", wrong)
+    return other_attention(wrong)
 
 
 @mutant("rotary positions grow twice as fast", ONE, "world of one", "output of model.layers.0.self_attn")
@@ -379,7 +392,11 @@ def gradients_averaged() -> Any:
 def gradients_left_over() -> Any:
     from megatron_aquila.optim.distributed import DistributedOptimizer
 
-    return patched(DistributedOptimizer, "zero_grad", lambda self: None)
+    def wrong(self: DistributedOptimizer, num_microbatches: int) -> None:
+        for bucket in self._buckets:
+            bucket._missing = num_microbatches * len(bucket.layout.slots)
+
+    return patched(DistributedOptimizer, "begin_step", wrong)
 
 
 @mutant("norm weights decay", ONE, "world of one", "model.layers.0.input_layernorm.weight after sgd")
@@ -402,20 +419,51 @@ def bias_correction_off_by_one() -> Any:
 def shard_border_off_by_one() -> Any:
     from megatron_aquila.optim.buckets import Bucket
 
-    right = Bucket.publish_
+    right = Bucket.begin_publish
 
     def wrong(self: Bucket) -> None:
         self.master.copy_(self.master.roll(1))
         right(self)
 
-    return patched(Bucket, "publish_", wrong)
+    return patched(Bucket, "begin_publish", wrong)
 
 
 @mutant("replicas keep the old weights of the others' shards", DP, "dp (ZeRO-1)", "model.embed_tokens.weight after sgd")
 def no_param_gather() -> Any:
     from megatron_aquila.optim import buckets
 
-    return patched(buckets, "all_gather_flat_", lambda out, shard, group: None)
+    return patched(buckets, "begin_all_gather_flat_", lambda out, shard, group, overlap: Pending(out))
+
+
+@mutant("forward does not wait for weights that are still gathered", OVERLAP, "overlap", "next loss after sgd")
+def stale_weights() -> Any:
+    """The gather is as late as can be: it happens when it is waited for."""
+    from megatron_aquila.optim import buckets
+
+    right = buckets.begin_all_gather_flat_
+
+    class Late:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._begin = lambda: right(*args, **kwargs)
+
+        def wait(self) -> None:
+            self._begin().wait()
+
+    return both(patched(buckets, "begin_all_gather_flat_", Late), patched(build, "wait_before_forward", lambda *_: None))
+
+
+@mutant("a bucket is reduced before its last microbatch", OVERLAP, "overlap", "gradient of lm_head.weight")
+def reduced_too_early() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+
+    def wrong(self: Bucket) -> None:
+        if self._missing is not None and self._missing > 0:
+            self._missing -= 1
+            if self._missing == len(self.layout.slots):
+                self._missing = 0
+                self._on_complete()
+
+    return patched(Bucket, "_count", wrong)
 
 
 # Documents. Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So
@@ -424,10 +472,7 @@ def no_param_gather() -> Any:
 
 @mutant("attention sees the whole sample", ONE, "world of one", "output of model.layers.0.self_attn", *APART)
 def mask_ignored() -> Any:
-    from megatron_aquila.model.attention import Attention
-
-    right = Attention.forward
-    return patched(Attention, "forward", lambda self, x, cos, sin, documents: right(self, x, cos, sin))
+    return other_attention(lambda attention, q, k, v, documents: attention(q, k, v, None))
 
 
 @mutant(

@@ -44,11 +44,11 @@ def test_the_settings_say_what_is_asked_for() -> None:
         parallel=ParallelConfig(tensor=2, data=3, sequence=True, schedule="gpipe"), train=TrainConfig(micro_batch=8)
     )
     asked = requested_layout(config)
-    assert asked == Layout(tp=2, sequence=True, dp=3, micro_batch=2, overlap=True, small_buckets=True)
+    assert asked == Layout(tp=2, sequence=True, dp=3, micro_batch=2, overlap=True, small_buckets=True, fused=True)
     alone = requested_layout(replace(config, parallel=ParallelConfig(sequence=True)))
     assert not alone.sequence
     assert not alone.overlap, "there is nobody to talk to"
-    staged = requested_layout(replace(config, parallel=ParallelConfig(pipeline=2, schedule="zb-v", overlap=False)))
+    staged = requested_layout(replace(config, parallel=ParallelConfig(pipeline=2, schedule="zb-v", overlap=False, fuse_main_grads=False)))
     assert staged == Layout(pp=2, schedule="zb-v", chunks=2, micro_batch=2)
 
 
