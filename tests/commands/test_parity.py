@@ -17,7 +17,12 @@ ARGUMENTS = ["--num-layers", "8", "--hidden-size", "64", "--num-heads", "4", "--
 def test_it_prints_a_row_an_axis_and_exits_0(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: {num_layers: 8, hidden_size: 64, num_heads: 4}\ntrain: {global_batch: 8}\n")
-    assert parity.main([str(path), "--pp", "2", "--no-overlap", "--no-fuse-main-grads", "--json", str(tmp_path / "rows.json")]) == 0
+    assert (
+        parity.main(
+            [str(path), "--pp", "2", "--no-overlap", "--no-fuse-main-grads", "--json", str(tmp_path / "rows.json")]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "rows.json").read_text())
     assert found["holds"] is True

@@ -440,16 +440,15 @@ def stale_weights() -> Any:
     """The gather is as late as can be: it happens when it is waited for."""
     from megatron_aquila.optim import buckets
 
-    right = buckets.begin_all_gather_flat_
+    right, no_waits = buckets.begin_all_gather_flat_, patched(build, "wait_before_forward", lambda *_: None)
 
-    class Late:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._begin = lambda: right(*args, **kwargs)
+    def late(out: torch.Tensor, *args: Any, overlap: bool) -> Pending:
+        def gather() -> None:
+            right(out, *args, overlap=False).wait()
 
-        def wait(self) -> None:
-            self._begin().wait()
+        return Pending(out, finish=gather) if overlap else right(out, *args, overlap=False)
 
-    return both(patched(buckets, "begin_all_gather_flat_", Late), patched(build, "wait_before_forward", lambda *_: None))
+    return both(patched(buckets, "begin_all_gather_flat_", late), no_waits)
 
 
 @mutant("a bucket is reduced before its last microbatch", OVERLAP, "overlap", "gradient of lm_head.weight")

@@ -48,7 +48,8 @@ def test_the_settings_say_what_is_asked_for() -> None:
     alone = requested_layout(replace(config, parallel=ParallelConfig(sequence=True)))
     assert not alone.sequence
     assert not alone.overlap, "there is nobody to talk to"
-    staged = requested_layout(replace(config, parallel=ParallelConfig(pipeline=2, schedule="zb-v", overlap=False, fuse_main_grads=False)))
+    plain = ParallelConfig(pipeline=2, schedule="zb-v", overlap=False, fuse_main_grads=False)
+    staged = requested_layout(replace(config, parallel=plain))
     assert staged == Layout(pp=2, schedule="zb-v", chunks=2, micro_batch=2)
 
 
