@@ -455,6 +455,8 @@ def stale_weights() -> Any:
 def reduced_too_early() -> Any:
     from megatron_aquila.optim.buckets import Bucket
 
+    right = Bucket.begin_reduce
+
     def wrong(self: Bucket) -> None:
         if self._missing is not None and self._missing > 0:
             self._missing -= 1
@@ -462,7 +464,12 @@ def reduced_too_early() -> Any:
                 self._missing = 0
                 self._on_complete()
 
-    return patched(Bucket, "_count", wrong)
+    def at_once(self: Bucket) -> None:
+        right(self)
+        assert self._reducing is not None, "just begun"
+        self._reducing.wait()
+
+    return both(patched(Bucket, "_count", wrong), patched(Bucket, "begin_reduce", at_once))
 
 
 # Documents. Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So
