@@ -46,9 +46,7 @@ def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
 def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
     """One line of estimated memory, by purpose, for each pipeline rank."""
     plan = memory_plan(config, derived)
-    return [
-        (f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in range(derived.stages.num_ranks)
-    ]
+    return [(f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in range(derived.stages.num_ranks)]
 
 
 def _flops(derived: Derived) -> str:
@@ -64,7 +62,7 @@ def _ramp(config: RunConfig) -> str:
 
 
 def _stages(derived: Derived) -> str:
-    """``7 7 8 7 8 8 8 7; by rank 7+8 7+8 8+8 7+7; ranks wait 4.5 % for the heaviest``."""
+    """``7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.5 % for the heaviest``."""
     stages = derived.stages
     counts = [len(layers) for layers in stages.layers]
     by_rank = ["+".join(str(counts[stage]) for stage in stages.stages_of(rank)) for rank in range(stages.num_ranks)]

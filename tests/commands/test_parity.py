@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_aquila.commands import parity
-from megatron_aquila.verify.observe import Observation
 from megatron_aquila.verify import matrix
 from megatron_aquila.verify.layout import Layout
 from megatron_aquila.verify.matrix import MatrixCase
+from megatron_aquila.verify.observe import Observation
 from megatron_aquila.verify.parity import Parity
 
 ARGUMENTS = ["--num-layers", "8", "--hidden-size", "64", "--num-heads", "4", "--global-batch", "8"]

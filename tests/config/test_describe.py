@@ -13,9 +13,7 @@ def test_what_follows_from_the_34b_recipe():
     assert rows["step"].startswith("1,024 samples = 4,194,304 tokens in 32 microbatches, growing from 32 by 32 ")
     assert rows["layers by stage"].startswith("15 15 16 14; ")
     assert rows["pipeline bubble"].startswith("8.57 % ")
-    assert [name for name in rows if name.startswith("memory")] == [
-        f"memory, pp rank {stage}" for stage in range(4)
-    ]
+    assert [name for name in rows if name.startswith("memory")] == [f"memory, pp rank {stage}" for stage in range(4)]
     assert rows["memory, pp rank 0"].startswith(
         "26.4 GiB: weights 4.1 GiB, main grads 8.1 GiB, master weights 260 MiB, "
     )

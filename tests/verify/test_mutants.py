@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-
 import pytest
 
 from megatron_aquila.verify.compare import BOUND
