@@ -107,7 +107,11 @@ class ParallelContext:
         wait for each other, so that one it sends would wait for one it awaits. Hence groups by what travels, whether to
         a higher rank, and whether the lower of the two is odd.
         """
-        return self.pp_links[op, target > source, min(source, target) % 2]
+        link = op, target > source, min(source, target) % 2
+        assert link in self.pp_links, (
+            f"{op} from pipeline rank {source} to {target}: there is no such link, only {self.pp_links.keys()}"
+        )
+        return self.pp_links[link]
 
     @classmethod
     def single(cls, device: torch.device | None = None) -> "ParallelContext":

@@ -93,13 +93,15 @@ class MemoryPlan:
     def _by_stage(self, rank: int) -> dict[int, int]:
         """What a rank keeps of each stage, counted on its largest stages first: never less than the schedule's peak.
 
-        The head's backward follows its forward at once, in all schedules but two.
+        The head's backward follows its forward at once in 1F1B and ZB-V; where interleaved goes through the stages in
+        rounds that are not all equal, as many forwards later as there are stages a rank.
         """
-        stages, left = self.stages.stages_of(rank), self.in_flight(rank)
+        stages, left, m = self.stages.stages_of(rank), self.in_flight(rank), self.num_microbatches
+        in_a_row = 1 if m % max(1, m // self.stages.num_ranks) == 0 else min(m, self.stages.chunks)
+        most_of_head = {"1f1b": in_a_row, "zb-v": 1}.get(self.schedule, m)
         kept = dict.fromkeys(stages, 0)
         for stage in sorted(stages, key=self._activations, reverse=True):
-            is_short = self.stages.has_head(stage) and self.schedule in ("1f1b", "zb-v")
-            kept[stage] = min(left, 1 if is_short else self.num_microbatches)
+            kept[stage] = min(left, most_of_head if self.stages.has_head(stage) else m)
             left -= kept[stage]
         return kept
 

@@ -67,6 +67,11 @@ def test_no_communicator_is_made_twice(pool, grid: RankGrid, made: list[list[int
     assert pool(4).run(communicators, grid) == [(made, shared)] * 4
 
 
+def test_a_link_that_was_not_made_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="F from pipeline rank 1 to 0: there is no such link"):
+        ParallelContext.single().pp_link("F", 1, 0)
+
+
 def test_a_grid_of_another_world_is_refused() -> None:
     with pytest.raises(AssertionError, match="needs 4 processes, there are 1"):
         groups(2)

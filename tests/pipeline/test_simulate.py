@@ -132,7 +132,7 @@ def test_a_slow_stage_sets_the_pace() -> None:
 
 
 def test_a_hop_delays_only_between_ranks() -> None:
-    schedule = forward_only(3, 1)
+    schedule = forward_only((0, 1, 2), 1)
     assert simulate(schedule, lambda action: 1.0, hop=0.5).makespan == pytest.approx(4.0, rel=EXACT)
     on_one_rank = {0: [Action(Op.F, stage, 0) for stage in range(3)]}
     assert simulate(on_one_rank, lambda action: 1.0, hop=0.5).makespan == pytest.approx(3.0, rel=EXACT)

@@ -2,6 +2,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_aquila.kernels.dispatch import choose_kernels
@@ -9,6 +11,8 @@ from megatron_aquila.model.aquila import AquilaStage
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.pipeline.schedules import build_schedule
+from megatron_aquila.pipeline.simulate import simulate
 from megatron_aquila.plan.flops import num_params
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
@@ -25,7 +29,7 @@ def plan(shape, *, tp=1, dp=1, pp=1, **settings):
 
 
 def test_the_7b_on_one_rank():
-    memory = plan(AQUILA_7B).of_stage(0)
+    memory = plan(AQUILA_7B).of_rank(0)
     padded = num_params(replace(AQUILA_7B, vocab_size=AQUILA_7B.padded_vocab_size))
     assert memory.weights == 2 * padded
     assert memory.main_grads == memory.master_weights == 4 * padded
@@ -33,30 +37,30 @@ def test_the_7b_on_one_rank():
     # 8.0 GiB of activations at 2,048 tokens without recompute.
     assert memory.activations / GIB == pytest.approx(8.0, abs=0.1)
     # The fp32 softmax of 8,192 tokens is 3.06 GiB, beside it logits and gradient in bf16.
-    four = plan(AQUILA_7B, micro_batch=4).of_stage(0)
+    four = plan(AQUILA_7B, micro_batch=4).of_rank(0)
     assert four.logits / GIB == pytest.approx(2 * 3.06, abs=0.02)
     assert four.activations == 4 * memory.activations
     assert memory.total == sum(getattr(memory, part.name) for part in fields(memory))
 
 
 def test_the_optimizer_is_sharded_over_dp_and_the_gradients_are_not():
-    one, eight = plan(AQUILA_7B).of_stage(0), plan(AQUILA_7B, dp=8).of_stage(0)
+    one, eight = plan(AQUILA_7B).of_rank(0), plan(AQUILA_7B, dp=8).of_rank(0)
     assert eight.optimizer_states * 8 == one.optimizer_states
     assert eight.master_weights * 8 == one.master_weights
     assert (eight.weights, eight.main_grads) == (one.weights, one.main_grads)
 
 
 def test_precision_and_rule():
-    fp32, fp64 = plan(AQUILA_7B, precision="fp32").of_stage(0), plan(AQUILA_7B, precision="fp64").of_stage(0)
+    fp32, fp64 = plan(AQUILA_7B, precision="fp32").of_rank(0), plan(AQUILA_7B, precision="fp64").of_rank(0)
     assert fp32.master_weights == fp64.master_weights == 0
     assert fp64.main_grads == 2 * fp32.main_grads == fp64.weights
-    assert plan(AQUILA_7B, optimizer="sgd").of_stage(0).optimizer_states == 0
+    assert plan(AQUILA_7B, optimizer="sgd").of_rank(0).optimizer_states == 0
 
 
 def test_tensor_and_sequence_parallel_shard_the_activations():
-    whole = plan(AQUILA_34B, pp=4).of_stage(1)
-    split = plan(AQUILA_34B, tp=4, pp=4, sequence_parallel=True).of_stage(1)
-    without = plan(AQUILA_34B, tp=4, pp=4).of_stage(1)
+    whole = plan(AQUILA_34B, pp=4).of_rank(1)
+    split = plan(AQUILA_34B, tp=4, pp=4, sequence_parallel=True).of_rank(1)
+    without = plan(AQUILA_34B, tp=4, pp=4).of_rank(1)
     assert split.activations * 4 == pytest.approx(whole.activations, rel=1e-3)
     assert split.activations < without.activations < whole.activations
 
@@ -67,7 +71,48 @@ def test_the_schedule_decides_what_is_in_flight():
     assert [replace(one, num_microbatches=2).in_flight(stage) for stage in range(4)] == [2, 2, 2, 1]
     assert [replace(one, schedule="gpipe").in_flight(stage) for stage in range(4)] == [32] * 4
     assert [replace(one, schedule="zb-h1").in_flight(stage) for stage in range(4)] == [4] * 4
-    assert one.of_stage(0).logits == 0 < one.of_stage(3).logits
+    assert one.of_rank(0).logits == 0 < one.of_rank(3).logits
+
+
+KINDS = [("gpipe", 1), ("gpipe", 3), ("1f1b", 1), ("1f1b", 2), ("1f1b", 5), ("zb-h1", 1), ("zb-v", 2)]
+
+
+def placed(name, pp, chunks, microbatches, layers=None):
+    shape = replace(aquila(2 * pp * chunks + 1, 256, 8, 4, 64, None, 8, 128), vocab_size=1000, padded_vocab_size=1008)
+    stages = plan_stages(shape, pp, layers, chunks=chunks, schedule=name)
+    return replace(plan(shape, pp=pp, num_microbatches=microbatches, schedule=name), stages=stages)
+
+
+@pytest.mark.parametrize(("name", "chunks"), KINDS)
+@given(pp=st.integers(1, 8), microbatches=st.integers(1, 24))
+def test_in_flight_is_the_schedules_own_peak(name, chunks, pp, microbatches):
+    timeline = simulate(build_schedule(name, pp, microbatches, chunks), lambda action: 1.0)
+    memory = placed(name, pp, chunks, microbatches)
+    assert [memory.in_flight(rank) for rank in range(pp)] == [timeline.peak_in_flight(rank) for rank in range(pp)]
+
+
+@pytest.mark.parametrize(("name", "chunks"), KINDS)
+@given(pp=st.integers(1, 5), microbatches=st.integers(1, 16))
+def test_activations_cover_the_schedules_peak_and_little_more(name, chunks, pp, microbatches):
+    """Whatever stages are held when: by at most the layer that a rank's largest stage has more, each time."""
+    memory = placed(name, pp, chunks, microbatches)
+    for rank, program in build_schedule(name, pp, microbatches, chunks).items():
+        held = most = 0
+        for action in program:
+            change = {"F": 1, "I": 0, "B": -1, "W": -1}[action.op]
+            held += change * memory._activations(action.stage)
+            most = max(most, held)
+        layer = memory._activations(0) / len(memory.stages.layers[0])
+        assert most <= memory.of_rank(rank).activations <= most + memory.in_flight(rank) * layer
+
+
+def test_a_rank_holds_all_its_stages():
+    one, two = plan(AQUILA_34B, pp=4), plan(AQUILA_34B, pp=4)
+    two = replace(two, stages=plan_stages(AQUILA_34B, 4, chunks=2, schedule="zb-v"), schedule="zb-v")
+    ends = two.of_rank(0)  # on a V the first rank has the embedding and the head
+    assert ends.weights > max(one.of_rank(rank).weights for rank in range(4))
+    assert ends.logits > 0 == two.of_rank(3).logits
+    assert sum(two.of_rank(rank).weights for rank in range(4)) == sum(one.of_rank(rank).weights for rank in range(4))
 
 
 def test_stages_add_up_to_the_model():
@@ -82,7 +127,7 @@ def test_stages_add_up_to_the_model():
 def test_the_34b_recipe_fits_the_40_gb_it_was_run_on():
     recipe = plan(AQUILA_34B, tp=4, dp=32, pp=4, num_microbatches=32, sequence_parallel=True)
     assert 25 * GIB < recipe.peak().total < 40 * GIB
-    assert recipe.peak().total == max(recipe.of_stage(stage).total for stage in range(4))
+    assert recipe.peak().total == max(recipe.of_rank(rank).total for rank in range(4))
 
 
 def kept_by_autograd(shape, dtype):
@@ -120,7 +165,7 @@ def kept_by_autograd(shape, dtype):
 def test_activations_are_what_the_model_keeps(precision, dtype):
     two = replace(aquila(2, 256, 8, 4, 64, None, 8, 128), vocab_size=1000, padded_vocab_size=1008)
     three = replace(two, num_layers=3)
-    small, large = (plan(shape, micro_batch=2, precision=precision).of_stage(0) for shape in (two, three))
+    small, large = (plan(shape, micro_batch=2, precision=precision).of_rank(0) for shape in (two, three))
     layer = kept_by_autograd(three, dtype) - kept_by_autograd(two, dtype)
     assert layer == large.activations - small.activations
     # And all of it, within the rotary tables and the token ids: under 1 % even here, where layers are few and narrow.
