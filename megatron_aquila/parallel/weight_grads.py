@@ -74,7 +74,9 @@ class WeightGradQueue:
         """The keys not yet paid."""
         return list(self._owed)
 
+    @torch.no_grad()
     def _accumulate(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor) -> None:
+        """As inside a backward, where autograd records nothing."""
         main = self._main_grads.get(weight)
         if main is None:
             torch.autograd.backward(weight, weight_gradient(grad_y, x))  # runs the parameter's hooks, too

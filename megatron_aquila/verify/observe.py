@@ -24,6 +24,7 @@ from megatron_aquila.verify.sample import rank_batches
 Rule = Literal["sgd", "adamw"]
 RULES: tuple[Rule, ...] = ("sgd", "adamw")
 SOURCES = ("even", "odd")
+PATIENCE = 300.0  # seconds, on a crowded machine; what hangs in a collective is ended by the group's own timeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Observation:
 
 def observe_layout(config: RunConfig, pool: WorkerPool) -> Observation:
     """Two steps of the real engine on ``pool``'s processes, split as ``config`` says."""
-    return join_ranks(pool.run(observe_rank, config))
+    return join_ranks(pool.run(observe_rank, config, timeout=PATIENCE))
 
 
 @dataclass(frozen=True, kw_only=True)
