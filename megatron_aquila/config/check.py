@@ -158,6 +158,16 @@ def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--precision", "fp64", why, "use bf16 or fp32, or --device cpu")
 
 
+def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    optim, precision = config.optim, config.train.precision
+    if precision != "fp16":
+        if optim.loss_scale is not None:
+            yield Problem("--loss-scale", optim.loss_scale, f"{precision} needs no loss scale", "leave it out")
+    elif optim.initial_loss_scale < optim.min_loss_scale:
+        why = f"is below min_loss_scale {optim.min_loss_scale}"
+        yield Problem("--initial-loss-scale", optim.initial_loss_scale, why, f"use {optim.min_loss_scale} or more")
+
+
 _LAYOUT = "parallel.tensor parallel.context parallel.pipeline parallel.data"
 _BATCH = "train.global_batch train.micro_batch"
 _SHAPE = "model.num_heads model.num_kv_heads model.hidden_size model.head_dim"
@@ -175,6 +185,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
+    _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
     check_data_path: "data.path",
     check_split: "data.split",
     check_documents: "data.reset_position_ids data.reset_attention_mask data.eod_mask_loss data.eod_token_id "

@@ -79,9 +79,6 @@ def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
     return dict.fromkeys(flags.split(), meaning)
 
 
-_FP16 = Refused(
-    "belongs to fp16, which comes with dynamic loss scaling in a later version", "leave it out: bf16 needs none"
-)
 _INIT = Refused("one standard deviation and one norm weight serve the whole model", "use --init-std and --norm-init")
 _MUP = Refused("muP is not offered", "use --init-std and --lr")
 _RECOMPUTE = Refused("recomputation is not yet offered", "use a smaller --micro-batch or more --tp or --pp")
@@ -114,18 +111,17 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         # Precision
         "--bf16": Sets("train.precision", "bf16"),
         "--fp32": Sets("train.precision", "fp32"),
-        "--fp16": Refused("fp16 comes with dynamic loss scaling in a later version", "use --bf16"),
-        **_family(_FP16, "--initial-loss-scale --min-loss-scale --loss-scale --loss-scale-window --hysteresis"),
+        "--fp16": Sets("train.precision", "fp16"),
         "--attention-softmax-in-fp32": Always("softmax is computed in fp32 or wider"),
         "--accumulate-allreduce-grads-in-fp32": Always("gradients accumulate and reduce in fp32 or wider"),
         "--rotary-position-embeddings-in-fp32": Always(
             "angles are computed in fp32 or wider (FlagScale's own flag was passed as an offset and had no such effect)"
         ),
         "--embedding-weights-in-fp32": Refused(
-            "the embedding is bf16 with an fp32 master weight, like every other weight", "leave it out"
+            "the embedding is as narrow as every other weight and has an fp32 master, as they have", "leave it out"
         ),
         "--apply-query-key-layer-scaling": Refused(
-            "it protects fp16; softmax is computed in fp32 or wider", "leave it out"
+            "it protects fp16 scores; softmax is computed in fp32 or wider", "leave it out"
         ),
         "--no-query-key-layer-scaling": Always("attention's scores are not scaled by the layer"),
         "--fp32-residual-connection": Refused(
@@ -322,12 +318,12 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         **_family(
             Always(_LOGGED),
             "--log-throughput --log-memory-to-tensorboard --log-batch-size-to-tensorboard "
-            "--log-learning-rate-to-tensorboard",
+            "--log-learning-rate-to-tensorboard --log-loss-scale-to-tensorboard",
         ),
         **_family(
             _NOT_LOGGED,
             "--log-params-norm --log-num-zeros-in-grad --log-timers-to-tensorboard --log-world-size-to-tensorboard "
-            "--log-validation-ppl-to-tensorboard --log-loss-scale-to-tensorboard --log-straggler --log-progress "
+            "--log-validation-ppl-to-tensorboard --log-straggler --log-progress "
             "--timing-log-option --tensorboard-queue-size",
         ),
         "--timing-log-level": Always("a step's time and its wait for data are logged", ("0",)),

@@ -28,7 +28,7 @@ _COMMON = {  # the same in all three scripts
     "observe.log_interval": 1,
 }
 
-_CONTINUE_7B = {  # 7B, all of it
+_7B = {  # 7B
     **_COMMON,
     "model.num_layers": 32,
     "model.hidden_size": 4096,
@@ -45,13 +45,20 @@ _CONTINUE_7B = {  # 7B, all of it
     "train.train_samples": 1_002_539_063,  # 2.05 T tokens
     "train.micro_batch": 2,
     "train.global_batch": 1728,  # 9 microbatches on its 96 A800
-    "train.precision": "bf16",  # the script: fp16 with loss scaling
     "checkpoint.save_interval": 2000,
     "seed": 1234,
 }
 
+_CONTINUE_7B = {  # 7B, all of it
+    **_7B,
+    "train.precision": "fp16",
+    "optim.initial_loss_scale": 522893.0,  # as published: near 2^19 = 524288 and no power of two
+    "optim.min_loss_scale": 1.0,
+}
+
 _SCRATCH_7B = {
-    **_CONTINUE_7B,
+    **_7B,
+    "train.precision": "bf16",  # the 7B script asks to change its fp16 for a start from scratch
     "optim.lr": 3e-4,  # v1: lr 3.0e-4; the 7B script's 2e-5 continues a trained model
     "optim.min_lr": 3e-5,  # a tenth of the peak, as in all three scripts
 }

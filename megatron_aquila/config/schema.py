@@ -115,7 +115,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The update and its learning rate; all lengths are in samples."""
+    """The update, its learning rate (all lengths are in samples), and the loss scale of fp16."""
 
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule", "--optimizer")
     lr: Positive = setting(3e-4, "peak learning rate")
@@ -132,6 +132,11 @@ class OptimConfig:
     eps: Positive = setting(1e-8, "Adam's epsilon", "--eps", "--adam-eps")
     weight_decay: NotNegative = setting(0.1, "decoupled weight decay of matrices; norms have none")
     clip_grad: NotNegative = setting(1.0, "largest global gradient norm; 0 means no clipping", "--clip-grad")
+    initial_loss_scale: Positive = setting(2.0**32, "fp16: what the loss is first multiplied with for its gradients")
+    min_loss_scale: Positive = setting(1.0, "fp16: the lowest loss scale")
+    loss_scale_window: Count = setting(1000, "fp16: finite steps in a row after which the loss scale is doubled")
+    hysteresis: Count = setting(2, "fp16: overflows, since the scale last grew, from which on each halves it")
+    loss_scale: Positive | None = setting(None, "fp16: a constant loss scale instead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +149,7 @@ class TrainConfig:
     rampup_batch: tuple[Count, Count, Whole] | None = setting(
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"
     )
-    precision: Precision = setting("bf16", "type of the weights and activations; fp32 masters are kept for bf16")
+    precision: Precision = setting("bf16", "type of the weights and activations; bf16 and fp16 keep fp32 masters")
     eval_interval: Whole = setting(1000, "steps between validations; 0 means none")
     eval_iters: Whole = setting(10, "global batches of one validation")
     exit_samples: Count | None = setting(None, "save and stop once this many samples were consumed")

@@ -14,8 +14,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def multiplies_widened(x: Tensor) -> bool:
     """Whether products of ``x`` are taken on a float32 copy.
 
-    A CPU multiplies bfloat16 some 80 times slower than float32, and not every CPU kernel sums it in float32. A GPU
-    multiplies it natively and sums in float32.
+    A CPU multiplies bfloat16 and float16 some 80 times slower than float32, and not every CPU kernel sums them in
+    float32. A GPU multiplies them natively and sums in float32.
     """
     return x.device.type == "cpu" and compute_dtype(x.dtype) != x.dtype
 

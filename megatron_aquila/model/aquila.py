@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
@@ -11,9 +10,9 @@ from megatron_aquila.kernels.rope import rope_tables
 from megatron_aquila.model.block import Block
 from megatron_aquila.model.norm import RMSNorm
 from megatron_aquila.parallel.batch import Batch
-from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.layers import ColumnParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, vocab_part
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import StagePlan
@@ -27,44 +26,25 @@ class AquilaStage(nn.Module):
         shape: ModelShape,
         plan: StagePlan,
         stage: int,
-        ctx: ParallelContext,
         *,
-        sequence_parallel: bool,
+        placement: Placement,
         kernels: Kernels,
-        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.shape, self.stage, self.tp, self.sequence_parallel = shape, stage, ctx.tp, sequence_parallel
+        self.shape, self.stage, self.tp = shape, stage, placement.tp
         self.layers = plan.layers[stage]
         self.embedding = (
             VocabParallelEmbedding(
                 shape.vocab_size,
                 shape.padded_vocab_size,
                 shape.hidden_size,
-                tp=ctx.tp,
-                sequence_parallel=sequence_parallel,
-                dtype=dtype,
-                device=ctx.device,
+                placement=placement,
             )
             if plan.has_embedding(stage)
             else None
         )
-        self.blocks = nn.ModuleList(
-            Block(
-                shape,
-                tp=ctx.tp,
-                sequence_parallel=sequence_parallel,
-                kernels=kernels,
-                dtype=dtype,
-                device=ctx.device,
-            )
-            for _ in self.layers
-        )
-        self.head = (
-            Head(shape, ctx, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype)
-            if plan.has_head(stage)
-            else None
-        )
+        self.blocks = nn.ModuleList(Block(shape, placement=placement, kernels=kernels) for _ in self.layers)
+        self.head = Head(shape, placement=placement, kernels=kernels) if plan.has_head(stage) else None
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
         """The previous stage's x_StBH | x_SBH (None on the first) -> this stage's, or the last one's loss_SB.
@@ -102,45 +82,27 @@ class AquilaStage(nn.Module):
             assert isinstance(block, Block), f"layer {layer} is a {type(block).__name__}"
             yield from block.param_infos(f"model.layers.{layer}", stage=self.stage)
         if self.head is not None:
-            yield from self.head.norm.param_infos(
-                "model.norm",
-                stage=self.stage,
-                init=self.shape.norm_init,
-                tp=self.tp,
-                sequence_parallel=self.sequence_parallel,
-            )
+            yield from self.head.norm.param_infos("model.norm", stage=self.stage, init=self.shape.norm_init)
             yield vocab_info(self.head.output.weight, "lm_head.weight", self.shape, self)
 
 
 class Head(nn.Module):
     """Final norm, output projection split over the vocabulary, and the loss without gathering the logits."""
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        ctx: ParallelContext,
-        *,
-        sequence_parallel: bool,
-        kernels: Kernels,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, shape: ModelShape, *, placement: Placement, kernels: Kernels) -> None:
         super().__init__()
-        self.shape, self.tp = shape, ctx.tp
+        self.shape, self.tp = shape, placement.tp
         self.norm = RMSNorm(
             shape.hidden_size,
             eps=shape.norm_eps,
             order=shape.norm_order,
             kernels=kernels,
-            dtype=dtype,
-            device=ctx.device,
+            placement=placement,
         )
         self.output = ColumnParallelLinear(
             shape.hidden_size,
             shape.padded_vocab_size,
-            tp=ctx.tp,
-            sequence_parallel=sequence_parallel,
-            dtype=dtype,
-            device=ctx.device,
+            placement=placement,
         )
 
     def logits(self, x: Tensor) -> Tensor:
@@ -165,16 +127,10 @@ def vocab_info(weight: nn.Parameter, name: str, shape: ModelShape, stage: Aquila
 
 
 def build_stages(
-    shape: ModelShape,
-    plan: StagePlan,
-    ctx: ParallelContext,
-    *,
-    sequence_parallel: bool,
-    kernels: Kernels,
-    dtype: torch.dtype,
+    shape: ModelShape, plan: StagePlan, *, pp_rank: int, placement: Placement, kernels: Kernels
 ) -> dict[int, AquilaStage]:
-    """The stages of this pipeline rank, by stage number; weights are allocated but not yet filled. Local."""
+    """The stages of a pipeline rank, by stage number; weights are allocated but not yet filled. Local."""
     return {
-        stage: AquilaStage(shape, plan, stage, ctx, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype)
-        for stage in plan.stages_of(ctx.pp.rank)
+        stage: AquilaStage(shape, plan, stage, placement=placement, kernels=kernels)
+        for stage in plan.stages_of(pp_rank)
     }

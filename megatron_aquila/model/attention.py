@@ -2,47 +2,31 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.shape import ModelShape
 
 
 class Attention(nn.Module):
     """q, k and v from one fused projection whose local rows are [q heads; k heads; v heads] of this tp rank."""
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        *,
-        tp: Group,
-        sequence_parallel: bool,
-        kernels: Kernels,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, shape: ModelShape, *, placement: Placement, kernels: Kernels) -> None:
         super().__init__()
-        self.shape, self.tp, self.kernels = shape, tp, kernels
+        self.shape, self.tp, self.kernels = shape, placement.tp, kernels
         self.qkv = ColumnParallelLinear(
             shape.hidden_size,
             shape.attention_size + 2 * shape.kv_size,
-            tp=tp,
-            sequence_parallel=sequence_parallel,
-            dtype=dtype,
-            device=device,
+            placement=placement,
         )
         self.out = RowParallelLinear(
             shape.attention_size,
             shape.hidden_size,
-            tp=tp,
-            sequence_parallel=sequence_parallel,
-            dtype=dtype,
-            device=device,
+            placement=placement,
         )
 
     def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
@@ -11,26 +10,17 @@ from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.model.attention import Attention
 from megatron_aquila.model.mlp import MLP
 from megatron_aquila.model.norm import RMSNorm
-from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.params import ParamInfo
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.shape import ModelShape
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        *,
-        tp: Group,
-        sequence_parallel: bool,
-        kernels: Kernels,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, shape: ModelShape, *, placement: Placement, kernels: Kernels) -> None:
         super().__init__()
-        self.shape, self.tp, self.sequence_parallel = shape, tp, sequence_parallel
+        self.shape = shape
 
         def norm() -> RMSNorm:
             return RMSNorm(
@@ -38,15 +28,12 @@ class Block(nn.Module):
                 eps=shape.norm_eps,
                 order=shape.norm_order,
                 kernels=kernels,
-                dtype=dtype,
-                device=device,
+                placement=placement,
             )
 
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(
-            shape, tp=tp, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype, device=device
-        )
-        self.mlp = MLP(shape, tp=tp, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype, device=device)
+        self.attention = Attention(shape, placement=placement, kernels=kernels)
+        self.mlp = MLP(shape, placement=placement, kernels=kernels)
 
     def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None = None) -> Tensor:
         """x_StBH | x_SBH -> the same."""
@@ -63,12 +50,6 @@ class Block(nn.Module):
         std = self.shape.init_std
         out_std = std / math.sqrt(2 * self.shape.num_layers)
         for name, norm in (("input_layernorm", self.attention_norm), ("post_attention_layernorm", self.mlp_norm)):
-            yield from norm.param_infos(
-                f"{prefix}.{name}",
-                stage=stage,
-                init=self.shape.norm_init,
-                tp=self.tp,
-                sequence_parallel=self.sequence_parallel,
-            )
+            yield from norm.param_infos(f"{prefix}.{name}", stage=stage, init=self.shape.norm_init)
         yield from self.attention.param_infos(f"{prefix}.self_attn", stage=stage, std=std, out_std=out_std)
         yield from self.mlp.param_infos(f"{prefix}.mlp", stage=stage, std=std, out_std=out_std)

@@ -2,42 +2,27 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
-from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.shape import ModelShape
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)); gate and up are one weight whose local rows are [gate; up] of this tp rank."""
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        *,
-        tp: Group,
-        sequence_parallel: bool,
-        kernels: Kernels,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, shape: ModelShape, *, placement: Placement, kernels: Kernels) -> None:
         super().__init__()
-        self.shape, self.tp, self.kernels = shape, tp, kernels
+        self.shape, self.tp, self.kernels = shape, placement.tp, kernels
         self.gate_up = ColumnParallelLinear(
             shape.hidden_size,
             2 * shape.ffn_size,
-            tp=tp,
-            sequence_parallel=sequence_parallel,
-            dtype=dtype,
-            device=device,
+            placement=placement,
         )
-        self.down = RowParallelLinear(
-            shape.ffn_size, shape.hidden_size, tp=tp, sequence_parallel=sequence_parallel, dtype=dtype, device=device
-        )
+        self.down = RowParallelLinear(shape.ffn_size, shape.hidden_size, placement=placement)
 
     def forward(self, x: Tensor) -> Tensor:
         """x_StBH | x_SBH -> the same. Communicates only inside its two linears."""

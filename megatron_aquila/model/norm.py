@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
-from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.params import Constant, ParamInfo, replicated_part
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.shape import NormOrder
 
 
@@ -17,26 +16,22 @@ class RMSNorm(nn.Module):
     Under sequence parallel a rank sees only its shard of the rows, so the weight's gradient is a partial sum over tp.
     """
 
-    def __init__(
-        self, size: int, *, eps: float, order: NormOrder, kernels: Kernels, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, size: int, *, eps: float, order: NormOrder, kernels: Kernels, placement: Placement) -> None:
         super().__init__()
-        self.eps, self.order, self.kernels = eps, order, kernels
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+        self.eps, self.order, self.kernels, self.placement = eps, order, kernels, placement
+        self.weight = placement.weight(size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., H) -> (..., H), in x's dtype."""
         return self.kernels.rms_norm(x, self.weight, eps=self.eps, order=self.order)
 
-    def param_infos(
-        self, prefix: str, *, stage: int, init: float, tp: Group, sequence_parallel: bool
-    ) -> Iterator[ParamInfo]:
+    def param_infos(self, prefix: str, *, stage: int, init: float) -> Iterator[ParamInfo]:
         """The weight's row in the parameter table: no decay, constant ``init``, replicated over tp."""
         yield ParamInfo(
             param=self.weight,
             stage=stage,
             weight_decay=False,
             init=Constant(init),
-            parts=(replicated_part(f"{prefix}.weight", tuple(self.weight.shape), tp),),
-            sums_over_tp=sequence_parallel,
+            parts=(replicated_part(f"{prefix}.weight", tuple(self.weight.shape), self.placement.tp),),
+            sums_over_tp=self.placement.sequence_parallel,
         )

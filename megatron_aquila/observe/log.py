@@ -76,6 +76,7 @@ def step_line(row: Mapping[str, Value], total_samples: int) -> str:
         *part("valid_loss", "validation loss {:.4f}"),
         *part("grad_norm", "grad norm {:.3f}"),
         *part("lr", "lr {:.3e}"),
+        *(part("loss_scale", "loss scale {:,.10g}") if numbers.get("loss_scale") != 1 else []),
         *part("batch_size", "batch {:.0f}"),
         *part("tokens_per_second", "{:,.0f} tok/s"),
         *part("tokens_per_second_per_device", "{:,.0f} tok/s/device"),

@@ -62,6 +62,7 @@ class ThroughputMeter:
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
+            "loss_scale": report.loss_scale,
             "applied": int(report.applied),
             "seconds": report.seconds,
             "data_seconds": report.data_seconds,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 class StepReport:
     """What one optimizer step did. ``loss`` is the mean over the step's tokens, in nats; ``seconds`` is wall time.
 
+    ``grad_norm`` is that of the unscaled gradients, ``loss_scale`` what they were scaled with (1 but in fp16).
     ``source_loss`` is the mean loss of each entry of the blend that had tokens in this step. ``data_seconds`` is the
     part of ``seconds`` spent waiting for the loader. ``num_tokens`` counts the labels that entered the loss;
     ``computed_tokens`` counts every token that went through the model (what FLOPs are counted from).
@@ -23,6 +24,7 @@ class StepReport:
     loss: float
     grad_norm: float
     lr: float
+    loss_scale: float
     applied: bool
     seconds: float
     data_seconds: float

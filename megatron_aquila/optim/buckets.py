@@ -15,8 +15,8 @@ class Bucket:
     """The weights and gradient sums of a layout, and this rank's shard of both.
 
     The parameters become views of ``weights``. Each gradient that backward produces is added to ``grads`` at once, in
-    ``main_dtype``, and dropped, so that bf16 gradients of many microbatches are summed in float32.
-    ``master`` is this rank's shard in ``main_dtype``: a copy for bf16 weights, else the weights' own shard.
+    ``main_dtype``, and dropped, so that 16-bit gradients of many microbatches are summed in float32.
+    ``master`` is this rank's shard in ``main_dtype``: a copy for 16-bit weights, else the weights' own shard.
     """
 
     def __init__(self, layout: BucketLayout, group: Group) -> None:

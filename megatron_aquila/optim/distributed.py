@@ -63,15 +63,15 @@ class DistributedOptimizer:
         total = squared_norm(grads).to(self._ctx.device)
         return all_reduce_(total, self._ctx.world).sqrt().item()
 
-    def clip_(self, max_norm: float) -> float:
-        """Scale the reduced gradients so that their global norm is at most ``max_norm``; 0 means no clipping.
+    def clip_(self, max_norm: float, *, loss_scale: float = 1.0) -> float:
+        """Divide the reduced gradients by ``loss_scale`` and clip them to the global norm ``max_norm``, in one pass.
 
-        Returns the norm before. One that is not finite scales nothing: the caller decides what becomes of the step.
-        Communicates as ``grad_norm``.
+        0 means no clipping. Returns the norm after the division and before the clipping. Where it is not finite the
+        gradients are of no use, and the caller decides what becomes of the step. Communicates as ``grad_norm``.
         """
-        norm = self.grad_norm()
-        factor = clip_factor(norm, max_norm)
-        if factor < 1:
+        norm = self.grad_norm() / loss_scale
+        factor = clip_factor(norm, max_norm) / loss_scale
+        if factor != 1:
             for bucket in self._buckets:
                 bucket.grad_shard.mul_(factor)
         return norm

@@ -12,6 +12,7 @@ from megatron_aquila.kernels.embedding import embedding
 from megatron_aquila.kernels.precision import apply, compute_dtype
 from megatron_aquila.parallel.collectives import all_reduce_, reduce_from, scatter_sequence
 from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.placement import Placement
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -20,22 +21,13 @@ class VocabParallelEmbedding(nn.Module):
     Ids outside the vocabulary are the loader's to refuse; here they would give zeros.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        padded_vocab_size: int,
-        hidden_size: int,
-        *,
-        tp: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, vocab_size: int, padded_vocab_size: int, hidden_size: int, *, placement: Placement) -> None:
         super().__init__()
         assert vocab_size <= padded_vocab_size, f"{vocab_size} tokens do not fit in {padded_vocab_size} rows"
-        assert padded_vocab_size % tp.size == 0, f"{padded_vocab_size} rows do not split over {tp.size} ranks"
-        self.tp, self.sequence_parallel = tp, sequence_parallel
-        self.weight = nn.Parameter(torch.empty(padded_vocab_size // tp.size, hidden_size, dtype=dtype, device=device))
+        tp_size = placement.tp.size
+        assert padded_vocab_size % tp_size == 0, f"{padded_vocab_size} rows do not split over {tp_size} ranks"
+        self.placement = placement
+        self.weight = placement.weight(padded_vocab_size // tp_size, hidden_size)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """tokens_BS -> x_StBH | x_SBH.
@@ -43,9 +35,10 @@ class VocabParallelEmbedding(nn.Module):
         Forward: reduce-scatter, S -> St, under sequence parallel; else all-reduce. Only one rank's term is not zero, so
         the sum is exact. Backward: all-gather, St -> S, under sequence parallel; else nothing.
         """
-        rows, is_mine = _local(tokens_BS.T, self.weight.shape[0], self.weight.shape[0], self.tp)
+        tp = self.placement.tp
+        rows, is_mine = _local(tokens_BS.T, self.weight.shape[0], self.weight.shape[0], tp)
         x_SBH = embedding(rows, self.weight).where(is_mine.unsqueeze(-1), 0)
-        return scatter_sequence(x_SBH, self.tp) if self.sequence_parallel else reduce_from(x_SBH, self.tp)
+        return scatter_sequence(x_SBH, tp) if self.placement.sequence_parallel else reduce_from(x_SBH, tp)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_aquila.parallel.batch import Batch
-from megatron_aquila.parallel.layers import WeightGradQueue
+from megatron_aquila.parallel.weight_grads import WeightGradQueue
 from megatron_aquila.pipeline.action import Op, Program
 from megatron_aquila.pipeline.wire import Wire
 

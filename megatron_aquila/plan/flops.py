@@ -62,7 +62,8 @@ def head_flops(shape: ModelShape) -> int:
 
 
 # Dense TFLOP/s by the words of the device's name, the more special names first. From the makers' data sheets, without
-# sparsity. fp32 is the rate of the ordinary cores: this project does not switch TF32 on by itself.
+# sparsity. fp16 has the rate of bf16 on all of them. fp32 is the rate of the ordinary cores: this project does not
+# switch TF32 on by itself.
 _PEAKS: tuple[tuple[tuple[str, ...], dict[Precision, float]], ...] = (
     (("H100", "PCIE"), {"bf16": 756.5, "fp32": 51.2, "fp64": 51.2}),
     (("H100", "NVL"), {"bf16": 835.5, "fp32": 60.0, "fp64": 60.0}),
@@ -93,7 +94,7 @@ def peak_flops(device_name: str, precision: Precision = "bf16") -> float | None:
     words = set(device_name.upper().replace("-", " ").replace("/", " ").split())
     for name, peaks in _PEAKS:
         if words.issuperset(name):
-            peak = peaks.get(precision)
+            peak = peaks.get("bf16" if precision == "fp16" else precision)
             return None if peak is None else peak * 1e12
     return None
 

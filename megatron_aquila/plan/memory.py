@@ -11,8 +11,8 @@ from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import StagePlan
 
-ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4, "fp64": 8}
-GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp32": 4, "fp64": 8}
+ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp16": 4, "fp32": 4, "fp64": 8}
 MOMENTS = {"adamw": 2, "sgd": 0}
 
 
@@ -57,7 +57,7 @@ class MemoryPlan:
         return Memory(
             weights=params * self._item,
             main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
-            master_weights=shard * 4 if self.precision == "bf16" else 0,
+            master_weights=shard * 4 if ITEM_BYTES[self.precision] < 4 else 0,
             optimizer_states=shard * gradient * MOMENTS[self.optimizer],
             activations=in_flight * self._activations(stage),
             logits=self._logits(in_flight) if self.stages.has_head(stage) else 0,

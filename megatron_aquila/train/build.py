@@ -15,10 +15,12 @@ from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
+from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.parallel.layers import WeightGradQueue, share_weight_grad_queue
 from megatron_aquila.parallel.params import ParamInfo
+from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.parallel.weight_grads import WeightGradQueue
 from megatron_aquila.pipeline.action import Program
 from megatron_aquila.pipeline.checks import check
 from megatron_aquila.pipeline.engine import Engine, LossFn
@@ -26,7 +28,12 @@ from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.wire import P2PWire, Wire
 from megatron_aquila.plan.shape import Precision
 
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +50,7 @@ class Machine:
     weight_grads: WeightGradQueue
     optimizer: DistributedOptimizer
     lr: LrSchedule
+    scaling: LossScaling
     programs: Mapping[int, Program]  # this pipeline rank's work for a step, by number of microbatches
 
     def engine(self, loss_fn: LossFn) -> Engine:
@@ -76,9 +84,8 @@ def build_machine(
     if kernels is None:
         kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
     sequence_parallel = config.parallel.sequence
-    stages = build_stages(
-        derived.shape, derived.stages, ctx, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype
-    )
+    placement = Placement(tp=ctx.tp, sequence_parallel=sequence_parallel, dtype=dtype, device=ctx.device)
+    stages = build_stages(derived.shape, derived.stages, pp_rank=ctx.pp.rank, placement=placement, kernels=kernels)
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
     optimizer = DistributedOptimizer(
         infos, ctx, rule=update_rule(config.optim, kernels), bucket_bytes=config.parallel.bucket_mib * 2**20
@@ -93,9 +100,10 @@ def build_machine(
         stages=stages,
         infos=infos,
         wire=P2PWire(ctx, activation_shape=activation_shape, dtype=dtype),
-        weight_grads=share_weight_grad_queue(stages.values()),
+        weight_grads=placement.weight_grads,
         optimizer=optimizer,
         lr=lr_schedule(config),
+        scaling=loss_scaling(config),
         programs=build_programs(config, derived, ctx.pp.rank),
     )
 
@@ -142,6 +150,21 @@ def lr_schedule(config: RunConfig) -> LrSchedule:
         decay=optim.lr_decay,
         wsd_decay_samples=optim.lr_wsd_decay_samples,
         wsd_decay=optim.lr_wsd_decay,
+    )
+
+
+def loss_scaling(config: RunConfig) -> LossScaling:
+    """How the loss is scaled before it is differentiated: in fp16 as set, else by 1."""
+    optim = config.optim
+    if config.train.precision != "fp16":
+        return LossScaling.constant()
+    if optim.loss_scale is not None:
+        return LossScaling.constant(optim.loss_scale)
+    return LossScaling(
+        initial=optim.initial_loss_scale,
+        minimum=optim.min_loss_scale,
+        window=optim.loss_scale_window,
+        hysteresis=optim.hysteresis,
     )
 
 

@@ -23,21 +23,24 @@ class LossSums:
     """Turns per-token losses into the scalar to differentiate and keeps the sums for the report on the device.
 
     ``num_tokens`` is the number of counted labels in the whole global batch, over all ranks and microbatches.
+    ``loss_scale`` multiplies what is differentiated, never what is reported.
     """
 
-    def __init__(self, source_names: Sequence[str], *, num_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, source_names: Sequence[str], *, num_tokens: int, device: torch.device, loss_scale: float = 1.0
+    ) -> None:
         assert num_tokens > 0, "a global batch without a single counted label has no loss"
-        self.source_names, self.num_tokens = tuple(source_names), num_tokens
+        self.source_names, self.num_tokens, self.loss_scale = tuple(source_names), num_tokens, loss_scale
         self._sums = torch.zeros(2, len(source_names), dtype=torch.float64, device=device)
 
     def loss(self, loss_SB: Tensor, batch: Batch) -> Tensor:
-        """loss_SB -> this microbatch's share of the global mean, a scalar. Local."""
+        """loss_SB -> this microbatch's share of the scaled global mean, a scalar. Local."""
         mask_SB = batch.loss_mask_BS.t().to(loss_SB.dtype)
         masked_SB = loss_SB * mask_SB
         with torch.no_grad():
             by_sample = torch.stack([masked_SB.sum(0), mask_SB.sum(0)]).to(torch.float64)
             self._sums.index_add_(1, batch.source_B, by_sample)
-        return masked_SB.sum() / self.num_tokens
+        return masked_SB.sum() / self.num_tokens * self.loss_scale
 
     def means(self, ctx: ParallelContext) -> LossMeans:
         """Means over the global batch, equal on every rank. One all-reduce over the world.

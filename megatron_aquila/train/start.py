@@ -1,7 +1,7 @@
 """Where a run starts, and whether what it continues is what the settings describe."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatron_aquila.config.schema import CheckpointConfig, RunConfig
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.parallel.context import Group
-from megatron_aquila.train.build import lr_schedule
+from megatron_aquila.train.build import loss_scaling, lr_schedule
 from megatron_aquila.train.corpus import Identity
 from megatron_aquila.train.state import TrainState
 
@@ -74,12 +74,14 @@ def find_start(config: RunConfig, derived: Derived, checkpoint: Path | None, ide
         raise CheckpointError(f"{checkpoint}: " + "; ".join(problems))
     state = TrainState.from_json(saved["train"])
     end = derived.batches.end_of_run(state.consumed_samples, config.train.train_samples)
-    return Start(state=state.extended_to(end), checkpoint=checkpoint, with_optimizer=True)
+    state = replace(state.extended_to(end), loss_scale=loss_scaling(config).resumed(state.loss_scale))
+    return Start(state=state, checkpoint=checkpoint, with_optimizer=True)
 
 
 def fresh_state(config: RunConfig, derived: Derived) -> TrainState:
     """The state of a run that has seen nothing. Its index is long enough for the last batch, which is a whole one."""
-    return TrainState(seed=config.seed, index_segments=(derived.batches.end_of_run(0, config.train.train_samples),))
+    end = derived.batches.end_of_run(0, config.train.train_samples)
+    return TrainState(seed=config.seed, index_segments=(end,), loss_scale=loss_scaling(config).start())
 
 
 def refuse_to_mix(settings: CheckpointConfig, continued: Path | None) -> None:

@@ -1,10 +1,11 @@
 """Where a run stands: all that is neither a parameter nor an optimizer tensor."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_aquila.errors import CheckpointError
+from megatron_aquila.optim.scaler import LossScale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,7 +15,7 @@ class TrainState:
     The position in the data and every random number follow from it: nothing in a run draws from a generator that has a
     state. ``index_segments`` are the lengths of the sample indices built so far: the first is fixed when the run
     starts, extending a run appends one and never reshuffles what was seen. ``skipped_samples`` lists the half-open
-    ranges whose gradients were not applied.
+    ranges whose gradients were not applied. ``loss_scale`` is the next step's.
     """
 
     seed: int
@@ -24,8 +25,9 @@ class TrainState:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     skipped_samples: tuple[tuple[int, int], ...] = ()
+    loss_scale: LossScale = field(default_factory=LossScale)
 
-    def advance(self, *, samples: int, tokens: int, applied: bool) -> "TrainState":
+    def advance(self, *, samples: int, tokens: int, applied: bool, loss_scale: LossScale) -> "TrainState":
         """The state after a step over ``samples`` samples; one that was not applied is remembered as skipped."""
         stop = self.consumed_samples + samples
         skipped = () if applied else ((self.consumed_samples, stop),)
@@ -36,6 +38,7 @@ class TrainState:
             consumed_samples=stop,
             consumed_tokens=self.consumed_tokens + tokens,
             skipped_samples=self.skipped_samples + skipped,
+            loss_scale=loss_scale,
         )
 
     def extended_to(self, samples: int) -> "TrainState":
@@ -49,15 +52,17 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainState":
-        """Raises ``CheckpointError`` where a field is missing or unknown."""
+        """Raises ``CheckpointError`` where a field is missing or unknown. Older checkpoints have no loss scale."""
         fields = set(cls.__dataclass_fields__)
+        values = {"loss_scale": asdict(LossScale()), **values}
         if set(values) != fields:
             raise CheckpointError(
                 f"the checkpoint's training state has fields {sorted(values)}, expected {sorted(fields)}: it was "
                 "written by another version; start from its weights with --no-load-optim"
             )
-        lists = {
+        nested = {
             "index_segments": tuple(values["index_segments"]),
             "skipped_samples": tuple((start, stop) for start, stop in values["skipped_samples"]),
+            "loss_scale": LossScale(**values["loss_scale"]),
         }
-        return cls(**{**values, **lists})
+        return cls(**{**values, **nested})

@@ -33,10 +33,11 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     """Read, forward, backward, reduce, clip, update: one global batch. Communicates over every group.
 
     The learning rate is that of the samples consumed before the step, as in Megatron-LM. A step whose gradient norm is
-    not finite is not applied; its samples count as consumed and it does not count for Adam's bias correction.
+    not finite is not applied; its samples count as consumed and it does not count for Adam's bias correction. In fp16
+    it may lower the loss scale.
     """
     started = time.perf_counter()
-    ctx, derived = machine.ctx, machine.derived
+    ctx, derived, scale = machine.ctx, machine.derived, state.loss_scale.scale
     global_batch, _ = derived.batch_at(state.consumed_samples)
     batches, failure = read_batches(corpus.train, state.consumed_samples, global_batch, ctx)
     data_seconds = time.perf_counter() - started
@@ -44,9 +45,9 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     counts = agree(ctx, batches, stop_requested=stop_requested, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
-    sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device)
+    sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
     compute_gradients(machine, batches, sums)
-    grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad)
+    grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad, loss_scale=scale)
     lr = machine.lr.at(state.consumed_samples)
     applied = math.isfinite(grad_norm)
     if applied:
@@ -54,7 +55,8 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
 
     means = sums.means(ctx)
     computed_tokens = global_batch * derived.shape.seq_len
-    state = state.advance(samples=global_batch, tokens=computed_tokens, applied=applied)
+    loss_scale = machine.scaling.after(state.loss_scale, found_inf=not applied)
+    state = state.advance(samples=global_batch, tokens=computed_tokens, applied=applied, loss_scale=loss_scale)
     report = StepReport(
         step=state.step,
         consumed_samples=state.consumed_samples,
@@ -65,6 +67,7 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
         grad_norm=grad_norm,
         lr=lr,
         attention_share=counts.attended / (computed_tokens * derived.shape.seq_len),
+        loss_scale=scale,
         applied=applied,
         seconds=time.perf_counter() - started,
         data_seconds=data_seconds,

@@ -11,6 +11,7 @@ from typing import Protocol
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.report import StepReport
+from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.sanity import check_replicated
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
@@ -76,7 +77,7 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
             outcome = train_step(machine, corpus, state, stop_requested=late or request.signal_name is not None)
             state = outcome.state
             reporter.step(outcome.report)
-            check_progress(state, outcome.report)
+            check_progress(state, outcome.report, machine.scaling)
             if is_due(state.step, config.train.check_replicas, last=False):
                 check_replicated(machine.infos, machine.ctx)
             why = end_of_run(config, state)
@@ -125,9 +126,12 @@ def save_interval(config: RunConfig, state: TrainState) -> int:
     return settings.save_interval
 
 
-def check_progress(state: TrainState, report: StepReport) -> None:
-    """Raise ``AquilaError`` once ``MAX_SKIPPED_IN_A_ROW`` steps in a row were not applied: the run is lost."""
-    if report.applied or len(state.skipped_samples) < MAX_SKIPPED_IN_A_ROW:
+def check_progress(state: TrainState, report: StepReport, scaling: LossScaling) -> None:
+    """Raise ``AquilaError`` once ``MAX_SKIPPED_IN_A_ROW`` steps in a row were not applied: the run is lost.
+
+    Not while they lower the loss scale, which may start far too high.
+    """
+    if report.applied or not scaling.is_lowest(state.loss_scale) or len(state.skipped_samples) < MAX_SKIPPED_IN_A_ROW:
         return
     recent = state.skipped_samples[-MAX_SKIPPED_IN_A_ROW:]
     in_a_row = all(before[1] == after[0] for before, after in itertools.pairwise(recent))

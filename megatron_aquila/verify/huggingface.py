@@ -13,6 +13,7 @@ from megatron_aquila.errors import CheckpointError
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.model.aquila import build_stages
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.stages import plan_stages
 
 BOUND = 1e-5  # of the largest logit: docs/numerics.md, export to Hugging Face
@@ -42,10 +43,8 @@ def compare_logits(reader: CheckpointReader, folder: Path) -> str:
 def _our_logits(reader: CheckpointReader, dtype: torch.dtype, tokens_BS: Tensor) -> Tensor:
     shape, ctx = reader.shape(), ParallelContext.single()
     kernels = choose_kernels(ctx.device, torch.float32)
-    stages = build_stages(
-        shape, plan_stages(shape, 1), ctx, sequence_parallel=False, kernels=kernels, dtype=torch.float32
-    )
-    (stage,) = stages.values()
+    placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=torch.float32, device=ctx.device)
+    (stage,) = build_stages(shape, plan_stages(shape, 1), pp_rank=0, placement=placement, kernels=kernels).values()
     for info in stage.param_infos():
         info.param.zero_()  # padded rows are in no file
         for chunk in param_chunks(info):

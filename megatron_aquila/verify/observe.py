@@ -132,7 +132,7 @@ def build_small(config: RunConfig) -> Machine:
 
 
 def _one_step(machine: Machine) -> RankObservation:
-    config, ctx = machine.config, machine.ctx
+    config, ctx, scale = machine.config, machine.ctx, machine.scaling.initial
     batches = rank_batches(
         machine.derived.shape,
         seed=config.seed,
@@ -143,10 +143,10 @@ def _one_step(machine: Machine) -> RankObservation:
         documents=document_rules(config.data, config.data.eod_token_id),
     )
     counts = agree(ctx, batches)
-    sums = LossSums(SOURCES, num_tokens=counts.num_tokens, device=ctx.device)
+    sums = LossSums(SOURCES, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
     compute_gradients(machine, batches, sums)
-    gradients = [_copy(chunk) for chunk in gradient_chunks(machine)]
-    norm = machine.optimizer.clip_(config.optim.clip_grad)
+    gradients = [replace(chunk, tensor=chunk.tensor / scale) for chunk in gradient_chunks(machine)]
+    norm = machine.optimizer.clip_(config.optim.clip_grad, loss_scale=scale)
     machine.optimizer.step(config.optim.lr)
     return RankObservation(loss=sums.means(ctx).loss, grad_norm=norm, gradients=gradients, updated={})
 

@@ -146,14 +146,14 @@ def test_a_value_of_a_file_is_named_by_its_line(tmp_path):
 
 def test_all_problems_come_at_once(tmp_path):
     (tmp_path / "run.yaml").write_text("modle: {seq_len: 3}\n")
-    text = f"--config {tmp_path}/run.yaml --tp 3 --pp 7 --lr abc --fp16 --micro-btch 4 --attention-dropout 0.1 --cp 2"
-    error = failure(text, world_size=8)
+    text = "--tp 3 --pp 7 --lr abc --qk-layernorm --micro-btch 4 --attention-dropout 0.1 --cp 2"
+    error = failure(f"--config {tmp_path}/run.yaml {text}", world_size=8)
     flags = [problem.flag for problem in error.problems]
     assert flags == [
         "--micro-btch",
         f"{tmp_path}/run.yaml:1",
         "--lr",
-        "--fp16",
+        "--qk-layernorm",
         "--attention-dropout",
         "--tp",
         "--cp",
@@ -162,7 +162,7 @@ def test_all_problems_come_at_once(tmp_path):
     shown = format_problems(error).splitlines()
     assert shown[0] == "8 settings cannot run:"
     assert all(line.startswith("  ") for line in shown[1:])
-    assert format_problems(failure("--fp16")).splitlines()[0] == "1 setting cannot run:"
+    assert format_problems(failure("--qk-layernorm")).splitlines()[0] == "1 setting cannot run:"
 
 
 def test_a_setting_that_cannot_be_typed_raises_no_further_problems():

@@ -17,7 +17,7 @@ from tests.config.flagscale_scripts import ADDED_FLAGS, LATER, SCRIPT_7B, SCRIPT
 SCRIPTS = {"aquila2-7b-continue": SCRIPT_7B, "aquila2-34b": SCRIPT_34B, "aquila2-70b": SCRIPT_70B}
 FOR_ALL = {"--embedding-weights-in-fp32"}
 REFUSED = {
-    "aquila2-7b-continue": {"--fp16", "--initial-loss-scale", "--min-loss-scale", "--rotary-interleaved-patch"},
+    "aquila2-7b-continue": {"--rotary-interleaved-patch"},
     "aquila2-34b": {"--make-vocab-size-divisible-by"},
     "aquila2-70b": {"--make-vocab-size-divisible-by"},
 }
@@ -94,7 +94,6 @@ def test_no_flag_has_two_meanings():
         ("--max-position-embeddings 4096", "use --seq-len or leave it out"),
         ("--swiglu yes", "give the flag alone"),
         ("--bf16 true", "give the flag alone"),
-        ("--fp16", "use --bf16"),
         ("--transformer-impl transformer_engine", "use local or leave it out"),
         ("--no-save-optim", "leave it out: aquila convert to-hf"),
         ("--exit-interval 10 --gbs 4", "use --exit-samples 40 "),
@@ -133,11 +132,14 @@ def test_precision_flags_set_the_precision_and_may_not_contradict_it():
     assert load_config(["--bf16", "--precision", "bf16"]).config.train.precision == "bf16"
     [problem] = problems_of(["--bf16", "--precision", "fp32"])
     assert str(problem) == "--bf16: contradicts --precision fp32; give one of them"
+    assert load_config(["--fp16"]).config.train.precision == "fp16"
+    [problem] = problems_of(["--bf16", "--fp16"])
+    assert "contradicts" in str(problem)
 
 
 def test_a_refusal_in_a_list_is_independent_of_the_settings():
-    parsed = parse(["--fp16", "--mup", "apply"])
-    assert [problem.flag for problem in migration_problems(parsed.foreign, RunConfig())] == ["--fp16", "--mup"]
+    parsed = parse(["--fp8-hybrid", "--mup", "apply"])
+    assert [problem.flag for problem in migration_problems(parsed.foreign, RunConfig())] == ["--fp8-hybrid", "--mup"]
     with pytest.raises(ConfigError, match="muP is not offered"):
         resolve(parsed)
 

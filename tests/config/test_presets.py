@@ -34,7 +34,12 @@ def test_presets_name_settings_only(preset):
     assert set(PRESETS[preset]) <= set(all_settings())
 
 
-def test_the_7b_from_scratch_differs_in_the_learning_rate_only():
+def test_the_7b_from_scratch_differs_in_learning_rate_and_precision_only():
     scratch, further = PRESETS["aquila2-7b"], PRESETS["aquila2-7b-continue"]
-    assert {name for name in scratch if scratch[name] != further[name]} == {"optim.lr", "optim.min_lr"}
+    assert {name for name in scratch if scratch[name] != further[name]} == {
+        "optim.lr",
+        "optim.min_lr",
+        "train.precision",
+    }
+    assert set(further) - set(scratch) == {"optim.initial_loss_scale", "optim.min_loss_scale"}
     assert scratch["optim.lr"] == 3e-4

@@ -12,6 +12,7 @@ from megatron_aquila.model.init import initialize_
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.flops import num_params
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.shape import ModelShape
@@ -71,7 +72,11 @@ def paper_context(grid: RankGrid, rank: int, device: torch.device) -> ParallelCo
 def stages_of(shape: ModelShape, ctx: ParallelContext, dtype: torch.dtype = torch.float64) -> dict[int, AquilaStage]:
     plan = plan_stages(shape, ctx.pp.size)
     kernels = choose_kernels(torch.device("cpu"), dtype)
-    return build_stages(shape, plan, ctx, sequence_parallel=False, kernels=kernels, dtype=dtype)
+    return build_stages(shape, plan, pp_rank=ctx.pp.rank, placement=placed(ctx, dtype), kernels=kernels)
+
+
+def placed(ctx: ParallelContext, dtype: torch.dtype, *, sequence_parallel: bool = False) -> Placement:
+    return Placement(tp=ctx.tp, sequence_parallel=sequence_parallel, dtype=dtype, device=ctx.device)
 
 
 def infos_of(shape: ModelShape, ctx: ParallelContext) -> list[ParamInfo]:
@@ -101,10 +106,9 @@ def test_nothing_leaks_from_one_document_into_the_next(attention: str) -> None:
     (stage,) = build_stages(
         SHAPE,
         plan_stages(SHAPE, 1),
-        ParallelContext.single(),
-        sequence_parallel=False,
+        pp_rank=0,
+        placement=placed(ParallelContext.single(), torch.float64),
         kernels=kernels,
-        dtype=torch.float64,
     ).values()
     initialize_(stage.param_infos(), seed=3)
     embedding, border = stage.embedding, 6
@@ -171,10 +175,9 @@ def test_norms_alone_do_not_decay_and_sum_over_tp_only_under_sequence_parallel()
         stages = build_stages(
             SHAPE,
             plan_stages(SHAPE, 1),
-            ctx,
-            sequence_parallel=sequence_parallel,
+            pp_rank=0,
+            placement=placed(ctx, torch.float64, sequence_parallel=sequence_parallel),
             kernels=kernels,
-            dtype=torch.float64,
         )
         for info in stages[0].param_infos():
             is_norm = info.name.endswith("norm.weight")

@@ -70,3 +70,8 @@ def test_a_cpu_line_never_says_mfu():
 
 def test_durations():
     assert [duration(seconds) for seconds in (0.4, 59.6, 90061)] == ["0:00:00", "0:01:00", "1 day, 1:01:01"]
+
+
+def test_the_loss_scale_is_shown_where_there_is_one():
+    assert "loss scale 522,893 |" in step_line(ROW | {"loss_scale": 522893.0}, 1000)
+    assert "loss scale" not in step_line(ROW | {"loss_scale": 1.0}, 1000)

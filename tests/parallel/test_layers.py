@@ -3,15 +3,10 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_aquila.parallel import layers
-from megatron_aquila.parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    WeightGradQueue,
-    share_weight_grad_queue,
-)
+from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_aquila.parallel.placement import Placement
 from tests.parallel.worlds import CPU, CountCollectives, distance, on_ranks, share, tp_group
 
 S, B, H, F = 8, 3, 16, 32
@@ -29,7 +24,8 @@ def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def make(layer: type, in_features: int, out_features: int, size: int, sp: bool, dtype: torch.dtype):
-    return layer(in_features, out_features, tp=tp_group(size), sequence_parallel=sp, dtype=dtype, device=CPU)
+    placement = Placement(tp=tp_group(size), sequence_parallel=sp, dtype=dtype, device=CPU)
+    return layer(in_features, out_features, placement=placement)
 
 
 def plain(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -111,9 +107,7 @@ def test_in_a_world_of_one_is_torch_linear_to_the_bit(layer: type, dtype: torch.
         (
             torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True),
             torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
-            tp_group(1),
-            True,
-            WeightGradQueue(),
+            ours.placement,
         ),
     )
 
@@ -159,63 +153,3 @@ def uneven(size: int) -> None:
 
 def test_features_that_do_not_split_are_refused(pool) -> None:
     on_ranks(pool, 2, uneven)
-
-
-def two_linears() -> tuple[torch.nn.Sequential, torch.Tensor]:
-    _, column_weight, row_weight, _ = tensors(torch.float32)
-    linears = (
-        make(ColumnParallelLinear, H, F, 1, False, torch.float32),
-        make(RowParallelLinear, F, H, 1, False, torch.float32),
-    )
-    with torch.no_grad():
-        for linear, weight in zip(linears, (column_weight, row_weight), strict=True):
-            linear.weight.copy_(weight)
-    return torch.nn.Sequential(linears[0], torch.nn.Tanh(), linears[1]), tensors(torch.float32)[0].requires_grad_()
-
-
-def test_deferred_weight_gradients_are_the_same_bits_and_the_same_work() -> None:
-    """Two backwards owed at once and paid in order; the hooks of the parameters run when they are paid."""
-    net, x = two_linears()
-    with FlopCounterMode(display=False) as whole:
-        for scale in (1.0, 3.0):
-            (net(x * scale)).square().sum().backward()
-    expected = [x.grad, *(p.grad for p in net.parameters())]
-
-    net, x = two_linears()
-    queue = share_weight_grad_queue([net])
-    hooked: list[str] = []
-    for name, param in net.named_parameters():
-        param.register_post_accumulate_grad_hook(
-            lambda p, name=name: hooked.append(name) if p.grad is not None else None
-        )
-    with FlopCounterMode(display=False) as input_part:
-        for key, scale in enumerate((1.0, 3.0)):
-            y = net(x * scale).square().sum()
-            with queue.deferring(key):
-                y.backward()
-    assert all(p.grad is None for p in net.parameters())
-    assert hooked == []
-    assert queue.owed == [0, 1]
-    with FlopCounterMode(display=False) as weight_part:
-        queue.pay(0)
-        queue.pay(1)
-    assert queue.owed == []
-    assert sorted(hooked) == ["0.weight", "0.weight", "2.weight", "2.weight"]
-    for found, right in zip([x.grad, *(p.grad for p in net.parameters())], expected, strict=True):
-        assert torch.equal(found, right)
-    assert input_part.get_total_flops() == 2 * weight_part.get_total_flops()  # F and B, each as large as W
-    assert input_part.get_total_flops() + weight_part.get_total_flops() == whole.get_total_flops()
-
-
-def test_what_is_owed_is_paid_once() -> None:
-    net, x = two_linears()
-    queue = share_weight_grad_queue([net])
-    with queue.deferring("a"):
-        net(x).sum().backward()
-    with pytest.raises(AssertionError, match="a is owed already"), queue.deferring("a"):
-        pass
-    queue.pay("a")
-    with pytest.raises(KeyError):
-        queue.pay("a")
-    net(x).sum().backward()  # closed again: nothing is deferred
-    assert queue.owed == []

@@ -6,6 +6,7 @@ import torch
 
 from megatron_aquila.kernels.cross_entropy import cross_entropy
 from megatron_aquila.parallel import vocab
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from tests.parallel.worlds import CPU, CountCollectives, distance, on_ranks, share, tp_group
 
@@ -24,9 +25,8 @@ def embedding_errors(size: int, vocab_size: int, sp: bool) -> tuple[float, float
     expected = weight[tokens_BS.T]
     (expected_grad,) = torch.autograd.grad(expected, weight, grad_y)
 
-    ours = VocabParallelEmbedding(
-        vocab_size, PADDED, H, tp=group, sequence_parallel=sp, dtype=torch.float64, device=CPU
-    )
+    placement = Placement(tp=group, sequence_parallel=sp, dtype=torch.float64, device=CPU)
+    ours = VocabParallelEmbedding(vocab_size, PADDED, H, placement=placement)
     with torch.no_grad():
         ours.weight.copy_(share(weight, group))
     y = ours(tokens_BS)
@@ -177,11 +177,11 @@ def test_little_is_kept_for_backward() -> None:
 
 
 def refusals(size: int) -> None:
-    options = {"tp": tp_group(size), "sequence_parallel": False, "dtype": torch.float32, "device": CPU}
+    placement = Placement(tp=tp_group(size), sequence_parallel=False, dtype=torch.float32, device=CPU)
     with pytest.raises(AssertionError, match="17 tokens do not fit in 16 rows"):
-        VocabParallelEmbedding(17, 16, H, **options)
+        VocabParallelEmbedding(17, 16, H, placement=placement)
     with pytest.raises(AssertionError, match="15 rows do not split over 2 ranks"):
-        VocabParallelEmbedding(13, 15, H, **options)
+        VocabParallelEmbedding(13, 15, H, placement=placement)
     with pytest.raises(AssertionError, match="2 shards of 6 columns do not hold 13 tokens"):
         vocab_parallel_cross_entropy(torch.zeros(S, B, 6), torch.zeros(S, B), tp=tp_group(size), vocab_size=13)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.parallel.layers import ColumnParallelLinear, share_weight_grad_queue
+from megatron_aquila.parallel.layers import ColumnParallelLinear
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.pipeline.action import Action, Op, Schedule
 from megatron_aquila.pipeline.engine import Engine
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
@@ -296,7 +297,8 @@ class LinearStage(nn.Module):
         super().__init__()
         device = torch.device("cpu")
         tp = ParallelContext.create(RankGrid(), device).tp
-        self.linear = ColumnParallelLinear(H, H, tp=tp, sequence_parallel=False, dtype=torch.float32, device=device)
+        placement = Placement(tp=tp, sequence_parallel=False, dtype=torch.float32, device=device)
+        self.linear = ColumnParallelLinear(H, H, placement=placement)
         self.bias = nn.Parameter(torch.zeros(H))
         nn.init.normal_(self.linear.weight, generator=torch.Generator().manual_seed(3))
 
@@ -307,8 +309,8 @@ class LinearStage(nn.Module):
 
 def linear_grads(program: list[str]) -> dict[str, Tensor | None]:
     stage = LinearStage()
-    queue = share_weight_grad_queue([stage])
-    engine = Engine({0: stage}, num_stages=1, loss_fn=toy_loss, wire=LocalWire(), weight_grads=queue)
+    weight_grads = stage.linear.placement.weight_grads
+    engine = Engine({0: stage}, num_stages=1, loss_fn=toy_loss, wire=LocalWire(), weight_grads=weight_grads)
     engine.step([Action(Op(word[0]), 0, int(word[1])) for word in program], toy_batches(2))
     return {name: param.grad for name, param in stage.named_parameters()}
 

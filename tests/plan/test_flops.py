@@ -100,6 +100,7 @@ def test_published_pair_of_mpt_7b():
         ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
         ("NVIDIA A800-SXM4-80GB", "bf16", 312.0),
         ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 80GB HBM3", "fp16", 989.4),
         ("NVIDIA H200", "bf16", 989.4),
         ("NVIDIA H100 PCIe", "bf16", 756.5),
         ("NVIDIA A10", "bf16", 125.0),

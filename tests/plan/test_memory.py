@@ -8,6 +8,7 @@ from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.model.aquila import AquilaStage
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.flops import num_params
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
@@ -88,7 +89,8 @@ def kept_by_autograd(shape, dtype):
     """Bytes of all storages, weights apart, that a forward of two samples keeps for its backward."""
     kernels = choose_kernels(torch.device("cpu"), dtype)
     ctx = ParallelContext.single()
-    stage = AquilaStage(shape, plan_stages(shape, 1), 0, ctx, sequence_parallel=False, kernels=kernels, dtype=dtype)
+    placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=dtype, device=ctx.device)
+    stage = AquilaStage(shape, plan_stages(shape, 1), 0, placement=placement, kernels=kernels)
     for weight in stage.parameters():
         torch.nn.init.normal_(weight, std=0.02)
     weights = {weight.untyped_storage().data_ptr() for weight in stage.parameters()}

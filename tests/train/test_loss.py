@@ -26,3 +26,9 @@ def test_loss_is_a_sum_over_tokens_never_a_mean_of_means() -> None:
 def test_a_step_without_labels_is_our_mistake() -> None:
     with pytest.raises(AssertionError, match="label"):
         LossSums(["a"], num_tokens=0, device=torch.device("cpu"))
+
+
+def test_the_loss_scale_multiplies_what_is_differentiated_and_not_what_is_reported() -> None:
+    sums = LossSums(["a"], num_tokens=2, device=torch.device("cpu"), loss_scale=8.0)
+    assert float(sums.loss(torch.tensor([[1.0], [2.0]]), batch([[1.0, 1.0]], [0]))) == 12.0
+    assert sums.means(ParallelContext.single()).loss == 1.5

@@ -286,3 +286,21 @@ def test_bf16_with_masters_resumes_bit_equal_even_on_dirty_memory(pool: Pools, t
     name = "model.norm.weight"
     kept = tensors(tmp_path / "wider")[name]
     assert torch.allclose(kept, expected[f"optimizer.master.{name}"], rtol=0, atol=1e-7)
+
+
+def test_fp16_resumes_bit_equal_in_the_middle_of_finding_its_scale(pool: Pools, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train_samples=96)
+    config = replace(config, train=replace(config.train, precision="fp16"))
+    optim = replace(config.optim, initial_loss_scale=2.0**23, loss_scale_window=3)
+    config = split(replace(config, optim=optim), tp=2)
+    never = pool(2).run(run, config)[0]
+    applied = [report.applied for report in never.reports]
+    assert not all(applied[:3]), [report.loss_scale for report in never.reports]
+    assert any(applied[3:])
+    assert config.checkpoint.save is not None
+    again = resumed(config, load=config.checkpoint.save / "step_0000002", save=tmp_path / "again")
+    after = pool(2).run(run, again)[0]
+    assert repr(figures(after)) == repr(figures(never)[2:])  # as words, in which nan equals nan
+    assert [report.loss_scale for report in after.reports] == [report.loss_scale for report in never.reports][2:]
+    expected, found = tensors(config.checkpoint.save), tensors(tmp_path / "again")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -3,19 +3,32 @@ import json
 import pytest
 
 from megatron_aquila.errors import CheckpointError
+from megatron_aquila.optim.scaler import LossScale
 from megatron_aquila.train.state import TrainState
 
 
 def test_a_step_consumes_its_samples_and_a_skipped_one_does_not_count_for_adam() -> None:
     state = TrainState(seed=1, index_segments=(100,))
-    state = state.advance(samples=8, tokens=80, applied=True).advance(samples=8, tokens=80, applied=False)
+    state = state.advance(samples=8, tokens=80, applied=True, loss_scale=LossScale()).advance(
+        samples=8, tokens=80, applied=False, loss_scale=LossScale(8.0)
+    )
     assert (state.step, state.applied_steps, state.consumed_samples, state.consumed_tokens) == (2, 1, 16, 160)
     assert state.skipped_samples == ((8, 16),)
+    assert state.loss_scale == LossScale(8.0)
 
 
 def test_json_round_trip_is_exact() -> None:
-    state = TrainState(seed=1, index_segments=(100, 20), skipped_samples=((8, 16),), step=3)
+    state = TrainState(
+        seed=1, index_segments=(100, 20), skipped_samples=((8, 16),), step=3, loss_scale=LossScale(0.1, 7, -1)
+    )
     assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_a_checkpoint_older_than_the_loss_scale_still_loads() -> None:
+    state = TrainState(seed=1, index_segments=(100,), step=3)
+    values = state.to_json()
+    del values["loss_scale"]
+    assert TrainState.from_json(values) == state
 
 
 def test_extending_appends_a_segment_and_never_changes_the_old_ones() -> None:

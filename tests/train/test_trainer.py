@@ -1,5 +1,7 @@
 """The loop's own decisions; whole runs are in test_resume.py."""
 
+import itertools
+import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +10,27 @@ import pytest
 
 from megatron_aquila.config.schema import CheckpointConfig, RunConfig, TrainConfig
 from megatron_aquila.errors import AquilaError
+from megatron_aquila.observe.report import StepReport
+from megatron_aquila.optim.scaler import LossScale, LossScaling
 from megatron_aquila.train import step, trainer
 from megatron_aquila.train.state import TrainState
 from tests.train.runs import run, tiny_config
+
+REPORT = StepReport(
+    step=20,
+    consumed_samples=160,
+    global_batch=8,
+    num_tokens=128,
+    computed_tokens=128,
+    loss=4.0,
+    grad_norm=math.inf,
+    lr=1e-3,
+    loss_scale=2.0,
+    applied=True,
+    seconds=1.0,
+    data_seconds=0.0,
+    memory_bytes=0,
+)
 
 
 def test_things_are_due_at_their_interval_and_at_the_end() -> None:
@@ -61,6 +81,32 @@ def test_a_step_that_is_not_finite_is_skipped_and_twenty_end_the_run(
     config = tiny_config(tmp_path)
     with pytest.raises(AquilaError, match=r"samples 0 to 24.*lower --lr"):
         run(config)
+
+
+def test_steps_that_lower_the_loss_scale_do_not_end_the_run() -> None:
+    samples = tuple((start, start + 8) for start in range(0, 160, 8))
+    state = TrainState(seed=1, index_segments=(1000,), step=20, skipped_samples=samples)
+    report = replace(REPORT, applied=False)
+    scaling = LossScaling(initial=2.0**32, minimum=1.0, window=1000, hysteresis=2)
+    trainer.check_progress(replace(state, loss_scale=LossScale(2.0)), report, scaling)
+    for lowest, rule in ((LossScale(1.0), scaling), (LossScale(64.0), LossScaling.constant(64.0))):
+        with pytest.raises(AquilaError, match="samples 0 to 160"):
+            trainer.check_progress(replace(state, loss_scale=lowest), report, rule)
+
+
+def test_fp16_finds_its_loss_scale_and_then_learns(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train_samples=160)
+    config = replace(config, train=replace(config.train, precision="fp16"))
+    optim = replace(config.optim, initial_loss_scale=2.0**26, loss_scale_window=4)
+    reports = run(replace(config, optim=optim)).reports
+    skipped = [report for report in reports if not report.applied]
+    assert skipped
+    assert reports[0].loss_scale == reports[1].loss_scale == 2 * reports[2].loss_scale == 2.0**26
+    assert all(report.lr > 0 for report in skipped[1:]), "the learning rate goes on with the samples"
+    scales = [report.loss_scale for report in reports]
+    assert any(after > before for before, after in itertools.pairwise(scales)), scales
+    assert reports[-1].applied or reports[-2].applied
+    assert reports[-1].loss < reports[0].loss
 
 
 def test_without_a_save_folder_the_run_says_that_nothing_was_kept(tmp_path: Path) -> None:

@@ -242,14 +242,14 @@ MUTANTS: dict[str, tuple[Callable[[], Any], Layout]] = {
 
 def weight_gradient_never_paid() -> Any:
     """What an input gradient leaves out is dropped."""
-    from megatron_aquila.parallel.layers import WeightGradQueue
+    from megatron_aquila.parallel.weight_grads import WeightGradQueue
 
     return patched(WeightGradQueue, "pay", lambda self, key: self._owed.pop(key) and None)
 
 
 def weight_gradient_paid_twice() -> Any:
     """What an input gradient leaves out is added twice."""
-    from megatron_aquila.parallel.layers import WeightGradQueue
+    from megatron_aquila.parallel.weight_grads import WeightGradQueue
 
     def wrong(self: WeightGradQueue, key: Any) -> None:
         for job in 2 * self._owed.pop(key):

@@ -1,0 +1,27 @@
+"""Where the layers of a stage live, and in what type: what all of them have in common."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.weight_grads import WeightGradQueue
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """How layers are split and stored. One for all layers of a rank, so that they share ``weight_grads``.
+
+    ``sequence_parallel``: between the parallel layers, activations are split along the sequence over ``tp``.
+    """
+
+    tp: Group
+    sequence_parallel: bool
+    dtype: torch.dtype
+    device: torch.device
+    weight_grads: WeightGradQueue = field(default_factory=WeightGradQueue)
+
+    def weight(self, *shape: int) -> nn.Parameter:
+        """A parameter of this type on this device, for the initialisation or a checkpoint to fill."""
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
