@@ -8,6 +8,7 @@ from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.shape import ModelShape, ffn_size, padded_vocab_size
 from megatron_aquila.plan.stages import StagePlan, plan_stages
+from megatron_aquila.plan.traffic import TrafficPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,4 +89,23 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         sequence_parallel=config.parallel.sequence,
         precision=config.train.precision,
         optimizer=config.optim.optimizer,
+        bucket_bytes=config.parallel.bucket_mib * 2**20,
+    )
+
+
+def traffic_plan(config: RunConfig, derived: Derived, num_microbatches: int | None = None) -> TrafficPlan:
+    """The communication of a step, by default of one at the full batch."""
+    train = config.train
+    if num_microbatches is None:
+        num_microbatches = train.global_batch // (train.micro_batch * derived.grid.dp)
+    return TrafficPlan(
+        shape=derived.shape,
+        grid=derived.grid,
+        stages=derived.stages,
+        micro_batch=train.micro_batch,
+        num_microbatches=num_microbatches,
+        sequence_parallel=config.parallel.sequence,
+        precision=train.precision,
+        bucket_bytes=config.parallel.bucket_mib * 2**20,
+        num_sources=max(1, len(config.data.path) // 2),
     )

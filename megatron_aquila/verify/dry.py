@@ -5,8 +5,7 @@ the host reads of them is 1.
 """
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,8 @@ from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context
+from megatron_aquila.train.loss import LossSums
+from megatron_aquila.train.step import agree, compute_gradients
 
 META = torch.device("meta")
 
@@ -82,10 +83,6 @@ class CallRecorder(TorchDispatchMode):
             return func(*args, **kwargs)
         self.calls.append(_call(func, args))
         return func(*tree_map_only(Tensor, _for_backend, args), **tree_map_only(Tensor, _for_backend, kwargs))
-
-    def counts(self) -> Counter[Call]:
-        """How often each call was made."""
-        return Counter(self.calls)
 
 
 def _call(func: Any, args: tuple[Any, ...]) -> Call:
@@ -175,3 +172,13 @@ def dry_batch(shape: ModelShape, micro_batch: int) -> Batch:
         positions_BS=torch.empty_like(tokens_BS),
         source_B=torch.empty(micro_batch, dtype=torch.int64, device=META),
     )
+
+
+def dry_step(machine: Machine, batches: Sequence[Batch], source_names: Sequence[str] = ("data",)) -> None:
+    """One step as ``train.step.train_step`` takes it, without a loader. Communicates over every group."""
+    counts = agree(machine.ctx, batches)
+    sums = LossSums(source_names, num_tokens=counts.num_tokens, device=machine.ctx.device)
+    compute_gradients(machine, batches, sums)
+    machine.optimizer.clip_(machine.config.optim.clip_grad)
+    machine.optimizer.step(machine.config.optim.lr)
+    sums.means(machine.ctx)
