@@ -93,19 +93,16 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
     )
 
 
-def traffic_plan(config: RunConfig, derived: Derived, num_microbatches: int | None = None) -> TrafficPlan:
-    """The communication of a step, by default of one at the full batch."""
-    train = config.train
-    if num_microbatches is None:
-        num_microbatches = train.global_batch // (train.micro_batch * derived.grid.dp)
+def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
+    """The communication of a step at the run's full batch."""
     return TrafficPlan(
         shape=derived.shape,
         grid=derived.grid,
         stages=derived.stages,
-        micro_batch=train.micro_batch,
-        num_microbatches=num_microbatches,
+        micro_batch=config.train.micro_batch,
+        num_microbatches=config.train.global_batch // (config.train.micro_batch * derived.grid.dp),
         sequence_parallel=config.parallel.sequence,
-        precision=train.precision,
+        precision=config.train.precision,
         bucket_bytes=config.parallel.bucket_mib * 2**20,
         num_sources=max(1, len(config.data.path) // 2),
     )

@@ -1,6 +1,8 @@
 """Memory of one rank before anything is allocated: a sum of named parts, each with its formula.
 
-Not in it: the device's own context, NCCL's buffers and fragmentation (2 to 4 GiB of a GPU in practice).
+A test traces whole steps of the recipes: each part is exact, the peak within 0.001 % above and 6 % below the total.
+Not in it: the device's own context, NCCL's buffers and fragmentation (2 to 4 GiB of a GPU in practice), and the tokens
+of a step, 28 bytes each.
 """
 
 from dataclasses import dataclass, fields
@@ -134,7 +136,8 @@ class MemoryPlan:
 
         SwiGLU's: in at least four bytes gate and up, sigmoid, SiLU, two gradients, and the two joined, 8 F; the
         gradient that came, F. A linear's: gradients of gate, up and their product, x gathered twice, and the largest
-        weight's gradient, which lives until it is added to the main gradient. The loss's: a softmax and its narrow copy.
+        weight's gradient, which lives until it is added to the main gradient. The loss's: a softmax and its narrow
+        copy.
         """
         shape, ffn = self.shape, self._tokens * self.shape.ffn_size // self.grid.tp
         swiglu = ffn * (8 * self._wide + self._item)

@@ -117,7 +117,9 @@ class TrafficPlan:
         """Under sequence parallel each tensor rank has a partial sum of every norm's gradient: all in one call."""
         if self.sequence_parallel:
             norms = sum(2 * len(self.stages.layers[stage]) + self.stages.has_head(stage) for stage in stages)
-            yield self._row("gradients of norms", "all-reduce", "tp", 1, norms * self.shape.hidden_size * self._gradient)
+            yield self._row(
+                "gradients of norms", "all-reduce", "tp", 1, norms * self.shape.hidden_size * self._gradient
+            )
 
     def _replicas(self, stages: tuple[int, ...]) -> Iterator[Traffic]:
         """Gradients summed and weights shared over the replicas, bucket by bucket."""

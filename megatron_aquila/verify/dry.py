@@ -34,7 +34,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
     """This process as ``rank`` of ``world_size``: collectives and messages are accepted and move nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
     finally:
@@ -65,14 +65,14 @@ _KINDS: Mapping[str, tuple[str, int]] = {
 }
 
 
-class CallRecorder(TorchDispatchMode):
+class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """While active, every call of this process to any process group, in order, as ``calls``.
 
     Works on real groups, where the calls are made, and on fake ones, which get an empty tensor for one without data.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.calls: list[Call] = []
 
     def __torch_dispatch__(
@@ -89,9 +89,9 @@ def _call(func: Any, args: tuple[Any, ...]) -> Call:
     name = func.overloadpacket.__name__
     assert name in _KINDS, f"c10d.{name} is not among the calls that are counted"
     kind, whole = _KINDS[name]
-    tensor = next(tree_iter(args[whole]))
+    tensor = next(iter(tree_iter(args[whole])))
     boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
-    group = dist.ProcessGroup.unbox(boxed)  # type: ignore[attr-defined]  # the binding has no types
+    group = dist.ProcessGroup.unbox(boxed)
     ranks = tuple(dist.get_process_group_ranks(group))
     if kind in ("send", "receive"):
         me, peer = ranks[group.rank()], ranks[args[2]]
@@ -103,14 +103,14 @@ def _for_backend(tensor: Tensor) -> Tensor:
     return torch.empty(0) if tensor.device.type == "meta" else tensor
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as above
     """While active, the bytes of all living tensors on ``meta`` that were made or touched; 1 is what the host reads.
 
     ``live`` are the bytes now, ``peak`` the most there were. A storage counts once, however many views it has.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.live = self.peak = 0
         self._known: set[int] = set()
 

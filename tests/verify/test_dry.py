@@ -16,6 +16,9 @@ from megatron_aquila.config.derive import derive, memory_plan, traffic_plan
 from megatron_aquila.config.schema import ModelConfig, RunConfig
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm_reference
+from megatron_aquila.model.aquila import build_stages
+from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.pipeline.checks import check
 from megatron_aquila.pipeline.schedules import build_schedule
 from megatron_aquila.plan.flops import num_params
@@ -31,10 +34,11 @@ from megatron_aquila.verify.dry import (
     fake_world,
     flash_attention,
 )
+from tests.plan.calls import as_planned, counted
 
 WORLDS = {"aquila2-34b": 512, "aquila2-70b": 768}
-# Microbatches of the step that is traced: one of the batch ramp. With 4 every stage of the 34B holds as much as it ever
-# will; 2 are enough to see that the formula follows the shape.
+# Microbatches of the step that is traced, which the batch ramp has. With 4 every stage of the 34B holds as much as it
+# ever will; 2 are enough to see that the formula follows the shape.
 STEPS = {"aquila2-34b": 4, "aquila2-70b": 2}
 FLASH_STATE = 24  # bytes a layer and microbatch: torch's flash kernel keeps a random state, dropout or not
 SUMS = 16  # bytes: loss and tokens of one source, in float64
@@ -43,6 +47,15 @@ SUMS = 16  # bytes: loss and tokens of one source, in float64
 @cache
 def recipe(preset: str) -> RunConfig:
     return load_config(["--preset", preset], world_size=WORLDS[preset]).config
+
+
+@cache
+def one_step(preset: str) -> RunConfig:
+    """The recipe at the step of its ramp that is traced."""
+    config, world = recipe(preset), WORLDS[preset]
+    batch = STEPS[preset] * config.train.micro_batch * derive(config, world).grid.dp
+    assert batch in derive(config, world).batches.sizes()
+    return replace(config, train=replace(config.train, global_batch=batch, rampup_batch=None))
 
 
 def kinds_of_storage(machine: Machine) -> dict[str, int]:
@@ -69,11 +82,11 @@ class Traced:
 
 @cache
 def traced(preset: str, rank: int) -> Traced:
-    config, world, microbatches = recipe(preset), WORLDS[preset], STEPS[preset]
+    config, world = one_step(preset), WORLDS[preset]
     with fake_world(rank, world), StorageTracker() as storages, CallRecorder() as recorder:
         machine = dry_machine(config, world)
         static = storages.live
-        batches = [dry_batch(machine.derived.shape, config.train.micro_batch) for _ in range(microbatches)]
+        batches = [dry_batch(machine.derived.shape, config.train.micro_batch) for _ in range(STEPS[preset])]
         before, after_forwards = storages.live, []
         (stage,) = machine.stages.values()
         stage.register_forward_hook(lambda *_: after_forwards.append(storages.live - before))
@@ -112,7 +125,7 @@ def test_groups_name_the_right_peers(preset):
     tp, dp = grid.tp, grid.dp
     for axes in (("tp",), ("dp",), ("pp",), ("dp", "cp"), ("tp", "cp", "dp", "pp")):
         assert sorted(rank for ranks in grid.groups(*axes) for rank in ranks) == list(range(world))
-    for rank in [grid.rank(tp=t, dp=d, pp=p) for t in range(tp) for d in (0, dp - 1) for p in range(4)]:
+    for rank in [grid.rank(tp=t, dp=d, pp=p) for t in (0, tp - 1) for d in (0, dp - 1) for p in range(4)]:
         with fake_world(rank, world):
             ctx = create_context(recipe(preset), derive(recipe(preset), world), META)
             stage = rank // (tp * dp) * tp * dp
@@ -136,13 +149,17 @@ def test_groups_name_the_right_peers(preset):
 def test_parameters_of_all_ranks_add_up_to_the_model(preset):
     derived = derive(recipe(preset), WORLDS[preset])
     grid, shape = derived.grid, derived.shape
+    kernels, config = choose_kernels(META, torch.bfloat16), recipe(preset)
     logical, local, names = 0, 0, Counter()
     for pp_rank in range(grid.pp):
         for tp_rank in range(grid.tp):
-            with fake_world(grid.rank(tp=tp_rank, pp=pp_rank), grid.world_size):
-                machine = dry_machine(recipe(preset), grid.world_size)
-            local += sum(info.param.numel() for info in machine.infos)
-            parts = [part for info in machine.infos for part in info.parts if part.replica == 0]
+            tp = Group("tp", tp_rank, grid.tp, tuple(range(grid.tp)), None)
+            sequence_parallel = config.parallel.sequence
+            placement = Placement(tp=tp, sequence_parallel=sequence_parallel, dtype=torch.bfloat16, device=META)
+            stages = build_stages(shape, derived.stages, pp_rank=pp_rank, placement=placement, kernels=kernels)
+            infos = [info for stage in stages.values() for info in stage.param_infos()]
+            local += sum(info.param.numel() for info in infos)
+            parts = [part for info in infos for part in info.parts if part.replica == 0]
             logical += sum(prod(part.shape) for part in parts)
             names.update({part.name: prod(part.shape) / prod(part.global_shape) for part in parts})
     assert logical == num_params(shape)
@@ -154,9 +171,8 @@ def test_parameters_of_all_ranks_add_up_to_the_model(preset):
 
 @pytest.mark.parametrize(("preset", "pp_rank"), STAGES)
 def test_what_a_rank_keeps_is_what_the_plan_says(preset, pp_rank):
-    derived, trace = derive(recipe(preset), WORLDS[preset]), traced(preset, class_rank(preset, pp_rank))
-    plan = replace(memory_plan(recipe(preset), derived), num_microbatches=STEPS[preset])
-    memory = plan.of_stage(pp_rank)
+    trace = traced(preset, class_rank(preset, pp_rank))
+    memory = memory_plan(one_step(preset), derive(one_step(preset), WORLDS[preset])).of_stage(pp_rank)
     assert trace.by_kind == {
         "weight": memory.weights,
         "grad": memory.main_grads,
@@ -169,8 +185,8 @@ def test_what_a_rank_keeps_is_what_the_plan_says(preset, pp_rank):
 
 @pytest.mark.parametrize(("preset", "pp_rank"), STAGES)
 def test_what_microbatches_in_flight_keep_is_what_the_plan_says(preset, pp_rank):
-    derived, trace = derive(recipe(preset), WORLDS[preset]), traced(preset, class_rank(preset, pp_rank))
-    plan = replace(memory_plan(recipe(preset), derived), num_microbatches=STEPS[preset])
+    derived, trace = derive(one_step(preset), WORLDS[preset]), traced(preset, class_rank(preset, pp_rank))
+    plan = memory_plan(one_step(preset), derived)
     memory, in_flight = plan.of_stage(pp_rank), plan.in_flight(pp_rank)
     is_last = pp_rank == derived.grid.pp - 1
     tokens = plan.micro_batch * plan.shape.seq_len
@@ -207,24 +223,10 @@ def test_a_kernel_that_keeps_more_is_seen():
 
 @pytest.mark.parametrize(("preset", "pp_rank"), STAGES)
 def test_calls_and_bytes_of_a_step_are_what_the_plan_says(preset, pp_rank):
-    rank, config = class_rank(preset, pp_rank), recipe(preset)
+    rank, config = class_rank(preset, pp_rank), one_step(preset)
     derived, trace = derive(config, WORLDS[preset]), traced(preset, rank)
-    counted: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    moved: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    for call in trace.calls:
-        is_message = call.kind in ("send", "receive")
-        key = call.kind, trace.groups["pp"] if is_message else call.ranks
-        counted[key] += 1
-        moved[key] += call.num_bytes
-    planned_count: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    planned_bytes: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    for row in traffic_plan(config, derived, STEPS[preset]).of_rank(pp_rank):
-        key = row.kind, trace.groups[row.group]
-        assert row.group_size == len(trace.groups[row.group])
-        planned_count[key] += row.count
-        planned_bytes[key] += row.num_bytes
-    assert counted == planned_count
-    assert moved == planned_bytes
+    planned = traffic_plan(config, derived).of_rank(pp_rank)
+    assert counted(trace.calls, trace.groups["pp"]) == as_planned(planned, trace.groups)
     hop = derived.grid.tp * derived.grid.dp
     for call in trace.calls:
         if call.kind in ("send", "receive"):
