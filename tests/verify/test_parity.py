@@ -55,10 +55,26 @@ def test_a_split_backward_is_bit_equal_to_a_whole_one(pool: Pools) -> None:
     assert [row.axis for row in rows if row.against.startswith("world of one")] == ["pp"]
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(chunks=2),
+        ParallelConfig(schedule="zb-v"),
+        ParallelConfig(pipeline=2, pipeline_layout="Et|tt|tt|L"),
+        ParallelConfig(pipeline=2, schedule="zb-v", stage_layers=(0, 9, 8, 0)),
+    ],
+)
+def test_several_stages_a_rank_are_bit_equal_to_one(pool: Pools, parallel: ParallelConfig) -> None:
+    rows = list(Parity(replace(CONFIG, parallel=parallel), Layout(pp=2), pool).rows())
+    assert all(row.holds for row in rows), [row for row in rows if not row.holds]
+    assert [row.axis for row in rows if row.against.startswith("world of one")] == ["pp"]
+
+
 def test_small_config_keeps_structure() -> None:
     small = shrink(CONFIG, FULL)
     assert small.model.num_heads // (small.model.num_kv_heads or 1) == 2
     assert small_stages((15, 16, 16, 13)) == (2, 2, 2, 1)
+    assert small_stages((0, 16, 15, 0)) == (0, 2, 1, 0)
     assert with_layout(small, FULL).parallel.stage_layers == (2, 1)
     assert with_layout(small, Layout()).parallel.stage_layers is None
 
