@@ -83,7 +83,7 @@ def _ramp(config: RunConfig) -> str:
 
 
 def _stages(derived: Derived) -> str:
-    """``7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.5 % for the heaviest``."""
+    """``7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.6 % for the heaviest``."""
     stages = derived.stages
     counts = [len(layers) for layers in stages.layers]
     by_rank = ["+".join(str(counts[stage]) for stage in stages.stages_of(rank)) for rank in range(stages.num_ranks)]

@@ -69,7 +69,7 @@ class MemoryPlan:
             master_weights=shard * 4 if ITEM_BYTES[self.precision] < 4 else 0,
             optimizer_states=shard * gradient * MOMENTS[self.optimizer],
             activations=sum(count * self._activations(stage) for stage, count in in_flight.items()),
-            logits=sum(count * self._logits(stage) for stage, count in in_flight.items()),
+            logits=sum(max(1, count) * self._logits(stage) for stage, count in in_flight.items()),
             temporaries=max(self._temporaries(stage) for stage in stages),
         )
 
@@ -108,7 +108,7 @@ class MemoryPlan:
         in_a_row = 1 if m % max(1, m // self.stages.num_ranks) == 0 else min(m, self.stages.chunks)
         most_of_head = {"1f1b": in_a_row, "zb-v": 1}.get(self.schedule, m)
         kept = dict.fromkeys(stages, 0)
-        for stage in sorted(stages, key=lambda stage: self._activations(stage) + self._logits(stage), reverse=True):
+        for stage in sorted(stages, key=self._activations, reverse=True):
             kept[stage] = min(left, most_of_head if self.stages.has_head(stage) else m)
             left -= kept[stage]
         return kept

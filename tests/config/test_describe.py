@@ -22,6 +22,14 @@ def test_what_follows_from_the_34b_recipe():
     assert "logits" in rows["memory, pp rank 3"]
 
 
+def test_chunks_are_told_by_rank():
+    flags = ["--preset", "aquila2-34b", "--chunks", "2"]
+    config = load_config(flags, world_size=512).config
+    rows = dict(derived_rows(config, derive(config, 512)))
+    assert rows["layers by stage"].startswith("7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.6 % ")
+    assert rows["pipeline bubble"].startswith("4.48 % of a step, 1f1b in 2 chunks a rank with 32 microbatches")
+
+
 def test_what_differs_from_the_defaults():
     loaded = load_config(["--tp", "2", "--pp", "1"])
     assert setting_rows(loaded, changed_only=True) == [("parallel.tensor", "2", "flag --tp")]
