@@ -116,7 +116,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
     first, second = _loss_sums(machine, batches), _loss_sums(machine, batches)
     with recording(machine) as outputs:
         compute_gradients(machine, batches, first)
-    gradients = gradient_chunks(machine, scale)
+    gradients = gradient_chunks(machine, scale=scale)
     norm = optimizer.clip_(config.optim.clip_grad, loss_scale=scale)
     optimizer.step(config.optim.lr)
     if rule == "sgd":
@@ -132,7 +132,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
         grad_norm=norm,
         updated={rule: updated},
         next_loss={rule: second.means(ctx).loss},
-        next_gradients=gradient_chunks(machine, scale) if rule == "sgd" else [],
+        next_gradients=gradient_chunks(machine, scale=scale) if rule == "sgd" else [],
     )
 
 
@@ -141,7 +141,7 @@ def _loss_sums(machine: Machine, batches: list[Batch]) -> LossSums:
     return LossSums(SOURCES, num_tokens=agree(ctx, batches).num_tokens, device=ctx.device, loss_scale=scale)
 
 
-def gradient_chunks(machine: Machine, scale: float) -> list[Chunk]:
+def gradient_chunks(machine: Machine, *, scale: float = 1.0) -> list[Chunk]:
     """This rank's rectangles of the reduced gradients, divided by the loss ``scale``."""
     return [
         replace(chunk, tensor=chunk.tensor / scale)
