@@ -8,7 +8,7 @@ of a step, 28 bytes each.
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_aquila.plan.buckets import bucket_sizes, stage_parameters
+from megatron_aquila.plan.buckets import rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
@@ -55,12 +55,8 @@ class MemoryPlan:
         """Bytes of pipeline rank ``rank``: of all its stages."""
         stages, gradient = self.stages.stages_of(rank), GRADIENT_BYTES[self.precision]
         num_shards = self.grid.size("dp", "cp")
-        parameters = [
-            parameter
-            for stage in stages
-            for parameter in stage_parameters(self.shape, self.stages, stage, self.grid.tp)
-        ]
-        params = sum(bucket_sizes(parameters, limit=self.bucket_bytes // gradient, num_shards=num_shards))
+        limit, tp = self.bucket_bytes // gradient, self.grid.tp
+        params = sum(rank_buckets(self.shape, self.stages, rank, tp=tp, limit=limit, num_shards=num_shards))
         shard = params // num_shards
         in_flight = self._by_stage(rank)
         return Memory(

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_aquila.plan.buckets import bucket_sizes, stage_parameters
+from megatron_aquila.plan.buckets import rank_buckets
 from megatron_aquila.plan.grid import Axis, RankGrid
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import StagePlan
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send", "receive"]
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive"]
 GroupName = Literal["tp", "pp", "dp_cp", "world"]
 AXES: dict[GroupName, tuple[Axis, ...]] = {
     "tp": ("tp",),
@@ -27,8 +27,8 @@ AXES: dict[GroupName, tuple[Axis, ...]] = {
 class Traffic:
     """Calls of one purpose and kind that a rank makes in a step.
 
-    ``num_bytes`` counts the whole tensor of every call: what an all-gather returns, what a reduce-scatter takes, and
-    what all others take. ``group_size`` ranks take part in each.
+    ``num_bytes`` counts the whole tensor of every call: what an all-gather returns, and what all others take.
+    ``group_size`` ranks take part in each.
     """
 
     what: str
@@ -41,7 +41,7 @@ class Traffic:
     @property
     def sent_bytes(self) -> int:
         """Bytes that leave this rank where the group works as a ring; fewest possible for its kind."""
-        rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+        rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
         if self.kind in rounds:
             return rounds[self.kind] * self.num_bytes * (self.group_size - 1) // self.group_size
         return self.num_bytes if self.kind == "send" else 0
@@ -59,6 +59,8 @@ class TrafficPlan:
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     bucket_bytes: int = 128 * 2**20
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    deterministic_reduce: bool = False
     num_sources: int = 1
 
     def of_rank(self, pp_rank: int) -> tuple[Traffic, ...]:
@@ -67,7 +69,7 @@ class TrafficPlan:
         rows = [
             *(row for stage in stages for row in self._of_stage(stage)),
             *self._norm_gradients(stages),
-            *self._replicas(stages),
+            *self._replicas(pp_rank),
             *self._world(),
         ]
         return _merged(row for row in rows if row.group_size > 1 and row.count > 0)
@@ -121,19 +123,13 @@ class TrafficPlan:
                 "gradients of norms", "all-reduce", "tp", 1, norms * self.shape.hidden_size * self._gradient
             )
 
-    def _replicas(self, stages: tuple[int, ...]) -> Iterator[Traffic]:
+    def _replicas(self, pp_rank: int) -> Iterator[Traffic]:
         """Gradients summed and weights shared over the replicas, bucket by bucket."""
-        parameters = (
-            parameter
-            for stage in stages
-            for parameter in stage_parameters(self.shape, self.stages, stage, self.grid.tp)
-        )
-        for size in bucket_sizes(
-            parameters,
-            limit=self.bucket_bytes // self._gradient,
-            num_shards=self.grid.size("dp", "cp"),
-        ):
-            yield self._row("gradients", "reduce-scatter", "dp_cp", 1, size * self._gradient)
+        kind: Kind = "all-to-all" if self.deterministic_reduce else "reduce-scatter"
+        reduced = 2 if self.grad_reduce == "bf16" else self._gradient
+        num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // self._gradient
+        for size in rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards):
+            yield self._row("gradients", kind, "dp_cp", 1, size * reduced)
             yield self._row("weights", "all-gather", "dp_cp", 1, size * self._item)
 
     def _world(self) -> Iterator[Traffic]:

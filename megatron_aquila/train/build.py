@@ -1,6 +1,5 @@
 """From settings to a run: one line a part. The rooms of the layer below meet here and nowhere else."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,7 +7,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, nn
 
-from megatron_aquila.config.derive import Derived
+from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
@@ -101,7 +100,7 @@ def build_machine(
         infos,
         ctx,
         rule=update_rule(config.optim, kernels),
-        bucket_bytes=math.ceil(config.parallel.bucket_mib * 2**20),
+        bucket_bytes=bucket_bytes(config),
         reduction=reduction(config.parallel),
     )
     if config.parallel.fuse_main_grads:

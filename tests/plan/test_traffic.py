@@ -61,6 +61,11 @@ LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
     (4, {"tp": 2, "pp": 2, "sequence": True}, "fp32"),
     (8, {"tp": 2, "pp": 2}, "fp64"),
     (8, {"tp": 2, "pp": 2, "sequence": True}, "bf16"),
+    (2, {"deterministic_reduce": True, "bucket_mib": 1 / 64}, "fp32"),
+    (2, {"grad_reduce": "bf16"}, "bf16"),
+    (4, {"tp": 2, "sequence": True, "overlap": False, "fuse_main_grads": False}, "bf16"),
+    (2, {"pp": 2, "chunks": 2, "stage_layers": (0, 1, 1, 1)}, "fp32"),
+    (2, {"pp": 2, "schedule": "zb-v", "stage_layers": (1, 1, 1, 0)}, "fp32"),
 ]
 
 
@@ -163,7 +168,7 @@ def test_bucket_sizes_are_the_optimizers(sizes, limit, num_shards):
         for size, decays in sizes
     ]
     layouts = plan_buckets(infos, bucket_bytes=4 * limit, num_shards=num_shards)
-    planned = bucket_sizes((ParameterSize(*size) for size in sizes), limit=limit, num_shards=num_shards)
+    planned = bucket_sizes([ParameterSize(*size) for size in sizes], limit=limit, num_shards=num_shards)
     assert sorted(planned) == sorted(layout.size for layout in layouts)
 
 
