@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_aquila.plan.flops import layer_matmul_params
 from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import StagePlan
 
@@ -47,6 +48,7 @@ class MemoryPlan:
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    recompute: RecomputePlan = KEEP_ALL
 
     def of_stage(self, stage: int) -> Memory:
         """Bytes of a rank that holds ``stage``."""
@@ -59,9 +61,9 @@ class MemoryPlan:
             main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
             master_weights=shard * 4 if ITEM_BYTES[self.precision] < 4 else 0,
             optimizer_states=shard * gradient * MOMENTS[self.optimizer],
-            activations=in_flight * self._activations(stage),
+            activations=self._kept(stage, in_flight),
             logits=self._logits(in_flight) if self.stages.has_head(stage) else 0,
-            temporaries=self._temporaries(),
+            temporaries=self._temporaries() + self._recomputed(stage),
         )
 
     def peak(self) -> Memory:
@@ -101,20 +103,56 @@ class MemoryPlan:
         """Tokens of a microbatch on one rank."""
         return self.micro_batch * self.shape.seq_len // self.grid.cp
 
-    def _activations(self, stage: int) -> int:
+    def _kept(self, stage: int, in_flight: int) -> int:
+        """Bytes that autograd keeps of ``in_flight`` consecutive microbatches, whichever keep the most.
+
+        A backward without weight gradients leaves what those need, as much as without recomputation.
+        """
+        owed = min(stage, in_flight) if self.schedule == "zb-h1" else 0
+        window = in_flight - owed
+        by_microbatch = [
+            self._activations(stage, self.recompute.at(stage, microbatch))
+            for microbatch in range(self.num_microbatches)
+        ]
+        sums = (sum(by_microbatch[first : first + window]) for first in range(self.num_microbatches - window + 1))
+        return owed * self._activations(stage, Recompute()) + max(sums)
+
+    def _activations(self, stage: int, recompute: Recompute) -> int:
         """Bytes that autograd keeps of one microbatch, every op saving its inputs once; a test measures the model.
 
-        Elements a token and layer, 1/tp of each: the two norms' inputs and outputs 4 H (whole where the sequence is
-        not split), q, k, v and the attention's output, gate and up 2 F, their product F; in at least four bytes the
-        attention's log-sum 1 a head and each norm's scale 1. This is 8.0 GiB of the 7B at 2,048 tokens.
+        This is 8.0 GiB of the 7B at 2,048 tokens, without recomputation. Of a recomputed group its input is kept.
+        """
+        residual = self._item * self.shape.hidden_size // self._residual_shards
+        layers = len(self.stages.layers[stage]) - sum(recompute.groups)
+        final_norm = self._tokens * 2 * residual if self.stages.has_head(stage) else 0
+        if "norms" in recompute.modules:
+            final_norm //= 2
+        groups = self._tokens * len(recompute.groups) * residual
+        return layers * self._layer(recompute.modules) + groups + final_norm
+
+    def _layer(self, modules: frozenset[Module] = NO_MODULES) -> int:
+        """Bytes that autograd keeps of one layer and microbatch, less the outputs of ``modules``.
+
+        Elements a token, 1/tp of each: the two norms' inputs and outputs 4 H (whole where the sequence is not split),
+        q, k, v and the attention's output, gate and up 2 F, their product F; in at least four bytes the attention's
+        log-sum 1 a head and each norm's scale 1.
         """
         shape, tp = self.shape, self.grid.tp
-        residual = tp if self.sequence_parallel else 1
-        shard = 2 * shape.attention_size + 2 * shape.kv_size + 3 * shape.ffn_size
-        narrow = 4 * shape.hidden_size // residual + shard // tp
-        layer = self._item * narrow + self._wide * (shape.num_heads // tp + 2)
-        final_norm = self._item * 2 * shape.hidden_size // residual if self.stages.has_head(stage) else 0
-        return self._tokens * (len(self.stages.layers[stage]) * layer + final_norm)
+        norms, attention, product = ("norms" not in modules, "attention" not in modules, "swiglu" not in modules)
+        residual = (2 + 2 * norms) * shape.hidden_size // self._residual_shards
+        shard = (1 + attention) * shape.attention_size + 2 * shape.kv_size + (2 + product) * shape.ffn_size
+        wide = attention * shape.num_heads // tp + 2 * norms
+        return self._tokens * (self._item * (residual + shard // tp) + self._wide * wide)
+
+    def _recomputed(self, stage: int) -> int:
+        """Bytes of the largest group of layers, all there between its recomputation and the end of its backward."""
+        recomputes = {self.recompute.at(stage, microbatch) for microbatch in range(self.num_microbatches)}
+        return max((size for recompute in recomputes for size in recompute.groups), default=0) * self._layer()
+
+    @property
+    def _residual_shards(self) -> int:
+        """Into how many parts the residual stream is split."""
+        return self.grid.tp if self.sequence_parallel else 1
 
     def _logits(self, in_flight: int) -> int:
         """Bytes of the logits of each microbatch in flight, and of one wide softmax and its narrow gradient."""
