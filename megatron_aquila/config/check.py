@@ -1,16 +1,15 @@
 """What settings demand of each other and of the world size. Every problem is found, each with a way out that works."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.derive import model_shape
 from megatron_aquila.config.inputs import check_data_path, check_documents, check_split, check_start
-from megatron_aquila.config.schema import RunConfig, TrainConfig
+from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
+from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
-from megatron_aquila.plan.recompute import MODULES, per_stage
 from megatron_aquila.plan.shape import ModelShape
-from megatron_aquila.plan.stages import plan_stages
 
 Rule = Callable[[RunConfig, int | None], Iterator[Problem]]
 
@@ -154,52 +153,6 @@ def _learning_rate(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--lr-wsd-decay-samples", optim.lr_wsd_decay_samples, why, f"use {longest} or less")
 
 
-def _recompute(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    """Settings of one kind of recomputation come with that kind; modules exist; no group is larger than a stage."""
-    train, default = config.train, TrainConfig()
-    for kind, needed in {"full": _FULL, "selective": {"recompute_modules": "--recompute-modules"}}.items():
-        for field, flag in needed.items():
-            value = getattr(train, field)
-            if train.recompute != kind and value != getattr(default, field):
-                why = f"it says how --recompute {kind} works, and recompute is {train.recompute}"
-                yield Problem(flag, spell(value), why, f"use --recompute {kind}, or leave it out")
-    names = [ours for word in train.recompute_modules if (ours := _MEGATRON_MODULES.get(word, word)) in MODULES]
-    if not names or len(names) < len(train.recompute_modules) or not set(train.recompute_modules) <= set(MODULES):
-        why = f"there are {_listed(MODULES, 'and')}"
-        yield Problem("--recompute-modules", spell(train.recompute_modules), why, f"use {spell(names or MODULES)}")
-    layers = _stage_layers(config)
-    if train.recompute == "full" and train.recompute_layers > max(layers):
-        why = f"the largest stage has {max(layers)} layers"
-        yield Problem("--recompute-layers", train.recompute_layers, why, f"use {max(layers)} or less")
-
-
-def _recompute_per_stage(config: RunConfig, world: int | None) -> Iterator[Problem]:
-    """What is said by stage and microbatch can be read and is said for all of them."""
-    layers, (unit, _) = _stage_layers(config), _batch_unit(config, world)
-    microbatches = config.train.global_batch // unit if world is not None or config.parallel.data is not None else None
-    most = {"granularity": 1, "method": 1, "layers": max(layers)}
-    for name, highest in most.items():
-        words = getattr(config.train, f"recompute_{name}_per_stage")
-        why_not = _unlike_stages(words, len(layers), microbatches, highest)
-        if words and why_not is not None:
-            way_out = f"use e.g. {len(layers)} 1 for all stages, or leave it out"
-            yield Problem(f"--recompute-{name}-per-stage", spell(words), why_not, way_out)
-
-
-def _unlike_stages(words: Sequence[str], num_stages: int, microbatches: int | None, highest: int) -> str | None:
-    """Why ``words`` do not say a value up to ``highest`` for every stage, and every microbatch where they are apart."""
-    try:
-        table = per_stage(words)
-    except ValueError as error:
-        return str(error)
-    if len(table) != num_stages:
-        return f"it is for {len(table)} stages, and there are {num_stages}"
-    if max(value for row in table for value in row) > highest:
-        return f"a value is above {highest}"
-    odd = next((len(row) for row in table if microbatches is not None and len(row) not in (1, microbatches)), None)
-    return None if odd is None else f"it is for {odd} microbatches, and a step has {microbatches}"
-
-
 def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     if config.train.precision == "fp64" and config.train.device == "cuda":
         why = "fp64 is for proofs on the CPU; attention on CUDA has no fp64"
@@ -216,14 +169,6 @@ def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--initial-loss-scale", optim.initial_loss_scale, why, f"use {optim.min_loss_scale} or more")
 
 
-_FULL = {
-    "recompute_method": "--recompute-method",
-    "recompute_layers": "--recompute-layers",
-    "recompute_granularity_per_stage": "--recompute-granularity-per-stage",
-    "recompute_method_per_stage": "--recompute-method-per-stage",
-    "recompute_layers_per_stage": "--recompute-layers-per-stage",
-}
-_MEGATRON_MODULES = {"core_attn": "attention", "layernorm": "norms", "moe_act": "swiglu"}
 _LAYOUT = "parallel.tensor parallel.context parallel.pipeline parallel.data"
 _STAGES = "parallel.pipeline parallel.stage_layers model.num_layers"
 _BATCH = "train.global_batch train.micro_batch"
@@ -243,9 +188,9 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
-    _recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "
+    check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "
     "train.recompute_granularity_per_stage train.recompute_method_per_stage train.recompute_layers_per_stage",
-    _recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
+    check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
     "train.recompute_method_per_stage train.recompute_layers_per_stage",
     check_data_path: "data.path",
     check_split: "data.split",
@@ -254,14 +199,6 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_start: "checkpoint.load checkpoint.init_from_hf checkpoint.resume checkpoint.save checkpoint.load_optim "
     "checkpoint.override_lr_schedule checkpoint.override_data",
 }
-
-
-def _stage_layers(config: RunConfig) -> list[int]:
-    """Layers of each stage; of a split that does not fit, which is another rule's problem, as many as there are."""
-    pp, given, num_layers = config.parallel.pipeline, config.parallel.stage_layers, config.model.num_layers
-    if given is None and pp <= num_layers:
-        return [len(layers) for layers in plan_stages(model_shape(config.model), pp).layers]
-    return [num_layers] * pp if given is None else list(given)
 
 
 def _split_sizes(shape: ModelShape) -> dict[str, int]:

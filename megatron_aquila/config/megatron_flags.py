@@ -342,10 +342,10 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "--optimizer": "`adamw` is what Megatron-LM calls `adam`; its `sgd` has momentum, ours has none",
         "--vocab-size": "special tokens included; it must be the tokenizer's own",
         "--recompute-granularity": "`selective` recomputes norms and SwiGLU, where Megatron-LM recomputes attention",
-        "--recompute-modules": "Megatron-LM's `core_attn` is `attention`, `layernorm` is `norms`, `moe_act` has `swiglu` "
-        "for its like; no matmul is recomputed, so `mlp` has none",
-        "--recompute-granularity-per-stage": "a stage is FlagScale's pipeline rank, with virtual stages its virtual rank "
-        "times pp plus its rank; `-micro-batch` at the end of these flags may be left out",
+        "--recompute-modules": "Megatron-LM's `core_attn` is `attention`, its `layernorm` is `norms`; no linear is "
+        "recomputed",
+        "--recompute-granularity-per-stage": "stages count along the model, as FlagScale's: virtual rank times pp "
+        "plus rank; both of its notations are read under both flags",
         "--override-opt-param-scheduler": "only with `--load` or `--resume`",
         "--wandb-dir": "alone, it switches offline Weights & Biases on, as FlagScale's does, under the project "
         "`megatron_aquila`",

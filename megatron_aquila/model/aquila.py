@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -80,9 +81,9 @@ class AquilaStage(nn.Module):
             x = self.embedding(tokens_BS)
         assert x is not None, "an embedding or an input is there"
         cos, sin = rope_tables(positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype)
-        blocks = iter(self.blocks)
+        blocks = (cast(Block, block) for block in self.blocks)
         for size in recompute.groups:
-            x = recomputed(list(islice(blocks, size)), x, cos, sin, documents)
+            x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
         for block in blocks:
             x = block(x, cos, sin, documents, recompute.modules)
         return x

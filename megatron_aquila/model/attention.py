@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
@@ -46,9 +47,10 @@ class Attention(nn.Module):
         The outputs of ``modules`` are not kept for backward.
         """
         q_size, kv_size = self.shape.attention_size // self.tp.size, self.shape.kv_size // self.tp.size
-        qkv = feed(norm, self.qkv, x, recompute="norms" in modules)
+        qkv_SBPt = feed(norm, self.qkv, x, recompute="norms" in modules)
         q, k, v = (
-            part.unflatten(-1, (-1, self.shape.head_dim)) for part in qkv.split([q_size, kv_size, kv_size], dim=-1)
+            torch.unflatten(part, -1, (-1, self.shape.head_dim))
+            for part in torch.split_with_sizes(qkv_SBPt, [q_size, kv_size, kv_size], dim=-1)
         )
         q_SBNtD = self.kernels.apply_rope(q, cos_SBD, sin_SBD)
         k_SBKtD = self.kernels.apply_rope(k, cos_SBD, sin_SBD)

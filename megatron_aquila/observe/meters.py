@@ -21,8 +21,8 @@ class ThroughputMeter:
     ``flops_per_token_full`` counts all of S x S, as PaLM's convention does, and gives ``mfu_full_attention``. Both
     count forward and backward once. ``recomputed_flops_per_token``, and attention's part of them, are what is computed
     a second time: where there are any, ``hfu`` counts them too. ``peak_flops`` is the dense data-sheet peak of one
-    device, in FLOP/s; without it there is no MFU. ``gemm_flops`` is the rate measured for one rank of a CPU run: it gives
-    ``gemm_share``, which is not an MFU and never called one.
+    device, in FLOP/s; without it there is no MFU. ``gemm_flops`` is the rate measured for one rank of a CPU run: it
+    gives ``gemm_share``, which is not an MFU and never called one.
 
     ``total_samples`` is where this run ends. The time left follows the wall clock of this process only, validation and
     checkpoints included, so it is right after a resume.
