@@ -41,7 +41,7 @@ def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
     run, place = packed
-    value: Tensor = run.outputs()[place]
+    value: Tensor = run.outputs()[place].detach()  # the consumer may keep it, but not the graph behind it
     return value
 
 
