@@ -1,19 +1,23 @@
 """Aquila, cut into pipeline stages. Logical parameter names are those of Hugging Face's Llama."""
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import cast
 
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.rope import rope_tables
-from megatron_aquila.model.block import Block
+from megatron_aquila.model.block import Block, recomputed
 from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.layers import ColumnParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, vocab_part
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import StagePlan
 
@@ -29,9 +33,10 @@ class AquilaStage(nn.Module):
         *,
         placement: Placement,
         kernels: Kernels,
+        recompute: RecomputePlan = KEEP_ALL,
     ) -> None:
         super().__init__()
-        self.shape, self.stage, self.tp = shape, stage, placement.tp
+        self.shape, self.stage, self.tp, self.recompute = shape, stage, placement.tp, recompute
         self.layers = plan.layers[stage]
         self.embedding = (
             VocabParallelEmbedding(
@@ -51,10 +56,11 @@ class AquilaStage(nn.Module):
 
         ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32.
         """
-        x = self._blocks(x, batch.tokens_BS, batch.positions_BS, batch.documents)
+        recompute = self.recompute.at(self.stage, batch.microbatch)
+        x = self._blocks(x, batch.tokens_BS, batch.positions_BS, batch.documents, recompute)
         if self.head is None:
             return x
-        loss: Tensor = self.head(x, batch.labels_BS.t())
+        loss: Tensor = self.head(x, batch.labels_BS.t(), recompute.modules)
         return loss
 
     def logits(self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
@@ -63,15 +69,23 @@ class AquilaStage(nn.Module):
         return self.head.logits(self._blocks(x, tokens_BS, positions_BS))
 
     def _blocks(
-        self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor, documents: Documents | None = None
+        self,
+        x: Tensor | None,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        documents: Documents | None = None,
+        recompute: Recompute = Recompute(),
     ) -> Tensor:
         assert (x is None) == (self.embedding is not None), f"stage {self.stage} got x={x is not None}"
         if self.embedding is not None:
             x = self.embedding(tokens_BS)
         assert x is not None, "an embedding or an input is there"
         cos, sin = rope_tables(positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype)
-        for block in self.blocks:
-            x = block(x, cos, sin, documents)
+        blocks = (cast(Block, block) for block in self.blocks)
+        for size in recompute.groups:
+            x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
+        for block in blocks:
+            x = block(x, cos, sin, documents, recompute.modules)
         return x
 
     def param_infos(self) -> Iterator[ParamInfo]:
@@ -105,14 +119,17 @@ class Head(nn.Module):
             placement=placement,
         )
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x_StBH | x_SBH -> logits_SBVt, this rank's slice of the padded vocabulary."""
-        logits: Tensor = self.output(self.norm(x))
-        return logits
+    def logits(self, x: Tensor, modules: frozenset[Module] = NO_MODULES) -> Tensor:
+        """x_StBH | x_SBH -> logits_SBVt, this rank's slice of the padded vocabulary.
 
-    def forward(self, x: Tensor, labels_SB: Tensor) -> Tensor:
+        The norm's output is not kept for backward if ``modules`` says so.
+        """
+        return feed(self.norm, self.output, x, recompute="norms" in modules)
+
+    def forward(self, x: Tensor, labels_SB: Tensor, modules: frozenset[Module] = NO_MODULES) -> Tensor:
         """x_StBH | x_SBH, labels_SB -> loss_SB, equal on all tp ranks."""
-        return vocab_parallel_cross_entropy(self.logits(x), labels_SB, tp=self.tp, vocab_size=self.shape.vocab_size)
+        logits = self.logits(x, modules)
+        return vocab_parallel_cross_entropy(logits, labels_SB, tp=self.tp, vocab_size=self.shape.vocab_size)
 
 
 def vocab_info(weight: nn.Parameter, name: str, shape: ModelShape, stage: AquilaStage) -> ParamInfo:
@@ -127,10 +144,16 @@ def vocab_info(weight: nn.Parameter, name: str, shape: ModelShape, stage: Aquila
 
 
 def build_stages(
-    shape: ModelShape, plan: StagePlan, *, pp_rank: int, placement: Placement, kernels: Kernels
+    shape: ModelShape,
+    plan: StagePlan,
+    *,
+    pp_rank: int,
+    placement: Placement,
+    kernels: Kernels,
+    recompute: RecomputePlan = KEEP_ALL,
 ) -> dict[int, AquilaStage]:
     """The stages of a pipeline rank, by stage number; weights are allocated but not yet filled. Local."""
     return {
-        stage: AquilaStage(shape, plan, stage, placement=placement, kernels=kernels)
+        stage: AquilaStage(shape, plan, stage, placement=placement, kernels=kernels, recompute=recompute)
         for stage in plan.stages_of(pp_rank)
     }

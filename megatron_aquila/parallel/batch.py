@@ -13,7 +13,7 @@ class Batch:
 
     tokens_BS, labels_BS: int64. loss_mask_BS: float32, 0 where the label does not count. positions_BS: int64, rope
     positions. source_B: int64, which entry of the blend each sample came from. documents: what attention keeps
-    apart, if anything.
+    apart, if anything. microbatch: its number among those of this rank's step.
     """
 
     tokens_BS: Tensor
@@ -22,3 +22,4 @@ class Batch:
     positions_BS: Tensor
     source_B: Tensor
     documents: Documents | None = None
+    microbatch: int = 0

@@ -94,7 +94,14 @@ def build_machine(
         device=ctx.device,
         overlap=config.parallel.overlap,
     )
-    stages = build_stages(derived.shape, derived.stages, pp_rank=ctx.pp.rank, placement=placement, kernels=kernels)
+    stages = build_stages(
+        derived.shape,
+        derived.stages,
+        pp_rank=ctx.pp.rank,
+        placement=placement,
+        kernels=kernels,
+        recompute=derived.recompute,
+    )
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
     optimizer = DistributedOptimizer(
         infos,
@@ -229,11 +236,11 @@ def loss_scaling(config: RunConfig) -> LossScaling:
 
 def load_batches(loader: BatchLoader, consumed: int, global_batch: int, device: torch.device) -> list[Batch]:
     """This rank's microbatches of the global batch that starts at sample ``consumed``, on the device."""
-    return [to_device(micro, device) for micro in loader.fetch(consumed, global_batch)]
+    return [to_device(micro, device, number) for number, micro in enumerate(loader.fetch(consumed, global_batch))]
 
 
-def to_device(micro: MicroBatch, device: torch.device) -> Batch:
-    """A microbatch as tensors on ``device``."""
+def to_device(micro: MicroBatch, device: torch.device, number: int = 0) -> Batch:
+    """A microbatch, the step's ``number``-th, as tensors on ``device``."""
     bounds = micro.document_bounds
     return Batch(
         tokens_BS=torch.from_numpy(micro.tokens_BS).to(device),
@@ -242,4 +249,5 @@ def to_device(micro: MicroBatch, device: torch.device) -> Batch:
         positions_BS=torch.from_numpy(micro.positions_BS).to(device),
         source_B=torch.from_numpy(micro.source_B).to(device),
         documents=None if bounds is None else Documents(tuple(bounds.tolist()), torch.from_numpy(bounds).to(device)),
+        microbatch=number,
     )
