@@ -152,5 +152,6 @@ def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
         bucket_bytes=bucket_bytes(config),
         grad_reduce=config.parallel.grad_reduce,
         deterministic_reduce=config.parallel.deterministic_reduce,
+        recompute=derived.recompute,
         num_sources=max(1, len(config.data.path) // 2),
     )

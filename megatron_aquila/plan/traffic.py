@@ -10,6 +10,7 @@ from typing import Literal
 from megatron_aquila.plan.buckets import rank_buckets
 from megatron_aquila.plan.grid import Axis, RankGrid
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
+from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import StagePlan
 
@@ -61,6 +62,7 @@ class TrafficPlan:
     bucket_bytes: int = 128 * 2**20
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     deterministic_reduce: bool = False
+    recompute: RecomputePlan = KEEP_ALL
     num_sources: int = 1
 
     def of_rank(self, pp_rank: int) -> tuple[Traffic, ...]:
@@ -79,6 +81,7 @@ class TrafficPlan:
         if self.stages.has_embedding(stage):
             yield from self._linears("embedding", columns=0, rows=1)  # summed as a row-parallel linear's output is
         yield from self._linears("layers", columns=2, rows=2, times=len(self.stages.layers[stage]))
+        yield from self._recomputed(stage)
         if self.stages.has_head(stage):
             yield from self._linears("head", columns=1, rows=0)
             wide = max(4, self._item)
@@ -100,14 +103,24 @@ class TrafficPlan:
                 ("backward", "all-gather", columns + rows),
                 ("backward", "reduce-scatter", columns),
             ]
-        hidden_states = self._tokens * self.shape.hidden_size * self._item
         for direction, kind, count in calls:
-            yield self._row(f"{what} {direction}", kind, "tp", times * count * self.num_microbatches, hidden_states)
+            total = times * count * self.num_microbatches
+            yield self._row(f"{what} {direction}", kind, "tp", total, self._hidden_states)
+
+    def _recomputed(self, stage: int) -> Iterator[Traffic]:
+        """A group of layers that is recomputed runs its forward again, but for its last projection."""
+        plans = [self.recompute.at(stage, microbatch).groups for microbatch in range(self.num_microbatches)]
+        columns = sum(2 * sum(groups) for groups in plans)
+        rows = columns - sum(len(groups) for groups in plans)
+        calls: list[tuple[Kind, int]] = [("all-reduce", rows)]
+        if self.sequence_parallel:
+            calls = [("all-gather", columns), ("reduce-scatter", rows)]
+        for kind, count in calls:
+            yield self._row("layers recomputed", kind, "tp", count, self._hidden_states)
 
     def _messages(self, stage: int) -> Iterator[Traffic]:
         """Activations to the next stage and their gradients back, where it lives on another rank."""
-        shard = self.grid.tp if self.sequence_parallel else 1
-        message = self._tokens // shard * self.shape.hidden_size * self._item
+        message = self._hidden_states // (self.grid.tp if self.sequence_parallel else 1)
         here, last = self.stages.stage_rank[stage], self.stages.num_stages - 1
         neighbours: list[tuple[int, Kind, Kind]] = [(stage - 1, "receive", "send"), (stage + 1, "send", "receive")]
         for neighbour, activation, gradient in neighbours:
@@ -142,6 +155,11 @@ class TrafficPlan:
         """``count`` calls of ``each`` bytes."""
         size = self.grid.size(*AXES[group])
         return Traffic(what=what, kind=kind, group=group, group_size=size, count=count, num_bytes=count * each)
+
+    @property
+    def _hidden_states(self) -> int:
+        """Bytes of a microbatch's whole hidden states."""
+        return self._tokens * self.shape.hidden_size * self._item
 
     @property
     def _item(self) -> int:

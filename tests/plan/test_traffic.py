@@ -66,13 +66,18 @@ LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
     (4, {"tp": 2, "sequence": True, "overlap": False, "fuse_main_grads": False}, "bf16"),
     (2, {"pp": 2, "chunks": 2, "stage_layers": (0, 1, 1, 1)}, "fp32"),
     (2, {"pp": 2, "schedule": "zb-v", "stage_layers": (1, 1, 1, 0)}, "fp32"),
+    (2, {"tp": 2, "recompute": "full"}, "bf16"),
+    (2, {"tp": 2, "sequence": True, "recompute": "full"}, "bf16"),
+    (2, {"tp": 2, "sequence": True, "recompute": "selective"}, "bf16"),
 ]
 
 
 @pytest.mark.parametrize(("world", "layout", "precision"), LAYOUTS)
 def test_a_real_step_makes_the_planned_calls_and_no_other(world, layout, precision, tmp_path, pool):
-    config = split(tiny_config(tmp_path), **layout)
-    config = replace(config, train=replace(config.train, precision=precision))
+    recompute = layout.get("recompute", "none")
+    config = split(tiny_config(tmp_path), **{name: value for name, value in layout.items() if name != "recompute"})
+    train = replace(config.train, precision=precision, recompute=recompute)
+    config = replace(config, train=train)
     plan = traffic_plan(config, derive(config, world))
     for rank, (calls, groups) in enumerate(pool(world).run(calls_of_a_step, config)):
         rows = plan.of_rank(plan.grid.coords(rank)["pp"])
