@@ -1,5 +1,6 @@
 """What follows from the settings and the world size; computed, never written back."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig
@@ -111,7 +112,7 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         sequence_parallel=config.parallel.sequence,
         precision=config.train.precision,
         optimizer=config.optim.optimizer,
-        bucket_bytes=config.parallel.bucket_mib * 2**20,
+        bucket_bytes=math.ceil(config.parallel.bucket_mib * 2**20),
     )
 
 
@@ -125,6 +126,6 @@ def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
         num_microbatches=config.train.global_batch // (config.train.micro_batch * derived.grid.dp),
         sequence_parallel=config.parallel.sequence,
         precision=config.train.precision,
-        bucket_bytes=config.parallel.bucket_mib * 2**20,
+        bucket_bytes=math.ceil(config.parallel.bucket_mib * 2**20),
         num_sources=max(1, len(config.data.path) // 2),
     )
