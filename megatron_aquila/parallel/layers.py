@@ -26,7 +26,7 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, placement: Placement) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.placement = placement
+        ctx.placement, ctx.parameter = placement, weight  # hooks on saved tensors may give back a copy of it
         x_SBH = all_gather(x, placement.tp) if placement.sequence_parallel else x
         return matmul(x_SBH, weight.T)
 
@@ -42,7 +42,7 @@ class _ColumnParallel(torch.autograd.Function):
         x_SBH = gathering.wait()
         begin_sum = begin_reduce_scatter if sequence_parallel else begin_all_reduce_
         summing = begin_sum(grad_x, tp, overlap=overlap)
-        grad_weight = placement.weight_grads.gradient(weight, grad_y, x_SBH)
+        grad_weight = placement.weight_grads.gradient(ctx.parameter, grad_y, x_SBH)
         return summing.wait(), grad_weight, None
 
 
@@ -50,7 +50,7 @@ class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, placement: Placement) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.placement = placement
+        ctx.placement, ctx.parameter = placement, weight  # hooks on saved tensors may give back a copy of it
         y = matmul(x, weight.T)  # this rank's partial sum
         tp = placement.tp
         return reduce_scatter(y, tp) if placement.sequence_parallel else all_reduce_(y, tp)
@@ -61,7 +61,7 @@ class _RowParallel(torch.autograd.Function):
         tp, sequence_parallel = placement.tp, placement.sequence_parallel
         x, weight = ctx.saved_tensors
         grad_y = all_gather(grad_y, tp) if sequence_parallel else grad_y
-        return matmul(grad_y, weight), placement.weight_grads.gradient(weight, grad_y, x), None
+        return matmul(grad_y, weight), placement.weight_grads.gradient(ctx.parameter, grad_y, x), None
 
 
 class ColumnParallelLinear(nn.Module):

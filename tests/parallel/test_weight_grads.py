@@ -106,3 +106,15 @@ def test_what_is_owed_is_paid_once() -> None:
         queue.pay("a")
     net(x).sum().backward()  # closed again: nothing is deferred
     assert queue.owed == []
+
+
+def test_a_weight_is_found_whatever_became_of_what_autograd_saved() -> None:
+    """Hooks on saved tensors, as recomputation has, hand backward a copy of the weight: the sum is the parameter's."""
+    net, x = two_linears()
+    added: list[str] = []
+    net[0].placement.weight_grads.accumulate_into(main_grads(net, added))
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+        y = net(x).square().sum()
+    y.backward()
+    assert added == ["2.weight", "0.weight"]
+    assert all(param.grad is None for param in net.parameters())
