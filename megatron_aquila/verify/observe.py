@@ -49,6 +49,21 @@ def observe_layout(config: RunConfig, pool: WorkerPool) -> Observation:
     return join_ranks(pool.run(observe_rank, config, timeout=PATIENCE))
 
 
+def arranged(found: Observation, like: Observation) -> Observation:
+    """``found`` with its tensors in the order of ``like``: ranks hand over theirs as their buckets lie."""
+
+    def order(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: tensors[name] for name in [*names, *tensors] if name in tensors}
+
+    return replace(
+        found,
+        outputs=order(found.outputs, like.outputs),
+        gradients=order(found.gradients, like.gradients),
+        updated={rule: order(found.updated[rule], like.updated[rule]) for rule in RULES},
+        next_gradients=order(found.next_gradients, like.next_gradients),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankObservation:
     """One rank's share of an ``Observation``, as chunks of logical tensors."""
