@@ -1,5 +1,6 @@
 """What a run computes again in backward instead of keeping it: a table of pipeline stages and microbatches."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -111,12 +112,13 @@ def recomputed_flops(
 def per_stage(words: Sequence[str]) -> PerStage:
     """FlagScale's two notations, as a value or a row of values for each stage.
 
-    Whole numbers are pairs, a count of stages and their value: ``3 1 1 0``. Words with commas are each a count of
-    stages, and pairs of a count of microbatches and their value: ``"1, 30, 0, 2, 1" "3, 32, 1"``; brackets may stand
+    Whole numbers are pairs, a count of stages and their value: ``3 1 1 0``. Numbers joined by commas are a count of
+    stages, then pairs of a count of microbatches and their value: ``"1, 30, 0, 2, 1" "3, 32, 1"``; brackets may stand
     around them. Raises ``ValueError`` with the reason for anything else.
     """
+    spelled = re.sub(r"\s*,\s*", ",", re.sub(r"[][]", " ", " ".join(words)))
     try:
-        rows = [[int(item) for item in word.strip("[] ").split(",")] for word in words]
+        rows = [[int(item) for item in row.split(",")] for row in spelled.split()]
     except ValueError:
         raise ValueError("it is not made of whole numbers") from None
     if all(len(row) == 1 for row in rows):

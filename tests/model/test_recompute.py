@@ -112,7 +112,7 @@ def test_no_bit_changes_on_one_rank(precision: Any) -> None:
 @contextmanager
 def one_rank() -> Iterator[None]:
     """``build_small`` in this process."""
-    with mock.patch("megatron_aquila.verify.observe.create_context", lambda *_: ParallelContext.single()):
+    with mock.patch("megatron_aquila.verify.observe.create_context", return_value=ParallelContext.single()):
         yield
 
 
@@ -170,7 +170,7 @@ def test_a_second_run_without_documents_is_seen() -> None:
     config = replace(CONFIG, train=replace(CONFIG.train, recompute="full"))
     with one_rank():
         expected = gradients(config)
-        with mock.patch("megatron_aquila.train.build.choose_kernels", lambda *_, **__: kernels):
+        with mock.patch("megatron_aquila.train.build.choose_kernels", return_value=kernels):
             found = gradients(config)
     assert next(calls) == CONFIG.model.num_layers * 4
     assert not all(torch.equal(found[key], value) for key, value in expected.items() if key != "loss")
@@ -200,7 +200,8 @@ def test_the_consumer_is_not_run_again_and_the_function_once() -> None:
         return dict(ran)
 
     assert ran_by(False) == {"function": 1, "consumer": 1}
-    assert x.grad is not None and weight.grad is not None
+    assert x.grad is not None
+    assert weight.grad is not None
     expected = x.grad.clone(), weight.grad.clone()
     assert ran_by(True) == {"function": 2, "consumer": 1}
     assert torch.equal(x.grad, expected[0])
