@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_aquila.commands.failure import exit_code
-from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.cli import load_config, with_config_flag
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.verify.parity import BOUND, Parity, Row
 from megatron_aquila.verify.pool import WorkerPool
@@ -23,17 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_code() as code:
         code.value = 0 if prove(load_config(arguments, prog="aquila parity [CONFIG.yaml]").config) else 1
     return code.value
-
-
-def with_config_flag(arguments: Sequence[str]) -> list[str]:
-    """``arguments`` with ``--config`` before a file that stands alone: the first word, or a name in .yaml anywhere."""
-    words: list[str] = []
-    for word in arguments:
-        stands_alone = not words or word.endswith((".yaml", ".yml"))
-        if stands_alone and not word.startswith("-") and words[-1:] != ["--config"]:
-            words.append("--config")
-        words.append(word)
-    return words
 
 
 def prove(config: RunConfig) -> bool:
