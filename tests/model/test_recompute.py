@@ -20,7 +20,6 @@ from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.model.aquila import AquilaStage
 from megatron_aquila.model.init import initialize_
 from megatron_aquila.model.recompute import _Run, feed
-from megatron_aquila.parallel import collectives, layers
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.grid import RankGrid
@@ -296,46 +295,8 @@ def test_what_is_kept_is_what_the_plan_says(kind: Kind, settings: dict[str, Any]
             precision=precision,
             recompute=recompute,
         )
-        planned.append(memory.of_stage(1).activations)
+        planned.append(memory.of_rank(1).activations)
     assert measured[1] - measured[0] == planned[1] - planned[0]
-
-
-def collectives_of(config: RunConfig) -> dict[str, int]:
-    """How often a rank's linears gather and scatter in a step. Runs in a worker."""
-    calls = {"all_gather": 0, "reduce_scatter": 0}
-
-    def counted(name: str) -> Callable[..., Tensor]:
-        real = getattr(collectives, name)
-
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            calls[name] += 1
-            out: Tensor = real(*args, **kwargs)
-            return out
-
-        return call
-
-    with mock.patch.multiple(layers, **{name: counted(name) for name in calls}):
-        gradients(config)
-    return calls
-
-
-def test_collectives_of_a_second_forward(pool: Callable[[int], WorkerPool]) -> None:
-    """Selective adds none; a group repeats its forward but for the last scatter. 4 layers, 4 microbatches, one head."""
-    config = replace(CONFIG, parallel=replace(CONFIG.parallel, tensor=2, sequence=True))
-
-    def counted(**settings: Any) -> dict[str, int]:
-        asked = replace(config, train=replace(config.train, **settings))
-        found: dict[str, int] = pool(2).run(collectives_of, asked)[0]
-        return found
-
-    none = counted()
-    assert none["reduce_scatter"] == 4 * (4 * 4 + 1)
-    for modules in [(module,) for module in MODULES]:
-        assert counted(recompute="selective", recompute_modules=modules) == none
-    for size, groups in ((1, 4), (2, 2), (4, 1)):
-        found = counted(recompute="full", recompute_layers=size)
-        assert found["all_gather"] - none["all_gather"] == 4 * 2 * 4
-        assert found["reduce_scatter"] - none["reduce_scatter"] == 4 * (2 * 4 - groups)
 
 
 def test_without_gradients_nothing_is_recomputed() -> None:

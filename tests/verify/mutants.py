@@ -349,10 +349,10 @@ def chunks_initialised_alike() -> Any:
 
 # Recomputation.
 
-UP = "gradient of model.layers.2.mlp.up_proj.weight"
+DOWN = "gradient of model.layers.2.mlp.down_proj.weight"
 
 
-@mutant("what is recomputed starts from inputs in fp32", FULLY, "recompute", UP)
+@mutant("what is recomputed starts from inputs in fp32", FULLY, "recompute", DOWN)
 def recomputed_in_another_precision() -> Any:
     return _other_inputs(lambda x: x.float().to(x.dtype))
 
@@ -361,7 +361,7 @@ def recomputed_in_another_precision() -> Any:
     "what is recomputed has another microbatch's input",
     FULLY,
     "recompute",
-    UP,
+    DOWN,
 )
 def recomputed_from_another_microbatch() -> Any:
     before: dict[torch.Size, torch.Tensor] = {}
@@ -374,7 +374,7 @@ def recomputed_from_another_microbatch() -> Any:
 
 
 @mutant(
-    "a recomputed SwiGLU starts from inputs in fp32",
+    "a recomputed norm or SwiGLU starts from inputs in fp32",
     LITTLE,
     "recompute",
     "gradient of model.layers.2.mlp.down_proj.weight",
