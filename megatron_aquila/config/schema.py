@@ -178,6 +178,10 @@ class TrainConfig:
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"
     )
     precision: Precision = setting("bf16", "type of the weights and activations; bf16 and fp16 keep fp32 masters")
+    loss_chunk_tokens: Whole | None = setting(
+        None,
+        "tokens whose logits exist at once; default as many as 1 GiB holds; 0 all, kept from forward to backward",
+    )
     eval_interval: Whole = setting(1000, "steps between validations; 0 means none")
     eval_iters: Whole = setting(10, "global batches of one validation")
     exit_samples: Count | None = setting(None, "save and stop once this many samples were consumed")

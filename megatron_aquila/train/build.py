@@ -89,7 +89,14 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
         device=ctx.device,
         overlap=config.parallel.overlap,
     )
-    stages = build_stages(derived.shape, derived.stages, pp_rank=ctx.pp.rank, placement=placement, kernels=kernels)
+    stages = build_stages(
+        derived.shape,
+        derived.stages,
+        pp_rank=ctx.pp.rank,
+        placement=placement,
+        kernels=kernels,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+    )
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
     optimizer = DistributedOptimizer(
         infos,
