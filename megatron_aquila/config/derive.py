@@ -9,6 +9,7 @@ from megatron_aquila.plan.layout import layout_layers
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.shape import ModelShape, ffn_size, padded_vocab_size
 from megatron_aquila.plan.stages import FIXED_CHUNKS, StagePlan, plan_stages
+from megatron_aquila.plan.traffic import TrafficPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,4 +111,20 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         sequence_parallel=config.parallel.sequence,
         precision=config.train.precision,
         optimizer=config.optim.optimizer,
+        bucket_bytes=config.parallel.bucket_mib * 2**20,
+    )
+
+
+def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
+    """The communication of a step at the run's full batch."""
+    return TrafficPlan(
+        shape=derived.shape,
+        grid=derived.grid,
+        stages=derived.stages,
+        micro_batch=config.train.micro_batch,
+        num_microbatches=config.train.global_batch // (config.train.micro_batch * derived.grid.dp),
+        sequence_parallel=config.parallel.sequence,
+        precision=config.train.precision,
+        bucket_bytes=config.parallel.bucket_mib * 2**20,
+        num_sources=max(1, len(config.data.path) // 2),
     )

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from megatron_aquila.config.cli import LoadedConfig
-from megatron_aquila.config.derive import Derived, memory_plan
+from megatron_aquila.config.derive import Derived, memory_plan, traffic_plan
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, spell, value_of
 from megatron_aquila.plan.flops import flops_per_token, num_params
@@ -49,6 +49,27 @@ def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
     return [(f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in range(derived.stages.num_ranks)]
 
 
+TRAFFIC_COLUMNS = ("what", "call", "between ranks", "calls", "of bytes", "sent")
+
+
+def traffic_rows(config: RunConfig, derived: Derived) -> tuple[int, list[tuple[str, ...]]]:
+    """The pipeline rank that sends the most in a step at the full batch, and its rows under ``TRAFFIC_COLUMNS``."""
+    plan = traffic_plan(config, derived)
+    by_rank = [plan.of_rank(pp_rank) for pp_rank in range(derived.grid.pp)]
+    busiest = max(range(derived.grid.pp), key=lambda pp_rank: sum(row.sent_bytes for row in by_rank[pp_rank]))
+    return busiest, [
+        (
+            row.what,
+            row.kind,
+            f"{row.group} {row.group_size}",
+            f"{row.count:,}",
+            _size(row.num_bytes),
+            _size(row.sent_bytes) if row.sent_bytes else "-",
+        )
+        for row in by_rank[busiest]
+    ]
+
+
 def _flops(derived: Derived) -> str:
     causal, full = flops_per_token(derived.shape), flops_per_token(derived.shape, "full")
     return f"{causal / 1e9:.5g} G with causal attention ({full / 1e9:.5g} G with full attention)"
@@ -62,7 +83,7 @@ def _ramp(config: RunConfig) -> str:
 
 
 def _stages(derived: Derived) -> str:
-    """``7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.5 % for the heaviest``."""
+    """``7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.6 % for the heaviest``."""
     stages = derived.stages
     counts = [len(layers) for layers in stages.layers]
     by_rank = ["+".join(str(counts[stage]) for stage in stages.stages_of(rank)) for rank in range(stages.num_ranks)]
@@ -90,5 +111,7 @@ def memory_words(memory: Memory) -> str:
 
 
 def _size(size: int) -> str:
-    """Bytes in words: ``26.4 GiB`` or ``61 MiB``."""
+    """Bytes in words: ``26.4 GiB``, ``61 MiB``, or ``32 B``."""
+    if size < MIB:
+        return f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"

@@ -108,9 +108,7 @@ class ParallelContext:
         a higher rank, and whether the lower of the two is odd.
         """
         link = op, target > source, min(source, target) % 2
-        assert link in self.pp_links, (
-            f"{op} from pipeline rank {source} to {target}: there is no such link, only {self.pp_links.keys()}"
-        )
+        assert link in self.pp_links, f"{op} from pipeline rank {source} to {target}: no such link was made"
         return self.pp_links[link]
 
     @classmethod

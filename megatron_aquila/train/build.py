@@ -77,10 +77,16 @@ def create_context(config: RunConfig, derived: Derived, device: torch.device) ->
     return ParallelContext.create(derived.grid, device, timeout, pp_turns_back=derived.stages.turns_back)
 
 
-def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> Machine:
-    """Kernels, stages, optimizer, wire and programs. Local. Weights are allocated, not filled."""
+def build_machine(
+    config: RunConfig, derived: Derived, ctx: ParallelContext, *, kernels: Kernels | None = None
+) -> Machine:
+    """Kernels, stages, optimizer, wire and programs. Local. Weights are allocated, not filled.
+
+    ``kernels`` are by default the best that run on the context's device, or those that the settings name.
+    """
     dtype = DTYPES[config.train.precision]
-    kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
+    if kernels is None:
+        kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
     sequence_parallel = config.parallel.sequence
     placement = Placement(
         tp=ctx.tp,

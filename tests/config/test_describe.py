@@ -15,11 +15,19 @@ def test_what_follows_from_the_34b_recipe():
     assert rows["pipeline bubble"].startswith("8.57 % ")
     assert [name for name in rows if name.startswith("memory")] == [f"memory, pp rank {stage}" for stage in range(4)]
     assert rows["memory, pp rank 0"].startswith(
-        "26.4 GiB: weights 4.1 GiB, main grads 8.1 GiB, master weights 260 MiB, "
+        "26.7 GiB: weights 4.1 GiB, main grads 8.1 GiB, master weights 260 MiB, "
     )
     assert rows["run"] == "488,281,250 samples = 2,000,000,000,000 tokens"
     assert "logits" not in rows["memory, pp rank 0"]
     assert "logits" in rows["memory, pp rank 3"]
+
+
+def test_chunks_are_told_by_rank():
+    flags = ["--preset", "aquila2-34b", "--chunks", "2"]
+    config = load_config(flags, world_size=512).config
+    rows = dict(derived_rows(config, derive(config, 512)))
+    assert rows["layers by stage"].startswith("7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.6 % ")
+    assert rows["pipeline bubble"].startswith("4.48 % of a step, 1f1b in 2 chunks a rank with 32 microbatches")
 
 
 def test_what_differs_from_the_defaults():

@@ -83,6 +83,7 @@ def test_no_flag_has_two_meanings():
     ("argv", "advice"),
     [
         ("--hetero-pipeline-stages 1 15 3 15 15 15", "use --stage-layers 15 15 15 15"),
+        ("--num-layers-per-virtual-pipeline-stage 4", "use --chunks 8 (layers / 4 / pp)"),
         ("--hetero-pipeline-stages 1", "use --stage-layers "),
         ("--train-iters 100 --gbs 32", "use --train-samples 3200 "),
         ("--train-iters many", "use --train-samples"),

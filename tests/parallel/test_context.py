@@ -68,7 +68,7 @@ def test_no_communicator_is_made_twice(pool, grid: RankGrid, made: list[list[int
 
 
 def test_a_link_that_was_not_made_is_our_mistake() -> None:
-    with pytest.raises(AssertionError, match="F from pipeline rank 1 to 0: there is no such link"):
+    with pytest.raises(AssertionError, match="F from pipeline rank 1 to 0: no such link was made"):
         ParallelContext.single().pp_link("F", 1, 0)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_aquila.parallel.batch import Batch
-from megatron_aquila.parallel.context import Group, ParallelContext
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.layers import ColumnParallelLinear
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.pipeline.action import Action, Op, Schedule
@@ -190,11 +190,10 @@ class Void:
 class CountedStage(nn.Module):
     """A parallel linear, which may leave its weight gradient for later, on an input whose storage is counted."""
 
-    def __init__(self, tp: Group, alive: list[int]) -> None:
+    def __init__(self, placement: Placement, alive: list[int]) -> None:
         super().__init__()
         self.alive = alive
-        device = torch.device("cpu")
-        self.linear = ColumnParallelLinear(H, H, tp=tp, sequence_parallel=False, dtype=torch.float32, device=device)
+        self.linear = ColumnParallelLinear(H, H, placement=placement)
         nn.init.normal_(self.linear.weight)
 
     def forward(self, x_SBH: Tensor | None, batch: Batch) -> Tensor:
@@ -214,7 +213,8 @@ def most_kept(name: str, chunks: int, ranks: int, count: int) -> list[int]:
     most = []
     for program in schedule.values():
         alive, seen = [0], [0]
-        stages = {stage: CountedStage(tp, alive) for stage in {action.stage for action in program}}
+        placement = Placement(tp=tp, sequence_parallel=False, dtype=torch.float32, device=torch.device("cpu"))
+        stages = {stage: CountedStage(placement, alive) for stage in {action.stage for action in program}}
         outputs: list[weakref.ref[Tensor]] = []
 
         def run(
@@ -232,7 +232,7 @@ def most_kept(name: str, chunks: int, ranks: int, count: int) -> list[int]:
             num_stages=ranks * chunks,
             loss_fn=lambda y, batch: y.sum(),
             wire=Void(),
-            weight_grads=share_weight_grad_queue(stages.values()),
+            weight_grads=placement.weight_grads,
         )
         engine.step(program, toy_batches(count))
         assert alive[0] == 0, f"{alive[0]} inputs outlived the step"
