@@ -112,6 +112,8 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         precision=config.train.precision,
         optimizer=config.optim.optimizer,
         bucket_bytes=config.parallel.bucket_mib * 2**20,
+        fuse_main_grads=config.parallel.fuse_main_grads,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
     )
 
 
@@ -127,4 +129,5 @@ def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
         precision=config.train.precision,
         bucket_bytes=config.parallel.bucket_mib * 2**20,
         num_sources=max(1, len(config.data.path) // 2),
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
     )

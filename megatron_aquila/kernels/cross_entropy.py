@@ -5,8 +5,6 @@ from torch import Tensor
 
 from megatron_aquila.kernels.precision import compute_dtype
 
-WIDE_ELEMENTS = 2**24  # logits that are widened at a time, 64 MiB in float32
-
 
 def cross_entropy(logits_SBV: Tensor, labels_SB: Tensor, *, vocab_size: int) -> Tensor:
     """``-log softmax(logits)[label]`` in nats: ``loss_SB`` in ``compute_dtype``. What the others are measured against.
@@ -17,23 +15,32 @@ def cross_entropy(logits_SBV: Tensor, labels_SB: Tensor, *, vocab_size: int) -> 
     return logits.logsumexp(-1) - logits.gather(-1, labels_SB.unsqueeze(-1)).squeeze(-1)
 
 
-def softmax_statistics(logits_RV: Tensor, columns_R: Tensor, is_mine_R: Tensor, *, num_real: int) -> Tensor:
+def softmax_statistics(
+    logits_RV: Tensor, columns_R: Tensor, is_mine_R: Tensor, *, num_real: int, wide_rows: int
+) -> Tensor:
     """Of each row the logarithm of the sum of exponentials, and the logit in its column or 0 where it is not mine.
 
-    Two rows of R in ``compute_dtype``. Columns from ``num_real`` on take no part; of none, the logarithm is -inf.
+    Two rows of R in ``compute_dtype``; ``wide_rows`` rows of logits are in that type at a time. Columns from
+    ``num_real`` on take no part; of none, the logarithm is -inf.
     """
     dtype = compute_dtype(logits_RV.dtype)
     if num_real == 0:
         nothing = torch.zeros(columns_R.shape, dtype=dtype, device=logits_RV.device)
         return torch.stack((nothing - torch.inf, nothing))
-    columns_R1 = columns_R.unsqueeze(-1)
-    log_sum = [rows[:, :num_real].to(dtype).logsumexp(-1) for rows in _blocks(logits_RV)]
-    label_R = logits_RV.gather(-1, columns_R1).squeeze(-1).to(dtype)
-    return torch.stack((torch.cat(log_sum), label_R.where(is_mine_R, 0)))
+    log_sums = [rows[:, :num_real].to(dtype).logsumexp(-1) for rows in logits_RV.split(wide_rows)]
+    label_R = logits_RV.gather(-1, columns_R.unsqueeze(-1)).squeeze(-1).to(dtype)
+    return torch.stack((torch.cat(log_sums), label_R.where(is_mine_R, 0)))
 
 
 def softmax_gradient_(
-    logits_RV: Tensor, columns_R: Tensor, is_mine_R: Tensor, log_sum_R: Tensor, weights_R: Tensor, *, num_real: int
+    logits_RV: Tensor,
+    columns_R: Tensor,
+    is_mine_R: Tensor,
+    log_sum_R: Tensor,
+    weights_R: Tensor,
+    *,
+    num_real: int,
+    wide_rows: int,
 ) -> None:
     """Replace the logits by the gradient of ``(weights * loss).sum()``: ``weights * (softmax - one-hot)``, rounded once.
 
@@ -42,18 +49,8 @@ def softmax_gradient_(
     logits_RV[:, num_real:] = 0
     if num_real == 0:
         return
-    every_row = (columns_R, is_mine_R, log_sum_R, weights_R)
-    size = _block_rows(logits_RV)
-    for rows, *of_rows in zip(_blocks(logits_RV), *(value.unsqueeze(-1).split(size) for value in every_row), strict=True):
-        columns, is_mine, log_sum, weights = of_rows
+    columns = (value.unsqueeze(-1).split(wide_rows) for value in (columns_R, is_mine_R, log_sum_R, weights_R))
+    for rows, column, is_mine, log_sum, weight in zip(logits_RV.split(wide_rows), *columns, strict=True):
         grad = rows[:, :num_real].to(log_sum.dtype).sub_(log_sum).exp_()
-        grad.scatter_add_(-1, columns, -is_mine.to(grad.dtype))
-        rows[:, :num_real] = grad.mul_(weights)
-
-
-def _block_rows(logits_RV: Tensor) -> int:
-    return max(1, WIDE_ELEMENTS // logits_RV.shape[1])
-
-
-def _blocks(logits_RV: Tensor) -> tuple[Tensor, ...]:
-    return logits_RV.split(_block_rows(logits_RV))
+        grad.scatter_add_(-1, column, -is_mine.to(grad.dtype))
+        rows[:, :num_real] = grad.mul_(weight)

@@ -14,12 +14,12 @@ from torch import Tensor
 from megatron_aquila.kernels.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron_aquila.kernels.precision import apply, matmul
 from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_
-from megatron_aquila.parallel.collectives import all_gather, begin_all_reduce_, begin_reduce_scatter
+from megatron_aquila.parallel.collectives import all_gather, all_reduce_, reduce_scatter
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.layers import ColumnParallelLinear
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.parallel.vocab import local_columns, num_real_columns, vocab_parallel_cross_entropy
-from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
+from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
 
 OTHER_WEIGHTS = "the loss was differentiated with other weights of its tokens than forward was told"
 
@@ -86,7 +86,7 @@ def linear_vocab_parallel_cross_entropy(
 
     Forward: all-gather of x, St -> S, under sequence parallel; an all-gather of two numbers a token each chunk; where
     something is differentiated a reduce-scatter of x's gradient, S -> St, under sequence parallel, else its all-reduce.
-    Backward: waits for that one.
+    Backward: local.
     """
     if token_weights_SB is None or not torch.is_grad_enabled():
         x_SBH = all_gather(x, placement.tp) if placement.sequence_parallel else x
@@ -120,8 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = [
             _loss_and_gradients_(*chunk, weight, grad_weight, tp, vocab_size) for chunk in zip(*chunks, strict=True)
         ]
-        begin_sum = begin_reduce_scatter if sequence_parallel else begin_all_reduce_
-        ctx.grad_x = begin_sum(grad_x_SBH, tp, overlap=placement.overlap)
+        ctx.grad_x = reduce_scatter(grad_x_SBH, tp) if sequence_parallel else all_reduce_(grad_x_SBH, tp)
         ctx.save_for_backward(weight, token_weights_SB)
         ctx.grad_weight, ctx.weight_grads = grad_weight, placement.weight_grads
         return torch.cat(losses).view(labels_SB.shape)
@@ -131,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight, token_weights_SB = ctx.saved_tensors
         torch._assert_async((grad_SB == token_weights_SB).all(), OTHER_WEIGHTS)
         grad_weight = ctx.weight_grads.end_sum(weight, ctx.grad_weight)
-        grad_x, ctx.grad_x, ctx.grad_weight = ctx.grad_x.wait(), None, None
+        grad_x, ctx.grad_x, ctx.grad_weight = ctx.grad_x, None, None
         return grad_x, grad_weight, None, None, None, None, None
 
 
@@ -164,7 +163,15 @@ def _loss_and_gradients_(
     log_sum_R, label_R = _statistics(logits_RV, labels_R, tp, vocab_size)
     num_real = num_real_columns(weight.shape[0], tp, vocab_size)
     columns_R, is_mine_R = local_columns(labels_R, weight.shape[0], num_real, tp)
-    softmax_gradient_(logits_RV, columns_R, is_mine_R, log_sum_R, token_weights_R, num_real=num_real)
+    softmax_gradient_(
+        logits_RV,
+        columns_R,
+        is_mine_R,
+        log_sum_R,
+        token_weights_R,
+        num_real=num_real,
+        wide_rows=wide_rows(logits_RV.shape[1]),
+    )
     grad_x_RH.copy_(matmul(logits_RV, weight))
     accumulate_weight_gradient_(grad_weight, logits_RV, x_RH)
     return log_sum_R - label_R
@@ -174,6 +181,8 @@ def _statistics(logits_RV: Tensor, labels_R: Tensor, tp: Group, vocab_size: int)
     """Over the whole vocabulary: each token's logarithm of the sum of exponentials, and its label's logit."""
     num_real = num_real_columns(logits_RV.shape[1], tp, vocab_size)
     columns_R, is_mine_R = local_columns(labels_R, logits_RV.shape[1], num_real, tp)
-    mine = softmax_statistics(logits_RV, columns_R, is_mine_R, num_real=num_real)
+    mine = softmax_statistics(
+        logits_RV, columns_R, is_mine_R, num_real=num_real, wide_rows=wide_rows(logits_RV.shape[1])
+    )
     log_sums, labels = all_gather(mine, tp).view(tp.size, 2, -1).unbind(1)
     return log_sums.logsumexp(0), labels.sum(0)

@@ -1,6 +1,7 @@
 """How many tokens' logits exist at once."""
 
 LOGITS_BYTES = 2**30
+WIDE_ELEMENTS = 2**24  # logits that are widened for the softmax at a time, 64 MiB in float32
 
 
 def loss_chunk_tokens(num_tokens: int, *, row_bytes: int, wanted: int | None = None) -> int:
@@ -15,3 +16,8 @@ def loss_chunk_tokens(num_tokens: int, *, row_bytes: int, wanted: int | None = N
         return min(wanted, num_tokens)
     num_chunks = -(-num_tokens * row_bytes // LOGITS_BYTES)
     return -(-num_tokens // num_chunks)
+
+
+def wide_rows(row_elements: int) -> int:
+    """Tokens whose softmax is wide at a time, of ``row_elements`` logits each."""
+    return max(1, WIDE_ELEMENTS // row_elements)
