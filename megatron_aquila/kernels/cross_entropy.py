@@ -42,7 +42,7 @@ def softmax_gradient_(
     num_real: int,
     wide_rows: int,
 ) -> None:
-    """Replace the logits by the gradient of ``(weights * loss).sum()``: ``weights * (softmax - one-hot)``, rounded once.
+    """Replace logits by the gradient of ``(weights * loss).sum()``: ``weights * (softmax - one-hot)``, rounded once.
 
     ``log_sum_R`` is that over the whole vocabulary. Columns from ``num_real`` on become exactly 0.
     """

@@ -43,9 +43,7 @@ class VocabParallelOutput(ColumnParallelLinear):
         super().__init__(hidden_size, padded_vocab_size, placement=placement)
         self.vocab_size, self.chunk_tokens = vocab_size, chunk_tokens
 
-    def forward(
-        self, x: Tensor, labels_SB: Tensor | None = None, token_weights_SB: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, labels_SB: Tensor | None = None, token_weights_SB: Tensor | None = None) -> Tensor:
         """x_StBH | x_SBH -> loss_SB in nats, equal on all tp ranks; without labels logits_SBVt.
 
         ``token_weights_SB``: what each token's loss is multiplied with in what is differentiated. Where that is not
@@ -93,9 +91,7 @@ def linear_vocab_parallel_cross_entropy(
         chunks = zip(*_in_chunks(chunk_tokens, weight, x_SBH, labels_SB), strict=True)
         losses = [_loss(x_RH, weight, labels_R, placement.tp, vocab_size) for x_RH, labels_R in chunks]
         return torch.cat(losses).view(labels_SB.shape)
-    return apply(
-        _LinearCrossEntropy, x, weight, labels_SB, token_weights_SB, placement, vocab_size, chunk_tokens
-    )
+    return apply(_LinearCrossEntropy, x, weight, labels_SB, token_weights_SB, placement, vocab_size, chunk_tokens)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -66,7 +66,7 @@ class WeightGradQueue:
         return weight_gradient(grad_y, x)
 
     def begin_sum(self, weight: nn.Parameter) -> Tensor:
-        """Where the pieces of one gradient of ``weight`` are to be added, before ``end_sum``, in forward even. Local."""
+        """Where the pieces of one gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local."""
         main = self._main_grads.get(weight)
         if main is not None:
             return main.total

@@ -155,7 +155,9 @@ def test_no_product_is_taken_twice() -> None:
     """A third of the training FLOPs each: forward's product and the two of backward."""
     x, weight, labels, weights = tensors(13)
     with FlopCounterMode(display=False) as flops:
-        (output(1, False, 13, weight, chunk_tokens=CHUNK)(x.requires_grad_(), labels, weights) * weights).sum().backward()
+        (
+            output(1, False, 13, weight, chunk_tokens=CHUNK)(x.requires_grad_(), labels, weights) * weights
+        ).sum().backward()
     assert flops.get_total_flops() == 6 * S * B * H * PADDED
 
 

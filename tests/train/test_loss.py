@@ -36,7 +36,9 @@ def test_the_loss_scale_multiplies_what_is_differentiated_and_not_what_is_report
     scaled = sums.loss(loss_SB, weighed)
     scaled.backward()
     assert scaled.item() == 12.0
-    assert torch.equal(loss_SB.grad, weighed.loss_mask_BS.t() * weighed.loss_weight), "what forward was told, bit by bit"
+    assert torch.equal(loss_SB.grad, weighed.loss_mask_BS.t() * weighed.loss_weight), (
+        "what forward was told, bit by bit"
+    )
     assert sums.means(ParallelContext.single()).loss == 1.5
 
 

@@ -144,7 +144,19 @@ def row_output_added_again() -> Any:
     return patched(layers, "reduce_scatter", lambda x, group: right(x, group) * group.size)
 
 
-@mutant("a column-parallel input gradient stays a partial sum", TP, "tp", "gradient of model.norm.weight")
+@mutant("the gradient of the head's input stays a partial sum", TP, "tp", "gradient of model.norm.weight")
+def no_head_reduce() -> Any:
+    from megatron_aquila.parallel import vocab_loss
+
+    return patched(vocab_loss, "all_reduce_", unreduced)
+
+
+@mutant(
+    "a column-parallel input gradient stays a partial sum",
+    TP,
+    "tp",
+    "gradient of model.layers.2.post_attention_layernorm.weight",
+)
 def no_column_reduce() -> Any:
     from megatron_aquila.parallel import layers
 
