@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.inputs import check_data_path, check_documents, check_split, check_start
+from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
@@ -211,6 +212,7 @@ def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
 
 
 _LAYOUT = "parallel.tensor parallel.context parallel.pipeline parallel.data"
+_STAGES = "parallel.pipeline parallel.stage_layers model.num_layers"
 _BATCH = "train.global_batch train.micro_batch"
 _SHAPE = "model.num_heads model.num_kv_heads model.hidden_size model.head_dim"
 _WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab_size model.vocab_multiple"
@@ -230,6 +232,10 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _precision: "train.precision train.device",
     _grad_reduce: "parallel.grad_reduce train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
+    check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "
+    "train.recompute_granularity_per_stage train.recompute_method_per_stage train.recompute_layers_per_stage",
+    check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
+    "train.recompute_method_per_stage train.recompute_layers_per_stage",
     check_data_path: "data.path",
     check_split: "data.split",
     check_documents: "data.reset_position_ids data.reset_attention_mask data.eod_mask_loss data.eod_token_id "

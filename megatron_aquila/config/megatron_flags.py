@@ -90,7 +90,6 @@ def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
 
 _INIT = Refused("one standard deviation and one norm weight serve the whole model", "use --init-std and --norm-init")
 _MUP = Refused("muP is not offered", "use --init-std and --lr")
-_RECOMPUTE = Refused("recomputation is not yet offered", "use a smaller --micro-batch or more --tp or --pp")
 _HETERO = Refused("training on mixed devices is not offered", "use ranks of one kind")
 _ADAN = Refused("Adan is not offered", "use --optimizer adamw")
 _SEARCH = Refused(
@@ -240,11 +239,10 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--num-layers-per-virtual-pipeline-stage": Refused(
             "stages are counted, not their layers", "use --chunks, the stages on each rank", _chunks
         ),
-        **_family(
-            _RECOMPUTE,
-            "--recompute-granularity --recompute-method --recompute-num-layers --recompute-activations "
-            "--recompute-granularity-per-stage --recompute-method-per-stage --recompute-num-layers-per-stage "
-            "--recompute-modules --checkpoint-activations --distribute-saved-activations",
+        "--recompute-activations": Sets("train.recompute", "selective"),
+        "--checkpoint-activations": Refused("it is said in other words", "use --recompute full"),
+        "--distribute-saved-activations": Refused(
+            "what is kept of the residual stream is split over tp under --sp", "leave it out, or use --sp"
         ),
         **_family(
             _HETERO,
@@ -355,6 +353,11 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "--num-workers": "`--prefetch`, the steps that a thread of each rank reads ahead: no worker processes",
         "--optimizer": "`adamw` is what Megatron-LM calls `adam`; its `sgd` has momentum, ours has none",
         "--vocab-size": "special tokens included; it must be the tokenizer's own",
+        "--recompute-granularity": "`selective` recomputes norms and SwiGLU, where Megatron-LM recomputes attention",
+        "--recompute-modules": "Megatron-LM's `core_attn` is `attention`, its `layernorm` is `norms`; no linear is "
+        "recomputed",
+        "--recompute-granularity-per-stage": "stages count along the model, as FlagScale's: virtual rank times pp "
+        "plus rank; both of its notations are read under both flags",
         "--override-opt-param-scheduler": "only with `--load` or `--resume`",
         "--wandb-dir": "alone, it switches offline Weights & Biases on, as FlagScale's does, under the project "
         "`megatron_aquila`",

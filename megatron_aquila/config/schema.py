@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from megatron_aquila.plan.recompute import Kind, Method
 from megatron_aquila.plan.shape import NormOrder, Precision
 from megatron_aquila.plan.stages import ScheduleName
 
@@ -181,6 +182,43 @@ class TrainConfig:
     loss_chunk_tokens: Whole | None = setting(
         None,
         "tokens whose logits exist at once; default as many as 1 GiB holds; 0 all, kept from forward to backward",
+    )
+    recompute: Kind = setting(
+        "none",
+        "what backward computes again instead of keeping it: nothing, the outputs of some modules, or whole layers",
+        "--recompute",
+        "--recompute-granularity",
+    )
+    recompute_modules: tuple[str, ...] = setting(
+        ("norms", "swiglu"), "selective: what is recomputed, of norms, swiglu and attention", "--recompute-modules"
+    )
+    recompute_method: Method = setting(
+        "uniform", "full: all layers in groups, or each of the first layers of a stage", "--recompute-method"
+    )
+    recompute_layers: Count = setting(
+        1,
+        "full: layers of a group (uniform), or layers of a stage that are recomputed (block)",
+        "--recompute-layers",
+        "--recompute-num-layers",
+    )
+    recompute_granularity_per_stage: tuple[str, ...] = setting(
+        (),
+        "full, on or off by stage and microbatch: 1 or 0, in FlagScale's notation, e.g. 3 1 1 0",
+        "--recompute-granularity-per-stage",
+        "--recompute-granularity-per-stage-micro-batch",
+    )
+    recompute_method_per_stage: tuple[str, ...] = setting(
+        (),
+        "full, the method by stage and microbatch: 0 uniform, 1 block",
+        "--recompute-method-per-stage",
+        "--recompute-method-per-stage-micro-batch",
+    )
+    recompute_layers_per_stage: tuple[str, ...] = setting(
+        (),
+        "full, the layers by stage and microbatch; 0 recomputes none",
+        "--recompute-layers-per-stage",
+        "--recompute-num-layers-per-stage",
+        "--recompute-num-layers-per-stage-micro-batch",
     )
     eval_interval: Whole = setting(1000, "steps between validations; 0 means none")
     eval_iters: Whole = setting(10, "global batches of one validation")

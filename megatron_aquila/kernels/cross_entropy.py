@@ -27,7 +27,7 @@ def softmax_statistics(
     if num_real == 0:
         nothing = torch.zeros(columns_R.shape, dtype=dtype, device=logits_RV.device)
         return torch.stack((nothing - torch.inf, nothing))
-    log_sums = [rows[:, :num_real].to(dtype).logsumexp(-1) for rows in logits_RV.split(wide_rows)]
+    log_sums = [rows[:, :num_real].to(dtype).logsumexp(-1) for rows in torch.split(logits_RV, wide_rows)]
     label_R = logits_RV.gather(-1, columns_R.unsqueeze(-1)).squeeze(-1).to(dtype)
     return torch.stack((torch.cat(log_sums), label_R.where(is_mine_R, 0)))
 
@@ -49,8 +49,8 @@ def softmax_gradient_(
     logits_RV[:, num_real:] = 0
     if num_real == 0:
         return
-    columns = (value.unsqueeze(-1).split(wide_rows) for value in (columns_R, is_mine_R, log_sum_R, weights_R))
-    for rows, column, is_mine, log_sum, weight in zip(logits_RV.split(wide_rows), *columns, strict=True):
+    columns = (torch.split(value.unsqueeze(-1), wide_rows) for value in (columns_R, is_mine_R, log_sum_R, weights_R))
+    for rows, column, is_mine, log_sum, weight in zip(torch.split(logits_RV, wide_rows), *columns, strict=True):
         grad = rows[:, :num_real].to(log_sum.dtype).sub_(log_sum).exp_()
         grad.scatter_add_(-1, column, -is_mine.to(grad.dtype))
         rows[:, :num_real] = grad.mul_(weight)

@@ -9,7 +9,7 @@ in four, 1.9 % of the 7B's FLOPs; keeping them in 16 bits is 1.5 GiB for the 7B'
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_aquila.kernels.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron_aquila.kernels.precision import apply, matmul
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: nn.Parameter,
         labels_SB: Tensor,
         token_weights_SB: Tensor,
         placement: Placement,
@@ -114,7 +114,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = placement.weight_grads.begin_sum(weight)
         chunks = _in_chunks(chunk_tokens, weight, x_SBH, grad_x_SBH, labels_SB, token_weights_SB)
         losses = [
-            _loss_and_gradients_(*chunk, weight, grad_weight, tp, vocab_size) for chunk in zip(*chunks, strict=True)
+            _loss_and_gradients_(x_RH, grad_x_RH, labels_R, weights_R, weight, grad_weight, tp, vocab_size)
+            for x_RH, grad_x_RH, labels_R, weights_R in zip(*chunks, strict=True)
         ]
         ctx.grad_x = reduce_scatter(grad_x_SBH, tp) if sequence_parallel else all_reduce_(grad_x_SBH, tp)
         ctx.save_for_backward(weight, token_weights_SB)
@@ -135,7 +136,7 @@ def _in_chunks(chunk_tokens: int | None, weight: Tensor, *of_tokens_SB: Tensor) 
     num_tokens = of_tokens_SB[0].shape[:2].numel()
     row_bytes = weight.shape[0] * weight.element_size()
     size = loss_chunk_tokens(num_tokens, row_bytes=row_bytes, wanted=chunk_tokens)
-    return [of_token.flatten(0, 1).split(size) for of_token in of_tokens_SB]
+    return [torch.split(of_token.flatten(0, 1), size) for of_token in of_tokens_SB]
 
 
 def _loss(x_RH: Tensor, weight: Tensor, labels_R: Tensor, tp: Group, vocab_size: int) -> Tensor:

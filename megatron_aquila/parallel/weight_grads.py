@@ -66,7 +66,7 @@ class WeightGradQueue:
         return weight_gradient(grad_y, x)
 
     def begin_sum(self, weight: nn.Parameter) -> Tensor:
-        """Where the pieces of one gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local."""
+        """Where pieces of a gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local."""
         main = self._main_grads.get(weight)
         if main is not None:
             return main.total
@@ -97,7 +97,9 @@ class WeightGradQueue:
         """The keys not yet paid."""
         return list(self._owed)
 
+    @torch.no_grad()
     def _accumulate(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor) -> None:
+        """As inside a backward, where autograd records nothing."""
         main = self._main_grads.get(weight)
         if main is None:
             torch.autograd.backward(weight, weight_gradient(grad_y, x))  # runs the parameter's hooks, too

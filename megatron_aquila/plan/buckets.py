@@ -3,7 +3,7 @@
 The same arithmetic as ``optim.groups`` does on real parameters; a test holds the two together.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_aquila.plan.shape import ModelShape
@@ -38,14 +38,26 @@ def stage_parameters(shape: ModelShape, stages: StagePlan, stage: int, tp: int) 
         yield from (norm, matrix(shape.padded_vocab_size))
 
 
-def bucket_sizes(parameters: Iterable[ParameterSize], *, limit: int, num_shards: int) -> list[int]:
-    """Elements of each bucket, padding included, with at most ``limit`` of parameters (or one larger parameter).
+def rank_buckets(
+    shape: ModelShape, stages: StagePlan, pp_rank: int, *, tp: int, limit: int, num_shards: int
+) -> list[int]:
+    """``bucket_sizes`` of all stages of a pipeline rank."""
+    return [
+        size
+        for stage in stages.stages_of(pp_rank)
+        for size in bucket_sizes(list(stage_parameters(shape, stages, stage, tp)), limit=limit, num_shards=num_shards)
+    ]
 
-    Parameters that decay and those that do not have buckets of their own; a bucket splits into ``num_shards`` shards.
+
+def bucket_sizes(parameters: Sequence[ParameterSize], *, limit: int, num_shards: int) -> list[int]:
+    """Elements of each bucket of one stage, padding included, with at most ``limit`` of parameters (or one larger).
+
+    They are filled from the end of the stage. Parameters that decay and those that do not have buckets of their own; a
+    bucket splits into ``num_shards`` shards.
     """
     open_buckets: dict[bool, int] = {}
     full: list[int] = []
-    for parameter in parameters:
+    for parameter in reversed(parameters):
         size = open_buckets.get(parameter.decays, 0)
         if size > 0 and size + parameter.elements > limit:
             full.append(size)

@@ -8,9 +8,10 @@ of a step, 28 bytes each.
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_aquila.plan.buckets import bucket_sizes, stage_parameters
+from megatron_aquila.plan.buckets import rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
+from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
 
@@ -51,6 +52,7 @@ class MemoryPlan:
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     bucket_bytes: int = 128 * 2**20
+    recompute: RecomputePlan = KEEP_ALL
     fuse_main_grads: bool = True
     loss_chunk_tokens: int | None = None
 
@@ -58,22 +60,17 @@ class MemoryPlan:
         """Bytes of pipeline rank ``rank``: of all its stages."""
         stages, gradient = self.stages.stages_of(rank), GRADIENT_BYTES[self.precision]
         num_shards = self.grid.size("dp", "cp")
-        parameters = [
-            parameter
-            for stage in stages
-            for parameter in stage_parameters(self.shape, self.stages, stage, self.grid.tp)
-        ]
-        params = sum(bucket_sizes(parameters, limit=self.bucket_bytes // gradient, num_shards=num_shards))
+        limit, tp = self.bucket_bytes // gradient, self.grid.tp
+        params = sum(rank_buckets(self.shape, self.stages, rank, tp=tp, limit=limit, num_shards=num_shards))
         shard = params // num_shards
-        in_flight = self._by_stage(rank)
         return Memory(
             weights=params * self._item,
             main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
             master_weights=shard * 4 if ITEM_BYTES[self.precision] < 4 else 0,
             optimizer_states=shard * gradient * MOMENTS[self.optimizer],
-            activations=sum(count * self._activations(stage) for stage, count in in_flight.items()),
-            logits=sum(max(1, count) * self._logits(stage) for stage, count in in_flight.items()),
-            temporaries=max(self._temporaries(stage) for stage in stages),
+            activations=self._kept(rank),
+            logits=sum(max(1, count) * self._logits(stage) for stage, count in self._by_stage(rank).items()),
+            temporaries=max(self._temporaries(stage) + self._recomputed(stage) for stage in stages),
         )
 
     def peak(self) -> Memory:
@@ -111,7 +108,7 @@ class MemoryPlan:
         in_a_row = 1 if m % max(1, m // self.stages.num_ranks) == 0 else min(m, self.stages.chunks)
         most_of_head = {"1f1b": in_a_row, "zb-v": 1}.get(self.schedule, m)
         kept = dict.fromkeys(stages, 0)
-        for stage in sorted(stages, key=self._activations, reverse=True):
+        for stage in sorted(stages, key=lambda s: self._activations(s, Recompute()), reverse=True):
             kept[stage] = min(left, most_of_head if self.stages.has_head(stage) else m)
             left -= kept[stage]
         return kept
@@ -135,29 +132,79 @@ class MemoryPlan:
         """Tokens of a microbatch on one rank."""
         return self.micro_batch * self.shape.seq_len // self.grid.cp
 
-    def _activations(self, stage: int) -> int:
+    def _kept(self, rank: int) -> int:
+        """Bytes that autograd keeps on a rank at its fullest.
+
+        A backward without weight gradients leaves what those need, as much as without recomputation: on rank r up to r
+        microbatches of ZB-H1; at the end of ZB-V r of either stage, while p - r more are left of the first.
+        """
+        in_flight, stages = self._by_stage(rank), self.stages.stages_of(rank)
+        kept = sum(self._window(stage, count) for stage, count in in_flight.items())
+        owed = min(rank, self.num_microbatches)
+        in_full = sum(owed * self._activations(stage, Recompute()) for stage in stages)
+        if self.schedule == "zb-h1":
+            return self._window(stages[0], in_flight[stages[0]] - owed) + in_full
+        if self.schedule == "zb-v":
+            left = min(self.stages.num_ranks, self.num_microbatches) - owed
+            return max(kept, self._window(stages[0], left) + in_full)
+        return kept
+
+    def _window(self, stage: int, count: int) -> int:
+        """Bytes that autograd keeps of ``count`` consecutive microbatches in a stage, whichever keep the most."""
+        by_microbatch = [
+            self._activations(stage, self.recompute.at(stage, microbatch))
+            for microbatch in range(self.num_microbatches)
+        ]
+        return max(sum(by_microbatch[first : first + count]) for first in range(self.num_microbatches - count + 1))
+
+    def _activations(self, stage: int, recompute: Recompute) -> int:
         """Bytes that autograd keeps of one microbatch, every op saving its inputs once; a test traces the model.
 
-        Elements a token and layer, 1/tp of each: the two norms' inputs and outputs 4 H (whole where the sequence is
-        not split), q, k, v and the attention's output, gate and up 2 F, their product F; in at least four bytes the
-        attention's log-sum 1 a head and each norm's scale 1. This is 8.0 GiB of the 7B at 2,048 tokens. Beside the
-        layers: the rotary tables, the embedding's rows and which of them are this rank's, the final norm's input and
-        the gradient of its output, and each token's weight in the loss. Where main gradients are not added to within
-        the product, also the head's own. Where the logits are kept, the norm's output, a maximum and two sums.
+        This is 8.0 GiB of the 7B at 2,048 tokens, without recomputation. Of a recomputed group its input is kept.
+        Beside the layers: the rotary tables, the embedding's rows and which of them are this rank's, the final norm's
+        input and scale and the gradient of its output, and each token's weight in the loss. Where main gradients are
+        not added to within the product, also the head's own. Where the logits are kept, instead of these two the norm's
+        output, a maximum and two sums.
         """
-        shape, tp = self.shape, self.grid.tp
-        residual = tp if self.sequence_parallel else 1
-        shard = 2 * shape.attention_size + 2 * shape.kv_size + 3 * shape.ffn_size
-        norm = (self._item * 2 * shape.hidden_size + self._wide) * self._tokens // residual
-        layer = 2 * norm + (self._item * shard + self._wide * shape.num_heads) * self._tokens // tp
-        kept = len(self.stages.layers[stage]) * layer + self._wide * 2 * shape.head_dim * self._tokens
+        layers = len(self.stages.layers[stage]) - sum(recompute.groups)
+        groups = len(recompute.groups) * self._item * self.shape.hidden_size * self._residual_tokens
+        kept = layers * self._layer(recompute.modules) + groups + self._wide * 2 * self.shape.head_dim * self._tokens
         if self.stages.has_embedding(stage):
             kept += (8 + 1) * self._tokens
         if self.stages.has_head(stage):
-            kept += norm + self._wide * (3 if self._keeps_logits else 1) * self._tokens
+            modules = recompute.modules if self._keeps_logits else NO_MODULES
+            kept += self._norm(modules) + self._wide * (3 if self._keeps_logits else 1) * self._tokens
             if not (self._keeps_logits or self.fuse_main_grads):
-                kept += self._wide * shape.padded_vocab_size * shape.hidden_size // tp
+                kept += self._wide * self._columns * self.shape.hidden_size
         return kept
+
+    def _layer(self, modules: frozenset[Module] = NO_MODULES) -> int:
+        """Bytes that autograd keeps of one layer and microbatch, less the outputs of ``modules``.
+
+        Elements a token, 1/tp of each: q, k, v and the attention's output, gate and up 2 F, their product F; in at
+        least four bytes the attention's log-sum 1 a head. Beside them the two norms.
+        """
+        shape, attention, product = self.shape, "attention" not in modules, "swiglu" not in modules
+        shard = (1 + attention) * shape.attention_size + 2 * shape.kv_size + (2 + product) * shape.ffn_size
+        wide = self._wide * attention * shape.num_heads
+        return 2 * self._norm(modules) + (self._item * shard + wide) * self._tokens // self.grid.tp
+
+    def _norm(self, modules: frozenset[Module]) -> int:
+        """Bytes that autograd keeps of a norm: its input and output 2 H, whole where the sequence is not split, and its
+        scale in at least four bytes; recomputed, its input alone.
+        """
+        output = "norms" not in modules
+        return (self._item * (1 + output) * self.shape.hidden_size + self._wide * output) * self._residual_tokens
+
+    def _recomputed(self, stage: int) -> int:
+        """Bytes of the largest group of layers, all there between its recomputation and the end of its backward."""
+        recomputes = {self.recompute.at(stage, microbatch) for microbatch in range(self.num_microbatches)}
+        return max((size for recompute in recomputes for size in recompute.groups), default=0) * self._layer()
+
+    @property
+    def _residual_tokens(self) -> int:
+        """Tokens of a microbatch in this rank's part of the residual stream."""
+        return self._tokens // (self.grid.tp if self.sequence_parallel else 1)
 
     def _logits(self, stage: int) -> int:
         """Bytes of one microbatch's logits, if they are kept from forward to backward."""

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_aquila.plan.buckets import bucket_sizes, stage_parameters
+from megatron_aquila.plan.buckets import rank_buckets
 from megatron_aquila.plan.grid import Axis, RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
+from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import StagePlan
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send", "receive"]
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive"]
 GroupName = Literal["tp", "pp", "dp_cp", "world"]
 AXES: dict[GroupName, tuple[Axis, ...]] = {
     "tp": ("tp",),
@@ -28,8 +29,8 @@ AXES: dict[GroupName, tuple[Axis, ...]] = {
 class Traffic:
     """Calls of one purpose and kind that a rank makes in a step.
 
-    ``num_bytes`` counts the whole tensor of every call: what an all-gather returns, what a reduce-scatter takes, and
-    what all others take. ``group_size`` ranks take part in each.
+    ``num_bytes`` counts the whole tensor of every call: what an all-gather returns, and what all others take.
+    ``group_size`` ranks take part in each.
     """
 
     what: str
@@ -42,7 +43,7 @@ class Traffic:
     @property
     def sent_bytes(self) -> int:
         """Bytes that leave this rank where the group works as a ring; fewest possible for its kind."""
-        rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+        rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
         if self.kind in rounds:
             return rounds[self.kind] * self.num_bytes * (self.group_size - 1) // self.group_size
         return self.num_bytes if self.kind == "send" else 0
@@ -60,6 +61,9 @@ class TrafficPlan:
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     bucket_bytes: int = 128 * 2**20
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    deterministic_reduce: bool = False
+    recompute: RecomputePlan = KEEP_ALL
     num_sources: int = 1
     loss_chunk_tokens: int | None = None
 
@@ -69,7 +73,7 @@ class TrafficPlan:
         rows = [
             *(row for stage in stages for row in self._of_stage(stage)),
             *self._norm_gradients(stages),
-            *self._replicas(stages),
+            *self._replicas(pp_rank),
             *self._world(),
         ]
         return _merged(row for row in rows if row.group_size > 1 and row.count > 0)
@@ -79,6 +83,7 @@ class TrafficPlan:
         if self.stages.has_embedding(stage):
             yield from self._linears("embedding", columns=0, rows=1)  # summed as a row-parallel linear's output is
         yield from self._linears("layers", columns=2, rows=2, times=len(self.stages.layers[stage]))
+        yield from self._recomputed(stage)
         if self.stages.has_head(stage):
             yield from self._head()
         yield from self._messages(stage)
@@ -97,9 +102,20 @@ class TrafficPlan:
                 ("backward", "all-gather", columns + rows),
                 ("backward", "reduce-scatter", columns),
             ]
-        hidden_states = self._tokens * self.shape.hidden_size * self._item
         for direction, kind, count in calls:
-            yield self._row(f"{what} {direction}", kind, "tp", times * count * self.num_microbatches, hidden_states)
+            total = times * count * self.num_microbatches
+            yield self._row(f"{what} {direction}", kind, "tp", total, self._hidden_states)
+
+    def _recomputed(self, stage: int) -> Iterator[Traffic]:
+        """A group of layers that is recomputed runs its forward again, but for its last projection."""
+        plans = [self.recompute.at(stage, microbatch).groups for microbatch in range(self.num_microbatches)]
+        columns = sum(2 * sum(groups) for groups in plans)
+        rows = columns - sum(len(groups) for groups in plans)
+        calls: list[tuple[Kind, int]] = [("all-reduce", rows)]
+        if self.sequence_parallel:
+            calls = [("all-gather", columns), ("reduce-scatter", rows)]
+        for kind, count in calls:
+            yield self._row("layers recomputed", kind, "tp", count, self._hidden_states)
 
     def _head(self) -> Iterator[Traffic]:
         """The output projection and the loss, where no logits are kept all in forward: x is gathered once.
@@ -127,8 +143,7 @@ class TrafficPlan:
 
     def _messages(self, stage: int) -> Iterator[Traffic]:
         """Activations to the next stage and their gradients back, where it lives on another rank."""
-        shard = self.grid.tp if self.sequence_parallel else 1
-        message = self._tokens // shard * self.shape.hidden_size * self._item
+        message = self._hidden_states // (self.grid.tp if self.sequence_parallel else 1)
         here, last = self.stages.stage_rank[stage], self.stages.num_stages - 1
         neighbours: list[tuple[int, Kind, Kind]] = [(stage - 1, "receive", "send"), (stage + 1, "send", "receive")]
         for neighbour, activation, gradient in neighbours:
@@ -144,19 +159,13 @@ class TrafficPlan:
                 "gradients of norms", "all-reduce", "tp", 1, norms * self.shape.hidden_size * self._gradient
             )
 
-    def _replicas(self, stages: tuple[int, ...]) -> Iterator[Traffic]:
+    def _replicas(self, pp_rank: int) -> Iterator[Traffic]:
         """Gradients summed and weights shared over the replicas, bucket by bucket."""
-        parameters = (
-            parameter
-            for stage in stages
-            for parameter in stage_parameters(self.shape, self.stages, stage, self.grid.tp)
-        )
-        for size in bucket_sizes(
-            parameters,
-            limit=self.bucket_bytes // self._gradient,
-            num_shards=self.grid.size("dp", "cp"),
-        ):
-            yield self._row("gradients", "reduce-scatter", "dp_cp", 1, size * self._gradient)
+        kind: Kind = "all-to-all" if self.deterministic_reduce else "reduce-scatter"
+        reduced = 2 if self.grad_reduce == "bf16" else self._gradient
+        num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // self._gradient
+        for size in rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards):
+            yield self._row("gradients", kind, "dp_cp", 1, size * reduced)
             yield self._row("weights", "all-gather", "dp_cp", 1, size * self._item)
 
     def _world(self) -> Iterator[Traffic]:
@@ -169,6 +178,11 @@ class TrafficPlan:
         """``count`` calls of ``each`` bytes."""
         size = self.grid.size(*AXES[group])
         return Traffic(what=what, kind=kind, group=group, group_size=size, count=count, num_bytes=count * each)
+
+    @property
+    def _hidden_states(self) -> int:
+        """Bytes of a microbatch's whole hidden states."""
+        return self._tokens * self.shape.hidden_size * self._item
 
     @property
     def _item(self) -> int:

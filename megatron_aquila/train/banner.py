@@ -71,5 +71,9 @@ def ways_to_save(config: RunConfig) -> str:
         ways.append(f"lower --micro-batch (now {config.train.micro_batch})")
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         ways.append("turn on --sp")
+    if config.train.recompute == "none":
+        ways.append("turn on --recompute selective, or full")
+    elif config.train.recompute == "selective":
+        ways.append("use --recompute full")
     ways += [f"raise --tp (now {config.parallel.tensor})", f"raise --pp (now {config.parallel.pipeline})"]
     return ", ".join([*ways, "or use more data-parallel ranks: optimizer states are sharded over them"])

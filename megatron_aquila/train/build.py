@@ -1,6 +1,5 @@
 """From settings to a run: one line a part. The rooms of the layer below meet here and nowhere else."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,7 +7,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, nn
 
-from megatron_aquila.config.derive import Derived
+from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
@@ -87,10 +86,9 @@ def build_machine(
     dtype = DTYPES[config.train.precision]
     if kernels is None:
         kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
-    sequence_parallel = config.parallel.sequence
     placement = Placement(
         tp=ctx.tp,
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=config.parallel.sequence,
         dtype=dtype,
         device=ctx.device,
         overlap=config.parallel.overlap,
@@ -101,6 +99,7 @@ def build_machine(
         pp_rank=ctx.pp.rank,
         placement=placement,
         kernels=kernels,
+        recompute=derived.recompute,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
     )
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
@@ -108,15 +107,13 @@ def build_machine(
         infos,
         ctx,
         rule=update_rule(config.optim, kernels),
-        bucket_bytes=math.ceil(config.parallel.bucket_mib * 2**20),
+        bucket_bytes=bucket_bytes(config),
         reduction=reduction(config.parallel),
     )
     if config.parallel.fuse_main_grads:
         placement.weight_grads.accumulate_into(optimizer.main_grads())
     wait_before_forward(stages.values(), optimizer)
     plan = plan_work(config, derived, ctx.pp.rank)
-    rows = derived.shape.seq_len // (ctx.tp.size if sequence_parallel else 1)
-    activation_shape = (rows, config.train.micro_batch, derived.shape.hidden_size)
     return Machine(
         config=config,
         derived=derived,
@@ -124,19 +121,25 @@ def build_machine(
         kernels=kernels,
         stages=stages,
         infos=infos,
-        wire=P2PWire(
-            ctx,
-            stage_rank=derived.stages.stage_rank,
-            activation_shape=activation_shape,
-            dtype=dtype,
-            depth=plan.link_depth,
-            overlap=config.parallel.overlap,
-        ),
+        wire=build_wire(config, derived, ctx, link_depth=plan.link_depth),
         weight_grads=placement.weight_grads,
         optimizer=optimizer,
         lr=lr_schedule(config),
         scaling=loss_scaling(config),
         programs=plan.programs,
+    )
+
+
+def build_wire(config: RunConfig, derived: Derived, ctx: ParallelContext, *, link_depth: int) -> Wire:
+    """The wire to the neighbouring pipeline ranks, for the activations of one microbatch."""
+    rows = derived.shape.seq_len // (ctx.tp.size if config.parallel.sequence else 1)
+    return P2PWire(
+        ctx,
+        stage_rank=derived.stages.stage_rank,
+        activation_shape=(rows, config.train.micro_batch, derived.shape.hidden_size),
+        dtype=DTYPES[config.train.precision],
+        depth=link_depth,
+        overlap=config.parallel.overlap,
     )
 
 
@@ -237,11 +240,11 @@ def loss_scaling(config: RunConfig) -> LossScaling:
 
 def load_batches(loader: BatchLoader, consumed: int, global_batch: int, device: torch.device) -> list[Batch]:
     """This rank's microbatches of the global batch that starts at sample ``consumed``, on the device."""
-    return [to_device(micro, device) for micro in loader.fetch(consumed, global_batch)]
+    return [to_device(micro, device, number) for number, micro in enumerate(loader.fetch(consumed, global_batch))]
 
 
-def to_device(micro: MicroBatch, device: torch.device) -> Batch:
-    """A microbatch as tensors on ``device``."""
+def to_device(micro: MicroBatch, device: torch.device, number: int = 0) -> Batch:
+    """A microbatch, the step's ``number``-th, as tensors on ``device``."""
     bounds = micro.document_bounds
     return Batch(
         tokens_BS=torch.from_numpy(micro.tokens_BS).to(device),
@@ -250,4 +253,5 @@ def to_device(micro: MicroBatch, device: torch.device) -> Batch:
         positions_BS=torch.from_numpy(micro.positions_BS).to(device),
         source_B=torch.from_numpy(micro.source_B).to(device),
         documents=None if bounds is None else Documents(tuple(bounds.tolist()), torch.from_numpy(bounds).to(device)),
+        microbatch=number,
     )

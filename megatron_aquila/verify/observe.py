@@ -24,6 +24,7 @@ from megatron_aquila.verify.sample import rank_batches
 Rule = Literal["sgd", "adamw"]
 RULES: tuple[Rule, ...] = ("sgd", "adamw")
 SOURCES = ("even", "odd")
+PATIENCE = 300.0  # seconds, on a crowded machine; what hangs in a collective is ended by the group's own timeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,22 @@ class Observation:
 
 def observe_layout(config: RunConfig, pool: WorkerPool) -> Observation:
     """Two steps of the real engine on ``pool``'s processes, split as ``config`` says."""
-    return join_ranks(pool.run(observe_rank, config))
+    return join_ranks(pool.run(observe_rank, config, timeout=PATIENCE))
+
+
+def arranged(found: Observation, like: Observation) -> Observation:
+    """``found`` with its tensors in the order of ``like``: ranks hand over theirs as their buckets lie."""
+
+    def order(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: tensors[name] for name in [*names, *tensors] if name in tensors}
+
+    return replace(
+        found,
+        outputs=order(found.outputs, like.outputs),
+        gradients=order(found.gradients, like.gradients),
+        updated={rule: order(found.updated[rule], like.updated[rule]) for rule in RULES},
+        next_gradients=order(found.next_gradients, like.next_gradients),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +131,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
     first, second = _loss_sums(machine, batches), _loss_sums(machine, batches)
     with recording(machine) as outputs:
         compute_gradients(machine, batches, first)
-    gradients = gradient_chunks(machine, scale)
+    gradients = gradient_chunks(machine, scale=scale)
     norm = optimizer.clip_(config.optim.clip_grad, loss_scale=scale)
     optimizer.step(config.optim.lr)
     if rule == "sgd":
@@ -131,7 +147,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
         grad_norm=norm,
         updated={rule: updated},
         next_loss={rule: second.means(ctx).loss},
-        next_gradients=gradient_chunks(machine, scale) if rule == "sgd" else [],
+        next_gradients=gradient_chunks(machine, scale=scale) if rule == "sgd" else [],
     )
 
 
@@ -140,7 +156,7 @@ def _loss_sums(machine: Machine, batches: list[Batch]) -> LossSums:
     return LossSums(SOURCES, num_tokens=agree(ctx, batches).num_tokens, device=ctx.device, loss_scale=scale)
 
 
-def gradient_chunks(machine: Machine, scale: float) -> list[Chunk]:
+def gradient_chunks(machine: Machine, *, scale: float = 1.0) -> list[Chunk]:
     """This rank's rectangles of the reduced gradients, divided by the loss ``scale``."""
     return [
         replace(chunk, tensor=chunk.tensor / scale)

@@ -7,7 +7,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.verify.compare import Row, compare, compare_bits, failed
 from megatron_aquila.verify.layout import Layout, is_supported, with_layout
-from megatron_aquila.verify.observe import Observation, observe_layout
+from megatron_aquila.verify.observe import Observation, arranged, observe_layout
 from megatron_aquila.verify.plain import observe_plain
 from megatron_aquila.verify.pool import WorkerError, WorkerPool
 from megatron_aquila.verify.reference import plain_weights
@@ -40,7 +40,8 @@ class Parity:
         """Two steps under ``layout``, run once."""
         if layout not in self._observed:
             config = with_layout(self.config, layout)
-            self._observed[layout] = self._run(config, self._pool(layout.world_size))
+            found = self._run(config, self._pool(layout.world_size))
+            self._observed[layout] = arranged(found, self.plain)
         return self._observed[layout]
 
     def rows(self) -> Iterable[Row]:

@@ -121,6 +121,8 @@ CASES = [
      "--lr-wsd-decay-samples 90: after the warm-up only 80 samples are left; use 80 or less"),
     (None, {"precision": "fp64", "device": "cuda"}, "--precision fp64: fp64 is for proofs on the CPU; attention on "
      "CUDA has no fp64; use bf16 or fp32, or --device cpu"),
+    (None, {"grad_reduce": "bf16", "precision": "fp64"}, "--grad-reduce bf16: it would round the gradients of fp64 "
+     "weights to 8 bits; use fp32, or --precision bf16"),
     (None, {"loss_scale": 8.0}, "--loss-scale 8.0: bf16 needs no loss scale; leave it out"),
     (None, {"precision": "fp16", "initial_loss_scale": 0.5}, "--initial-loss-scale 0.5: is below min_loss_scale 1.0; "
      "use 1.0 or more"),

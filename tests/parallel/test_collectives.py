@@ -50,6 +50,62 @@ def check_flat(size: int) -> None:
     assert torch.equal(full, total)
 
 
+def pending_equal_done(size: int) -> None:
+    """What is begun is, after the wait, what the plain collective gives; waiting again gives it again."""
+    group = tp_group(size)
+    mine = of_rank(group.rank, (4, 8, 3)).mul(0.1)
+    for begin in (c.begin_all_gather, c.begin_reduce_scatter, c.begin_all_reduce_):
+        done, pending = (begin(mine.clone(), group, overlap=overlap) for overlap in (False, True))
+        assert torch.equal(pending.wait(), done.wait())
+        assert pending.wait() is pending.wait()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_is_begun_is_done_after_the_wait(pool, size: int) -> None:
+    on_ranks(pool, size, pending_equal_done)
+
+
+def drawn(rank: int, length: int) -> torch.Tensor:
+    """Numbers whose sum depends on its order."""
+    return torch.randn(length, generator=torch.Generator().manual_seed(rank), dtype=torch.float32)
+
+
+def sums_of(size: int, length: int, dtype: torch.dtype | None, in_rank_order: bool) -> torch.Tensor:
+    group = tp_group(size)
+    out = torch.empty(length // size)
+    how = {"dtype": dtype, "in_rank_order": in_rank_order}
+    full = drawn(group.rank, length)
+    assert c.begin_reduce_scatter_flat_(out, full, group, overlap=True, **how).wait() is out
+    within = full.view(size, -1)[group.rank]
+    c.begin_reduce_scatter_flat_(within, full, group, overlap=False, **how).wait()
+    assert torch.equal(within, out), "overlap and place change nothing"
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sums_in_rank_order_are_those_of_one_process(pool, size: int) -> None:
+    expected = drawn(0, 4096)
+    for rank in range(1, size):
+        expected += drawn(rank, 4096)
+    assert torch.equal(torch.cat(on_ranks(pool, size, sums_of, 4096, None, True)), expected)
+    plain = torch.cat(on_ranks(pool, size, sums_of, 4096, None, False))
+    assert torch.equal(plain, expected) is (size <= 2), "a backend that sums in rank order would prove nothing here"
+
+
+@pytest.mark.parametrize("in_rank_order", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sums_of_what_travels_in_bf16(pool, size: int, in_rank_order: bool) -> None:
+    """Each rank's number is rounded once; without an order the partial sums are, too. Alone nothing travels."""
+    numbers = torch.stack([drawn(rank, 4096) for rank in range(size)]).double()
+    found = torch.cat(on_ranks(pool, size, sums_of, 4096, torch.bfloat16, in_rank_order))
+    roundings = 0 if size == 1 else 1 if in_rank_order else size
+    # half an ulp of 8 significant bits each, of no more than the sum of sizes; float32's own are 2^16 times smaller
+    bound = numbers.abs().sum(0) * (1.02 * roundings * 2**-8 + size * 2**-24)
+    off = (found.double() - numbers.sum(0)).abs()
+    assert (off <= bound).all()
+    assert size == 1 or off.max() > 100 * 2**-24, "it did travel in bf16"
+
+
 def check_objects(size: int) -> None:
     group = tp_group(size)
     value = {"rank": group.rank, "words": ["智源"] * group.rank, "none": None, "x": 0.1}

@@ -63,14 +63,22 @@ LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
     (4, {"tp": 2, "pp": 2, "sequence": True}, "fp32"),
     (8, {"tp": 2, "pp": 2}, "fp64"),
     (8, {"tp": 2, "pp": 2, "sequence": True}, "bf16"),
+    (2, {"deterministic_reduce": True, "bucket_mib": 1 / 64}, "fp32"),
+    (2, {"grad_reduce": "bf16"}, "bf16"),
+    (4, {"tp": 2, "sequence": True, "overlap": False, "fuse_main_grads": False}, "bf16"),
+    (2, {"pp": 2, "chunks": 2, "stage_layers": (0, 1, 1, 1)}, "fp32"),
+    (2, {"pp": 2, "schedule": "zb-v", "stage_layers": (1, 1, 1, 0)}, "fp32"),
+    (2, {"tp": 2, "recompute": "full"}, "bf16"),
+    (2, {"tp": 2, "sequence": True, "recompute": "full"}, "bf16"),
+    (2, {"tp": 2, "sequence": True, "recompute": "selective"}, "bf16"),
 ]
 
 
 @pytest.mark.parametrize(("world", "layout", "precision"), LAYOUTS)
 def test_a_real_step_makes_the_planned_calls_and_no_other(world, layout, precision, tmp_path, pool):
-    chunk = {name: value for name, value in layout.items() if name == "loss_chunk_tokens"}
-    config = split(tiny_config(tmp_path), **{name: value for name, value in layout.items() if name not in chunk})
-    config = replace(config, train=replace(config.train, precision=precision, **chunk))
+    settings = {name: layout[name] for name in ("recompute", "loss_chunk_tokens") if name in layout}
+    config = split(tiny_config(tmp_path), **{name: value for name, value in layout.items() if name not in settings})
+    config = replace(config, train=replace(config.train, precision=precision, **settings))
     plan = traffic_plan(config, derive(config, world))
     for rank, (calls, groups) in enumerate(pool(world).run(calls_of_a_step, config)):
         rows = plan.of_rank(plan.grid.coords(rank)["pp"])
@@ -166,7 +174,7 @@ def test_bucket_sizes_are_the_optimizers(sizes, limit, num_shards):
         for size, decays in sizes
     ]
     layouts = plan_buckets(infos, bucket_bytes=4 * limit, num_shards=num_shards)
-    planned = bucket_sizes((ParameterSize(*size) for size in sizes), limit=limit, num_shards=num_shards)
+    planned = bucket_sizes([ParameterSize(*size) for size in sizes], limit=limit, num_shards=num_shards)
     assert sorted(planned) == sorted(layout.size for layout in layouts)
 
 

@@ -11,6 +11,7 @@ from megatron_aquila.config.schema import ModelConfig, ObserveConfig, ParallelCo
 from megatron_aquila.config.settings import all_settings
 from megatron_aquila.errors import AquilaError, ConfigError
 from megatron_aquila.observe.log import Log
+from megatron_aquila.plan.recompute import Kind
 from megatron_aquila.train import banner
 
 CONFIG = RunConfig(
@@ -43,7 +44,9 @@ def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypa
         total_memory = 2**20
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small())
-    with pytest.raises(ConfigError, match=r"turn on --sp, raise --tp \(now 2\)"):
+    with pytest.raises(
+        ConfigError, match=r"turn on --sp, turn on --recompute selective, or full, raise --tp \(now 2\)"
+    ):
         banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0))
 
 
@@ -76,3 +79,12 @@ def test_running_out_of_memory_says_what_to_change() -> None:
         banner.explain_out_of_memory(CONFIG, derive(CONFIG, 8)),
     ):
         raise torch.OutOfMemoryError("tried to allocate")
+
+
+def test_the_way_to_save_is_the_next_kind_of_recomputation() -> None:
+    def ways(kind: Kind) -> str:
+        return banner.ways_to_save(replace(CONFIG, train=replace(CONFIG.train, recompute=kind)))
+
+    assert "turn on --recompute selective, or full" in ways("none")
+    assert "use --recompute full" in ways("selective")
+    assert "recompute" not in ways("full")
