@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_aquila.commands.failure import exit_code
-from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.cli import load_config, with_config_flag
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.verify.compare import BOUND, Row
@@ -56,17 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(loaded.options["json"], json.dumps(as_json(rows), indent=1) + "\n")
         code.value = 0 if all(row.holds for row in rows) else 1
     return code.value
-
-
-def with_config_flag(arguments: Sequence[str]) -> list[str]:
-    """``arguments`` with ``--config`` before a file that stands alone: the first word, or a name in .yaml anywhere."""
-    words: list[str] = []
-    for word in arguments:
-        stands_alone = not words or word.endswith((".yaml", ".yml"))
-        if stands_alone and not word.startswith("-") and words[-1:] != ["--config"]:
-            words.append("--config")
-        words.append(word)
-    return words
 
 
 def wrong(options: Mapping[str, Any]) -> Iterator[Problem]:

@@ -212,7 +212,10 @@ def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
 
 
 _LAYOUT = "parallel.tensor parallel.context parallel.pipeline parallel.data"
-_STAGES = "parallel.pipeline parallel.stage_layers model.num_layers"
+_STAGES = (
+    "parallel.pipeline parallel.schedule parallel.chunks parallel.stage_layers parallel.pipeline_layout "
+    "model.num_layers"
+)
 _BATCH = "train.global_batch train.micro_batch"
 _SHAPE = "model.num_heads model.num_kv_heads model.hidden_size model.head_dim"
 _WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab_size model.vocab_multiple"
@@ -221,8 +224,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _heads: _SHAPE,
     _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
     _context: "parallel.context",
-    _pipeline: "parallel.pipeline parallel.schedule parallel.chunks parallel.stage_layers parallel.pipeline_layout "
-    "model.num_layers",
+    _pipeline: _STAGES,
     _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks",
     _batch: f"{_LAYOUT} {_BATCH}",
     _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",

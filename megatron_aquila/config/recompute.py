@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from megatron_aquila.config.derive import model_shape
+from megatron_aquila.config.derive import given_layers, model_shape, num_chunks, stage_plan
 from megatron_aquila.config.schema import RunConfig, TrainConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
+from megatron_aquila.plan.layout import LayoutError
 from megatron_aquila.plan.recompute import MODULES, per_stage
-from megatron_aquila.plan.stages import plan_stages
+from megatron_aquila.plan.stages import FIXED_CHUNKS
 
 _OF_KIND = {
     "recompute_modules": "selective",
@@ -70,12 +71,16 @@ def _flag(field: str) -> str:
 
 def _stage_layers(config: RunConfig) -> list[int]:
     """Layers of each stage; where they do not fit, which is another rule's problem, the most that there could be."""
-    pp, given, num_layers = config.parallel.pipeline, config.parallel.stage_layers, config.model.num_layers
+    layout, num_layers = config.parallel, config.model.num_layers
+    try:
+        given, stages = given_layers(layout), layout.pipeline * num_chunks(layout)
+    except LayoutError:
+        return [num_layers] * layout.pipeline
     if given is not None:
         return list(given)
-    if pp > num_layers:
-        return [num_layers] * pp
-    return [len(layers) for layers in plan_stages(model_shape(config.model), pp).layers]
+    if stages > num_layers or num_chunks(layout) != FIXED_CHUNKS.get(layout.schedule, num_chunks(layout)):
+        return [num_layers] * stages
+    return [len(layers) for layers in stage_plan(layout, model_shape(config.model)).layers]
 
 
 def _num_microbatches(config: RunConfig, world: int | None) -> int | None:

@@ -47,10 +47,10 @@ class Attention(nn.Module):
         The outputs of ``modules`` are not kept for backward.
         """
         q_size, kv_size = self.shape.attention_size // self.tp.size, self.shape.kv_size // self.tp.size
-        qkv_SBPt = feed(norm, self.qkv, x, recompute="norms" in modules)
+        qkv = feed(norm, self.qkv, x, recompute="norms" in modules)
         q, k, v = (
             torch.unflatten(part, -1, (-1, self.shape.head_dim))
-            for part in torch.split_with_sizes(qkv_SBPt, [q_size, kv_size, kv_size], dim=-1)
+            for part in torch.split_with_sizes(qkv, [q_size, kv_size, kv_size], dim=-1)
         )
         q_SBNtD = self.kernels.apply_rope(q, cos_SBD, sin_SBD)
         k_SBKtD = self.kernels.apply_rope(k, cos_SBD, sin_SBD)

@@ -8,6 +8,9 @@ from megatron_aquila.config.derive import num_chunks
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.plan.stages import FIXED_CHUNKS
 
+NOT_BY_STAGE: Mapping[str, Any] = {  # what is recomputed in stages that are not there
+    f"recompute_{field}_per_stage": () for field in ("granularity", "method", "layers")
+}
 LARGEST_MICRO_BATCH = 2  # two samples at once show what more would
 BUCKET_MIB = {False: 1.0, True: 1 / 64}  # the whole small model in two buckets, or one for every few weights
 
@@ -99,6 +102,7 @@ def requested_layout(config: RunConfig) -> Layout:
         chunks=num_chunks(parallel) if has_pipeline else 1,
         dp=dp,
         micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
+        recompute=config.train.recompute,
         overlap=parallel.overlap and parallel.tensor * parallel.pipeline * dp > 1,
         small_buckets=dp > 1,
         deterministic=parallel.deterministic_reduce and dp > 1,
@@ -114,6 +118,8 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     parallel = config.parallel
     by_hand = parallel.stage_layers is not None and len(parallel.stage_layers) == layout.pp * layout.chunks
     schedule: Any = layout.schedule
+    recompute: Any = layout.recompute
+    by_stage = {} if layout.pp * layout.chunks == parallel.pipeline * num_chunks(parallel) else NOT_BY_STAGE
     return replace(
         config,
         parallel=replace(
@@ -131,5 +137,5 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             deterministic_reduce=layout.deterministic,
             fuse_main_grads=layout.fused,
         ),
-        train=replace(config.train, micro_batch=layout.micro_batch),
+        train=replace(config.train, micro_batch=layout.micro_batch, recompute=recompute, **by_stage),
     )

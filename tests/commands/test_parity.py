@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_aquila.commands import parity
+from megatron_aquila.config.cli import with_config_flag
 from megatron_aquila.verify import matrix
 from megatron_aquila.verify.layout import Layout
 from megatron_aquila.verify.matrix import MatrixCase
@@ -45,7 +46,7 @@ def test_it_prints_a_row_an_axis_and_exits_0(capsys: pytest.CaptureFixture[str],
     ],
 )
 def test_the_config_may_stand_anywhere(words: str, expected: str) -> None:
-    assert parity.with_config_flag(words.split()) == expected.split()
+    assert with_config_flag(words.split()) == expected.split()
 
 
 def test_help_has_a_usage_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from megatron_aquila.pipeline.simulate import simulate
 from megatron_aquila.plan.flops import num_params
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
+from megatron_aquila.plan.recompute import Recompute
 from megatron_aquila.plan.stages import plan_stages
 from megatron_aquila.verify.dry import META, StorageTracker
 from tests.plan.shapes import AQUILA_7B, AQUILA_34B, aquila
@@ -136,9 +137,9 @@ def test_activations_cover_the_schedules_peak_and_little_more(name, chunks, pp, 
         held = most = 0
         for action in program:
             change = {"F": 1, "I": 0, "B": -1, "W": -1}[action.op]
-            held += change * memory._activations(action.stage)
+            held += change * memory._activations(action.stage, Recompute())
             most = max(most, held)
-        layer = memory._activations(0) / len(memory.stages.layers[0])
+        layer = memory._activations(0, Recompute()) / len(memory.stages.layers[0])
         assert most <= memory.of_rank(rank).activations <= most + memory.in_flight(rank) * layer
 
 

@@ -123,6 +123,7 @@ def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
 OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
+FULLY, LITTLE = Layout(recompute="full"), Layout(recompute="selective")
 APART = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
 
@@ -375,6 +376,53 @@ def chunks_initialised_alike() -> Any:
             info.param.data.copy_(first.setdefault(place, info.param.data))
 
     return patched(observe, "initialize_", wrong)
+
+
+# Recomputation.
+
+UP = "gradient of model.layers.2.mlp.up_proj.weight"
+
+
+@mutant("what is recomputed starts from inputs in fp32", FULLY, "recompute", UP)
+def recomputed_in_another_precision() -> Any:
+    return _other_inputs(lambda x: x.float().to(x.dtype))
+
+
+@mutant(
+    "what is recomputed has another microbatch's input",
+    FULLY,
+    "recompute",
+    UP,
+)
+def recomputed_from_another_microbatch() -> Any:
+    before: dict[torch.Size, torch.Tensor] = {}
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        kept, before[x.shape] = before.get(x.shape, x), x
+        return kept
+
+    return _other_inputs(other)
+
+
+@mutant(
+    "a recomputed SwiGLU starts from inputs in fp32",
+    LITTLE,
+    "recompute",
+    "gradient of model.layers.2.mlp.down_proj.weight",
+)
+def module_recomputed_in_another_precision() -> Any:
+    return _other_inputs(lambda x: x.float().to(x.dtype))
+
+
+def _other_inputs(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    from megatron_aquila.model.recompute import _Run
+
+    right = _Run.__init__
+
+    def wrong(self: Any, function: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        right(self, function, tuple(change(x.detach()).requires_grad_(x.requires_grad) for x in inputs))
+
+    return patched(_Run, "__init__", wrong)
 
 
 # Clipping and the update.
