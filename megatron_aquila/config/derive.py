@@ -131,6 +131,8 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         optimizer=config.optim.optimizer,
         bucket_bytes=bucket_bytes(config),
         recompute=derived.recompute,
+        fuse_main_grads=config.parallel.fuse_main_grads,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
     )
 
 
@@ -154,4 +156,5 @@ def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
         deterministic_reduce=config.parallel.deterministic_reduce,
         recompute=derived.recompute,
         num_sources=max(1, len(config.data.path) // 2),
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
     )

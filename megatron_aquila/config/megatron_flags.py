@@ -210,11 +210,13 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         **_family(
             _SPEED,
-            "--cross-entropy-loss-fusion --cross-entropy-fusion-impl --manual-gc --manual-gc-interval "
+            "--manual-gc --manual-gc-interval "
             "--empty-unused-memory-level --num-dataset-builder-threads --no-mmap-bin-files --async-save "
             "--align-grad-reduce --align-param-gather --use-ring-exchange-p2p --use-tp-pp-dp-mapping "
             "--nccl-communicator-config-path",
         ),
+        "--cross-entropy-loss-fusion": Always("with the output projection, in chunks of --loss-chunk-tokens"),
+        "--cross-entropy-fusion-impl": Always("the output projection is part of it", ("linear",)),
         "--no-async-tensor-model-parallel-allreduce": Always(
             "the bits are the same; --no-overlap switches this overlap off, with all others"
         ),

@@ -179,6 +179,10 @@ class TrainConfig:
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"
     )
     precision: Precision = setting("bf16", "type of the weights and activations; bf16 and fp16 keep fp32 masters")
+    loss_chunk_tokens: Whole | None = setting(
+        None,
+        "tokens whose logits exist at once; default as many as 1 GiB holds; 0 all, kept from forward to backward",
+    )
     recompute: Kind = setting(
         "none",
         "what backward computes again instead of keeping it: nothing, the outputs of some modules, or whole layers",

@@ -19,9 +19,9 @@ def accumulate_weight_gradient_(total: Tensor, grad_y: Tensor, x: Tensor) -> Non
     """
     grad_y, x = grad_y.flatten(0, -2), x.flatten(0, -2)
     if multiplies_widened(x):
-        total.addmm_(grad_y.T.to(total.dtype), x.to(total.dtype))
+        torch.addmm(total, grad_y.T.to(total.dtype), x.to(total.dtype), out=total)
     elif total.dtype is x.dtype:
-        total.addmm_(grad_y.T, x)
+        torch.addmm(total, grad_y.T, x, out=total)
     else:  # only CUDA multiplies 16-bit tensors into a float32 sum
         torch.addmm(total, grad_y.T, x, out_dtype=total.dtype, out=total)
 

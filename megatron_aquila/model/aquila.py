@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.rope import rope_tables
 from megatron_aquila.model.block import Block, recomputed
 from megatron_aquila.model.norm import RMSNorm
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.batch import Batch
-from megatron_aquila.parallel.layers import ColumnParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, vocab_part
 from megatron_aquila.parallel.placement import Placement
-from megatron_aquila.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron_aquila.parallel.vocab import VocabParallelEmbedding
+from megatron_aquila.parallel.vocab_loss import VocabParallelOutput
 from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import StagePlan
@@ -34,6 +35,7 @@ class AquilaStage(nn.Module):
         placement: Placement,
         kernels: Kernels,
         recompute: RecomputePlan = KEEP_ALL,
+        loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.stage, self.tp, self.recompute = shape, stage, placement.tp, recompute
@@ -49,7 +51,11 @@ class AquilaStage(nn.Module):
             else None
         )
         self.blocks = nn.ModuleList(Block(shape, placement=placement, kernels=kernels) for _ in self.layers)
-        self.head = Head(shape, placement=placement, kernels=kernels) if plan.has_head(stage) else None
+        self.head = (
+            Head(shape, placement=placement, kernels=kernels, loss_chunk_tokens=loss_chunk_tokens)
+            if plan.has_head(stage)
+            else None
+        )
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
         """The previous stage's x_StBH | x_SBH (None on the first) -> this stage's, or the last one's loss_SB.
@@ -60,7 +66,7 @@ class AquilaStage(nn.Module):
         x = self._blocks(x, batch.tokens_BS, batch.positions_BS, batch.documents, recompute)
         if self.head is None:
             return x
-        loss: Tensor = self.head(x, batch.labels_BS.t(), recompute.modules)
+        loss: Tensor = self.head(x, batch, recompute.modules)
         return loss
 
     def logits(self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
@@ -103,9 +109,10 @@ class AquilaStage(nn.Module):
 class Head(nn.Module):
     """Final norm, output projection split over the vocabulary, and the loss without gathering the logits."""
 
-    def __init__(self, shape: ModelShape, *, placement: Placement, kernels: Kernels) -> None:
+    def __init__(
+        self, shape: ModelShape, *, placement: Placement, kernels: Kernels, loss_chunk_tokens: int | None = None
+    ) -> None:
         super().__init__()
-        self.shape, self.tp = shape, placement.tp
         self.norm = RMSNorm(
             shape.hidden_size,
             eps=shape.norm_eps,
@@ -113,23 +120,34 @@ class Head(nn.Module):
             kernels=kernels,
             placement=placement,
         )
-        self.output = ColumnParallelLinear(
+        self.output = VocabParallelOutput(
             shape.hidden_size,
+            shape.vocab_size,
             shape.padded_vocab_size,
             placement=placement,
+            chunk_tokens=loss_chunk_tokens,
         )
 
-    def logits(self, x: Tensor, modules: frozenset[Module] = NO_MODULES) -> Tensor:
-        """x_StBH | x_SBH -> logits_SBVt, this rank's slice of the padded vocabulary.
+    def logits(self, x: Tensor) -> Tensor:
+        """x_StBH | x_SBH -> logits_SBVt, this rank's slice of the padded vocabulary."""
+        logits: Tensor = self.output(self.norm(x))
+        return logits
 
-        The norm's output is not kept for backward if ``modules`` says so.
+    def forward(self, x: Tensor, batch: Batch, modules: frozenset[Module] = NO_MODULES) -> Tensor:
+        """x_StBH | x_SBH -> loss_SB, equal on all tp ranks.
+
+        Where ``batch`` says what the losses will be multiplied with, no more than a chunk of the logits ever exists and
+        the norm's output is not kept. Else it is not kept for backward if ``modules`` says so.
         """
-        return feed(self.norm, self.output, x, recompute="norms" in modules)
+        weights_SB = None
+        if batch.loss_weight is not None:
+            weights_SB = batch.loss_mask_BS.t().to(compute_dtype(x.dtype)) * batch.loss_weight
 
-    def forward(self, x: Tensor, labels_SB: Tensor, modules: frozenset[Module] = NO_MODULES) -> Tensor:
-        """x_StBH | x_SBH, labels_SB -> loss_SB, equal on all tp ranks."""
-        logits = self.logits(x, modules)
-        return vocab_parallel_cross_entropy(logits, labels_SB, tp=self.tp, vocab_size=self.shape.vocab_size)
+        def loss(x: Tensor) -> Tensor:
+            out: Tensor = self.output(x, batch.labels_BS.t(), weights_SB)
+            return out
+
+        return feed(self.norm, loss, x, recompute="norms" in modules and self.output.chunk_tokens == 0)
 
 
 def vocab_info(weight: nn.Parameter, name: str, shape: ModelShape, stage: AquilaStage) -> ParamInfo:
@@ -151,9 +169,18 @@ def build_stages(
     placement: Placement,
     kernels: Kernels,
     recompute: RecomputePlan = KEEP_ALL,
+    loss_chunk_tokens: int | None = None,
 ) -> dict[int, AquilaStage]:
     """The stages of a pipeline rank, by stage number; weights are allocated but not yet filled. Local."""
     return {
-        stage: AquilaStage(shape, plan, stage, placement=placement, kernels=kernels, recompute=recompute)
+        stage: AquilaStage(
+            shape,
+            plan,
+            stage,
+            placement=placement,
+            kernels=kernels,
+            recompute=recompute,
+            loss_chunk_tokens=loss_chunk_tokens,
+        )
         for stage in plan.stages_of(pp_rank)
     }

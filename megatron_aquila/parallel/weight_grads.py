@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_, weight_gradient
 
 
@@ -63,6 +64,28 @@ class WeightGradQueue:
             self._accumulate(weight, grad_y, x)
             return None
         return weight_gradient(grad_y, x)
+
+    def begin_sum(self, weight: nn.Parameter) -> Tensor:
+        """Where pieces of a gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local."""
+        main = self._main_grads.get(weight)
+        if main is not None:
+            return main.total
+        return torch.zeros(weight.shape, dtype=compute_dtype(weight.dtype), device=weight.device)
+
+    def end_sum(self, weight: nn.Parameter, total: Tensor) -> Tensor | None:
+        """All pieces have been added to ``total``: like ``gradient``, of a product that was taken already."""
+        main = self._main_grads.get(weight)
+        if self._open is not None:
+            self._open.append(
+                main.added
+                if main is not None
+                else lambda: torch.autograd.backward(weight, total.to(weight.dtype))  # runs the parameter's hooks, too
+            )
+        elif main is not None:
+            main.added()
+        else:
+            return total.to(weight.dtype)
+        return None
 
     def pay(self, key: Hashable) -> None:
         """Accumulate what is owed as ``key``, as its backward would have done. Communicates as ``gradient``."""

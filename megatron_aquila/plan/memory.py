@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_aquila.plan.buckets import rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
 from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
@@ -52,6 +53,8 @@ class MemoryPlan:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     bucket_bytes: int = 128 * 2**20
     recompute: RecomputePlan = KEEP_ALL
+    fuse_main_grads: bool = True
+    loss_chunk_tokens: int | None = None
 
     def of_rank(self, rank: int) -> Memory:
         """Bytes of pipeline rank ``rank``: of all its stages."""
@@ -158,8 +161,10 @@ class MemoryPlan:
         """Bytes that autograd keeps of one microbatch, every op saving its inputs once; a test traces the model.
 
         This is 8.0 GiB of the 7B at 2,048 tokens, without recomputation. Of a recomputed group its input is kept.
-        Beside the layers: the rotary tables, the embedding's rows and which of them are this rank's, the final norm,
-        and of the loss a maximum and two sums.
+        Beside the layers: the rotary tables, the embedding's rows and which of them are this rank's, the final norm's
+        input and scale and the gradient of its output, and each token's weight in the loss. Where main gradients are
+        not added to within the product, also the head's own. Where the logits are kept, instead of these two the norm's
+        output, a maximum and two sums.
         """
         layers = len(self.stages.layers[stage]) - sum(recompute.groups)
         groups = len(recompute.groups) * self._item * self.shape.hidden_size * self._residual_tokens
@@ -167,7 +172,10 @@ class MemoryPlan:
         if self.stages.has_embedding(stage):
             kept += (8 + 1) * self._tokens
         if self.stages.has_head(stage):
-            kept += self._norm(recompute.modules) + self._wide * 3 * self._tokens
+            modules = recompute.modules if self._keeps_logits else NO_MODULES
+            kept += self._norm(modules) + self._wide * (3 if self._keeps_logits else 1) * self._tokens
+            if not (self._keeps_logits or self.fuse_main_grads):
+                kept += self._wide * self._columns * self.shape.hidden_size
         return kept
 
     def _layer(self, modules: frozenset[Module] = NO_MODULES) -> int:
@@ -199,25 +207,40 @@ class MemoryPlan:
         return self._tokens // (self.grid.tp if self.sequence_parallel else 1)
 
     def _logits(self, stage: int) -> int:
-        """Bytes of one microbatch's logits."""
-        return self._item * self._logit_elements if self.stages.has_head(stage) else 0
+        """Bytes of one microbatch's logits, if they are kept from forward to backward."""
+        return self._tokens * self._item * self._columns if self.stages.has_head(stage) and self._keeps_logits else 0
 
     @property
-    def _logit_elements(self) -> int:
-        """Logits of a microbatch on one rank, padded columns included."""
-        return self._tokens * self.shape.padded_vocab_size // self.grid.tp
+    def _keeps_logits(self) -> bool:
+        return self.loss_chunk_tokens == 0
+
+    @property
+    def _columns(self) -> int:
+        """Logits of a token on one rank, padded columns included."""
+        return self.shape.padded_vocab_size // self.grid.tp
+
+    def _loss(self) -> int:
+        """Bytes of the loss's widest moment.
+
+        With the logits kept: a softmax and its narrow copy. Else a chunk's logits, of some of them a wide copy and the
+        exponentials, or x's gradient of the chunk; that of all tokens, and under sequence parallel x gathered.
+        """
+        if self._keeps_logits:
+            return self._tokens * self._columns * (self._wide + self._item)
+        row_bytes, hidden = self._item * self._columns, self._item * self.shape.hidden_size
+        chunk = loss_chunk_tokens(self._tokens, row_bytes=row_bytes, wanted=self.loss_chunk_tokens)
+        wide = min(chunk, wide_rows(self._columns)) * self._columns * self._wide * (1 + (self._wide > self._item))
+        return chunk * row_bytes + max(wide, chunk * hidden) + self._tokens * hidden * (1 + self.sequence_parallel)
 
     def _temporaries(self, stage: int) -> int:
         """Bytes of the widest moment of a backward: the widest of three.
 
         SwiGLU's: in at least four bytes gate and up, sigmoid, SiLU, two gradients, and the two joined, 8 F; the
         gradient that came, F. A linear's: gradients of gate, up and their product, x gathered twice, and the largest
-        weight's gradient, which lives until it is added to the main gradient. The loss's: a softmax and its narrow
-        copy.
+        weight's gradient, which lives until it is added to the main gradient. And the loss's.
         """
         shape, ffn = self.shape, self._tokens * self.shape.ffn_size // self.grid.tp
         swiglu = ffn * (8 * self._wide + self._item)
         largest = max(2 * shape.ffn_size, shape.padded_vocab_size) * shape.hidden_size // self.grid.tp
         linear = self._item * (3 * ffn + 2 * self._tokens * shape.hidden_size + largest)
-        loss = self._logit_elements * (self._wide + self._item) if self.stages.has_head(stage) else 0
-        return max(swiglu, linear, loss)
+        return max(swiglu, linear, self._loss() if self.stages.has_head(stage) else 0)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_aquila.plan.buckets import rank_buckets
 from megatron_aquila.plan.grid import Axis, RankGrid
+from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
 from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape, Precision
@@ -64,6 +65,7 @@ class TrafficPlan:
     deterministic_reduce: bool = False
     recompute: RecomputePlan = KEEP_ALL
     num_sources: int = 1
+    loss_chunk_tokens: int | None = None
 
     def of_rank(self, pp_rank: int) -> tuple[Traffic, ...]:
         """One step of any rank at ``pp_rank`` of the pipeline, by purpose; nothing is said in a group of one."""
@@ -83,10 +85,7 @@ class TrafficPlan:
         yield from self._linears("layers", columns=2, rows=2, times=len(self.stages.layers[stage]))
         yield from self._recomputed(stage)
         if self.stages.has_head(stage):
-            yield from self._linears("head", columns=1, rows=0)
-            wide = max(4, self._item)
-            yield self._row("loss: maximum", "all-reduce", "tp", self.num_microbatches, self._tokens * wide)
-            yield self._row("loss: label and sum", "all-reduce", "tp", self.num_microbatches, 2 * self._tokens * wide)
+            yield from self._head()
         yield from self._messages(stage)
 
     def _linears(self, what: str, *, columns: int, rows: int, times: int = 1) -> Iterator[Traffic]:
@@ -117,6 +116,30 @@ class TrafficPlan:
             calls = [("all-gather", columns), ("reduce-scatter", rows)]
         for kind, count in calls:
             yield self._row("layers recomputed", kind, "tp", count, self._hidden_states)
+
+    def _head(self) -> Iterator[Traffic]:
+        """The output projection and the loss, where no logits are kept all in forward: x is gathered once.
+
+        Of every token each rank gives two numbers, chunk by chunk.
+        """
+        num_microbatches, wide = self.num_microbatches, max(4, self._item)
+        if self.loss_chunk_tokens == 0:
+            yield from self._linears("head", columns=1, rows=0)
+            yield self._row("loss: maximum", "all-reduce", "tp", num_microbatches, self._tokens * wide)
+            yield self._row("loss: label and sum", "all-reduce", "tp", num_microbatches, 2 * self._tokens * wide)
+            return
+        hidden_states = self._tokens * self.shape.hidden_size * self._item
+        calls: tuple[Kind, ...] = ("all-gather", "reduce-scatter") if self.sequence_parallel else ("all-reduce",)
+        for kind in calls:
+            yield self._row("head forward", kind, "tp", num_microbatches, hidden_states)
+        row_bytes = self.shape.padded_vocab_size // self.grid.tp * self._item
+        chunk = loss_chunk_tokens(self._tokens, row_bytes=row_bytes, wanted=self.loss_chunk_tokens)
+        chunks = -(-self._tokens // chunk)
+        numbers = 2 * self.grid.tp * self._tokens * wide
+        yield replace(
+            self._row("loss: label and sum", "all-gather", "tp", num_microbatches, numbers),
+            count=num_microbatches * chunks,
+        )
 
     def _messages(self, stage: int) -> Iterator[Traffic]:
         """Activations to the next stage and their gradients back, where it lives on another rank."""

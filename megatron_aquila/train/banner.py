@@ -12,6 +12,7 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.native import INDEX_BUILDER
 from megatron_aquila.errors import AquilaError, ConfigError, Problem
 from megatron_aquila.observe.log import Log
+from megatron_aquila.plan.flops import peak_flops
 
 
 def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapping[str, str]) -> None:
@@ -33,6 +34,21 @@ def check_memory(config: RunConfig, derived: Derived, device: torch.device) -> N
     if memory.total > total:
         why = f"the plan needs more than the GPU's {total / 2**30:.1f} GiB: {memory_words(memory)}"
         raise ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config))])
+
+
+def check_peak(config: RunConfig, device: torch.device) -> None:
+    """Raise ``ConfigError`` where ``--peak-tflops`` is more than the dense peak that is known of the GPU."""
+    given, precision = config.observe.peak_tflops, config.train.precision
+    if device.type != "cuda" or given is None:
+        return
+    name = torch.cuda.get_device_name(device)
+    dense = peak_flops(name, precision)
+    if dense is None or given * 1e12 <= dense:
+        return
+    why = f"the dense peak of {name} in {precision} is {dense / 1e12:g}"
+    if given * 1e12 > 1.9 * dense:
+        why += "; twice that is with sparsity, which no training uses"
+    raise ConfigError([Problem("--peak-tflops", given, why, f"leave it out, or use at most {dense / 1e12:g}")])
 
 
 @contextmanager

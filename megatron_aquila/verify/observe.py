@@ -137,7 +137,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
     if rule == "sgd":
         compute_gradients(machine, batches, second)
     else:
-        machine.engine(second.loss).evaluate(machine.forward_program(len(batches)), batches)
+        machine.engine(second.loss).evaluate(machine.forward_program(len(batches)), second.weigh(batches))
     optimizer.wait_for_weights()
     updated = [_copy(chunk) for info in machine.infos for chunk in param_chunks(info)]
     return RankObservation(

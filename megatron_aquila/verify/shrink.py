@@ -10,6 +10,7 @@ HEAD_DIM = 8
 SEQ_LEN = 16
 VOCAB_SIZE = 61  # prime, so that the last vocabulary shard is uneven at every tp > 1
 EOD = 7  # ends documents, where the settings keep them apart
+LOSS_CHUNK = 5  # tokens; a microbatch has several chunks, and the last one has fewer
 MICROBATCHES = 2  # a rank's, where replicas and micro-batch size are as asked for; elsewhere more
 
 
@@ -53,6 +54,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             micro_batch=largest.micro_batch,
             train_samples=samples,
             rampup_batch=None,
+            loss_chunk_tokens=0 if config.train.loss_chunk_tokens == 0 else LOSS_CHUNK,
         ),
     )
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.describe import derived_rows, setting_rows
@@ -18,8 +20,11 @@ def test_what_follows_from_the_34b_recipe():
         "26.7 GiB: weights 4.1 GiB, main grads 8.1 GiB, master weights 260 MiB, "
     )
     assert rows["run"] == "488,281,250 samples = 2,000,000,000,000 tokens"
-    assert "logits" not in rows["memory, pp rank 0"]
-    assert "logits" in rows["memory, pp rank 3"]
+    whole = replace(config, train=replace(config.train, loss_chunk_tokens=0))
+    kept = dict(derived_rows(whole, derive(whole, 512)))
+    assert "logits" not in kept["memory, pp rank 0"]
+    assert "logits" in kept["memory, pp rank 3"]
+    assert "logits" not in rows["memory, pp rank 3"], "a chunk at a time, none of them kept"
 
 
 def test_chunks_are_told_by_rank():

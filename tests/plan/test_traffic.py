@@ -55,6 +55,8 @@ LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
     (1, {}, "bf16"),
     (2, {"tp": 2}, "bf16"),
     (2, {"tp": 2, "sequence": True}, "bf16"),
+    (2, {"tp": 2, "loss_chunk_tokens": 5}, "bf16"),
+    (2, {"tp": 2, "sequence": True, "loss_chunk_tokens": 0}, "bf16"),
     (2, {"pp": 2}, "bf16"),
     (2, {}, "bf16"),
     (4, {"pp": 2}, "fp32"),
@@ -74,10 +76,9 @@ LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
 
 @pytest.mark.parametrize(("world", "layout", "precision"), LAYOUTS)
 def test_a_real_step_makes_the_planned_calls_and_no_other(world, layout, precision, tmp_path, pool):
-    recompute = layout.get("recompute", "none")
-    config = split(tiny_config(tmp_path), **{name: value for name, value in layout.items() if name != "recompute"})
-    train = replace(config.train, precision=precision, recompute=recompute)
-    config = replace(config, train=train)
+    settings = {name: layout[name] for name in ("recompute", "loss_chunk_tokens") if name in layout}
+    config = split(tiny_config(tmp_path), **{name: value for name, value in layout.items() if name not in settings})
+    config = replace(config, train=replace(config.train, precision=precision, **settings))
     plan = traffic_plan(config, derive(config, world))
     for rank, (calls, groups) in enumerate(pool(world).run(calls_of_a_step, config)):
         rows = plan.of_rank(plan.grid.coords(rank)["pp"])

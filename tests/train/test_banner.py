@@ -1,4 +1,5 @@
 import io
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import derive
-from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.schema import ModelConfig, ObserveConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.config.settings import all_settings
 from megatron_aquila.errors import AquilaError, ConfigError
 from megatron_aquila.observe.log import Log
@@ -47,6 +48,29 @@ def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypa
         ConfigError, match=r"turn on --sp, turn on --recompute selective, or full, raise --tp \(now 2\)"
     ):
         banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, None),
+        (989.4, None),
+        (800.0, None),
+        (1979.0, r"--peak-tflops 1979.0: the dense peak of NVIDIA H100 80GB HBM3 in bf16 is 989.4; twice that is with "
+                 r"sparsity, which no training uses; leave it out, or use at most 989.4"),
+        (1000.0, r"--peak-tflops 1000.0: the dense peak of NVIDIA H100 80GB HBM3 in bf16 is 989.4; leave it out"),
+    ],
+)  # fmt: skip
+def test_a_peak_above_the_dense_one_is_refused(
+    given: float | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, observe=ObserveConfig(peak_tflops=given))
+    banner.check_peak(config, torch.device("cpu"))
+    names = iter(["NVIDIA H100 80GB HBM3", "a GPU of tomorrow"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
+        banner.check_peak(config, torch.device("cuda", 0))
+    banner.check_peak(config, torch.device("cuda", 0))  # where no peak is known, the user is believed
 
 
 def test_running_out_of_memory_says_what_to_change() -> None:

@@ -3,6 +3,7 @@
 ``python -m tests.verify.mutants PAGE`` writes the table into a page.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from megatron_aquila.verify.observe import Observation, RankObservation
 from megatron_aquila.verify.page import markdown, put, write
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.rows import Claim, claims
+from megatron_aquila.verify.shrink import LOSS_CHUNK
 
 Inject = Callable[[], Any]
 
@@ -143,7 +145,19 @@ def row_output_added_again() -> Any:
     return patched(layers, "reduce_scatter", lambda x, group: right(x, group) * group.size)
 
 
-@mutant("a column-parallel input gradient stays a partial sum", TP, "tp", "gradient of model.norm.weight")
+@mutant("the gradient of the head's input stays a partial sum", TP, "tp", "gradient of model.norm.weight")
+def no_head_reduce() -> Any:
+    from megatron_aquila.parallel import vocab_loss
+
+    return patched(vocab_loss, "all_reduce_", unreduced)
+
+
+@mutant(
+    "a column-parallel input gradient stays a partial sum",
+    TP,
+    "tp",
+    "gradient of model.layers.2.post_attention_layernorm.weight",
+)
 def no_column_reduce() -> Any:
     from megatron_aquila.parallel import layers
 
@@ -174,35 +188,48 @@ def replicas_drift() -> Any:
 
 @mutant("the exponentials of the loss are summed once too often: log(tp) more", TP, "tp", "loss")
 def vocab_log_offset() -> Any:
-    from megatron_aquila.parallel import vocab
+    from megatron_aquila.parallel import vocab_loss
 
-    right = vocab.all_reduce_
+    right = vocab_loss._statistics
 
-    def wrong(x: torch.Tensor, group: Any, op: str = "sum") -> torch.Tensor:
-        out = right(x, group, op)  # type: ignore[arg-type]
-        return out if op == "max" or x.shape[:1] != (2,) else torch.stack([out[0], out[1] * group.size])
+    def wrong(logits: torch.Tensor, labels: torch.Tensor, tp: Any, vocab_size: int) -> Any:
+        log_sum, label = right(logits, labels, tp, vocab_size)
+        return log_sum + math.log(tp.size), label
 
-    return patched(vocab, "all_reduce_", wrong)
+    return patched(vocab_loss, "_statistics", wrong)
 
 
 @mutant("the uneven last shard of the vocabulary is read into its padding", TP, "tp", "loss")
 def vocab_padding_counts() -> Any:
-    from megatron_aquila.parallel import vocab
+    from megatron_aquila.parallel import vocab_loss
 
-    return patched(vocab, "_num_real", lambda shard_size, tp, vocab_size: shard_size)
+    return patched(vocab_loss, "num_real_columns", lambda shard_size, tp, vocab_size: shard_size)
+
+
+@mutant("the head's gradient leaves out the last chunk of tokens", ONE, "world of one", "gradient of lm_head.weight")
+def last_chunk_left_out() -> Any:
+    from megatron_aquila.parallel import vocab_loss
+
+    right = vocab_loss.accumulate_weight_gradient_
+
+    def wrong(total: torch.Tensor, grad_y: torch.Tensor, x: torch.Tensor) -> None:
+        if x.shape[0] == LOSS_CHUNK:
+            right(total, grad_y, x)
+
+    return patched(vocab_loss, "accumulate_weight_gradient_", wrong)
 
 
 @mutant("tokens of other ranks are looked up, too", TP, "tp", "output of model.embed_tokens")
 def foreign_tokens_embedded() -> Any:
     from megatron_aquila.parallel import vocab
 
-    right = vocab._local
+    right = vocab.local_columns
 
     def wrong(*args: Any) -> Any:
         rows, is_mine = right(*args)
         return rows, torch.ones_like(is_mine)
 
-    return within(vocab.VocabParallelEmbedding, "forward", lambda: patched(vocab, "_local", wrong))
+    return within(vocab.VocabParallelEmbedding, "forward", lambda: patched(vocab, "local_columns", wrong))
 
 
 @mutant("a tp rank has its neighbour's key heads", TP, "tp", "output of model.layers.0.self_attn")
@@ -247,12 +274,16 @@ def rope_twice_as_fast() -> Any:
 def mean_of_means() -> Any:
     from megatron_aquila.train.loss import LossSums
 
-    right = LossSums.loss
+    right = LossSums.weigh
 
-    def wrong(self: LossSums, loss_SB: torch.Tensor, batch: Any) -> torch.Tensor:
-        return right(self, loss_SB, batch) * self.num_tokens / batch.loss_mask_BS.sum() / 4
+    def wrong(self: LossSums, batches: Any) -> Any:
+        own = [float(batch.loss_mask_BS.sum()) for batch in batches]
+        return [
+            replace(batch, loss_weight=batch.loss_weight * self.num_tokens / tokens / 4)
+            for batch, tokens in zip(right(self, batches), own, strict=True)
+        ]
 
-    return patched(LossSums, "loss", wrong)
+    return patched(LossSums, "weigh", wrong)
 
 
 @mutant("the loss is divided by this replica's tokens", DP, "dp (ZeRO-1)", "loss")

@@ -212,7 +212,7 @@ def test_a_kernel_that_keeps_more_is_seen():
         kernels = kernels if rms_norm is None else replace(kernels, rms_norm=rms_norm)
         with fake_world(0, 1), StorageTracker() as storages:
             machine = build_machine(config, derived, create_context(config, derived, META), kernels=kernels)
-            batch = dry_batch(derived.shape, 1)
+            batch = replace(dry_batch(derived.shape, 1), loss_weight=1.0)
             before = storages.live
             loss = machine.stages[0](None, batch)
             kept.append(storages.live - before - loss.nbytes - 2 * FLASH_STATE)
