@@ -130,6 +130,9 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         precision=config.train.precision,
         optimizer=config.optim.optimizer,
         bucket_bytes=bucket_bytes(config),
+        grad_reduce=config.parallel.grad_reduce,
+        deterministic_reduce=config.parallel.deterministic_reduce,
+        overlap=config.parallel.overlap,
         recompute=derived.recompute,
     )
 

@@ -86,10 +86,9 @@ def build_machine(
     dtype = DTYPES[config.train.precision]
     if kernels is None:
         kernels = choose_kernels(ctx.device, dtype, forced=dict(split_choice(word) for word in config.train.kernels))
-    sequence_parallel = config.parallel.sequence
     placement = Placement(
         tp=ctx.tp,
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=config.parallel.sequence,
         dtype=dtype,
         device=ctx.device,
         overlap=config.parallel.overlap,
@@ -114,8 +113,6 @@ def build_machine(
         placement.weight_grads.accumulate_into(optimizer.main_grads())
     wait_before_forward(stages.values(), optimizer)
     plan = plan_work(config, derived, ctx.pp.rank)
-    rows = derived.shape.seq_len // (ctx.tp.size if sequence_parallel else 1)
-    activation_shape = (rows, config.train.micro_batch, derived.shape.hidden_size)
     return Machine(
         config=config,
         derived=derived,
@@ -123,19 +120,25 @@ def build_machine(
         kernels=kernels,
         stages=stages,
         infos=infos,
-        wire=P2PWire(
-            ctx,
-            stage_rank=derived.stages.stage_rank,
-            activation_shape=activation_shape,
-            dtype=dtype,
-            depth=plan.link_depth,
-            overlap=config.parallel.overlap,
-        ),
+        wire=build_wire(config, derived, ctx, link_depth=plan.link_depth),
         weight_grads=placement.weight_grads,
         optimizer=optimizer,
         lr=lr_schedule(config),
         scaling=loss_scaling(config),
         programs=plan.programs,
+    )
+
+
+def build_wire(config: RunConfig, derived: Derived, ctx: ParallelContext, *, link_depth: int) -> P2PWire:
+    """What activations and their gradients travel over, of this rank's part of a microbatch's sequence."""
+    rows = derived.shape.seq_len // (ctx.tp.size if config.parallel.sequence else 1)
+    return P2PWire(
+        ctx,
+        stage_rank=derived.stages.stage_rank,
+        activation_shape=(rows, config.train.micro_batch, derived.shape.hidden_size),
+        dtype=DTYPES[config.train.precision],
+        depth=link_depth,
+        overlap=config.parallel.overlap,
     )
 
 
