@@ -18,6 +18,7 @@ from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm_reference
 from megatron_aquila.model.aquila import build_stages
+from megatron_aquila.optim.buckets import Reduction
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.pipeline.checks import check
@@ -232,6 +233,27 @@ def test_weight_gradients_that_wait_are_planned_for(schedule, recompute, pp_rank
     nothing = {name: mock.Mock(return_value=0) for name in ("_gathered", "_in_between")}
     with mock.patch.multiple(MemoryPlan, **nothing):
         assert plan.of_rank(pp_rank).total < peak, "without them the plan would be too small"
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    [{"deterministic_reduce": True}, {"grad_reduce": "bf16"}, {"deterministic_reduce": True, "overlap": False}],
+)
+def test_reductions_hold_copies_of_two_buckets_at_most(reduction):
+    config = RunConfig(
+        model=ModelConfig(num_layers=4), parallel=ParallelConfig(**reduction), train=TrainConfig(global_batch=8)
+    )
+
+    def peak() -> int:
+        with fake_world(3, 8), StorageTracker() as storages:
+            machine = dry_machine(config, 8)
+            dry_step(machine, [dry_batch(machine.derived.shape, 1)])
+            return storages.peak
+
+    planned = memory_plan(config, derive(config, 8)).peak().total
+    assert peak() <= planned
+    with mock.patch.object(Reduction, "most_under_way", None):
+        assert peak() > planned, "copies of all buckets at once are more than is planned"
 
 
 def test_a_kernel_that_keeps_more_is_seen():
