@@ -149,7 +149,7 @@ def run(options: ScheduleOptions, settings: Sequence[str] = (), *, width: int) -
     print(f"{about}{heading}\n{HEADER}")
     for case, timeline in timelines:
         print(table_row(case, timeline))
-    print("bubble: waiting until all are done; in span: between a rank's own first and last action")
+    print("bubble: all ranks' waiting until all are done; in span: within its own, of the rank that waits most")
     print("activations: in microbatches of one rank, all its chunks together")
     print(f"\n{picture(timelines, width)}")
     if options.svg is not None:

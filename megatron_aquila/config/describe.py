@@ -9,7 +9,6 @@ from megatron_aquila.config.settings import all_settings, spell, value_of
 from megatron_aquila.plan.flops import flops_per_token, num_params
 from megatron_aquila.plan.memory import Memory
 from megatron_aquila.plan.stages import idle_share
-from megatron_aquila.plan.time import bubble_share, bubble_time
 
 GIB, MIB = 2**30, 2**20
 
@@ -24,11 +23,14 @@ def setting_rows(loaded: LoadedConfig, *, changed_only: bool = False) -> list[tu
     return rows
 
 
-def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
-    """``(what, words)``: layout, sizes, FLOPs, batch, stages, bubble and memory that follow from the settings."""
+def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[tuple[str, str]]:
+    """``(what, words)``: layout, sizes, FLOPs, batch, stages, bubble and memory that follow from the settings.
+
+    ``bubble`` is the share of a step that ranks wait; the pipeline's simulator knows it.
+    """
     grid, shape = derived.grid, derived.shape
     tokens = config.train.train_samples * shape.seq_len
-    batch, microbatches = config.train.global_batch, derived.batches.sizes()[-1] // config.train.micro_batch // grid.dp
+    batch, microbatches = config.train.global_batch, full_microbatches(config, derived)
     layout = f"{grid.world_size} = tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}"
     return [
         ("ranks", layout + (", sequence parallel" if config.parallel.sequence else "")),
@@ -38,7 +40,7 @@ def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
         ("step", f"{batch:,} samples = {batch * shape.seq_len:,} tokens in {microbatches} microbatches{_ramp(config)}"),
         ("run", f"{config.train.train_samples:,} samples = {tokens:,} tokens"),
         ("layers by stage", _stages(derived)),
-        ("pipeline bubble", _bubble(config, derived, microbatches)),
+        ("pipeline bubble", _bubble(config, derived, bubble)),
         *memory_rows(config, derived),
     ]
 
@@ -95,12 +97,15 @@ def _stages(derived: Derived) -> str:
     return "; ".join(parts)
 
 
-def _bubble(config: RunConfig, derived: Derived, microbatches: int) -> str:
-    stages, name = derived.stages, config.parallel.schedule
-    bubble = bubble_time(name, num_ranks=stages.num_ranks, forward=1, backward=1, weight=1, chunks=stages.chunks)
-    share = bubble_share(bubble, num_microbatches=microbatches, stage=3)
-    chunks = f" in {stages.chunks} chunks a rank" if stages.chunks > 1 else ""
-    return f"{100 * share:.2f} % of a step, {name}{chunks} with {microbatches} microbatches on equal stages"
+def full_microbatches(config: RunConfig, derived: Derived) -> int:
+    """Microbatches of a rank at the full batch."""
+    return derived.batches.sizes()[-1] // config.train.micro_batch // derived.grid.dp
+
+
+def _bubble(config: RunConfig, derived: Derived, bubble: float) -> str:
+    stages, microbatches = derived.stages, full_microbatches(config, derived)
+    name = config.parallel.schedule + (f" in {stages.chunks} chunks a rank" if stages.chunks > 1 else "")
+    return f"{100 * bubble:.2f} % of a step, {name} with {microbatches} microbatches on equal stages"
 
 
 def memory_words(memory: Memory) -> str:

@@ -25,6 +25,12 @@ class Reduction:
     in_rank_order: bool = False
     overlap: bool = False
 
+    @property
+    def most_under_way(self) -> int | None:
+        """How many buckets may be reduced at once where each holds a copy of itself; None where none does."""
+        has_copies = self.dtype is not None or self.in_rank_order
+        return None if not has_copies else 2 if self.overlap else 1
+
 
 class Bucket:
     """The weights and gradient sums of a layout, and this rank's shard of both.
@@ -86,10 +92,14 @@ class Bucket:
             in_rank_order=how.in_rank_order,
         )
 
-    def finish_reduce(self) -> None:
-        """Wait until ``grad_shard`` holds the sums; the rest of ``grads`` is undefined then."""
+    def await_reduce(self) -> None:
+        """Wait for the sums and let go of copies made for it; a gradient that still came would be noticed."""
         assert self._reducing is not None, "the reduction was never begun"
         self._reducing.wait()
+
+    def finish_reduce(self) -> None:
+        """Wait until ``grad_shard`` holds the sums; the rest of ``grads`` is undefined then."""
+        self.await_reduce()
         self._reducing = self._missing = None
 
     def begin_publish(self) -> None:

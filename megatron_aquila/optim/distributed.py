@@ -49,7 +49,7 @@ class DistributedOptimizer:
         ]
         self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.main_grads}
         self._states = [{name: torch.zeros_like(bucket.master) for name in rule.state} for bucket in self._buckets]
-        self._reduces_early = reduction.overlap
+        self._reduces_early, self._most_under_way = reduction.overlap, reduction.most_under_way
         self._num_begun = 0  # buckets whose reduction was begun in this step
         self.applied_steps = 0
 
@@ -74,8 +74,8 @@ class DistributedOptimizer:
         undefined.
         """
         self._sum_over_tp()
-        for bucket in self._buckets[self._num_begun :]:
-            bucket.begin_reduce()
+        while self._num_begun < len(self._buckets):
+            self._begin_reduce()
         for bucket in self._buckets:
             bucket.finish_reduce()
         self._num_begun = 0
@@ -154,8 +154,14 @@ class DistributedOptimizer:
         for bucket in self._buckets[self._num_begun :]:
             if not bucket.is_complete or bucket.layout.sums_over_tp:
                 return
-            bucket.begin_reduce()
-            self._num_begun += 1
+            self._begin_reduce()
+
+    def _begin_reduce(self) -> None:
+        """Begin to reduce the next bucket, once no more copies of buckets are held than may be."""
+        if self._most_under_way is not None and self._num_begun >= self._most_under_way:
+            self._buckets[self._num_begun - self._most_under_way].await_reduce()
+        self._buckets[self._num_begun].begin_reduce()
+        self._num_begun += 1
 
     def _sum_over_tp(self) -> None:
         """One all-reduce a dtype. What it carries, and in which order, is the same for all bucket sizes."""

@@ -52,6 +52,9 @@ class MemoryPlan:
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     bucket_bytes: int = 128 * 2**20
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    deterministic_reduce: bool = False
+    overlap: bool = True
     recompute: RecomputePlan = KEEP_ALL
     fuse_main_grads: bool = True
     loss_chunk_tokens: int | None = None
@@ -61,7 +64,8 @@ class MemoryPlan:
         stages, gradient = self.stages.stages_of(rank), GRADIENT_BYTES[self.precision]
         num_shards = self.grid.size("dp", "cp")
         limit, tp = self.bucket_bytes // gradient, self.grid.tp
-        params = sum(rank_buckets(self.shape, self.stages, rank, tp=tp, limit=limit, num_shards=num_shards))
+        buckets = rank_buckets(self.shape, self.stages, rank, tp=tp, limit=limit, num_shards=num_shards)
+        params = sum(buckets)
         shard = params // num_shards
         return Memory(
             weights=params * self._item,
@@ -70,7 +74,8 @@ class MemoryPlan:
             optimizer_states=shard * gradient * MOMENTS[self.optimizer],
             activations=self._kept(rank),
             logits=sum(max(1, count) * self._logits(stage) for stage, count in self._by_stage(rank).items()),
-            temporaries=max(self._temporaries(stage) + self._recomputed(stage) for stage in stages),
+            temporaries=max(self._temporaries(stage) + self._recomputed(stage) for stage in stages)
+            + max(buckets) * self._copied_while_reduced(),
         )
 
     def peak(self) -> Memory:
@@ -117,6 +122,14 @@ class MemoryPlan:
         """Elements of this rank's shard of the stage, padded rows included; norms are whole on every rank."""
         return sum(parameter.elements for parameter in stage_parameters(self.shape, self.stages, stage, self.grid.tp))
 
+    def _copied_while_reduced(self) -> int:
+        """Bytes an element of a bucket that a reduction which is not in place holds: of two buckets with overlap."""
+        if self.grid.size("dp", "cp") == 1:
+            return 0
+        travels = 2 if self.grad_reduce == "bf16" else GRADIENT_BYTES[self.precision]
+        copies = (self.grad_reduce == "bf16") + self.deterministic_reduce
+        return travels * copies * (2 if self.overlap else 1)
+
     @property
     def _item(self) -> int:
         """Bytes of a weight or an activation."""
@@ -135,19 +148,36 @@ class MemoryPlan:
     def _kept(self, rank: int) -> int:
         """Bytes that autograd keeps on a rank at its fullest.
 
-        A backward without weight gradients leaves what those need, as much as without recomputation: on rank r up to r
-        microbatches of ZB-H1; at the end of ZB-V r of either stage, while p - r more are left of the first.
+        A backward without weight gradients leaves what those need, see ``_owed``: on rank r up to r microbatches of
+        ZB-H1; at the end of ZB-V r of either stage, while p - r more are left of the first. One more is between its I
+        and its W, and the embedding's gradient is made beside it.
         """
         in_flight, stages = self._by_stage(rank), self.stages.stages_of(rank)
         kept = sum(self._window(stage, count) for stage, count in in_flight.items())
-        owed = min(rank, self.num_microbatches)
-        in_full = sum(owed * self._activations(stage, Recompute()) for stage in stages)
+        if self.schedule not in ("zb-h1", "zb-v"):
+            return kept
+        owed, between = min(rank, self.num_microbatches), max(self._in_between(stage) for stage in stages)
+        in_full = sum(owed * self._owed(stage) for stage in stages)
         if self.schedule == "zb-h1":
-            return self._window(stages[0], in_flight[stages[0]] - owed) + in_full
-        if self.schedule == "zb-v":
-            left = min(self.stages.num_ranks, self.num_microbatches) - owed
-            return max(kept, self._window(stages[0], left) + in_full)
-        return kept
+            return self._window(stages[0], in_flight[stages[0]] - owed) + in_full + between
+        left = min(self.stages.num_ranks, self.num_microbatches) - owed
+        return max(kept, self._window(stages[0], left) + in_full) + between
+
+    def _owed(self, stage: int) -> int:
+        """Bytes of one microbatch that wait for their W: as much as without recomputation, and what was gathered."""
+        return self._activations(stage, Recompute()) + self._gathered(stage)
+
+    def _in_between(self, stage: int) -> int:
+        """Bytes beside a microbatch in flight once it has had its I: what it owes, less what it kept for that."""
+        light = min(self._activations(stage, self.recompute.at(stage, m)) for m in range(self.num_microbatches))
+        rows = self.shape.padded_vocab_size // self.grid.tp if self.stages.has_embedding(stage) else 0
+        return self._owed(stage) - light + self._wide * rows * self.shape.hidden_size
+
+    def _gathered(self, stage: int) -> int:
+        """Under sequence parallel a weight gradient is owed with whole operands: x of a column, grad_y of a row."""
+        head = self.stages.has_head(stage) and self._keeps_logits
+        operands = 4 * len(self.stages.layers[stage]) + head
+        return operands * self._item * self.shape.hidden_size * (self._tokens - self._residual_tokens)
 
     def _window(self, stage: int, count: int) -> int:
         """Bytes that autograd keeps of ``count`` consecutive microbatches in a stage, whichever keep the most."""

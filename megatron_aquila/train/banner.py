@@ -13,13 +13,14 @@ from megatron_aquila.data.native import INDEX_BUILDER
 from megatron_aquila.errors import AquilaError, ConfigError, Problem
 from megatron_aquila.observe.log import Log
 from megatron_aquila.plan.flops import peak_flops
+from megatron_aquila.train.bubble import run_bubble
 
 
 def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapping[str, str]) -> None:
     """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory, and the kernels."""
     changed = setting_rows(loaded, changed_only=True)
     log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
-    log.section("what follows", dict(derived_rows(loaded.config, derived)))
+    log.section("what follows", dict(derived_rows(loaded.config, derived, bubble=run_bubble(loaded.config, derived))))
     log.section("kernels", {**kernels, "sample indices": INDEX_BUILDER})
     if loaded.config.checkpoint.save is None:
         log.line("no --save folder is set: nothing of this run will be kept")

@@ -130,8 +130,8 @@ def build_machine(
     )
 
 
-def build_wire(config: RunConfig, derived: Derived, ctx: ParallelContext, *, link_depth: int) -> Wire:
-    """The wire to the neighbouring pipeline ranks, for the activations of one microbatch."""
+def build_wire(config: RunConfig, derived: Derived, ctx: ParallelContext, *, link_depth: int) -> P2PWire:
+    """What activations and their gradients travel over, of this rank's part of a microbatch's sequence."""
     rows = derived.shape.seq_len // (ctx.tp.size if config.parallel.sequence else 1)
     return P2PWire(
         ctx,

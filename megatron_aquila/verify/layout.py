@@ -74,8 +74,6 @@ WORDS: Mapping[str, str] = {
 }
 NEEDS: Mapping[str, str] = {  # without the second the first is nothing
     "sequence": "tp",
-    "schedule": "pp",
-    "chunks": "pp",
     "small_buckets": "dp",
     "deterministic": "dp",
 }
@@ -93,13 +91,12 @@ def is_supported(layout: Layout) -> bool:
 def requested_layout(config: RunConfig) -> Layout:
     """What the settings ask for. Buckets are small wherever they matter, as the model will be."""
     parallel, dp = config.parallel, 1 if config.parallel.data is None else config.parallel.data
-    has_pipeline = parallel.pipeline > 1
     return Layout(
         tp=parallel.tensor,
         sequence=parallel.sequence and parallel.tensor > 1,
         pp=parallel.pipeline,
-        schedule=parallel.schedule if has_pipeline else "1f1b",
-        chunks=num_chunks(parallel) if has_pipeline else 1,
+        schedule=parallel.schedule,
+        chunks=num_chunks(parallel),
         dp=dp,
         micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
         recompute=config.train.recompute,
@@ -129,7 +126,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             pipeline=layout.pp,
             schedule=schedule,
             chunks=layout.chunks,
-            stage_layers=parallel.stage_layers if by_hand and layout.pp > 1 else None,
+            stage_layers=parallel.stage_layers if by_hand and layout.pp * layout.chunks > 1 else None,
             data=layout.dp,
             overlap=layout.overlap,
             bucket_mib=BUCKET_MIB[layout.small_buckets],

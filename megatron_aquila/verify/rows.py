@@ -32,8 +32,9 @@ def _claims(requested: Layout) -> Iterator[Claim]:
     yield Claim(axis="world of one", layout=one)
     yield Claim(axis="tp", layout=tp)
     yield Claim(axis="tp + sp", layout=replace(tp, sequence="tp" in asked))
-    for axis, layout in (("pp", pp), ("schedule", replace(pp, schedule=requested.schedule, chunks=requested.chunks))):
-        if "pp" in asked:
+    scheduled = replace(pp, schedule=requested.schedule, chunks=requested.chunks)
+    for axis, layout, is_asked in (("pp", pp, "pp" in asked), ("schedule", scheduled, scheduled != pp)):
+        if is_asked:
             yield Claim(axis=axis, layout=layout)
             yield Claim(axis=axis, layout=layout, twin=one, bits="gradients")
     yield Claim(axis="dp (ZeRO-1)", layout=dp)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_aquila.config.derive import given_layers
+from megatron_aquila.config.derive import given_layers, num_chunks
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.verify.layout import Layout
 
@@ -43,7 +43,9 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             seq_len=SEQ_LEN,
             init_std=0.2,  # a residual stream of order one: small weights would hide errors
         ),
-        parallel=replace(config.parallel, stage_layers=stage_layers, pipeline_layout=None),
+        parallel=replace(
+            config.parallel, stage_layers=stage_layers, pipeline_layout=None, chunks=num_chunks(config.parallel)
+        ),
         data=replace(config.data, eod_token_id=EOD),
         optim=replace(config.optim, lr_warmup_samples=0),
         train=replace(

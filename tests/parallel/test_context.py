@@ -49,7 +49,7 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
 @pytest.mark.parametrize(
     ("grid", "made", "shared"),
     [
-        (RankGrid(dp=4), [], [{"dp", "dp_cp", "world"}]),
+        (RankGrid(dp=4), [[0, 1, 2, 3]], [{"dp", "world"}, {"dp_cp"}]),
         (RankGrid(tp=4), [], [{"tp", "world"}]),
         (RankGrid(pp=4), [[0, 1, 2, 3]] * 3, [{"pp", "world", "F up 0"}, {"B down 0"}, {"F up 1"}, {"B down 1"}]),
         (RankGrid(tp=2, dp=2), [[0, 1], [2, 3], [0, 2], [1, 3]], [{"tp"}, {"dp", "dp_cp"}, {"world"}]),
@@ -58,7 +58,11 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
             [[0, 1], [2, 3], [0, 2], [1, 3], [0, 2], [1, 3]],
             [{"tp"}, {"pp", "F up 0"}, {"world"}, {"B down 0"}],
         ),
-        (RankGrid(cp=2, dp=2), [[0, 1], [2, 3], [0, 2], [1, 3]], [{"cp"}, {"dp"}, {"dp_cp", "world"}]),
+        (
+            RankGrid(cp=2, dp=2),
+            [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3]],
+            [{"cp"}, {"dp"}, {"dp_cp"}, {"world"}],
+        ),
     ],
     ids=str,
 )

@@ -140,7 +140,8 @@ def test_activations_cover_the_schedules_peak_and_little_more(name, chunks, pp, 
             held += change * memory._activations(action.stage, Recompute())
             most = max(most, held)
         layer = memory._activations(0, Recompute()) / len(memory.stages.layers[0])
-        assert most <= memory.of_rank(rank).activations <= most + memory.in_flight(rank) * layer
+        between = max(memory._in_between(stage) for stage in memory.stages.stages_of(rank)) if name[:2] == "zb" else 0
+        assert most <= memory.of_rank(rank).activations <= most + memory.in_flight(rank) * layer + between
 
 
 def test_a_rank_holds_all_its_stages():

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
+from unittest import mock
 
 import pytest
 import torch
@@ -13,15 +14,17 @@ from torch import Tensor
 from megatron_aquila.config.check import RULES
 from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive, memory_plan, traffic_plan
-from megatron_aquila.config.schema import ModelConfig, RunConfig
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm_reference
 from megatron_aquila.model.aquila import build_stages
+from megatron_aquila.optim.buckets import Reduction
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.pipeline.checks import check
 from megatron_aquila.pipeline.schedules import build_schedule
 from megatron_aquila.plan.flops import num_params
+from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context
 from megatron_aquila.verify.dry import (
     META,
@@ -200,6 +203,57 @@ def test_what_microbatches_in_flight_keep_is_what_the_plan_says(preset, pp_rank)
     # The whole step: the plan adds the loss's logits and a layer's backward, which do not meet, on the last stage.
     planned = memory.activations + memory.logits + memory.temporaries
     assert trace.peak * (1 - 1e-5) <= planned <= trace.peak * (1.06 if is_last else 1.01)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "recompute", "pp_rank"),
+    [
+        ("zb-h1", "none", 0),
+        ("zb-h1", "none", 2),
+        ("zb-h1", "full", 2),
+        ("zb-v", "none", 0),
+        ("zb-v", "none", 3),
+        ("zb-v", "full", 2),
+    ],
+)
+def test_weight_gradients_that_wait_are_planned_for(schedule, recompute, pp_rank):
+    """Under sequence parallel they wait with whole operands, which a plan by what autograd keeps would leave out."""
+    config = RunConfig(
+        model=ModelConfig(num_layers=8),
+        parallel=ParallelConfig(tensor=4, pipeline=4, sequence=True, schedule=schedule),
+        train=TrainConfig(global_batch=8, recompute=recompute),
+    )
+    derived = derive(config, 16)
+    with fake_world(derived.grid.rank(tp=3, pp=pp_rank), 16), StorageTracker() as storages:
+        machine = dry_machine(config, 16)
+        dry_step(machine, [dry_batch(derived.shape, 1) for _ in range(8)])
+        peak = storages.peak
+    plan = memory_plan(config, derived)
+    assert peak <= plan.of_rank(pp_rank).total <= 1.06 * peak
+    nothing = {name: mock.Mock(return_value=0) for name in ("_gathered", "_in_between")}
+    with mock.patch.multiple(MemoryPlan, **nothing):
+        assert plan.of_rank(pp_rank).total < peak, "without them the plan would be too small"
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    [{"deterministic_reduce": True}, {"grad_reduce": "bf16"}, {"deterministic_reduce": True, "overlap": False}],
+)
+def test_reductions_hold_copies_of_two_buckets_at_most(reduction):
+    config = RunConfig(
+        model=ModelConfig(num_layers=4), parallel=ParallelConfig(**reduction), train=TrainConfig(global_batch=8)
+    )
+
+    def peak() -> int:
+        with fake_world(3, 8), StorageTracker() as storages:
+            machine = dry_machine(config, 8)
+            dry_step(machine, [dry_batch(machine.derived.shape, 1)])
+            return storages.peak
+
+    planned = memory_plan(config, derive(config, 8)).peak().total
+    assert peak() <= planned
+    with mock.patch.object(Reduction, "most_under_way", None):
+        assert peak() > planned, "copies of all buckets at once are more than is planned"
 
 
 def test_a_kernel_that_keeps_more_is_seen():

@@ -31,7 +31,7 @@ def test_a_schedule_takes_its_chunks_with_it() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(sequence=True), Layout(schedule="gpipe"), Layout(chunks=2), Layout(pp=2, schedule="zb-v"),
+    [Layout(sequence=True), Layout(schedule="zb-v"), Layout(pp=2, schedule="zb-v"),
      Layout(pp=2, schedule="zb-h1", chunks=2), Layout(deterministic=True), Layout(small_buckets=True)],
     ids=str,
 )  # fmt: skip
@@ -44,7 +44,9 @@ def test_the_settings_say_what_is_asked_for() -> None:
         parallel=ParallelConfig(tensor=2, data=3, sequence=True, schedule="gpipe"), train=TrainConfig(micro_batch=8)
     )
     asked = requested_layout(config)
-    assert asked == Layout(tp=2, sequence=True, dp=3, micro_batch=2, overlap=True, small_buckets=True, fused=True)
+    assert asked == Layout(
+        tp=2, sequence=True, schedule="gpipe", dp=3, micro_batch=2, overlap=True, small_buckets=True, fused=True
+    )
     alone = requested_layout(replace(config, parallel=ParallelConfig(sequence=True)))
     assert not alone.sequence
     assert not alone.overlap, "there is nobody to talk to"

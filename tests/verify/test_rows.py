@@ -41,3 +41,11 @@ def test_buckets_are_held_against_whole_ones_in_a_fixed_order() -> None:
     assert buckets.layout == Layout(dp=2, small_buckets=True, deterministic=True)
     assert buckets.twin == Layout(dp=2, deterministic=True)
     assert together.layout == Layout(dp=2, small_buckets=True)
+
+
+def test_a_schedule_is_proved_on_one_rank_too() -> None:
+    """Weight gradients are put off there as well."""
+    rows = [(claim.axis, claim.layout, claim.twin) for claim in claims(Layout(tp=2, schedule="zb-h1"))]
+    alone = Layout(schedule="zb-h1")
+    assert ("schedule", alone, None) in rows
+    assert ("schedule", alone, Layout()) in rows
