@@ -144,7 +144,7 @@ def test_memory_counts_the_microbatches_that_are_there_at_once():
     rope = tokens * 2 * AQUILA_34B.head_dim * 4
     first = 15 * one + rope + 9 * tokens  # and the embedding's rows and which of them are here
     assert full.of_rank(0).activations == 4 * first
-    last_norm_and_loss = 2 * one + tokens // 4 * 4 + 3 * tokens * 4
+    last_norm_and_loss = 2 * one + tokens // 4 * 4 + tokens * 4  # and each token's weight in the loss
     assert full.of_rank(3).activations == 13 * one + rope + last_norm_and_loss
     layer = (none.of_rank(2).activations // 2 - rope) // 16
     assert full.of_rank(2).temporaries - none.of_rank(2).temporaries == layer
