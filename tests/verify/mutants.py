@@ -408,7 +408,7 @@ def recomputed_from_another_microbatch() -> Any:
     "a recomputed norm or SwiGLU starts from inputs in fp32",
     LITTLE,
     "recompute",
-    "gradient of lm_head.weight",
+    "gradient of model.layers.2.mlp.down_proj.weight",
 )
 def module_recomputed_in_another_precision() -> Any:
     return _other_inputs(lambda x: x.float().to(x.dtype))
