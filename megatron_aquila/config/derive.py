@@ -117,6 +117,11 @@ def recompute_plan(train: TrainConfig, stages: StagePlan) -> RecomputePlan:
     )
 
 
+def full_microbatches(config: RunConfig, derived: Derived) -> int:
+    """Microbatches of a rank at the full batch."""
+    return config.train.global_batch // (config.train.micro_batch * derived.grid.dp)
+
+
 def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
     """The memory estimate of the run at its full batch."""
     return MemoryPlan(
@@ -124,7 +129,7 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         grid=derived.grid,
         stages=derived.stages,
         micro_batch=config.train.micro_batch,
-        num_microbatches=config.train.global_batch // (config.train.micro_batch * derived.grid.dp),
+        num_microbatches=full_microbatches(config, derived),
         schedule=config.parallel.schedule,
         sequence_parallel=config.parallel.sequence,
         precision=config.train.precision,
@@ -151,7 +156,7 @@ def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
         grid=derived.grid,
         stages=derived.stages,
         micro_batch=config.train.micro_batch,
-        num_microbatches=config.train.global_batch // (config.train.micro_batch * derived.grid.dp),
+        num_microbatches=full_microbatches(config, derived),
         sequence_parallel=config.parallel.sequence,
         precision=config.train.precision,
         bucket_bytes=bucket_bytes(config),

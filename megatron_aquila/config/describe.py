@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from megatron_aquila.config.cli import LoadedConfig
-from megatron_aquila.config.derive import Derived, memory_plan, traffic_plan
+from megatron_aquila.config.derive import Derived, full_microbatches, memory_plan, traffic_plan
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, spell, value_of
 from megatron_aquila.plan.flops import flops_per_token, num_params
@@ -95,11 +95,6 @@ def _stages(derived: Derived) -> str:
     if stages.num_ranks > 1:
         parts.append(f"ranks wait {100 * idle_share(derived.shape, stages):.1f} % for the heaviest")
     return "; ".join(parts)
-
-
-def full_microbatches(config: RunConfig, derived: Derived) -> int:
-    """Microbatches of a rank at the full batch."""
-    return derived.batches.sizes()[-1] // config.train.micro_batch // derived.grid.dp
 
 
 def _bubble(config: RunConfig, derived: Derived, bubble: float) -> str:

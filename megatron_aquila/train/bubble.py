@@ -1,7 +1,6 @@
 """The bubble of a run. Without torch, so that ``aquila config show`` starts at once."""
 
-from megatron_aquila.config.derive import Derived
-from megatron_aquila.config.describe import full_microbatches
+from megatron_aquila.config.derive import Derived, full_microbatches
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.pipeline.action import Op
 from megatron_aquila.pipeline.schedules import build_schedule

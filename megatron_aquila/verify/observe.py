@@ -112,6 +112,20 @@ def build_small(config: RunConfig) -> Machine:
     return machine
 
 
+def machine_batches(machine: Machine) -> list[Batch]:
+    """This rank's microbatches of the proof's global batch, as the machine's settings split it and keep documents."""
+    config, dp = machine.config, machine.ctx.dp
+    return rank_batches(
+        machine.derived.shape,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        dp=dp.size,
+        dp_rank=dp.rank,
+        documents=document_rules(config.data, config.data.eod_token_id),
+    )
+
+
 def _observe_rule(config: RunConfig) -> RankObservation:
     """A step, an update, and a second: trained under SGD, validated under AdamW, so that both ways are seen.
 
@@ -119,15 +133,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
     """
     machine, rule = build_small(config), config.optim.optimizer
     optimizer, ctx, scale = machine.optimizer, machine.ctx, machine.scaling.initial
-    batches = rank_batches(
-        machine.derived.shape,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        dp=ctx.dp.size,
-        dp_rank=ctx.dp.rank,
-        documents=document_rules(config.data, config.data.eod_token_id),
-    )
+    batches = machine_batches(machine)
     first, second = _loss_sums(machine, batches), _loss_sums(machine, batches)
     with recording(machine) as outputs:
         compute_gradients(machine, batches, first)

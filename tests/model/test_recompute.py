@@ -26,12 +26,11 @@ from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.recompute import KEEP_ALL, MODULES, Kind, RecomputePlan, plan_recompute
 from megatron_aquila.plan.stages import plan_stages
-from megatron_aquila.train.corpus import document_rules
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
-from megatron_aquila.verify.observe import build_small
+from megatron_aquila.verify.observe import build_small, machine_batches
 from megatron_aquila.verify.pool import WorkerPool
-from megatron_aquila.verify.sample import rank_batches, sample_batch
+from megatron_aquila.verify.sample import sample_batch
 from tests.model.test_aquila import SHAPE
 
 CONFIG = RunConfig(
@@ -64,15 +63,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
 def gradients(config: RunConfig) -> dict[str, Tensor]:
     """This rank's shard of the reduced gradients of a step, and its loss. Collective; runs in a worker."""
     machine = build_small(config)
-    batches = rank_batches(
-        machine.derived.shape,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        dp=machine.ctx.dp.size,
-        dp_rank=machine.ctx.dp.rank,
-        documents=document_rules(config.data, config.data.eod_token_id),
-    )
+    batches = machine_batches(machine)
     tokens = agree(machine.ctx, batches).num_tokens
     sums = LossSums(("even", "odd"), num_tokens=tokens, device=machine.ctx.device, loss_scale=1.0)
     compute_gradients(machine, batches, sums)

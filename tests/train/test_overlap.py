@@ -23,9 +23,8 @@ from megatron_aquila.train.build import Machine
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
 from megatron_aquila.verify.layout import Layout, with_layout
-from megatron_aquila.verify.observe import SOURCES, assemble, build_small, gradient_chunks
+from megatron_aquila.verify.observe import SOURCES, assemble, build_small, gradient_chunks, machine_batches
 from megatron_aquila.verify.pool import WorkerPool
-from megatron_aquila.verify.sample import rank_batches
 from megatron_aquila.verify.shrink import shrink
 from tests.optim.test_reduction import gathered_late
 from tests.parallel.worlds import CountCollectives, distance
@@ -48,15 +47,7 @@ def config_of(layout: Layout, precision: str = "fp64", **parallel: Any) -> RunCo
 
 
 def compute(machine: Machine) -> None:
-    config, ctx = machine.config, machine.ctx
-    batches = rank_batches(
-        machine.derived.shape,
-        seed=config.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        dp=ctx.dp.size,
-        dp_rank=ctx.dp.rank,
-    )
+    ctx, batches = machine.ctx, machine_batches(machine)
     sums = LossSums(SOURCES, num_tokens=agree(ctx, batches).num_tokens, device=ctx.device)
     compute_gradients(machine, batches, sums)
 
