@@ -41,6 +41,7 @@ TOUCHES_DISTRIBUTED = {
     "optim/buckets.py",
     "checkpoint/store.py",
     "train/env.py",
+    "verify/dry.py",
     "verify/pool.py",
 }
 WITHOUT_TORCH = [

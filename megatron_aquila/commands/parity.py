@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_aquila.commands.failure import exit_code
-from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.cli import load_config, with_config_flag
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.verify.compare import BOUND, Row
 from megatron_aquila.verify.layout import requested_layout
@@ -37,7 +38,9 @@ class ParityOptions(TypedDict, total=False):
         bool, _option("matrix", "prove a sample of all combinations, in which every two settings meet, instead")
     ]
     json: Annotated[Path, _option("json", "write what was found to this file")]
-    markdown: Annotated[Path, _option("markdown", "put the table of --matrix into its place in this page")]
+    markdown: Annotated[
+        tuple[Path, ...], _option("markdown", "put the table of --matrix into its place in these pages")
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,17 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code.value
 
 
-def with_config_flag(arguments: Sequence[str]) -> list[str]:
-    """``arguments`` with ``--config`` before a file that stands alone: the first word, or a name in .yaml anywhere."""
-    words: list[str] = []
-    for word in arguments:
-        stands_alone = not words or word.endswith((".yaml", ".yml"))
-        if stands_alone and not word.startswith("-") and words[-1:] != ["--config"]:
-            words.append("--config")
-        words.append(word)
-    return words
-
-
 def wrong(options: Mapping[str, Any]) -> Iterator[Problem]:
     """What cannot be with the command's own flags, before anything is run."""
     if "json" in options and not options["json"].absolute().parent.is_dir():
@@ -76,11 +68,13 @@ def wrong(options: Mapping[str, Any]) -> Iterator[Problem]:
     if "markdown" not in options:
         return
     if "matrix" not in options:
-        yield Problem("--markdown", options["markdown"], "only --matrix makes a table for a page", "give --matrix")
-    if not options["markdown"].is_file():
-        why = "there is no such page"
-        way_out = "make it first, with the lines <!-- matrix: --> and <!-- /matrix -->"
-        yield Problem("--markdown", options["markdown"], why, way_out)
+        pages = spell(options["markdown"])
+        yield Problem("--markdown", pages, "only --matrix makes a table for a page", "give --matrix")
+    for page in options["markdown"]:
+        if not page.is_file():
+            why = "there is no such page"
+            way_out = "make it first, with the lines <!-- matrix: --> and <!-- /matrix -->"
+            yield Problem("--markdown", page, why, way_out)
 
 
 @contextmanager
@@ -118,7 +112,7 @@ def prove(config: RunConfig) -> list[Row]:
 
 
 def prove_matrix(config: RunConfig, options: Mapping[str, Any]) -> list[Row]:
-    """Run and print the matrix, a line a case, and put it into the page."""
+    """Run and print the matrix, a line a case, and put it into the pages."""
     console, found = _console(), list[MatrixRow]()
     console.print(f"{len(matrix_cases())} cases in which every two settings meet, float64, bound {BOUND:g}")
     with worker_pools() as pool:
@@ -130,8 +124,7 @@ def prove_matrix(config: RunConfig, options: Mapping[str, Any]) -> list[Row]:
             console.print(f"{verdict}  {escape(str(one.case.layout))}{documents}  [dim]{one.seconds:.1f} s[/dim]")
     rows = [row for one in found for row in one.rows]
     explain(rows, console)
-    if "markdown" in options:
-        page: Path = options["markdown"]
+    for page in options.get("markdown", ()):
         write(page, put(page.read_text(encoding="utf-8"), "matrix", matrix_table(found)))
     return rows
 

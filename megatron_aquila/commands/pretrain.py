@@ -55,6 +55,7 @@ def run(loaded: LoadedConfig, launch: Launch) -> None:
     env.prepare_environment()
     device = env.choose_device(config.train.device, launch)
     banner.check_memory(config, derived, device)
+    banner.check_peak(config, device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     with env.process_group(device, launch, timeout), banner.explain_out_of_memory(config, derived):
         run.pretrain(loaded, derived, device, launch, Log(enabled=launch.rank == 0))

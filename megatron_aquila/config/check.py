@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.inputs import check_data_path, check_documents, check_split, check_start
+from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
@@ -193,6 +194,13 @@ def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--precision", "fp64", why, "use bf16 or fp32, or --device cpu")
 
 
+def _grad_reduce(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    precision = config.train.precision
+    if config.parallel.grad_reduce == "bf16" and precision in ("fp32", "fp64"):
+        why = f"it would round the gradients of {precision} weights to 8 bits"
+        yield Problem("--grad-reduce", "bf16", why, "use fp32, or --precision bf16")
+
+
 def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     optim, precision = config.optim, config.train.precision
     if precision != "fp16":
@@ -204,6 +212,10 @@ def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
 
 
 _LAYOUT = "parallel.tensor parallel.context parallel.pipeline parallel.data"
+_STAGES = (
+    "parallel.pipeline parallel.schedule parallel.chunks parallel.stage_layers parallel.pipeline_layout "
+    "model.num_layers"
+)
 _BATCH = "train.global_batch train.micro_batch"
 _SHAPE = "model.num_heads model.num_kv_heads model.hidden_size model.head_dim"
 _WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab_size model.vocab_multiple"
@@ -212,8 +224,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _heads: _SHAPE,
     _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
     _context: "parallel.context",
-    _pipeline: "parallel.pipeline parallel.schedule parallel.chunks parallel.stage_layers parallel.pipeline_layout "
-    "model.num_layers",
+    _pipeline: _STAGES,
     _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks",
     _batch: f"{_LAYOUT} {_BATCH}",
     _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
@@ -221,7 +232,12 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
+    _grad_reduce: "parallel.grad_reduce train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
+    check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "
+    "train.recompute_granularity_per_stage train.recompute_method_per_stage train.recompute_layers_per_stage",
+    check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
+    "train.recompute_method_per_stage train.recompute_layers_per_stage",
     check_data_path: "data.path",
     check_split: "data.split",
     check_documents: "data.reset_position_ids data.reset_attention_mask data.eod_mask_loss data.eod_token_id "

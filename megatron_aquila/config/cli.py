@@ -114,6 +114,17 @@ def resolve(parsed: Parsed, *, world_size: int | None = None, to_train: bool = F
     return LoadedConfig(config, sources, parsed.options, tuple(needed))
 
 
+def with_config_flag(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with ``--config`` before a file that stands alone: the first word, or a name in .yaml anywhere."""
+    words: list[str] = []
+    for word in arguments:
+        stands_alone = not words or word.endswith((".yaml", ".yml"))
+        if stands_alone and not word.startswith("-") and words[-1:] != ["--config"]:
+            words.append("--config")
+        words.append(word)
+    return words
+
+
 def format_problems(error: ConfigError) -> str:
     """What every command prints when the settings cannot run: one line a problem."""
     count = len(error.problems)

@@ -1,24 +1,28 @@
 """What follows from the settings and the world size; computed, never written back."""
 
+import math
 from dataclasses import dataclass
 
-from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.plan.batches import BatchPlan
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.layout import layout_layers
 from megatron_aquila.plan.memory import MemoryPlan
+from megatron_aquila.plan.recompute import MODULES, RecomputePlan, per_stage, plan_recompute
 from megatron_aquila.plan.shape import ModelShape, ffn_size, padded_vocab_size
 from megatron_aquila.plan.stages import FIXED_CHUNKS, StagePlan, plan_stages
+from megatron_aquila.plan.traffic import TrafficPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """The run's grid, model, stages and batches."""
+    """The run's grid, model, stages, batches, and what it computes again."""
 
     grid: RankGrid
     shape: ModelShape
     stages: StagePlan
     batches: BatchPlan
+    recompute: RecomputePlan
 
     def batch_at(self, consumed_samples: int) -> tuple[int, int]:
         """``(global batch, microbatches of a rank)`` of the step that starts after ``consumed_samples``."""
@@ -33,8 +37,9 @@ def derive(config: RunConfig, world_size: int | None) -> Derived:
     return Derived(
         grid=rank_grid(config, world_size),
         shape=(shape := model_shape(config.model)),
-        stages=stage_plan(config.parallel, shape),
+        stages=(stages := stage_plan(config.parallel, shape)),
         batches=batch_plan(config, rank_grid(config, world_size).dp),
+        recompute=recompute_plan(config.train, stages),
     )
 
 
@@ -98,6 +103,25 @@ def batch_plan(config: RunConfig, dp: int) -> BatchPlan:
     return BatchPlan(global_batch=train.global_batch, micro_batch=train.micro_batch, dp=dp, ramp=train.rampup_batch)
 
 
+def recompute_plan(train: TrainConfig, stages: StagePlan) -> RecomputePlan:
+    """What each stage computes again in each microbatch's backward."""
+    return plan_recompute(
+        stages,
+        kind=train.recompute,
+        method=train.recompute_method,
+        num_layers=train.recompute_layers,
+        modules=[module for module in MODULES if module in train.recompute_modules],
+        granularities=per_stage(train.recompute_granularity_per_stage),
+        methods=per_stage(train.recompute_method_per_stage),
+        layers=per_stage(train.recompute_layers_per_stage),
+    )
+
+
+def full_microbatches(config: RunConfig, derived: Derived) -> int:
+    """Microbatches of a rank at the full batch."""
+    return config.train.global_batch // (config.train.micro_batch * derived.grid.dp)
+
+
 def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
     """The memory estimate of the run at its full batch."""
     return MemoryPlan(
@@ -105,9 +129,40 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         grid=derived.grid,
         stages=derived.stages,
         micro_batch=config.train.micro_batch,
-        num_microbatches=config.train.global_batch // (config.train.micro_batch * derived.grid.dp),
+        num_microbatches=full_microbatches(config, derived),
         schedule=config.parallel.schedule,
         sequence_parallel=config.parallel.sequence,
         precision=config.train.precision,
         optimizer=config.optim.optimizer,
+        bucket_bytes=bucket_bytes(config),
+        grad_reduce=config.parallel.grad_reduce,
+        deterministic_reduce=config.parallel.deterministic_reduce,
+        overlap=config.parallel.overlap,
+        recompute=derived.recompute,
+        fuse_main_grads=config.parallel.fuse_main_grads,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+    )
+
+
+def bucket_bytes(config: RunConfig) -> int:
+    """Bytes of main gradients that a bucket holds."""
+    return math.ceil(config.parallel.bucket_mib * 2**20)
+
+
+def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
+    """The communication of a step at the run's full batch."""
+    return TrafficPlan(
+        shape=derived.shape,
+        grid=derived.grid,
+        stages=derived.stages,
+        micro_batch=config.train.micro_batch,
+        num_microbatches=full_microbatches(config, derived),
+        sequence_parallel=config.parallel.sequence,
+        precision=config.train.precision,
+        bucket_bytes=bucket_bytes(config),
+        grad_reduce=config.parallel.grad_reduce,
+        deterministic_reduce=config.parallel.deterministic_reduce,
+        recompute=derived.recompute,
+        num_sources=max(1, len(config.data.path) // 2),
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
     )

@@ -3,13 +3,12 @@
 from dataclasses import fields
 
 from megatron_aquila.config.cli import LoadedConfig
-from megatron_aquila.config.derive import Derived, memory_plan
+from megatron_aquila.config.derive import Derived, full_microbatches, memory_plan, traffic_plan
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, spell, value_of
 from megatron_aquila.plan.flops import flops_per_token, num_params
 from megatron_aquila.plan.memory import Memory
 from megatron_aquila.plan.stages import idle_share
-from megatron_aquila.plan.time import bubble_share, bubble_time
 
 GIB, MIB = 2**30, 2**20
 
@@ -24,11 +23,14 @@ def setting_rows(loaded: LoadedConfig, *, changed_only: bool = False) -> list[tu
     return rows
 
 
-def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
-    """``(what, words)``: layout, sizes, FLOPs, batch, stages, bubble and memory that follow from the settings."""
+def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[tuple[str, str]]:
+    """``(what, words)``: layout, sizes, FLOPs, batch, stages, bubble and memory that follow from the settings.
+
+    ``bubble`` is the share of a step that ranks wait; the pipeline's simulator knows it.
+    """
     grid, shape = derived.grid, derived.shape
     tokens = config.train.train_samples * shape.seq_len
-    batch, microbatches = config.train.global_batch, derived.batches.sizes()[-1] // config.train.micro_batch // grid.dp
+    batch, microbatches = config.train.global_batch, full_microbatches(config, derived)
     layout = f"{grid.world_size} = tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}"
     return [
         ("ranks", layout + (", sequence parallel" if config.parallel.sequence else "")),
@@ -38,7 +40,7 @@ def derived_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
         ("step", f"{batch:,} samples = {batch * shape.seq_len:,} tokens in {microbatches} microbatches{_ramp(config)}"),
         ("run", f"{config.train.train_samples:,} samples = {tokens:,} tokens"),
         ("layers by stage", _stages(derived)),
-        ("pipeline bubble", _bubble(config, derived, microbatches)),
+        ("pipeline bubble", _bubble(config, derived, bubble)),
         *memory_rows(config, derived),
     ]
 
@@ -47,6 +49,27 @@ def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
     """One line of estimated memory, by purpose, for each pipeline rank."""
     plan = memory_plan(config, derived)
     return [(f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in range(derived.stages.num_ranks)]
+
+
+TRAFFIC_COLUMNS = ("what", "call", "between ranks", "calls", "of bytes", "sent")
+
+
+def traffic_rows(config: RunConfig, derived: Derived) -> tuple[int, list[tuple[str, ...]]]:
+    """The pipeline rank that sends the most in a step at the full batch, and its rows under ``TRAFFIC_COLUMNS``."""
+    plan = traffic_plan(config, derived)
+    by_rank = [plan.of_rank(pp_rank) for pp_rank in range(derived.grid.pp)]
+    busiest = max(range(derived.grid.pp), key=lambda pp_rank: sum(row.sent_bytes for row in by_rank[pp_rank]))
+    return busiest, [
+        (
+            row.what,
+            row.kind,
+            f"{row.group} {row.group_size}",
+            f"{row.count:,}",
+            _size(row.num_bytes),
+            _size(row.sent_bytes) if row.sent_bytes else "-",
+        )
+        for row in by_rank[busiest]
+    ]
 
 
 def _flops(derived: Derived) -> str:
@@ -62,7 +85,7 @@ def _ramp(config: RunConfig) -> str:
 
 
 def _stages(derived: Derived) -> str:
-    """``7 7 8 7 8 8 8 7; by rank 7+8 7+8 8+8 7+7; ranks wait 4.5 % for the heaviest``."""
+    """``7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.6 % for the heaviest``."""
     stages = derived.stages
     counts = [len(layers) for layers in stages.layers]
     by_rank = ["+".join(str(counts[stage]) for stage in stages.stages_of(rank)) for rank in range(stages.num_ranks)]
@@ -74,12 +97,10 @@ def _stages(derived: Derived) -> str:
     return "; ".join(parts)
 
 
-def _bubble(config: RunConfig, derived: Derived, microbatches: int) -> str:
-    stages, name = derived.stages, config.parallel.schedule
-    bubble = bubble_time(name, num_ranks=stages.num_ranks, forward=1, backward=1, weight=1, chunks=stages.chunks)
-    share = bubble_share(bubble, num_microbatches=microbatches, stage=3)
-    chunks = f" in {stages.chunks} chunks a rank" if stages.chunks > 1 else ""
-    return f"{100 * share:.2f} % of a step, {name}{chunks} with {microbatches} microbatches on equal stages"
+def _bubble(config: RunConfig, derived: Derived, bubble: float) -> str:
+    stages, microbatches = derived.stages, full_microbatches(config, derived)
+    name = config.parallel.schedule + (f" in {stages.chunks} chunks a rank" if stages.chunks > 1 else "")
+    return f"{100 * bubble:.2f} % of a step, {name} with {microbatches} microbatches on equal stages"
 
 
 def memory_words(memory: Memory) -> str:
@@ -90,5 +111,7 @@ def memory_words(memory: Memory) -> str:
 
 
 def _size(size: int) -> str:
-    """Bytes in words: ``26.4 GiB`` or ``61 MiB``."""
+    """Bytes in words: ``26.4 GiB``, ``61 MiB``, or ``32 B``."""
+    if size < MIB:
+        return f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"

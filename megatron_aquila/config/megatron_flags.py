@@ -62,6 +62,10 @@ def _warmup_samples(values: Values, config: RunConfig) -> str:
     return f"use --lr-warmup-samples {round(float(values[0]) * config.train.train_samples)} (of --train-samples)"
 
 
+def _bucket_mib(values: Values, config: RunConfig) -> str:
+    return f"use --bucket-mib {int(values[0]) * 4 / 2**20:g} ({values[0]} gradients of 4 bytes)"
+
+
 def _step_folder(values: Values, config: RunConfig) -> str:
     return f"use --load {config.checkpoint.load or 'FOLDER'}/step_{int(values[0]):07d}"
 
@@ -86,14 +90,12 @@ def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
 
 _INIT = Refused("one standard deviation and one norm weight serve the whole model", "use --init-std and --norm-init")
 _MUP = Refused("muP is not offered", "use --init-std and --lr")
-_RECOMPUTE = Refused("recomputation is not yet offered", "use a smaller --micro-batch or more --tp or --pp")
 _HETERO = Refused("training on mixed devices is not offered", "use ranks of one kind")
 _ADAN = Refused("Adan is not offered", "use --optimizer adamw")
 _SEARCH = Refused(
     "is not offered",
     "leave it out: a sample follows from seed, length, blend and split, so the log's consumed samples name it",
 )
-_OVERLAP = Refused("is not yet offered and changes speed only", "leave it out")
 _SPEED = Refused("changes speed only and is not offered", "leave it out")
 _MOE = Refused("mixtures of experts are not offered", "leave it out: every MLP is dense")
 _SHARDING = Refused("optimizer states are sharded, weights and gradients are not yet", "leave it out")
@@ -109,6 +111,7 @@ _SERVE = Refused("serving is not offered", "use aquila convert and a server of H
 _RMS_NORM = "every norm is an RMSNorm without bias"
 _ROPE = "positions are rotary"
 _FUSED = "kernels are chosen by device and dtype, and logged at start; there are no biases and no dropout to fuse"
+_OVERLAP = "collectives run beside computation; --no-overlap switches that off"
 _ONE_MODEL = "there is one implementation of the model"
 _LOGGED = "it is in every row of the log and goes to every writer"
 
@@ -119,7 +122,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--fp32": Sets("train.precision", "fp32"),
         "--fp16": Sets("train.precision", "fp16"),
         "--attention-softmax-in-fp32": Always("softmax is computed in fp32 or wider"),
-        "--accumulate-allreduce-grads-in-fp32": Always("gradients accumulate and reduce in fp32 or wider"),
+        "--accumulate-allreduce-grads-in-fp32": Sets("parallel.grad_reduce", "fp32"),
         "--rotary-position-embeddings-in-fp32": Always(
             "angles are computed in fp32 or wider (FlagScale's own flag was passed as an offset and had no such effect)"
         ),
@@ -133,7 +136,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--fp32-residual-connection": Refused(
             "the residual stream has the type of the activations", "leave it out, or use --precision fp32"
         ),
-        "--grad-reduce-in-bf16": Refused("gradients are reduced in fp32 or wider", "leave it out"),
+        "--grad-reduce-in-bf16": Sets("parallel.grad_reduce", "bf16"),
         "--use-precision-aware-optimizer": Refused("optimizer states are fp32 or wider", "leave it out"),
         **_family(Refused("fp8 is not offered", "use --bf16"), "--fp8-format --fp8-hybrid --fp8-e4m3 --fp8-margin"),
         # The network
@@ -200,7 +203,6 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         # Parallelism and speed
         "--use-distributed-optimizer": Always("optimizer states and master weights are sharded over dp"),
         "--use-flash-attn": Always("the fastest attention at hand is chosen, and logged at start"),
-        "--no-gradient-accumulation-fusion": Always("gradient accumulation is not fused"),
         **_family(
             Always(_FUSED),
             "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
@@ -208,13 +210,18 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         **_family(
             _SPEED,
-            "--cross-entropy-loss-fusion --cross-entropy-fusion-impl --manual-gc --manual-gc-interval "
+            "--manual-gc --manual-gc-interval "
             "--empty-unused-memory-level --num-dataset-builder-threads --no-mmap-bin-files --async-save "
-            "--use-ring-exchange-p2p --use-tp-pp-dp-mapping --nccl-communicator-config-path",
+            "--align-grad-reduce --align-param-gather --use-ring-exchange-p2p --use-tp-pp-dp-mapping "
+            "--nccl-communicator-config-path",
         ),
-        "--no-async-tensor-model-parallel-allreduce": Always("gradients of tensor-parallel inputs are awaited"),
+        "--cross-entropy-loss-fusion": Always("with the output projection, in chunks of --loss-chunk-tokens"),
+        "--cross-entropy-fusion-impl": Always("the output projection is part of it", ("linear",)),
+        "--no-async-tensor-model-parallel-allreduce": Always(
+            "the bits are the same; --no-overlap switches this overlap off, with all others"
+        ),
         "--no-overlap-p2p-communication": Refused("one switch serves all communication", "use --no-overlap"),
-        "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib"),
+        "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib", _bucket_mib),
         **_family(_SHARDING, "--use-torch-fsdp2 --use-custom-fsdp --data-parallel-sharding-strategy"),
         **_family(
             _BALANCE,
@@ -226,18 +233,16 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--no-global-file-system": Always("a missing index is noticed and built on each node"),
         "--num-devices-per-node": Refused("torchrun says how many ranks a node has", "leave it out"),
         **_family(
-            _OVERLAP,
-            "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step "
-            "--tp-comm-overlap --align-grad-reduce --align-param-gather",
+            Always(_OVERLAP),
+            "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step --tp-comm-overlap",
         ),
         "--num-layers-per-virtual-pipeline-stage": Refused(
             "stages are counted, not their layers", "use --chunks, the stages on each rank", _chunks
         ),
-        **_family(
-            _RECOMPUTE,
-            "--recompute-granularity --recompute-method --recompute-num-layers --recompute-activations "
-            "--recompute-granularity-per-stage --recompute-method-per-stage --recompute-num-layers-per-stage "
-            "--recompute-modules --checkpoint-activations --distribute-saved-activations",
+        "--recompute-activations": Sets("train.recompute", "selective"),
+        "--checkpoint-activations": Refused("it is said in other words", "use --recompute full"),
+        "--distribute-saved-activations": Refused(
+            "what is kept of the residual stream is split over tp under --sp", "leave it out, or use --sp"
         ),
         **_family(
             _HETERO,
@@ -348,6 +353,11 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "--num-workers": "`--prefetch`, the steps that a thread of each rank reads ahead: no worker processes",
         "--optimizer": "`adamw` is what Megatron-LM calls `adam`; its `sgd` has momentum, ours has none",
         "--vocab-size": "special tokens included; it must be the tokenizer's own",
+        "--recompute-granularity": "`selective` recomputes norms and SwiGLU, where Megatron-LM recomputes attention",
+        "--recompute-modules": "Megatron-LM's `core_attn` is `attention`, its `layernorm` is `norms`; no linear is "
+        "recomputed",
+        "--recompute-granularity-per-stage": "stages count along the model, as FlagScale's: virtual rank times pp "
+        "plus rank; both of its notations are read under both flags",
         "--override-opt-param-scheduler": "only with `--load` or `--resume`",
         "--wandb-dir": "alone, it switches offline Weights & Biases on, as FlagScale's does, under the project "
         "`megatron_aquila`",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from megatron_aquila.plan.recompute import Kind, Method
 from megatron_aquila.plan.shape import NormOrder, Precision
 from megatron_aquila.plan.stages import ScheduleName
 
@@ -95,8 +96,22 @@ class ParallelConfig:
         "--pipeline-layout",
         "--pipeline-model-parallel-layout",
     )
-    overlap: bool = setting(True, "communicate while computing: a stage's next input travels during the work before it")
-    bucket_mib: Count = setting(128, "gradients are reduced in buckets of about this many MiB")
+    bucket_mib: Positive = setting(128.0, "gradients are reduced in buckets of about this many MiB")
+    overlap: bool = setting(
+        True, "communicate beside computation where neither needs the other; changes no bit", "--overlap"
+    )
+    grad_reduce: Literal["fp32", "bf16"] = setting(
+        "fp32", "what gradients travel in between replicas: the type they are summed up in, fp32 or wider, or bf16"
+    )
+    deterministic_reduce: bool = setting(
+        False, "sum gradients over replicas in the order of ranks, whatever the buckets; takes memory and time"
+    )
+    fuse_main_grads: bool = setting(
+        True,
+        "linears add their weight gradients to the fp32 sums within the product, unrounded",
+        "--fuse-main-grads",
+        "--gradient-accumulation-fusion",
+    )
     timeout_minutes: Positive = setting(
         10.0, "a collective that takes longer ends the run", "--timeout-minutes", "--distributed-timeout-minutes"
     )
@@ -164,6 +179,47 @@ class TrainConfig:
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"
     )
     precision: Precision = setting("bf16", "type of the weights and activations; bf16 and fp16 keep fp32 masters")
+    loss_chunk_tokens: Whole | None = setting(
+        None,
+        "tokens whose logits exist at once; default as many as 1 GiB holds; 0 all, kept from forward to backward",
+    )
+    recompute: Kind = setting(
+        "none",
+        "what backward computes again instead of keeping it: nothing, the outputs of some modules, or whole layers",
+        "--recompute",
+        "--recompute-granularity",
+    )
+    recompute_modules: tuple[str, ...] = setting(
+        ("norms", "swiglu"), "selective: what is recomputed, of norms, swiglu and attention", "--recompute-modules"
+    )
+    recompute_method: Method = setting(
+        "uniform", "full: all layers in groups, or each of the first layers of a stage", "--recompute-method"
+    )
+    recompute_layers: Count = setting(
+        1,
+        "full: layers of a group (uniform), or layers of a stage that are recomputed (block)",
+        "--recompute-layers",
+        "--recompute-num-layers",
+    )
+    recompute_granularity_per_stage: tuple[str, ...] = setting(
+        (),
+        "full, on or off by stage and microbatch: 1 or 0, in FlagScale's notation, e.g. 3 1 1 0",
+        "--recompute-granularity-per-stage",
+        "--recompute-granularity-per-stage-micro-batch",
+    )
+    recompute_method_per_stage: tuple[str, ...] = setting(
+        (),
+        "full, the method by stage and microbatch: 0 uniform, 1 block",
+        "--recompute-method-per-stage",
+        "--recompute-method-per-stage-micro-batch",
+    )
+    recompute_layers_per_stage: tuple[str, ...] = setting(
+        (),
+        "full, the layers by stage and microbatch; 0 recomputes none",
+        "--recompute-layers-per-stage",
+        "--recompute-num-layers-per-stage",
+        "--recompute-num-layers-per-stage-micro-batch",
+    )
     eval_interval: Whole = setting(1000, "steps between validations; 0 means none")
     eval_iters: Whole = setting(10, "global batches of one validation")
     exit_samples: Count | None = setting(None, "save and stop once this many samples were consumed")

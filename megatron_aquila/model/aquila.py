@@ -1,19 +1,24 @@
 """Aquila, cut into pipeline stages. Logical parameter names are those of Hugging Face's Llama."""
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import cast
 
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.rope import rope_tables
-from megatron_aquila.model.block import Block
+from megatron_aquila.model.block import Block, recomputed
 from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.batch import Batch
-from megatron_aquila.parallel.layers import ColumnParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, vocab_part
 from megatron_aquila.parallel.placement import Placement
-from megatron_aquila.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron_aquila.parallel.vocab import VocabParallelEmbedding
+from megatron_aquila.parallel.vocab_loss import VocabParallelOutput
+from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import StagePlan
 
@@ -29,9 +34,11 @@ class AquilaStage(nn.Module):
         *,
         placement: Placement,
         kernels: Kernels,
+        recompute: RecomputePlan = KEEP_ALL,
+        loss_chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        self.shape, self.stage, self.tp = shape, stage, placement.tp
+        self.shape, self.stage, self.tp, self.recompute = shape, stage, placement.tp, recompute
         self.layers = plan.layers[stage]
         self.embedding = (
             VocabParallelEmbedding(
@@ -44,17 +51,22 @@ class AquilaStage(nn.Module):
             else None
         )
         self.blocks = nn.ModuleList(Block(shape, placement=placement, kernels=kernels) for _ in self.layers)
-        self.head = Head(shape, placement=placement, kernels=kernels) if plan.has_head(stage) else None
+        self.head = (
+            Head(shape, placement=placement, kernels=kernels, loss_chunk_tokens=loss_chunk_tokens)
+            if plan.has_head(stage)
+            else None
+        )
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
         """The previous stage's x_StBH | x_SBH (None on the first) -> this stage's, or the last one's loss_SB.
 
         ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32.
         """
-        x = self._blocks(x, batch.tokens_BS, batch.positions_BS, batch.documents)
+        recompute = self.recompute.at(self.stage, batch.microbatch)
+        x = self._blocks(x, batch.tokens_BS, batch.positions_BS, batch.documents, recompute)
         if self.head is None:
             return x
-        loss: Tensor = self.head(x, batch.labels_BS.t())
+        loss: Tensor = self.head(x, batch, recompute.modules)
         return loss
 
     def logits(self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
@@ -63,15 +75,23 @@ class AquilaStage(nn.Module):
         return self.head.logits(self._blocks(x, tokens_BS, positions_BS))
 
     def _blocks(
-        self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor, documents: Documents | None = None
+        self,
+        x: Tensor | None,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        documents: Documents | None = None,
+        recompute: Recompute = Recompute(),
     ) -> Tensor:
         assert (x is None) == (self.embedding is not None), f"stage {self.stage} got x={x is not None}"
         if self.embedding is not None:
             x = self.embedding(tokens_BS)
         assert x is not None, "an embedding or an input is there"
         cos, sin = rope_tables(positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype)
-        for block in self.blocks:
-            x = block(x, cos, sin, documents)
+        blocks = (cast(Block, block) for block in self.blocks)
+        for size in recompute.groups:
+            x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
+        for block in blocks:
+            x = block(x, cos, sin, documents, recompute.modules)
         return x
 
     def param_infos(self) -> Iterator[ParamInfo]:
@@ -89,9 +109,10 @@ class AquilaStage(nn.Module):
 class Head(nn.Module):
     """Final norm, output projection split over the vocabulary, and the loss without gathering the logits."""
 
-    def __init__(self, shape: ModelShape, *, placement: Placement, kernels: Kernels) -> None:
+    def __init__(
+        self, shape: ModelShape, *, placement: Placement, kernels: Kernels, loss_chunk_tokens: int | None = None
+    ) -> None:
         super().__init__()
-        self.shape, self.tp = shape, placement.tp
         self.norm = RMSNorm(
             shape.hidden_size,
             eps=shape.norm_eps,
@@ -99,10 +120,12 @@ class Head(nn.Module):
             kernels=kernels,
             placement=placement,
         )
-        self.output = ColumnParallelLinear(
+        self.output = VocabParallelOutput(
             shape.hidden_size,
+            shape.vocab_size,
             shape.padded_vocab_size,
             placement=placement,
+            chunk_tokens=loss_chunk_tokens,
         )
 
     def logits(self, x: Tensor) -> Tensor:
@@ -110,9 +133,21 @@ class Head(nn.Module):
         logits: Tensor = self.output(self.norm(x))
         return logits
 
-    def forward(self, x: Tensor, labels_SB: Tensor) -> Tensor:
-        """x_StBH | x_SBH, labels_SB -> loss_SB, equal on all tp ranks."""
-        return vocab_parallel_cross_entropy(self.logits(x), labels_SB, tp=self.tp, vocab_size=self.shape.vocab_size)
+    def forward(self, x: Tensor, batch: Batch, modules: frozenset[Module] = NO_MODULES) -> Tensor:
+        """x_StBH | x_SBH -> loss_SB, equal on all tp ranks.
+
+        Where ``batch`` says what the losses will be multiplied with, no more than a chunk of the logits ever exists and
+        the norm's output is not kept. Else it is not kept for backward if ``modules`` says so.
+        """
+        weights_SB = None
+        if batch.loss_weight is not None:
+            weights_SB = batch.loss_mask_BS.t().to(compute_dtype(x.dtype)) * batch.loss_weight
+
+        def loss(x: Tensor) -> Tensor:
+            out: Tensor = self.output(x, batch.labels_BS.t(), weights_SB)
+            return out
+
+        return feed(self.norm, loss, x, recompute="norms" in modules and self.output.chunk_tokens == 0)
 
 
 def vocab_info(weight: nn.Parameter, name: str, shape: ModelShape, stage: AquilaStage) -> ParamInfo:
@@ -127,10 +162,25 @@ def vocab_info(weight: nn.Parameter, name: str, shape: ModelShape, stage: Aquila
 
 
 def build_stages(
-    shape: ModelShape, plan: StagePlan, *, pp_rank: int, placement: Placement, kernels: Kernels
+    shape: ModelShape,
+    plan: StagePlan,
+    *,
+    pp_rank: int,
+    placement: Placement,
+    kernels: Kernels,
+    recompute: RecomputePlan = KEEP_ALL,
+    loss_chunk_tokens: int | None = None,
 ) -> dict[int, AquilaStage]:
     """The stages of a pipeline rank, by stage number; weights are allocated but not yet filled. Local."""
     return {
-        stage: AquilaStage(shape, plan, stage, placement=placement, kernels=kernels)
+        stage: AquilaStage(
+            shape,
+            plan,
+            stage,
+            placement=placement,
+            kernels=kernels,
+            recompute=recompute,
+            loss_chunk_tokens=loss_chunk_tokens,
+        )
         for stage in plan.stages_of(pp_rank)
     }

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
 from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.plan.recompute import NO_MODULES, Module
 from megatron_aquila.plan.shape import ModelShape
 
 
@@ -29,18 +33,33 @@ class Attention(nn.Module):
             placement=placement,
         )
 
-    def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None = None) -> Tensor:
-        """x_StBH | x_SBH -> the same. Communicates only inside its two linears."""
+    def forward(
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        cos_SBD: Tensor,
+        sin_SBD: Tensor,
+        documents: Documents | None,
+        modules: frozenset[Module] = NO_MODULES,
+    ) -> Tensor:
+        """x_StBH | x_SBH, before its ``norm`` -> the same. Communicates only inside its two linears.
+
+        The outputs of ``modules`` are not kept for backward.
+        """
         q_size, kv_size = self.shape.attention_size // self.tp.size, self.shape.kv_size // self.tp.size
+        qkv = feed(norm, self.qkv, x, recompute="norms" in modules)
         q, k, v = (
-            part.unflatten(-1, (-1, self.shape.head_dim))
-            for part in self.qkv(x).split([q_size, kv_size, kv_size], dim=-1)
+            torch.unflatten(part, -1, (-1, self.shape.head_dim))
+            for part in torch.split_with_sizes(qkv, [q_size, kv_size, kv_size], dim=-1)
         )
         q_SBNtD = self.kernels.apply_rope(q, cos_SBD, sin_SBD)
         k_SBKtD = self.kernels.apply_rope(k, cos_SBD, sin_SBD)
         v_SBKtD = v.contiguous()  # a view would keep the whole projection alive until backward
-        out: Tensor = self.out(self.kernels.attention(q_SBNtD, k_SBKtD, v_SBKtD, documents).flatten(-2))
-        return out
+
+        def heads(q_SBNtD: Tensor, k_SBKtD: Tensor, v_SBKtD: Tensor) -> Tensor:
+            return self.kernels.attention(q_SBNtD, k_SBKtD, v_SBKtD, documents).flatten(-2)
+
+        return feed(heads, self.out, q_SBNtD, k_SBKtD, v_SBKtD, recompute="attention" in modules)
 
     def param_infos(self, prefix: str, *, stage: int, std: float, out_std: float) -> Iterator[ParamInfo]:
         """Rows of the parameter table: the fused weight with parts q, k, v, and the output projection."""

@@ -1,7 +1,7 @@
 """One transformer block: pre-norm attention and pre-norm MLP, each added to the residual stream."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -10,9 +10,28 @@ from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.model.attention import Attention
 from megatron_aquila.model.mlp import MLP
 from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.plan.recompute import NO_MODULES, Module
 from megatron_aquila.plan.shape import ModelShape
+
+
+def recomputed(
+    blocks: Sequence["Block"], x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None
+) -> Tensor:
+    """``blocks`` one after the other, x_StBH | x_SBH -> the same, of which only the input is kept for backward.
+
+    Backward runs all of it again but the last linear, whose output no gradient needs.
+    """
+    *first, last = blocks
+
+    def until_last(x: Tensor) -> tuple[Tensor, Tensor]:
+        for block in first:
+            x = block(x, cos_SBD, sin_SBD, documents)
+        return last.until_down(x, cos_SBD, sin_SBD, documents)
+
+    return feed(until_last, last.down, x, recompute=True)
 
 
 class Block(nn.Module):
@@ -35,10 +54,29 @@ class Block(nn.Module):
         self.attention = Attention(shape, placement=placement, kernels=kernels)
         self.mlp = MLP(shape, placement=placement, kernels=kernels)
 
-    def forward(self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None = None) -> Tensor:
-        """x_StBH | x_SBH -> the same."""
-        x = x + self.attention(self.attention_norm(x), cos_SBD, sin_SBD, documents)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        cos_SBD: Tensor,
+        sin_SBD: Tensor,
+        documents: Documents | None,
+        modules: frozenset[Module] = NO_MODULES,
+    ) -> Tensor:
+        """x_StBH | x_SBH -> the same. The outputs of ``modules`` are not kept for backward."""
+        x = x + self.attention(x, self.attention_norm, cos_SBD, sin_SBD, documents, modules)
+        out: Tensor = x + self.mlp(x, self.mlp_norm, modules)
+        return out
+
+    def until_down(
+        self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` up to its last linear: what ``down`` takes."""
+        x = x + self.attention(x, self.attention_norm, cos_SBD, sin_SBD, documents)
+        return x, self.mlp.product(self.mlp_norm(x))
+
+    def down(self, x: Tensor, product_SBFt: Tensor) -> Tensor:
+        """The rest of ``forward``."""
+        out: Tensor = x + self.mlp.down(product_SBFt)
         return out
 
     def param_infos(self, prefix: str, *, stage: int) -> Iterator[ParamInfo]:

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
 from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.plan.recompute import NO_MODULES, Module
 from megatron_aquila.plan.shape import ModelShape
 
 
@@ -24,10 +27,17 @@ class MLP(nn.Module):
         )
         self.down = RowParallelLinear(shape.ffn_size, shape.hidden_size, placement=placement)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x_StBH | x_SBH -> the same. Communicates only inside its two linears."""
-        out: Tensor = self.down(self.kernels.swiglu(self.gate_up(x)))
-        return out
+    def forward(self, x: Tensor, norm: RMSNorm, modules: frozenset[Module] = NO_MODULES) -> Tensor:
+        """x_StBH | x_SBH, before its ``norm`` -> the same. Communicates only inside its two linears.
+
+        The outputs of ``modules`` are not kept for backward.
+        """
+        gate_up_SB2Ft = feed(norm, self.gate_up, x, recompute="norms" in modules)
+        return feed(self.kernels.swiglu, self.down, gate_up_SB2Ft, recompute="swiglu" in modules)
+
+    def product(self, normed: Tensor) -> Tensor:
+        """x_StBH | x_SBH, normed -> what ``down`` takes, SBFt. Communicates only in ``gate_up``."""
+        return self.kernels.swiglu(self.gate_up(normed))
 
     def param_infos(self, prefix: str, *, stage: int, std: float, out_std: float) -> Iterator[ParamInfo]:
         """Rows of the parameter table: the fused weight with parts gate and up, and the down projection."""

@@ -19,9 +19,10 @@ class ThroughputMeter:
     FLOPs per token come in two conventions: ``flops_per_token`` counts attention causally and gives ``mfu``; of
     ``attention_flops_per_token``, attention's part of it, a step counts what its documents leave.
     ``flops_per_token_full`` counts all of S x S, as PaLM's convention does, and gives ``mfu_full_attention``. Both
-    count forward and backward and no recomputation. ``peak_flops`` is the dense data-sheet peak of one device, in
-    FLOP/s; without it there is no MFU. ``gemm_flops`` is the rate measured for one rank of a CPU run: it gives
-    ``gemm_share``, which is not an MFU and never called one.
+    count forward and backward once. ``recomputed_flops_per_token``, and attention's part of them, are what is computed
+    a second time: where there are any, ``hfu`` counts them too. ``peak_flops`` is the dense data-sheet peak of one
+    device, in FLOP/s; without it there is no MFU. ``gemm_flops`` is the rate measured for one rank of a CPU run: it
+    gives ``gemm_share``, which is not an MFU and never called one.
 
     ``total_samples`` is where this run ends. The time left follows the wall clock of this process only, validation and
     checkpoints included, so it is right after a resume.
@@ -33,6 +34,8 @@ class ThroughputMeter:
         flops_per_token: float,
         flops_per_token_full: float,
         attention_flops_per_token: float = 0.0,
+        recomputed_flops_per_token: float = 0.0,
+        recomputed_attention_flops_per_token: float = 0.0,
         num_devices: int,
         total_samples: int,
         peak_flops: float | None = None,
@@ -41,6 +44,8 @@ class ThroughputMeter:
     ) -> None:
         self._flops_per_token = flops_per_token
         self._attention_flops_per_token = attention_flops_per_token
+        self._recomputed_flops_per_token = recomputed_flops_per_token
+        self._recomputed_attention_flops_per_token = recomputed_attention_flops_per_token
         self._flops_per_token_full = flops_per_token_full
         self._num_devices = num_devices
         self._total_samples = total_samples
@@ -53,7 +58,9 @@ class ThroughputMeter:
         """The figures of one step. Times are in seconds, memory in GiB, shares between 0 and 1."""
         tokens_per_second = report.computed_tokens / report.seconds
         device_tokens = tokens_per_second / self._num_devices
-        flops_per_token = self._flops_per_token - self._attention_flops_per_token * (1 - report.attention_share)
+        masked = 1 - report.attention_share
+        flops_per_token = self._flops_per_token - self._attention_flops_per_token * masked
+        recomputed = self._recomputed_flops_per_token - self._recomputed_attention_flops_per_token * masked
         row: Row = {
             "step": report.step,
             "consumed_samples": report.consumed_samples,
@@ -74,6 +81,8 @@ class ThroughputMeter:
         }
         if self._peak_flops is not None:
             row["mfu"] = device_tokens * flops_per_token / self._peak_flops
+            if recomputed > 0:
+                row["hfu"] = device_tokens * (flops_per_token + recomputed) / self._peak_flops
             row["mfu_full_attention"] = device_tokens * self._flops_per_token_full / self._peak_flops
         if self._gemm_flops is not None:
             row["gemm_share"] = device_tokens * flops_per_token / self._gemm_flops

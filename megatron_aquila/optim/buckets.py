@@ -1,33 +1,65 @@
 """Flat buffers behind the parameters: one collective moves a whole bucket, in place."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from megatron_aquila.optim.groups import BucketLayout, Piece, main_dtype
-from megatron_aquila.parallel.collectives import all_gather_flat_, reduce_scatter_flat_
+from megatron_aquila.parallel.collectives import Pending, begin_all_gather_flat_, begin_reduce_scatter_flat_
 from megatron_aquila.parallel.context import Group
-from megatron_aquila.parallel.params import ParamInfo
+from megatron_aquila.parallel.weight_grads import MainGrad
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduction:
+    """How a bucket's gradients are summed over the replicas, and whether collectives run beside computation.
+
+    ``dtype``: what they travel in, None for the type they are summed up in. ``in_rank_order``: added in the order of
+    ranks, so that a sum depends on no bucket's size. ``overlap`` changes no bit.
+    """
+
+    dtype: torch.dtype | None = None
+    in_rank_order: bool = False
+    overlap: bool = False
+
+    @property
+    def most_under_way(self) -> int | None:
+        """How many buckets may be reduced at once where each holds a copy of itself; None where none does."""
+        has_copies = self.dtype is not None or self.in_rank_order
+        return None if not has_copies else 2 if self.overlap else 1
 
 
 class Bucket:
     """The weights and gradient sums of a layout, and this rank's shard of both.
 
-    The parameters become views of ``weights``. Each gradient that backward produces is added to ``grads`` at once, in
-    ``main_dtype``, and dropped, so that 16-bit gradients of many microbatches are summed in float32.
-    ``master`` is this rank's shard in ``main_dtype``: a copy for 16-bit weights, else the weights' own shard.
+    The parameters become views of ``weights``, the sums of their gradients (``main_grads``) views of ``grads``. Each
+    gradient that autograd produces is added there at once, in ``main_dtype``, and dropped, so that 16-bit gradients of
+    many microbatches are summed in float32. ``master`` is this rank's shard in ``main_dtype``: a copy for 16-bit
+    weights, else the weights' own shard. ``on_complete`` is called when the last gradient of a step has been added.
     """
 
-    def __init__(self, layout: BucketLayout, group: Group) -> None:
+    def __init__(
+        self,
+        layout: BucketLayout,
+        group: Group,
+        *,
+        reduction: Reduction = Reduction(),
+        on_complete: Callable[[], None] = lambda: None,
+    ) -> None:
         device = layout.slots[0].info.param.device
         self.layout = layout
-        self._group = group
+        self._group, self._reduction, self._on_complete = group, reduction, on_complete
+        self._missing: int | None = None  # gradients still to come in this step, None while they are not counted
+        self._reducing: Pending | None = None
+        self._gathering: Pending | None = None
         self.weights = torch.zeros(layout.size, dtype=layout.dtype, device=device)
         self.grads = torch.zeros(layout.size, dtype=main_dtype(layout.dtype), device=device)
-        self.grad_of: list[tuple[ParamInfo, Tensor]] = []
+        self.main_grads: dict[nn.Parameter, MainGrad] = {}
         for slot in layout.slots:
-            self._adopt(slot.info, slice(slot.offset, slot.offset + slot.info.param.numel()))
+            self._adopt(slot.info.param, slice(slot.offset, slot.offset + slot.info.param.numel()))
         own = slice(group.rank * layout.shard_size, (group.rank + 1) * layout.shard_size)
         self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
         self.master = self.weight_shard.to(self.grads.dtype)  # no copy if the type is the same
@@ -38,26 +70,73 @@ class Bucket:
         """Whether ``master`` is a tensor of its own."""
         return self.master.dtype is not self.weights.dtype
 
-    def _adopt(self, info: ParamInfo, where: slice) -> None:
-        weight, grad = (flat[where].view(info.param.shape) for flat in (self.weights, self.grads))
-        weight.copy_(info.param.detach())
-        info.param.data = weight
-        hook = partial(_accumulate, grad)
-        info.param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
-        self.grad_of.append((info, grad))
+    @property
+    def is_complete(self) -> bool:
+        """Whether every gradient of the step has been added."""
+        return self._missing == 0
 
-    def reduce_(self) -> None:
-        """Sum the gradients over the replicas into ``grad_shard``. Communicates: one reduce-scatter, in place."""
-        reduce_scatter_flat_(self.grad_shard, self.grads, self._group)
+    def begin_step(self, num_microbatches: int) -> None:
+        """Forget the gradients of the last step; each parameter is to get one a microbatch."""
+        self.grads.zero_()
+        self._missing = num_microbatches * len(self.layout.slots)
 
-    def publish_(self) -> None:
-        """Give this rank's updated shard to every replica. Communicates: one all-gather, in place."""
+    def begin_reduce(self) -> None:
+        """Begin to sum the gradients over the replicas into ``grad_shard``. Communicates: one reduce-scatter."""
+        how = self._reduction
+        self._reducing = begin_reduce_scatter_flat_(
+            self.grad_shard,
+            self.grads,
+            self._group,
+            overlap=how.overlap,
+            dtype=how.dtype,
+            in_rank_order=how.in_rank_order,
+        )
+
+    def await_reduce(self) -> None:
+        """Wait for the sums and let go of copies made for it; a gradient that still came would be noticed."""
+        assert self._reducing is not None, "the reduction was never begun"
+        self._reducing.wait()
+
+    def finish_reduce(self) -> None:
+        """Wait until ``grad_shard`` holds the sums; the rest of ``grads`` is undefined then."""
+        self.await_reduce()
+        self._reducing = self._missing = None
+
+    def begin_publish(self) -> None:
+        """Begin to give this rank's updated shard to every replica. Communicates: one all-gather, in place."""
         self.weight_shard.copy_(self.master)
-        all_gather_flat_(self.weights, self.weight_shard, self._group)
+        self._gathering = begin_all_gather_flat_(
+            self.weights, self.weight_shard, self._group, overlap=self._reduction.overlap
+        )
+
+    def finish_publish(self) -> None:
+        """Wait until ``weights`` holds what every rank has published, if that is under way."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    def _adopt(self, param: nn.Parameter, where: slice) -> None:
+        weight, grad = (flat[where].view(param.shape) for flat in (self.weights, self.grads))
+        weight.copy_(param.detach())
+        param.data = weight
+        main = self.main_grads[param] = MainGrad(grad, self._count)
+        hook = partial(_accumulate, main)
+        param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def _count(self) -> None:
+        """A gradient has been added."""
+        names = ", ".join(slot.info.name for slot in self.layout.slots)
+        assert self._reducing is None, f"a gradient was added to a sum that is being reduced, of one of {names}"
+        if self._missing is not None:
+            self._missing -= 1
+            if self._missing == 0:
+                self._on_complete()
 
 
-def _accumulate(total: Tensor, param: Tensor) -> None:
-    if param.grad is None:  # a backward that left this gradient out, to come here again with it
+def _accumulate(main: MainGrad, param: nn.Parameter) -> None:
+    """What autograd runs after each of its gradients; there is none where a linear's is owed, or added elsewhere."""
+    if param.grad is None:
         return
-    total.add_(param.grad)
+    main.total.add_(param.grad)
     param.grad = None
+    main.added()

@@ -1,53 +1,84 @@
 """The optimizer: gradients summed, states and master weights sharded over the replicas (ZeRO-1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_aquila.optim.buckets import Bucket
+from megatron_aquila.optim.buckets import Bucket, Reduction
 from megatron_aquila.optim.clip import clip_factor, counted, squared_norm
 from megatron_aquila.optim.groups import plan_buckets
 from megatron_aquila.optim.rules import Rule
 from megatron_aquila.parallel.collectives import all_reduce_
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import FlatRange, ParamInfo
+from megatron_aquila.parallel.weight_grads import MainGrad
 
 
 class DistributedOptimizer:
     """Owns the parameters of ``infos`` and updates them by ``rule``; every rank of ``ctx.dp_cp`` updates its shard.
 
-    A step is ``zero_grad``, backward of every microbatch, ``reduce_gradients``, ``clip_``, ``step``. Gradients are
+    A step is ``begin_step``, backward of every microbatch, ``reduce_gradients``, ``clip_``, ``step``. Gradients are
     summed over replicas, not averaged: the loss was divided by the token count of the whole step. A parameter that
     backward did not reach has the gradient 0. ``applied_steps`` counts updates; a resumed run sets it.
 
-    Each bucket costs one reduce-scatter and one all-gather a step. Bucket sizes and shard borders change nothing
-    element by element; what differs between layouts is the order in which more than two replicas' gradients are summed,
-    and in which the squares of the norm are.
+    ``infos`` are in forward order. Each bucket costs one reduce-scatter and one all-gather a step. With
+    ``reduction.overlap`` the reduce-scatter is begun within the backward that completes the bucket, and the all-gather
+    is awaited where weights are read next: whoever reads them calls ``wait_for_weights`` first. Reductions are begun in
+    the one order of the buckets, whatever order backward completes them in, so that all replicas agree on it.
+
+    Bucket sizes and shard borders change nothing element by element; what differs between layouts is the order in which
+    more than two replicas' gradients are summed (not with ``reduction.in_rank_order``), and in which the squares of the
+    norm are.
     """
 
-    def __init__(self, infos: Sequence[ParamInfo], ctx: ParallelContext, *, rule: Rule, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        infos: Sequence[ParamInfo],
+        ctx: ParallelContext,
+        *,
+        rule: Rule,
+        bucket_bytes: int,
+        reduction: Reduction = Reduction(),
+    ) -> None:
         layouts = plan_buckets(infos, bucket_bytes=bucket_bytes, num_shards=ctx.dp_cp.size)
         self._ctx = ctx
         self._rule = rule
-        self._buckets = [Bucket(layout, ctx.dp_cp) for layout in layouts]
+        self._buckets = [
+            Bucket(layout, ctx.dp_cp, reduction=reduction, on_complete=self._reduce_complete) for layout in layouts
+        ]
+        self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.main_grads}
         self._states = [{name: torch.zeros_like(bucket.master) for name in rule.state} for bucket in self._buckets]
+        self._reduces_early, self._most_under_way = reduction.overlap, reduction.most_under_way
+        self._num_begun = 0  # buckets whose reduction was begun in this step
         self.applied_steps = 0
 
-    def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+    def main_grads(self) -> Mapping[nn.Parameter, MainGrad]:
+        """The gradient sums, for who adds to them without autograd."""
+        return {param: main for bucket in self._buckets for param, main in bucket.main_grads.items()}
+
+    def begin_step(self, num_microbatches: int) -> None:
+        """Forget the gradients of the last step. Every parameter is to get one gradient a microbatch.
+
+        One that gets more while its bucket is reduced is an error; one that gets fewer is waited for until
+        ``reduce_gradients``.
+        """
         for bucket in self._buckets:
-            bucket.grads.zero_()
+            bucket.begin_step(num_microbatches)
 
     def reduce_gradients(self) -> None:
         """Complete the gradients: this rank's shard of every bucket holds the sum over all ranks that contributed.
 
         Communicates: one all-reduce over tp for the parameters whose gradients are partial sums there, one
-        reduce-scatter over the replicas a bucket. The rest of the bucket is left undefined.
+        reduce-scatter over the replicas a bucket, as far as backward has not begun it. The rest of the bucket is left
+        undefined.
         """
         self._sum_over_tp()
+        while self._num_begun < len(self._buckets):
+            self._begin_reduce()
         for bucket in self._buckets:
-            bucket.reduce_()
+            bucket.finish_reduce()
+        self._num_begun = 0
 
     def grad_norm(self) -> float:
         """Norm of the whole model's reduced gradients, each logical parameter counted once; the same on every rank.
@@ -77,19 +108,30 @@ class DistributedOptimizer:
         return norm
 
     def step(self, lr: float) -> None:
-        """Update this rank's shards and share the new weights. Communicates: one all-gather a bucket."""
+        """Update this rank's shards and share the new weights, those that forward reads first before the others.
+
+        Communicates: one all-gather a bucket, under way on return where collectives overlap.
+        """
+        self.wait_for_weights()
         self.applied_steps += 1
-        for bucket, state in zip(self._buckets, self._states, strict=True):
+        for bucket, state in reversed([*zip(self._buckets, self._states, strict=True)]):
             decays = bucket.layout.weight_decay
             self._rule.update_(bucket.master, bucket.grad_shard, state, lr=lr, decays=decays, step=self.applied_steps)
-            bucket.publish_()
+            bucket.begin_publish()
+
+    def wait_for_weights(self, params: Iterable[nn.Parameter] | None = None) -> None:
+        """Wait until ``params`` (None: all) are this step's on every replica. Local; nothing where they already are."""
+        buckets = self._buckets if params is None else [self._bucket_of[param] for param in params]
+        for bucket in buckets:
+            bucket.finish_publish()
 
     def ranges(self) -> list[tuple[str, FlatRange, Tensor]]:
         """This rank's share of everything, as ``(kind, range of a parameter, flat view)``; the replicas cover it once.
 
         Kinds: "grad", "weight", the rule's own ("exp_avg", "exp_avg_sq"), and "master" where weights are narrower than
-        their masters. Views are of the optimizer's memory: reading into them restores it.
+        their masters. Views are of the optimizer's memory: reading into them restores it. Waits for the weights.
         """
+        self.wait_for_weights()
         shares = []
         for bucket, state in zip(self._buckets, self._states, strict=True):
             kinds = {"grad": bucket.grad_shard, "weight": bucket.weight_shard, **state}
@@ -101,15 +143,32 @@ class DistributedOptimizer:
 
     def refresh_masters(self) -> None:
         """Take the weights as they are now for the masters: after they were loaded or initialised from outside."""
+        self.wait_for_weights()
         for bucket in self._buckets:
             bucket.master.copy_(bucket.weight_shard)
 
+    def _reduce_complete(self) -> None:
+        """Begin to reduce what is complete, as far as nothing before it is missing."""
+        if not self._reduces_early:
+            return
+        for bucket in self._buckets[self._num_begun :]:
+            if not bucket.is_complete or bucket.layout.sums_over_tp:
+                return
+            self._begin_reduce()
+
+    def _begin_reduce(self) -> None:
+        """Begin to reduce the next bucket, once no more copies of buckets are held than may be."""
+        if self._most_under_way is not None and self._num_begun >= self._most_under_way:
+            self._buckets[self._num_begun - self._most_under_way].await_reduce()
+        self._buckets[self._num_begun].begin_reduce()
+        self._num_begun += 1
+
     def _sum_over_tp(self) -> None:
+        """One all-reduce a dtype. What it carries, and in which order, is the same for all bucket sizes."""
         partial: dict[torch.dtype, list[Tensor]] = {}
         for bucket in self._buckets:
-            for info, grad in bucket.grad_of:
-                if info.sums_over_tp:
-                    partial.setdefault(grad.dtype, []).append(grad)
+            if bucket.layout.sums_over_tp:
+                partial.setdefault(bucket.grads.dtype, []).extend(main.total for main in bucket.main_grads.values())
         for grads in partial.values():
             total = all_reduce_(torch.cat([grad.flatten() for grad in grads]), self._ctx.tp)
             for grad, part in zip(grads, torch.split(total, [grad.numel() for grad in grads]), strict=True):

@@ -29,14 +29,16 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketLayout:
-    """Parameters of one type and one decay setting, one behind the other; what is between and behind them is padding.
+    """Parameters of one type, stage and decay setting, one behind the other, the last of the model first.
 
+    What is between and behind them is padding. ``sums_over_tp``: their gradients are partial sums over tp.
     ``num_shards`` shards of ``shard_size`` elements, one a rank of the data-parallel group; their borders may lie
     inside a parameter.
     """
 
     dtype: torch.dtype
     weight_decay: bool
+    sums_over_tp: bool
     slots: tuple[Slot, ...]
     num_shards: int
     shard_size: int
@@ -64,22 +66,30 @@ def main_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def plan_buckets(infos: Sequence[ParamInfo], *, bucket_bytes: int, num_shards: int) -> list[BucketLayout]:
-    """Fill buckets in the order of ``infos``; each holds ``bucket_bytes`` of gradients, or one larger parameter."""
+    """Buckets of ``bucket_bytes`` of gradients, or one larger parameter, in the order in which backward completes them.
+
+    ``infos`` are in forward order. Backward comes from the end, so buckets are filled from there, and one is complete
+    with the foremost of its parameters; the last to come is then the partly filled one. Partial sums over tp, which
+    wait for that sum, come last of all. No bucket holds parameters of two stages: their backwards lie apart.
+    """
     assert bucket_bytes > 0, f"a bucket needs room, got {bucket_bytes} bytes"
-    groups: dict[tuple[torch.dtype, bool], list[ParamInfo]] = {}
-    for info in infos:
-        groups.setdefault((info.param.dtype, info.weight_decay), []).append(info)
+    place = {id(info): index for index, info in enumerate(infos)}
+    groups: dict[tuple[torch.dtype, bool, bool, int], list[ParamInfo]] = {}
+    for info in reversed(infos):
+        groups.setdefault((info.param.dtype, info.weight_decay, info.sums_over_tp, info.stage), []).append(info)
     layouts = []
-    for (dtype, weight_decay), members in groups.items():
-        limit = bucket_bytes // main_dtype(dtype).itemsize
-        for slots, size in _fill(members, limit):
-            shard_size = _aligned(-(-size // num_shards))
-            layouts.append(
-                BucketLayout(
-                    dtype=dtype, weight_decay=weight_decay, slots=slots, num_shards=num_shards, shard_size=shard_size
-                )
+    for (dtype, weight_decay, sums_over_tp, _), members in groups.items():
+        for slots, size in _fill(members, bucket_bytes // main_dtype(dtype).itemsize):
+            layout = BucketLayout(
+                dtype=dtype,
+                weight_decay=weight_decay,
+                sums_over_tp=sums_over_tp,
+                slots=slots,
+                num_shards=num_shards,
+                shard_size=_aligned(-(-size // num_shards)),
             )
-    return layouts
+            layouts.append(layout)
+    return sorted(layouts, key=lambda layout: (layout.sums_over_tp, -place[id(layout.slots[-1].info)]))
 
 
 def _fill(infos: Sequence[ParamInfo], limit: int) -> list[tuple[tuple[Slot, ...], int]]:

@@ -2,9 +2,13 @@
 
 Every function is the identity in a group of one. A collective must be called by all ranks of the group, in the same
 order, with the same shape and dtype. Nothing outside this file knows that torch 2.13 renamed two of them.
+
+A ``begin_`` function returns what is to be waited for: with ``overlap`` a collective under way, without it one that is
+done. It is the same collective, so the bits are the same.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -20,6 +24,30 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
+class Pending:
+    """A collective that was begun. What it reads and fills is not to be read, changed or freed before ``wait``."""
+
+    def __init__(
+        self,
+        result: Tensor,
+        work: dist.Work | None = None,
+        *,
+        operand: Tensor | None = None,
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        """``work`` is None where nothing is under way. ``operand`` is kept alive; ``finish`` is what is left to do."""
+        self._result, self._work, self._operand, self._finish = result, work, operand, finish
+
+    def wait(self) -> Tensor:
+        """The result, complete; further calls give it again. On CUDA the current stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        if self._finish is not None:
+            self._finish()
+        self._work = self._operand = self._finish = None
+        return self._result
+
+
 def all_reduce_(x: Tensor, group: Group, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
     """Replace ``x`` by its sum, maximum or minimum over the group, and return it. ``x`` must be contiguous."""
     if group.size > 1:
@@ -29,42 +57,93 @@ def all_reduce_(x: Tensor, group: Group, op: Literal["sum", "max", "min"] = "sum
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """The ranks' ``x`` joined along dim 0, in rank order."""
-    if group.size == 1:
-        return x
-    gathered = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
-    _all_gather_single(gathered, x.contiguous(), group=group.handle)
-    return gathered
+    return begin_all_gather(x, group, overlap=False).wait()
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """This rank's equal slice along dim 0 of the sum of the ranks' ``x``."""
+    return begin_reduce_scatter(x, group, overlap=False).wait()
+
+
+def begin_all_reduce_(x: Tensor, group: Group, *, overlap: bool) -> Pending:
+    """Begin to replace ``x`` by its sum over the group. ``x`` must be contiguous."""
     if group.size == 1:
-        return x
+        return Pending(x)
+    return Pending(x, dist.all_reduce(x, group=group.handle, async_op=overlap))
+
+
+def begin_all_gather(x: Tensor, group: Group, *, overlap: bool) -> Pending:
+    """Begin to join the ranks' ``x`` along dim 0, in rank order."""
+    if group.size == 1:
+        return Pending(x)
+    gathered, x = x.new_empty((group.size * x.shape[0], *x.shape[1:])), x.contiguous()
+    return Pending(gathered, _all_gather_single(gathered, x, group=group.handle, async_op=overlap), operand=x)
+
+
+def begin_reduce_scatter(x: Tensor, group: Group, *, overlap: bool) -> Pending:
+    """Begin to sum the ranks' ``x``, for this rank's equal slice of it along dim 0."""
+    if group.size == 1:
+        return Pending(x)
     rows, rest = divmod(x.shape[0], group.size)
     assert rest == 0, f"shape {tuple(x.shape)} does not split over the {group.size} ranks of {group.name}"
-    out = x.new_empty((rows, *x.shape[1:]))
-    _reduce_scatter_single(out, x.contiguous(), group=group.handle)
-    return out
+    out, x = x.new_empty((rows, *x.shape[1:])), x.contiguous()
+    return Pending(out, _reduce_scatter_single(out, x, group=group.handle, async_op=overlap), operand=x)
 
 
-def all_gather_flat_(out: Tensor, shard: Tensor, group: Group) -> None:
-    """Fill the 1-D ``out`` with the ranks' ``shard``, in rank order. ``shard`` may be this rank's piece of ``out``."""
-    assert out.numel() == shard.numel() * group.size, f"{group.size} shards of {shard.numel()} are not {out.numel()}"
+def begin_all_gather_flat_(out: Tensor, shard: Tensor, group: Group, *, overlap: bool) -> Pending:
+    """Begin to fill the 1-D ``out`` with the ranks' ``shard``, in rank order, which may be this rank's piece of it."""
+    _check_shards(out, shard, group)
     if group.size > 1:
-        _all_gather_single(out, shard, group=group.handle)
-    elif out.data_ptr() != shard.data_ptr():
+        return Pending(out, _all_gather_single(out, shard, group=group.handle, async_op=overlap), operand=shard)
+    if out.data_ptr() != shard.data_ptr():
         out.copy_(shard)
+    return Pending(out)
 
 
-def reduce_scatter_flat_(shard_out: Tensor, full: Tensor, group: Group) -> None:
-    """Fill ``shard_out`` with this rank's piece of the sum of the ranks' 1-D ``full``; they may share memory."""
-    assert full.numel() == shard_out.numel() * group.size, (
-        f"{group.size} shards of {shard_out.numel()} are not {full.numel()}"
-    )
-    if group.size > 1:
-        _reduce_scatter_single(shard_out, full, group=group.handle)
-    elif shard_out.data_ptr() != full.data_ptr():
-        shard_out.copy_(full)
+def begin_reduce_scatter_flat_(
+    shard_out: Tensor,
+    full: Tensor,
+    group: Group,
+    *,
+    overlap: bool,
+    dtype: torch.dtype | None = None,
+    in_rank_order: bool = False,
+) -> Pending:
+    """Begin to fill ``shard_out`` with this rank's piece of the sum of the ranks' 1-D ``full``; they may share memory.
+
+    ``dtype``: what travels, and is summed, is rounded to this type; a copy of ``full`` in it is held until then.
+    ``in_rank_order``: what the ranks hold travels by an all-to-all and is added here, rank 0's first, in ``full``'s own
+    type, so that the sum of an element does not depend on where in ``full`` it lies; a second buffer of the size of
+    ``full`` is held until then. The default leaves the order to the backend, which may go by place.
+    """
+    _check_shards(full, shard_out, group)
+    if group.size == 1:
+        if shard_out.data_ptr() != full.data_ptr():
+            shard_out.copy_(full)
+        return Pending(shard_out)
+    sent = full if dtype is None else full.to(dtype)
+    if in_rank_order:
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, group=group.handle, async_op=overlap)
+        terms = received.view(group.size, -1)
+        return Pending(shard_out, work, operand=sent, finish=lambda: _sum_in_order(shard_out, terms))
+    out = shard_out if sent is full else sent.new_empty(shard_out.shape)
+    work = _reduce_scatter_single(out, sent, group=group.handle, async_op=overlap)
+    return Pending(shard_out, work, operand=sent, finish=None if out is shard_out else lambda: _copy(shard_out, out))
+
+
+def _sum_in_order(out: Tensor, terms: Tensor) -> None:
+    out.copy_(terms[0])
+    for term in terms[1:]:
+        out.add_(term)
+
+
+def _copy(out: Tensor, value: Tensor) -> None:
+    out.copy_(value)
+
+
+def _check_shards(full: Tensor, shard: Tensor, group: Group) -> None:
+    assert full.numel() == shard.numel() * group.size, f"{group.size} shards of {shard.numel()} are not {full.numel()}"
 
 
 def gather_objects(obj: Any, group: Group) -> list[Any]:

@@ -67,11 +67,11 @@ class ParallelContext:
         assert world == grid.world_size, f"{grid} needs {grid.world_size} processes, there are {world}"
 
         everyone = tuple(range(world))
-        handles: dict[tuple[tuple[Ranks, ...], Link | None], dist.ProcessGroup | None] = {
+        handles: dict[tuple[tuple[Ranks, ...], Link | str | None], dist.ProcessGroup | None] = {
             ((everyone,), None): dist.group.WORLD
         }
 
-        def group(name: str, *axes: Axis, own: Link | None = None) -> Group:
+        def group(name: str, *axes: Axis, own: Link | str | None = None) -> Group:
             """``own``: with a communicator that no other group has, for whatever ranks."""
             partition = tuple(grid.groups(*axes))
             (mine,) = (ranks for ranks in partition if rank in ranks)
@@ -80,6 +80,7 @@ class ParallelContext:
                 handles[partition, own] = made[mine]
             return Group(name, mine.index(rank), len(mine), mine, handles[partition, own] if len(mine) > 1 else None)
 
+        # The world's own communicator would make what it agrees on wait for the weights that dp_cp still gathers.
         # With two ranks there is no link but the even one. The first, activations to a higher rank, may share.
         kinds = [
             (op, up, odd)
@@ -96,7 +97,7 @@ class ParallelContext:
             dp=group("dp", "dp"),
             pp=group("pp", "pp"),
             pp_links={link: group("pp_link", "pp", own=link if index else None) for index, link in enumerate(kinds)},
-            dp_cp=group("dp_cp", "dp", "cp"),
+            dp_cp=group("dp_cp", "dp", "cp", own="dp_cp" if len(grid.groups("dp", "cp")) == 1 else None),
             world=group("world", "tp", "cp", "dp", "pp"),
         )
 
@@ -107,7 +108,9 @@ class ParallelContext:
         wait for each other, so that one it sends would wait for one it awaits. Hence groups by what travels, whether to
         a higher rank, and whether the lower of the two is odd.
         """
-        return self.pp_links[op, target > source, min(source, target) % 2]
+        link = op, target > source, min(source, target) % 2
+        assert link in self.pp_links, f"{op} from pipeline rank {source} to {target}: no such link was made"
+        return self.pp_links[link]
 
     @classmethod
     def single(cls, device: torch.device | None = None) -> "ParallelContext":

@@ -1,7 +1,8 @@
 """Linear layers whose weight is split over the tensor-parallel group.
 
 Both are one autograd Function each, so that what is saved and what is communicated stands here and nowhere else: the
-column layer saves its *sharded* input under sequence parallel and gathers it again in backward.
+column layer saves its *sharded* input under sequence parallel and gathers it again in backward. The weight is kept as
+it is: hooks on saved tensors, such as recomputation's, hand back another object, whose gradient goes nowhere.
 """
 
 from typing import Any
@@ -10,34 +11,47 @@ import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.precision import apply, matmul
-from megatron_aquila.parallel.collectives import all_gather, all_reduce_, reduce_scatter
+from megatron_aquila.parallel.collectives import (
+    Pending,
+    all_gather,
+    all_reduce_,
+    begin_all_gather,
+    begin_all_reduce_,
+    begin_reduce_scatter,
+    reduce_scatter,
+)
 from megatron_aquila.parallel.placement import Placement
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, placement: Placement) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.placement = placement
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.placement = weight, placement
         x_SBH = all_gather(x, placement.tp) if placement.sequence_parallel else x
         return matmul(x_SBH, weight.T)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
         placement: Placement = ctx.placement
-        tp, sequence_parallel = placement.tp, placement.sequence_parallel
-        x, weight = ctx.saved_tensors
-        x_SBH = all_gather(x, tp) if sequence_parallel else x
+        tp, sequence_parallel, overlap = placement.tp, placement.sequence_parallel, placement.overlap
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        # Each collective runs beside the product that does not need it: the gathered x is for the weight's gradient
+        # alone, the sum of grad_x for nothing here. Where the weight's gradient is owed, that sum is simply awaited.
+        gathering = begin_all_gather(x, tp, overlap=overlap) if sequence_parallel else Pending(x)
         grad_x = matmul(grad_y, weight)  # this rank's partial sum
-        grad_x = reduce_scatter(grad_x, tp) if sequence_parallel else all_reduce_(grad_x, tp)
-        return grad_x, placement.weight_grads.gradient(weight, grad_y, x_SBH), None
+        x_SBH = gathering.wait()
+        begin_sum = begin_reduce_scatter if sequence_parallel else begin_all_reduce_
+        summing = begin_sum(grad_x, tp, overlap=overlap)
+        grad_weight = placement.weight_grads.gradient(weight, grad_y, x_SBH)
+        return summing.wait(), grad_weight, None
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, placement: Placement) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.placement = placement
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.placement = weight, placement
         y = matmul(x, weight.T)  # this rank's partial sum
         tp = placement.tp
         return reduce_scatter(y, tp) if placement.sequence_parallel else all_reduce_(y, tp)
@@ -46,7 +60,7 @@ class _RowParallel(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
         placement: Placement = ctx.placement
         tp, sequence_parallel = placement.tp, placement.sequence_parallel
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad_y = all_gather(grad_y, tp) if sequence_parallel else grad_y
         return matmul(grad_y, weight), placement.weight_grads.gradient(weight, grad_y, x), None
 

@@ -14,12 +14,14 @@ class Placement:
     """How layers are split and stored. One for all layers of a rank, so that they share ``weight_grads``.
 
     ``sequence_parallel``: between the parallel layers, activations are split along the sequence over ``tp``.
+    ``overlap``: collectives run beside products that do not need them. It changes no bit.
     """
 
     tp: Group
     sequence_parallel: bool
     dtype: torch.dtype
     device: torch.device
+    overlap: bool = False
     weight_grads: WeightGradQueue = field(default_factory=WeightGradQueue)
 
     def weight(self, *shape: int) -> nn.Parameter:

@@ -36,7 +36,7 @@ class VocabParallelEmbedding(nn.Module):
         the sum is exact. Backward: all-gather, St -> S, under sequence parallel; else nothing.
         """
         tp = self.placement.tp
-        rows, is_mine = _local(tokens_BS.T, self.weight.shape[0], self.weight.shape[0], tp)
+        rows, is_mine = local_columns(tokens_BS.T, self.weight.shape[0], self.weight.shape[0], tp)
         x_SBH = embedding(rows, self.weight).where(is_mine.unsqueeze(-1), 0)
         return scatter_sequence(x_SBH, tp) if self.placement.sequence_parallel else reduce_from(x_SBH, tp)
 
@@ -46,12 +46,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_SBVt: Tensor, labels_SB: Tensor, tp: Group, vocab_size: int) -> Tensor:
-        num_real = _num_real(logits_SBVt.shape[-1], tp, vocab_size)
+        num_real = num_real_columns(logits_SBVt.shape[-1], tp, vocab_size)
         real, dtype = logits_SBVt[..., :num_real], compute_dtype(logits_SBVt.dtype)
         top_SB = real.amax(-1).to(dtype) if num_real > 0 else real.new_full(labels_SB.shape, -torch.inf, dtype=dtype)
         top_SB = all_reduce_(top_SB, tp, "max")
         logits = real.to(dtype, copy=True).sub_(top_SB.unsqueeze(-1))  # the only wide copy of the logits
-        columns, is_mine = _local(labels_SB, logits_SBVt.shape[-1], num_real, tp)
+        columns, is_mine = local_columns(labels_SB, logits_SBVt.shape[-1], num_real, tp)
         label_logit = torch.zeros_like(top_SB)
         if num_real > 0:
             label_logit = logits.gather(-1, columns.unsqueeze(-1)).squeeze(-1).where(is_mine, 0)
@@ -63,7 +63,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None]:
         logits_SBVt, labels_SB, top_SB, sum_exp = ctx.saved_tensors
-        columns, is_mine = _local(labels_SB, logits_SBVt.shape[-1], ctx.num_real, ctx.tp)
+        columns, is_mine = local_columns(labels_SB, logits_SBVt.shape[-1], ctx.num_real, ctx.tp)
         grad = torch.zeros(logits_SBVt.shape, dtype=top_SB.dtype, device=top_SB.device)
         real = grad[..., : ctx.num_real]  # the padded columns stay exactly zero
         real.copy_(logits_SBVt[..., : ctx.num_real]).sub_(top_SB.unsqueeze(-1)).exp_().div_(sum_exp.unsqueeze(-1))
@@ -83,12 +83,12 @@ def vocab_parallel_cross_entropy(logits_SBVt: Tensor, labels_SB: Tensor, *, tp: 
     return apply(_VocabParallelCrossEntropy, logits_SBVt, labels_SB, tp, vocab_size)
 
 
-def _num_real(shard_size: int, tp: Group, vocab_size: int) -> int:
+def num_real_columns(shard_size: int, tp: Group, vocab_size: int) -> int:
     """How many of this rank's columns are tokens; the others are padding."""
     return min(max(vocab_size - tp.rank * shard_size, 0), shard_size)
 
 
-def _local(ids: Tensor, shard_size: int, num_real: int, tp: Group) -> tuple[Tensor, Tensor]:
+def local_columns(ids: Tensor, shard_size: int, num_real: int, tp: Group) -> tuple[Tensor, Tensor]:
     """``ids`` as this rank's rows, 0 where another rank holds them, and where this rank does."""
     rows = ids - tp.rank * shard_size
     is_mine = (rows >= 0) & (rows < num_real)

@@ -1,29 +1,46 @@
 """Weight gradients of the parallel linears: computed in their backward, or owed until the schedule asks for them."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_aquila.kernels.precision import matmul
+from megatron_aquila.kernels.precision import compute_dtype
+from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_, weight_gradient
 
 
-def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
-    """Gradient of ``weight`` in ``y = x @ weight.T``: the leading dims of both are rows. Local."""
-    return matmul(grad_y.flatten(0, -2).T, x.flatten(0, -2))
+@dataclass(frozen=True, slots=True)
+class MainGrad:
+    """The sum of a parameter's gradients over the microbatches, in the parameter's shape.
+
+    Whoever adds one to ``total`` says so by calling ``added``.
+    """
+
+    total: Tensor
+    added: Callable[[], None]
 
 
 class WeightGradQueue:
-    """Weight gradients owed: filled by a backward that leaves them out, paid later, for one key at a time.
+    """Where the linears' weight gradients go: to autograd, or straight into the sums of ``accumulate_into``.
 
-    Calling autograd twice would run every Function's backward twice, its collectives too; here a linear hands over the
-    one product that is left. What is owed keeps the linear's input, gathered, and the gradient of its output.
+    Also those owed: filled by a backward that leaves them out, paid later, for one key at a time. Calling autograd
+    twice would run every Function's backward twice, its collectives too; here a linear hands over the one product that
+    is left. What is owed keeps the linear's input, gathered, and the gradient of its output.
     """
 
     def __init__(self) -> None:
+        self._main_grads: Mapping[nn.Parameter, MainGrad] = {}
         self._owed: dict[Hashable, list[Callable[[], None]]] = {}
         self._open: list[Callable[[], None]] | None = None
+
+    def accumulate_into(self, main_grads: Mapping[nn.Parameter, MainGrad]) -> None:
+        """From here on the product that is a weight's gradient adds itself to the weight's sum, and autograd has none.
+
+        Not bit-equal to autograd's way: the product is not rounded to the weight's type before it is added.
+        """
+        self._main_grads = main_grads
 
     @contextmanager
     def deferring(self, key: Hashable) -> Iterator[None]:
@@ -35,15 +52,43 @@ class WeightGradQueue:
         finally:
             self._open = None
 
-    def gradient(self, weight: Tensor, grad_y: Tensor, x: Tensor) -> Tensor | None:
-        """The gradient of ``weight`` for autograd to accumulate now, or None where it is owed. Local."""
-        if self._open is None:
-            return weight_gradient(grad_y, x)
-        self._open.append(lambda: torch.autograd.backward(weight, weight_gradient(grad_y, x)))  # runs the hooks, too
+    def gradient(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor) -> Tensor | None:
+        """The gradient of ``weight`` for autograd to accumulate, or None where it was added to its sum or is owed.
+
+        Local, unless a sum that is now complete sends itself on.
+        """
+        if self._open is not None:
+            self._open.append(lambda: self._accumulate(weight, grad_y, x))
+            return None
+        if weight in self._main_grads:
+            self._accumulate(weight, grad_y, x)
+            return None
+        return weight_gradient(grad_y, x)
+
+    def begin_sum(self, weight: nn.Parameter) -> Tensor:
+        """Where pieces of a gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local."""
+        main = self._main_grads.get(weight)
+        if main is not None:
+            return main.total
+        return torch.zeros(weight.shape, dtype=compute_dtype(weight.dtype), device=weight.device)
+
+    def end_sum(self, weight: nn.Parameter, total: Tensor) -> Tensor | None:
+        """All pieces have been added to ``total``: like ``gradient``, of a product that was taken already."""
+        main = self._main_grads.get(weight)
+        if self._open is not None:
+            self._open.append(
+                main.added
+                if main is not None
+                else lambda: torch.autograd.backward(weight, total.to(weight.dtype))  # runs the parameter's hooks, too
+            )
+        elif main is not None:
+            main.added()
+        else:
+            return total.to(weight.dtype)
         return None
 
     def pay(self, key: Hashable) -> None:
-        """Accumulate what is owed as ``key``, as its backward would have done. Local."""
+        """Accumulate what is owed as ``key``, as its backward would have done. Communicates as ``gradient``."""
         for job in self._owed.pop(key):
             job()
 
@@ -51,3 +96,13 @@ class WeightGradQueue:
     def owed(self) -> list[Hashable]:
         """The keys not yet paid."""
         return list(self._owed)
+
+    @torch.no_grad()
+    def _accumulate(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor) -> None:
+        """As inside a backward, where autograd records nothing."""
+        main = self._main_grads.get(weight)
+        if main is None:
+            torch.autograd.backward(weight, weight_gradient(grad_y, x))  # runs the parameter's hooks, too
+        else:
+            accumulate_weight_gradient_(main.total, grad_y, x)
+            main.added()

@@ -1,8 +1,8 @@
 """What one pipeline rank does, as data."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Op(StrEnum):
@@ -14,9 +14,11 @@ class Op(StrEnum):
     W = "W"  # what I left: backward for the gradients of the stage's weights
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
-    """``op`` of ``microbatch`` on ``stage``. Stages are numbered along the model; stage 0 holds the embedding."""
+class Action(NamedTuple):
+    """``op`` of ``microbatch`` on ``stage``. Stages are numbered along the model; stage 0 holds the embedding.
+
+    A tuple, not a dataclass: the checks look up a hundred thousand of them, and a tuple is hashed in C.
+    """
 
     op: Op
     stage: int

@@ -1,5 +1,6 @@
 """Is a schedule complete, in order, and free of deadlock? Asked before the first step, answered without a process."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -28,7 +29,7 @@ def check(schedule: Schedule, num_stages: int, num_microbatches: int, *, link_de
                 f"rank {source} sends to rank {target} in the order {_listed(sent)}, but rank {target} receives in the "
                 f"order {_listed(received)}: messages pair up in order, so the {op} tensors would be swapped"
             )
-    runnable_order(schedule, num_stages, also_after=_waits(schedule, num_stages, link_depth))
+    runnable_order(schedule, num_stages, also_after=_waits(links, link_depth))
 
 
 def needed_link_depth(schedule: Schedule, num_stages: int) -> int:
@@ -37,19 +38,24 @@ def needed_link_depth(schedule: Schedule, num_stages: int) -> int:
     Raises ``ScheduleError`` if it cannot run at any depth.
     """
     runnable_order(schedule, num_stages)
-    depth = 1
-    while True:
+    links = messages(schedule, num_stages)
+
+    def runs(depth: int) -> bool:
         try:
-            runnable_order(schedule, num_stages, also_after=_waits(schedule, num_stages, depth))
+            runnable_order(schedule, num_stages, also_after=_waits(links, depth))
         except ScheduleError:
-            depth += 1
-        else:
-            return depth
+            return False
+        return True
+
+    enough = 1
+    while not runs(enough):
+        enough *= 2
+    return bisect_left(range(1, enough), True, lo=enough // 2, key=runs) + 1
 
 
-def _waits(schedule: Schedule, num_stages: int, depth: int) -> dict[Action, Action]:
+def _waits(links: Mapping[Link, tuple[list[Action], list[Action]]], depth: int) -> dict[Action, Action]:
     """What each sending action waits for where a link holds ``depth`` messages."""
-    sent = [sent for sent, _ in messages(schedule, num_stages).values()]
+    sent = [sent for sent, _ in links.values()]
     return {later: _receiver(earlier) for one in sent for earlier, later in zip(one, one[depth:], strict=False)}
 
 
@@ -122,8 +128,11 @@ def _check_complete(schedule: Schedule, num_stages: int, num_microbatches: int) 
         if actions:
             in_order = sorted(actions, key=lambda a: (list(Op).index(a.op), a.microbatch, a.stage))
             problems.append(f"{what}: {_listed(in_order)}")
-    for stage in range(num_stages):
-        ranks = sorted(rank for rank, program in schedule.items() if any(a.stage == stage for a in program))
+    ranks_of: dict[int, list[int]] = {}
+    for rank, program in sorted(schedule.items()):
+        for stage in {action.stage for action in program}:
+            ranks_of.setdefault(stage, []).append(rank)
+    for stage, ranks in sorted(ranks_of.items()):
         if len(ranks) > 1:
             problems.append(f"stage {stage} is on ranks {ranks}; its weights are on one")
     if problems:

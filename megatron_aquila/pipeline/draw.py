@@ -1,34 +1,122 @@
-"""A timeline as text: one row a rank, one column a unit of time."""
+"""A timeline as text: one row a rank."""
 
+import math
+from collections.abc import Sequence
+
+from megatron_aquila.pipeline.action import Action, Op
 from megatron_aquila.pipeline.simulate import Timeline
+
+_ROUNDING = 1 + 1e-9  # times are sums of floats
 
 
 def draw(timeline: Timeline, width: int | None = None) -> str:
     """``timeline`` as text, e.g. ``rank 0 | F0 F1 .. B0 B0``. A column is the shortest action; ``.`` is idle time.
 
     An action that lasts several columns fills them all; ends are rounded to whole columns. Rows longer than ``width``
-    characters go on in a further block.
+    characters go on in a further block, see ``num_blocks``.
     """
-    unit = min(timeline.end[action] - timeline.start[action] for action in timeline.start)
-    origin = min(timeline.start.values())
-    num_stages = 1 + max(action.stage for action in timeline.start)
-    chunked = num_stages > len(timeline.schedule)
-    names = {a: str(a) if chunked else f"{a.op}{a.microbatch}" for a in timeline.start}
-    cell = max(len(name) for name in names.values())
-    columns = round(timeline.makespan / unit)
-    labels = {rank: f"rank {rank}" for rank in timeline.schedule}
-    label = max(len(text) for text in labels.values())
+    names, unit, labels = _names(timeline), _unit(timeline), _labels(timeline)
+    cell, columns = max(map(len, names.values())), round(timeline.makespan / unit)
+    origin = timeline.origin
     rows = {}
     for rank, program in timeline.schedule.items():
         rows[rank] = ["." * cell] * columns
         for action in program:
             first, last = (round((t[action] - origin) / unit) for t in (timeline.start, timeline.end))
             rows[rank][first:last] = [names[action].ljust(cell)] * (last - first)
-    each = columns if width is None else max(1, (width - label - 2) // (cell + 1))
+    each = columns if width is None else _columns_a_block(timeline, width)
     blocks = [
-        "\n".join(
-            f"{labels[rank].ljust(label)} | {' '.join(row[at : at + each])}".rstrip() for rank, row in rows.items()
-        )
+        "\n".join(f"{labels[rank]}{' '.join(row[at : at + each])}".rstrip() for rank, row in rows.items())
         for at in range(0, columns, each)
     ]
     return "\n\n".join(blocks)
+
+
+def num_blocks(timeline: Timeline, width: int) -> int:
+    """How many blocks ``draw`` needs."""
+    return -(-round(timeline.makespan / _unit(timeline)) // _columns_a_block(timeline, width))
+
+
+def draw_to_scale(timeline: Timeline, column: float) -> str:
+    """``timeline`` as text at a scale, ``column`` of time a character, so that pictures of one scale can be compared.
+
+    A row is as long as the whole timeline. ``legend`` explains the characters.
+    """
+    labels, row = _labels(timeline), _row_of_names if _has_names(timeline, column) else _row_of_kinds
+    return "\n".join(labels[rank] + "".join(row(timeline, rank, column)) for rank in timeline.schedule)
+
+
+def legend(timelines: Sequence[Timeline], column: float) -> str:
+    """What the characters of ``draw_to_scale`` mean in the pictures of ``timelines``."""
+    named = [_has_names(timeline, column) for timeline in timelines]
+    words = [f"a character is {column:.4g} of time, a dot waiting"]
+    if any(named):
+        words.append(
+            "an action is its capital letter, its microbatch where there is room, and small letters to its end"
+        )
+    if not all(named):
+        words.append("where actions are shorter than a character, it is what takes over half of it, + if nothing does")
+    return ";\n".join(words)
+
+
+def _has_names(timeline: Timeline, column: float) -> bool:
+    """Whether every action is at least a character wide."""
+    return column <= _unit(timeline) * _ROUNDING
+
+
+def _row_of_names(timeline: Timeline, rank: int, column: float) -> list[str]:
+    """Every action, as wide as it lasts."""
+    row, origin = ["."] * round(timeline.makespan / column), timeline.origin
+    for action in timeline.schedule[rank]:
+        first, last = (round((t[action] - origin) / column) for t in (timeline.start, timeline.end))
+        name = f"{action.op}{action.microbatch}"
+        row[first:last] = (name if len(name) <= last - first else action.op).ljust(last - first, action.op.lower())
+    return row
+
+
+def _row_of_kinds(timeline: Timeline, rank: int, column: float) -> list[str]:
+    """In each column the kind of action, or the waiting, that takes more than half of it."""
+    columns = math.ceil(timeline.makespan / column / _ROUNDING)
+    spent, origin = [dict.fromkeys(Op, 0.0) for _ in range(columns)], timeline.origin
+    for action in timeline.schedule[rank]:
+        start, end = (t[action] - origin for t in (timeline.start, timeline.end))
+        for at in range(int(start / column), min(columns, math.ceil(end / column))):
+            spent[at][action.op] += min(end, (at + 1) * column) - max(start, at * column)
+    half = column / 2 * _ROUNDING
+    row = []
+    for kinds in spent:
+        most = max(kinds, key=kinds.__getitem__)
+        row.append(most.value if kinds[most] > half else "." if column - sum(kinds.values()) > half else "+")
+    return row
+
+
+def scale(timelines: Sequence[Timeline], width: int) -> float:
+    """The ``column`` of ``draw_to_scale`` at which the longest of ``timelines`` fits into ``width`` characters.
+
+    A whole fraction of the shortest action or a whole multiple of it, so that equal actions look equal.
+    """
+    room = max(1, width - max(len(_labels(timeline)[0]) for timeline in timelines))
+    unit = min(map(_unit, timelines))
+    units = max(timeline.makespan for timeline in timelines) / unit
+    return unit / (room // units) if units <= room else unit * math.ceil(units / room)
+
+
+def _columns_a_block(timeline: Timeline, width: int) -> int:
+    cell = max(map(len, _names(timeline).values()))
+    return max(1, (width - len(_labels(timeline)[0]) + 1) // (cell + 1))
+
+
+def _labels(timeline: Timeline) -> dict[int, str]:
+    """What stands before each rank's row, all of one width."""
+    width = max(len(str(rank)) for rank in timeline.schedule)
+    return {rank: f"rank {rank:<{width}} | " for rank in timeline.schedule}
+
+
+def _names(timeline: Timeline) -> dict[Action, str]:
+    """The actions' names, without the stage where a rank has only one."""
+    chunked = timeline.num_stages > len(timeline.schedule)
+    return {action: str(action) if chunked else f"{action.op}{action.microbatch}" for action in timeline.start}
+
+
+def _unit(timeline: Timeline) -> float:
+    return min(timeline.end[action] - timeline.start[action] for action in timeline.start)

@@ -16,9 +16,19 @@ class Timeline:
     end: Mapping[Action, float]
 
     @property
+    def num_stages(self) -> int:
+        """Number of stages of the whole pipeline."""
+        return 1 + max(action.stage for action in self.start)
+
+    @property
+    def origin(self) -> float:
+        """When the first action starts."""
+        return min(self.start.values())
+
+    @property
     def makespan(self) -> float:
         """Time from the first action to the last of all ranks: a step that ends in a barrier, as clipping does."""
-        return max(self.end.values()) - min(self.start.values())
+        return max(self.end.values()) - self.origin
 
     def span(self, rank: int) -> float:
         """Time from ``rank``'s first action to its last: what a step costs it when steps may overlap."""
@@ -47,6 +57,10 @@ class Timeline:
             held += {Op.F: 1, Op.I: 0, Op.B: -1, Op.W: -1}[action.op]
             peak = max(peak, held)
         return peak
+
+    def peak_microbatches(self, rank: int) -> float:
+        """``peak_in_flight`` in microbatches of all of ``rank``'s stages together."""
+        return self.peak_in_flight(rank) / len({action.stage for action in self.schedule[rank]})
 
 
 def simulate(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) -> Timeline:

@@ -1,6 +1,7 @@
 """Parameters, FLOPs per token, device peaks and MFU: one definition each, the ones the run log prints.
 
 A FLOP count here is what the model needs, not what is executed: recompute, norms and the optimizer are left out.
+``plan.recompute`` counts what is computed a second time.
 """
 
 from typing import Literal
@@ -13,7 +14,12 @@ Attention = Literal["causal", "full"]
 def layer_matmul_params(shape: ModelShape) -> int:
     """Elements of one layer's weight matrices: q, k, v, o, gate, up and down."""
     attention = shape.hidden_size * (2 * shape.attention_size + 2 * shape.kv_size)
-    return attention + 3 * shape.hidden_size * shape.ffn_size
+    return attention + 3 * down_matmul_params(shape)
+
+
+def down_matmul_params(shape: ModelShape) -> int:
+    """Elements of the MLP's down projection; gate and up have as many each."""
+    return shape.hidden_size * shape.ffn_size
 
 
 def head_matmul_params(shape: ModelShape) -> int:

@@ -12,13 +12,15 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.native import INDEX_BUILDER
 from megatron_aquila.errors import AquilaError, ConfigError, Problem
 from megatron_aquila.observe.log import Log
+from megatron_aquila.plan.flops import peak_flops
+from megatron_aquila.train.bubble import run_bubble
 
 
 def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapping[str, str]) -> None:
     """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory, and the kernels."""
     changed = setting_rows(loaded, changed_only=True)
     log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
-    log.section("what follows", dict(derived_rows(loaded.config, derived)))
+    log.section("what follows", dict(derived_rows(loaded.config, derived, bubble=run_bubble(loaded.config, derived))))
     log.section("kernels", {**kernels, "sample indices": INDEX_BUILDER})
     if loaded.config.checkpoint.save is None:
         log.line("no --save folder is set: nothing of this run will be kept")
@@ -33,6 +35,21 @@ def check_memory(config: RunConfig, derived: Derived, device: torch.device) -> N
     if memory.total > total:
         why = f"the plan needs more than the GPU's {total / 2**30:.1f} GiB: {memory_words(memory)}"
         raise ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config))])
+
+
+def check_peak(config: RunConfig, device: torch.device) -> None:
+    """Raise ``ConfigError`` where ``--peak-tflops`` is more than the dense peak that is known of the GPU."""
+    given, precision = config.observe.peak_tflops, config.train.precision
+    if device.type != "cuda" or given is None:
+        return
+    name = torch.cuda.get_device_name(device)
+    dense = peak_flops(name, precision)
+    if dense is None or given * 1e12 <= dense:
+        return
+    why = f"the dense peak of {name} in {precision} is {dense / 1e12:g}"
+    if given * 1e12 > 1.9 * dense:
+        why += "; twice that is with sparsity, which no training uses"
+    raise ConfigError([Problem("--peak-tflops", given, why, f"leave it out, or use at most {dense / 1e12:g}")])
 
 
 @contextmanager
@@ -55,5 +72,9 @@ def ways_to_save(config: RunConfig) -> str:
         ways.append(f"lower --micro-batch (now {config.train.micro_batch})")
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         ways.append("turn on --sp")
+    if config.train.recompute == "none":
+        ways.append("turn on --recompute selective, or full")
+    elif config.train.recompute == "selective":
+        ways.append("use --recompute full")
     ways += [f"raise --tp (now {config.parallel.tensor})", f"raise --pp (now {config.parallel.pipeline})"]
     return ", ".join([*ways, "or use more data-parallel ranks: optimizer states are sharded over them"])

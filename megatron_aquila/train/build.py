@@ -1,18 +1,20 @@
 """From settings to a run: one line a part. The rooms of the layer below meet here and nowhere else."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch import Tensor, nn
 
-from megatron_aquila.config.derive import Derived
-from megatron_aquila.config.schema import OptimConfig, RunConfig
+from megatron_aquila.config.derive import Derived, bucket_bytes
+from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
+from megatron_aquila.optim.buckets import Reduction
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
@@ -27,7 +29,7 @@ from megatron_aquila.pipeline.checks import check, needed_link_depth
 from megatron_aquila.pipeline.engine import Engine, LossFn
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.wire import P2PWire, Wire
-from megatron_aquila.plan.shape import Precision
+from megatron_aquila.plan.shape import ModelShape, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -75,30 +77,49 @@ def create_context(config: RunConfig, derived: Derived, device: torch.device) ->
     return ParallelContext.create(derived.grid, device, timeout, pp_turns_back=derived.stages.turns_back)
 
 
-def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> Machine:
-    """Kernels, stages, optimizer, wire and programs. Local. Weights are allocated, not filled."""
+def build_machine(
+    config: RunConfig, derived: Derived, ctx: ParallelContext, *, kernels: Kernels | None = None
+) -> Machine:
+    """Kernels, stages, optimizer, wire and programs. Local. Weights are allocated, not filled.
+
+    ``kernels`` are by default the best that run on the context's device, or those that the settings name.
+    """
     dtype = DTYPES[config.train.precision]
-    kernels = choose_kernels(
-        ctx.device,
-        dtype,
-        forced=dict(split_choice(word) for word in config.train.kernels),
-        sizes=Sizes(
-            hidden_size=derived.shape.hidden_size,
-            ffn_size=derived.shape.ffn_size // ctx.tp.size,
-            head_dim=derived.shape.head_dim,
-            norm_order=derived.shape.norm_order,
-        ),
+    if kernels is None:
+        kernels = choose_kernels(
+            ctx.device,
+            dtype,
+            forced=dict(split_choice(word) for word in config.train.kernels),
+            sizes=kernel_sizes(derived.shape, ctx),
+        )
+    placement = Placement(
+        tp=ctx.tp,
+        sequence_parallel=config.parallel.sequence,
+        dtype=dtype,
+        device=ctx.device,
+        overlap=config.parallel.overlap,
     )
-    sequence_parallel = config.parallel.sequence
-    placement = Placement(tp=ctx.tp, sequence_parallel=sequence_parallel, dtype=dtype, device=ctx.device)
-    stages = build_stages(derived.shape, derived.stages, pp_rank=ctx.pp.rank, placement=placement, kernels=kernels)
+    stages = build_stages(
+        derived.shape,
+        derived.stages,
+        pp_rank=ctx.pp.rank,
+        placement=placement,
+        kernels=kernels,
+        recompute=derived.recompute,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+    )
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
     optimizer = DistributedOptimizer(
-        infos, ctx, rule=update_rule(config.optim, kernels), bucket_bytes=config.parallel.bucket_mib * 2**20
+        infos,
+        ctx,
+        rule=update_rule(config.optim, kernels),
+        bucket_bytes=bucket_bytes(config),
+        reduction=reduction(config.parallel),
     )
+    if config.parallel.fuse_main_grads:
+        placement.weight_grads.accumulate_into(optimizer.main_grads())
+    wait_before_forward(stages.values(), optimizer)
     plan = plan_work(config, derived, ctx.pp.rank)
-    rows = derived.shape.seq_len // (ctx.tp.size if sequence_parallel else 1)
-    activation_shape = (rows, config.train.micro_batch, derived.shape.hidden_size)
     return Machine(
         config=config,
         derived=derived,
@@ -106,20 +127,57 @@ def build_machine(config: RunConfig, derived: Derived, ctx: ParallelContext) -> 
         kernels=kernels,
         stages=stages,
         infos=infos,
-        wire=P2PWire(
-            ctx,
-            stage_rank=derived.stages.stage_rank,
-            activation_shape=activation_shape,
-            dtype=dtype,
-            depth=plan.link_depth,
-            overlap=config.parallel.overlap,
-        ),
+        wire=build_wire(config, derived, ctx, link_depth=plan.link_depth),
         weight_grads=placement.weight_grads,
         optimizer=optimizer,
         lr=lr_schedule(config),
         scaling=loss_scaling(config),
         programs=plan.programs,
     )
+
+
+def kernel_sizes(shape: ModelShape, ctx: ParallelContext) -> Sizes:
+    """What this rank's kernels are tried at."""
+    return Sizes(
+        hidden_size=shape.hidden_size,
+        ffn_size=shape.ffn_size // ctx.tp.size,
+        head_dim=shape.head_dim,
+        norm_order=shape.norm_order,
+    )
+
+
+def build_wire(config: RunConfig, derived: Derived, ctx: ParallelContext, *, link_depth: int) -> P2PWire:
+    """What activations and their gradients travel over, of this rank's part of a microbatch's sequence."""
+    rows = derived.shape.seq_len // (ctx.tp.size if config.parallel.sequence else 1)
+    return P2PWire(
+        ctx,
+        stage_rank=derived.stages.stage_rank,
+        activation_shape=(rows, config.train.micro_batch, derived.shape.hidden_size),
+        dtype=DTYPES[config.train.precision],
+        depth=link_depth,
+        overlap=config.parallel.overlap,
+    )
+
+
+def reduction(parallel: ParallelConfig) -> Reduction:
+    """How gradients are summed over the replicas."""
+    return Reduction(
+        dtype=torch.bfloat16 if parallel.grad_reduce == "bf16" else None,
+        in_rank_order=parallel.deterministic_reduce,
+        overlap=parallel.overlap,
+    )
+
+
+def wait_before_forward(stages: Iterable[nn.Module], optimizer: DistributedOptimizer) -> None:
+    """Let every module, before its forward, wait for the weights it holds itself: they may still be on their way."""
+
+    def wait(module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+        optimizer.wait_for_weights(module.parameters(recurse=False))
+
+    for stage in stages:
+        for module in stage.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(wait)
 
 
 def split_choice(word: str) -> tuple[str, str]:
@@ -198,11 +256,11 @@ def loss_scaling(config: RunConfig) -> LossScaling:
 
 def load_batches(loader: BatchLoader, consumed: int, global_batch: int, device: torch.device) -> list[Batch]:
     """This rank's microbatches of the global batch that starts at sample ``consumed``, on the device."""
-    return [to_device(micro, device) for micro in loader.fetch(consumed, global_batch)]
+    return [to_device(micro, device, number) for number, micro in enumerate(loader.fetch(consumed, global_batch))]
 
 
-def to_device(micro: MicroBatch, device: torch.device) -> Batch:
-    """A microbatch as tensors on ``device``."""
+def to_device(micro: MicroBatch, device: torch.device, number: int = 0) -> Batch:
+    """A microbatch, the step's ``number``-th, as tensors on ``device``."""
     bounds = micro.document_bounds
     return Batch(
         tokens_BS=torch.from_numpy(micro.tokens_BS).to(device),
@@ -211,4 +269,5 @@ def to_device(micro: MicroBatch, device: torch.device) -> Batch:
         positions_BS=torch.from_numpy(micro.positions_BS).to(device),
         source_B=torch.from_numpy(micro.source_B).to(device),
         documents=None if bounds is None else Documents(tuple(bounds.tolist()), torch.from_numpy(bounds).to(device)),
+        microbatch=number,
     )

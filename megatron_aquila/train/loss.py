@@ -1,7 +1,7 @@
 """The loss of a step: what is differentiated, and what is reported, summed by source of the blend."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,14 +33,19 @@ class LossSums:
         self.source_names, self.num_tokens, self.loss_scale = tuple(source_names), num_tokens, loss_scale
         self._sums = torch.zeros(2, len(source_names), dtype=torch.float64, device=device)
 
+    def weigh(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches, with what a counted token's loss is multiplied with in the scaled global mean."""
+        return [replace(batch, loss_weight=self.loss_scale / self.num_tokens) for batch in batches]
+
     def loss(self, loss_SB: Tensor, batch: Batch) -> Tensor:
-        """loss_SB -> this microbatch's share of the scaled global mean, a scalar. Local."""
+        """loss_SB -> this weighed microbatch's share of the scaled global mean, a scalar. Local."""
+        assert batch.loss_weight is not None, "the batch was not weighed"
         mask_SB = batch.loss_mask_BS.t().to(loss_SB.dtype)
         masked_SB = loss_SB * mask_SB
         with torch.no_grad():
             by_sample = torch.stack([masked_SB.sum(0), mask_SB.sum(0)]).to(torch.float64)
             self._sums.index_add_(1, batch.source_B, by_sample)
-        return masked_SB.sum() / self.num_tokens * self.loss_scale
+        return (masked_SB * batch.loss_weight).sum()
 
     def means(self, ctx: ParallelContext) -> LossMeans:
         """Means over the global batch, equal on every rank. One all-reduce over the world.

@@ -16,6 +16,7 @@ from megatron_aquila.observe.report import StepReport
 from megatron_aquila.observe.writers import Writers, open_writers
 from megatron_aquila.parallel.collectives import all_reduce_
 from megatron_aquila.plan.flops import attention_flops, flops_per_token, peak_flops
+from megatron_aquila.plan.recompute import recomputed_flops
 from megatron_aquila.train.build import DTYPES, Machine
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.state import TrainState
@@ -50,10 +51,18 @@ class RankZeroReporter:
 def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
     """The reporter for the length of a run. Collective: the GEMM rate of a CPU is measured on all ranks at once."""
     config, shape = machine.config, machine.derived.shape
+    recomputed = recomputed_flops(
+        shape,
+        machine.derived.stages,
+        machine.derived.recompute,
+        machine.derived.batches.sizes()[-1] // (config.train.micro_batch * machine.derived.grid.dp),
+    )
     meter = ThroughputMeter(
         flops_per_token=flops_per_token(shape),
         flops_per_token_full=flops_per_token(shape, "full"),
         attention_flops_per_token=shape.num_layers * attention_flops(shape.attention_size, shape.seq_len),
+        recomputed_flops_per_token=recomputed.linears + recomputed.attention,
+        recomputed_attention_flops_per_token=recomputed.attention,
         num_devices=machine.ctx.world.size,
         total_samples=config.train.train_samples,
         peak_flops=device_peak(config, machine.ctx.device, log),

@@ -75,6 +75,7 @@ def load_weights(machine: Machine, start: Start) -> None:
     ``CheckpointError`` where a tensor is missing or of another shape; weights are never left random.
     """
     world, init_from_hf = machine.ctx.world, machine.config.checkpoint.init_from_hf
+    machine.optimizer.wait_for_weights()  # or what is under way would overwrite what is loaded
     for info in machine.infos:
         info.param.data.zero_()  # padded vocabulary rows are in no file
     if start.checkpoint is not None:

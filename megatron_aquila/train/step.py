@@ -78,9 +78,9 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
 
 
 def compute_gradients(machine: Machine, batches: Sequence[Batch], sums: LossSums) -> None:
-    """Forward and backward over this rank's microbatches, then the reduction: gradients are ready to be clipped."""
-    machine.optimizer.zero_grad()
-    machine.engine(sums.loss).step(machine.programs[len(batches)], batches)
+    """Forward and backward over this rank's microbatches, and the reduction: gradients are ready to be clipped."""
+    machine.optimizer.begin_step(len(batches))
+    machine.engine(sums.loss).step(machine.programs[len(batches)], sums.weigh(batches))
     machine.optimizer.reduce_gradients()
 
 

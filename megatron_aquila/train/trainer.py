@@ -79,6 +79,7 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
             reporter.step(outcome.report)
             check_progress(state, outcome.report, machine.scaling)
             if is_due(state.step, config.train.check_replicas, last=False):
+                machine.optimizer.wait_for_weights()
                 check_replicated(machine.infos, machine.ctx)
             why = end_of_run(config, state)
             if why is None and outcome.stop_requested:
@@ -91,6 +92,7 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
                 reporter.note(f"saved {save(machine, state, corpus.identity)}")
                 reporter.note(prune_old(machine))
                 last_saved = state.step
+    machine.optimizer.wait_for_weights()
     reporter.note(f"stopped at step {state.step}, {state.consumed_samples} samples: {why}")
     if last_saved < state.step:
         reporter.note("nothing was saved since: no --save folder is set")

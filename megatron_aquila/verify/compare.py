@@ -78,7 +78,7 @@ def compare(axis: str, layout: Layout, against: str, expected: Observation, foun
 def compare_bits(axis: str, layout: Layout, twin: Layout, expected: Observation, found: Observation, bits: Bits) -> Row:
     """Hold ``found`` bit for bit against ``expected``, which was observed under ``twin``.
 
-    Where bits are equal up to the gradients, their norm is a sum in another order, and what follows from it is left out.
+    Where bits are due up to the gradients, their norm is a sum in another order: it and what follows are left out.
     """
     named = [tensors(one, only_gradients=bits == "gradients") for one in (expected, found)]
     return _row(axis, layout, f"{twin}, bit for bit", named[0], named[1], bit_error)

@@ -1,6 +1,6 @@
 """One way to run: what parity varies, and which ways there are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -8,6 +8,9 @@ from megatron_aquila.config.derive import num_chunks
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.plan.stages import FIXED_CHUNKS
 
+NOT_BY_STAGE: Mapping[str, Any] = {  # what is recomputed in stages that are not there
+    f"recompute_{field}_per_stage": () for field in ("granularity", "method", "layers")
+}
 LARGEST_MICRO_BATCH = 2  # two samples at once show what more would
 BUCKET_MIB = {False: 1.0, True: 1 / 64}  # the whole small model in two buckets, or one for every few weights
 
@@ -71,8 +74,6 @@ WORDS: Mapping[str, str] = {
 }
 NEEDS: Mapping[str, str] = {  # without the second the first is nothing
     "sequence": "tp",
-    "schedule": "pp",
-    "chunks": "pp",
     "small_buckets": "dp",
     "deterministic": "dp",
 }
@@ -90,17 +91,19 @@ def is_supported(layout: Layout) -> bool:
 def requested_layout(config: RunConfig) -> Layout:
     """What the settings ask for. Buckets are small wherever they matter, as the model will be."""
     parallel, dp = config.parallel, 1 if config.parallel.data is None else config.parallel.data
-    has_pipeline = parallel.pipeline > 1
     return Layout(
         tp=parallel.tensor,
         sequence=parallel.sequence and parallel.tensor > 1,
         pp=parallel.pipeline,
-        schedule=parallel.schedule if has_pipeline else "1f1b",
-        chunks=num_chunks(parallel) if has_pipeline else 1,
+        schedule=parallel.schedule,
+        chunks=num_chunks(parallel),
         dp=dp,
         micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
+        recompute=config.train.recompute,
         overlap=parallel.overlap and parallel.tensor * parallel.pipeline * dp > 1,
         small_buckets=dp > 1,
+        deterministic=parallel.deterministic_reduce and dp > 1,
+        fused=parallel.fuse_main_grads,
     )
 
 
@@ -112,6 +115,8 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     parallel = config.parallel
     by_hand = parallel.stage_layers is not None and len(parallel.stage_layers) == layout.pp * layout.chunks
     schedule: Any = layout.schedule
+    recompute: Any = layout.recompute
+    by_stage = {} if layout.pp * layout.chunks == parallel.pipeline * num_chunks(parallel) else NOT_BY_STAGE
     return replace(
         config,
         parallel=replace(
@@ -121,18 +126,13 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             pipeline=layout.pp,
             schedule=schedule,
             chunks=layout.chunks,
-            stage_layers=parallel.stage_layers if by_hand and layout.pp > 1 else None,
+            stage_layers=parallel.stage_layers if by_hand and layout.pp * layout.chunks > 1 else None,
             data=layout.dp,
             overlap=layout.overlap,
             bucket_mib=BUCKET_MIB[layout.small_buckets],
+            grad_reduce="fp32",  # rounding to bf16 on the way is not what float64 can prove
+            deterministic_reduce=layout.deterministic,
+            fuse_main_grads=layout.fused,
         ),
-        train=replace(config.train, micro_batch=layout.micro_batch),
+        train=replace(config.train, micro_batch=layout.micro_batch, recompute=recompute, **by_stage),
     )
-
-
-def simpler(layout: Layout) -> Iterator[Layout]:
-    """The layouts with one option less, those that save processes first."""
-    for name in sorted(layout.options, key=lambda name: name not in ("pp", "dp", "tp")):
-        candidate = layout.without(name)
-        if is_supported(candidate):
-            yield candidate

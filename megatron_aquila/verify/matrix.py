@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, get_args
 
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.plan.recompute import Kind
 from megatron_aquila.plan.stages import ScheduleName
 from megatron_aquila.verify.compare import Row
 from megatron_aquila.verify.cover import pairwise_cover
@@ -26,7 +27,11 @@ AXES: Mapping[str, Sequence[Any]] = {
     "sequence": YES_OR_NO,
     "schedule": get_args(ScheduleName),
     "chunks": (1, 2),
+    "recompute": get_args(Kind),
     "overlap": YES_OR_NO,
+    "small_buckets": YES_OR_NO,
+    "deterministic": YES_OR_NO,
+    "fused": YES_OR_NO,
     "documents": YES_OR_NO,
 }
 LARGEST = Layout(**{name: max(AXES[name]) for name in ("tp", "pp", "dp", "micro_batch", "chunks")})

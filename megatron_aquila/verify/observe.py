@@ -21,8 +21,10 @@ from megatron_aquila.verify.outputs import recording
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.sample import rank_batches
 
-RULES: tuple[Literal["sgd", "adamw"], ...] = ("sgd", "adamw")
+Rule = Literal["sgd", "adamw"]
+RULES: tuple[Rule, ...] = ("sgd", "adamw")
 SOURCES = ("even", "odd")
+PATIENCE = 300.0  # seconds, on a crowded machine; what hangs in a collective is ended by the group's own timeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +39,29 @@ class Observation:
     loss: float
     gradients: Mapping[str, Tensor]
     grad_norm: float
-    updated: Mapping[str, Mapping[str, Tensor]]  # by update rule
+    updated: Mapping[Rule, Mapping[str, Tensor]]  # by update rule
     next_loss: Mapping[str, float]  # by update rule
     next_gradients: Mapping[str, Tensor]
 
 
 def observe_layout(config: RunConfig, pool: WorkerPool) -> Observation:
     """Two steps of the real engine on ``pool``'s processes, split as ``config`` says."""
-    return join_ranks(pool.run(observe_rank, config))
+    return join_ranks(pool.run(observe_rank, config, timeout=PATIENCE))
+
+
+def arranged(found: Observation, like: Observation) -> Observation:
+    """``found`` with its tensors in the order of ``like``: ranks hand over theirs as their buckets lie."""
+
+    def order(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: tensors[name] for name in [*names, *tensors] if name in tensors}
+
+    return replace(
+        found,
+        outputs=order(found.outputs, like.outputs),
+        gradients=order(found.gradients, like.gradients),
+        updated={rule: order(found.updated[rule], like.updated[rule]) for rule in RULES},
+        next_gradients=order(found.next_gradients, like.next_gradients),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,32 +112,39 @@ def build_small(config: RunConfig) -> Machine:
     return machine
 
 
-def _observe_rule(config: RunConfig) -> RankObservation:
-    """A step, an update, and a second: trained under SGD, validated under AdamW, so that both ways are seen.
-
-    Parameters are read after the second forward: where their all-gather is overlapped, it ends there.
-    """
-    machine, rule = build_small(config), config.optim.optimizer
-    optimizer, ctx, scale = machine.optimizer, machine.ctx, machine.scaling.initial
-    batches = rank_batches(
+def machine_batches(machine: Machine) -> list[Batch]:
+    """This rank's microbatches of the proof's global batch, as the machine's settings split it and keep documents."""
+    config, dp = machine.config, machine.ctx.dp
+    return rank_batches(
         machine.derived.shape,
         seed=config.seed,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        dp=ctx.dp.size,
-        dp_rank=ctx.dp.rank,
+        dp=dp.size,
+        dp_rank=dp.rank,
         documents=document_rules(config.data, config.data.eod_token_id),
     )
+
+
+def _observe_rule(config: RunConfig) -> RankObservation:
+    """A step, an update, and a second: trained under SGD, validated under AdamW, so that both ways are seen.
+
+    Nobody waits for the parameters before the second forward: that they are there is the engine's to see to.
+    """
+    machine, rule = build_small(config), config.optim.optimizer
+    optimizer, ctx, scale = machine.optimizer, machine.ctx, machine.scaling.initial
+    batches = machine_batches(machine)
     first, second = _loss_sums(machine, batches), _loss_sums(machine, batches)
     with recording(machine) as outputs:
         compute_gradients(machine, batches, first)
-    gradients = gradient_chunks(machine, scale)
+    gradients = gradient_chunks(machine, scale=scale)
     norm = optimizer.clip_(config.optim.clip_grad, loss_scale=scale)
     optimizer.step(config.optim.lr)
     if rule == "sgd":
         compute_gradients(machine, batches, second)
     else:
-        machine.engine(second.loss).evaluate(machine.forward_program(len(batches)), batches)
+        machine.engine(second.loss).evaluate(machine.forward_program(len(batches)), second.weigh(batches))
+    optimizer.wait_for_weights()
     updated = [_copy(chunk) for info in machine.infos for chunk in param_chunks(info)]
     return RankObservation(
         outputs=outputs,
@@ -129,7 +153,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
         grad_norm=norm,
         updated={rule: updated},
         next_loss={rule: second.means(ctx).loss},
-        next_gradients=gradient_chunks(machine, scale) if rule == "sgd" else [],
+        next_gradients=gradient_chunks(machine, scale=scale) if rule == "sgd" else [],
     )
 
 
@@ -138,7 +162,7 @@ def _loss_sums(machine: Machine, batches: list[Batch]) -> LossSums:
     return LossSums(SOURCES, num_tokens=agree(ctx, batches).num_tokens, device=ctx.device, loss_scale=scale)
 
 
-def gradient_chunks(machine: Machine, scale: float) -> list[Chunk]:
+def gradient_chunks(machine: Machine, *, scale: float = 1.0) -> list[Chunk]:
     """This rank's rectangles of the reduced gradients, divided by the loss ``scale``."""
     return [
         replace(chunk, tensor=chunk.tensor / scale)

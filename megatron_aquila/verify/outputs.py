@@ -65,6 +65,6 @@ def layers(stage: Any) -> Iterator[tuple[str, nn.Module]]:
         yield "model.embed_tokens", stage.embedding
     for layer, block in zip(stage.layers, stage.blocks, strict=True):
         yield f"model.layers.{layer}.self_attn", block.attention
-        yield f"model.layers.{layer}.mlp", block.mlp
+        yield f"model.layers.{layer}.mlp", block.mlp.down  # what a recomputed layer calls, too
     if stage.head is not None:
         yield "model.norm", stage.head.norm

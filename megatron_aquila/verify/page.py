@@ -21,13 +21,14 @@ HEADER = ("tp", "sp", "pp", "schedule", "chunks", "dp", "mbs", "recompute", "ove
 def case_cells(case: MatrixCase) -> list[str]:
     """A case under ``HEADER``."""
     layout = case.layout
-    has_pipeline, buckets = layout.pp > 1, "small" if layout.small_buckets else "whole"
+    has_schedule = (layout.pp, layout.schedule, layout.chunks) != (1, "1f1b", 1)
+    buckets = "small" if layout.small_buckets else "whole"
     return [
         str(layout.tp),
         "yes" if layout.sequence else "–",
         str(layout.pp),
-        layout.schedule if has_pipeline else "–",
-        str(layout.chunks) if has_pipeline else "–",
+        layout.schedule if has_schedule else "–",
+        str(layout.chunks) if has_schedule else "–",
         str(layout.dp),
         str(layout.micro_batch),
         layout.recompute,

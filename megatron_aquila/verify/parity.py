@@ -6,8 +6,8 @@ from dataclasses import replace
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.verify.compare import Row, compare, compare_bits, failed
-from megatron_aquila.verify.layout import Layout, simpler, with_layout
-from megatron_aquila.verify.observe import Observation, observe_layout
+from megatron_aquila.verify.layout import Layout, is_supported, with_layout
+from megatron_aquila.verify.observe import Observation, arranged, observe_layout
 from megatron_aquila.verify.plain import observe_plain
 from megatron_aquila.verify.pool import WorkerError, WorkerPool
 from megatron_aquila.verify.reference import plain_weights
@@ -40,7 +40,8 @@ class Parity:
         """Two steps under ``layout``, run once."""
         if layout not in self._observed:
             config = with_layout(self.config, layout)
-            self._observed[layout] = self._run(config, self._pool(layout.world_size))
+            found = self._run(config, self._pool(layout.world_size))
+            self._observed[layout] = arranged(found, self.plain)
         return self._observed[layout]
 
     def rows(self) -> Iterable[Row]:
@@ -76,18 +77,14 @@ class Parity:
     def smallest_failing(self, claim: Claim) -> Layout:
         """The claim's layout without every option that can be left out, one after the other, while it still fails.
 
-        At most as many layouts are run as it has options, each smaller than the one before (two for a claim of bits).
+        Each is tried once, those that save processes first: at most as many layouts are run as there are options.
         """
         gone = set(claim.layout.options) - set(claim.twin.options if claim.twin is not None else claim.layout.options)
-        smallest, tried = claim.layout, {claim.layout}
-        while True:
-            for candidate in simpler(smallest):
-                less = replace(claim, layout=candidate, twin=claim.twin and candidate.without(*gone))
-                if candidate in tried or less.layout == less.twin:
-                    continue
-                tried.add(candidate)
-                if not self.hold(less).holds:
-                    smallest = candidate
-                    break
-            else:
-                return smallest
+        smallest = claim.layout
+        for name in sorted(claim.layout.options, key=lambda name: name not in ("pp", "dp", "tp")):
+            candidate = smallest.without(name)
+            less = replace(claim, layout=candidate, twin=claim.twin and candidate.without(*gone))
+            is_less = candidate not in (smallest, less.twin) and is_supported(candidate)
+            if is_less and not self.hold(less).holds:
+                smallest = candidate
+        return smallest

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world  # torch lists its groups nowhere else
 
 PRELOAD = ["torch", "torch.distributed", "megatron_aquila.verify.pool"]
 GROUP_TIMEOUT = timedelta(seconds=30)
@@ -67,6 +68,15 @@ def _work(rank: int, world: int, connection: Connection, store_path: str) -> Non
             connection.send_bytes(pickle.dumps((False, _Failure(rank, traceback.format_exc(), summary))))
             os._exit(1)  # closes the sockets, so that peers waiting for this rank fail at once
         connection.send_bytes(answer)
+        _leave_groups()
+
+
+def _leave_groups() -> None:
+    """End the groups that the last call made. Each has a thread of gloo's that wakes up a hundred times a second."""
+    dist.barrier()  # a rank that left early would close a connection that another still reads
+    for group in list(_world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 class WorkerPool:

@@ -18,7 +18,7 @@ class Claim:
 
 
 def claims(requested: Layout) -> list[Claim]:
-    """Each axis of ``requested`` alone, what may not change a bit, and all together. What is asked twice stands once."""
+    """Each axis of ``requested`` alone, what may not change a bit, and all together; none of them twice."""
     found: list[Claim] = []
     for claim in _claims(requested):
         if not any((one.layout, one.twin) == (claim.layout, claim.twin) for one in found):
@@ -32,8 +32,9 @@ def _claims(requested: Layout) -> Iterator[Claim]:
     yield Claim(axis="world of one", layout=one)
     yield Claim(axis="tp", layout=tp)
     yield Claim(axis="tp + sp", layout=replace(tp, sequence="tp" in asked))
-    for axis, layout in (("pp", pp), ("schedule", replace(pp, schedule=requested.schedule, chunks=requested.chunks))):
-        if "pp" in asked:
+    scheduled = replace(pp, schedule=requested.schedule, chunks=requested.chunks)
+    for axis, layout, is_asked in (("pp", pp, "pp" in asked), ("schedule", scheduled, scheduled != pp)):
+        if is_asked:
             yield Claim(axis=axis, layout=layout)
             yield Claim(axis=axis, layout=layout, twin=one, bits="gradients")
     yield Claim(axis="dp (ZeRO-1)", layout=dp)

@@ -47,4 +47,9 @@ def rank_batches(
     """One data-parallel rank's microbatches of the global batch, in the order the loader deals them."""
     step = micro_batch * dp
     starts = range(dp_rank * micro_batch, global_batch, step)
-    return [sample_batch(shape, range(start, start + micro_batch), seed=seed, documents=documents) for start in starts]
+    return [
+        replace(
+            sample_batch(shape, range(start, start + micro_batch), seed=seed, documents=documents), microbatch=number
+        )
+        for number, start in enumerate(starts)
+    ]

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_aquila.config.derive import given_layers
+from megatron_aquila.config.derive import given_layers, num_chunks
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.verify.layout import Layout
 
@@ -10,6 +10,7 @@ HEAD_DIM = 8
 SEQ_LEN = 16
 VOCAB_SIZE = 61  # prime, so that the last vocabulary shard is uneven at every tp > 1
 EOD = 7  # ends documents, where the settings keep them apart
+LOSS_CHUNK = 5  # tokens; a microbatch has several chunks, and the last one has fewer
 MICROBATCHES = 2  # a rank's, where replicas and micro-batch size are as asked for; elsewhere more
 
 
@@ -42,7 +43,9 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             seq_len=SEQ_LEN,
             init_std=0.2,  # a residual stream of order one: small weights would hide errors
         ),
-        parallel=replace(config.parallel, stage_layers=stage_layers, pipeline_layout=None),
+        parallel=replace(
+            config.parallel, stage_layers=stage_layers, pipeline_layout=None, chunks=num_chunks(config.parallel)
+        ),
         data=replace(config.data, eod_token_id=EOD),
         optim=replace(config.optim, lr_warmup_samples=0),
         train=replace(
@@ -53,6 +56,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             micro_batch=largest.micro_batch,
             train_samples=samples,
             rampup_batch=None,
+            loss_chunk_tokens=0 if config.train.loss_chunk_tokens == 0 else LOSS_CHUNK,
         ),
     )
 

@@ -46,6 +46,23 @@ def test_compare_has_a_row_a_schedule(capsys: pytest.CaptureFixture[str]) -> Non
     assert [line.split()[1] for line in printed(capsys, *SMALL, "--compare")[2:7]] == ["1", "1", "2", "1", "2"]
 
 
+def test_compare_draws_all_at_one_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(printed(capsys, "--pp", "4", "--microbatches", "32", "--compare"))
+    assert "a character is 1 of time" in text
+    titles = [block.splitlines()[0] for block in text.split("\n\n")[2:]]
+    assert titles == ["gpipe", "1f1b", "1f1b, 2 chunks a rank", "zb-h1", "zb-v, 2 chunks a rank"]
+    lengths = [len(block.splitlines()[1]) - len("rank 0 | ") for block in text.split("\n\n")[2:]]
+    assert lengths == [105, 105, 101, 99, 98]
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_long_run_fits_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(capsys, "--pp", "4", "--microbatches", "200")
+    assert lines[-4].startswith("rank 0 | F.B")
+    assert [len(line) for line in lines[-4:]] == [len("rank 0 | ") + 102] * 4, "609 units, six a character"
+    assert len(lines) < 15
+
+
 def test_every_schedule_can_be_asked_for() -> None:
     assert set(schedule.NAMES) == set(SCHEDULES)
 
@@ -72,7 +89,74 @@ def test_uneven_stages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_svg(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
     assert printed(capsys, *SMALL, "--schedule", "zb-v", "--svg", str(path))[-1] == f"drawn in {path}"
-    assert "zb-v, 2 chunks a rank: 2 ranks, 3 microbatches" in path.read_text(encoding="utf-8")
+    assert "zb-v, 2 chunks a rank" in path.read_text(encoding="utf-8")
+    assert printed(capsys, *SMALL, "--compare", "--svg", str(path))[-1] == f"drawn in {path}"
+    text = path.read_text(encoding="utf-8")
+    assert [text.count(f">{title}<") for title in ("gpipe", "1f1b", "1f1b, 2 chunks a rank", "zb-h1")] == [1] * 4
+    assert "makespan 12, bubble 25.00 %, 25.00 % in span" in text
+
+
+RUN = """
+model: {num_layers: 6, hidden_size: 64, num_heads: 4, vocab_size: 500, seq_len: 64}
+parallel: {pipeline: 2, tensor: 2, schedule: gpipe}
+train: {global_batch: 24, micro_batch: 2}
+"""
+
+
+def test_a_run_gives_ranks_microbatches_schedule_and_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    lines = printed(capsys, str(path), "--world-size", "12")
+    assert lines[0] == "tp 2 x pp 2 x dp 3, global batch 24, micro-batch 2; layers by stage 3 3"
+    first, last = map(float, lines[1].removeprefix("times of the ranks, by FLOPs with the head: ").split())
+    assert (first + last) == pytest.approx(2)
+    assert first < last, "the head is on the last"
+    assert lines[2] == "2 ranks, 4 microbatches, F 1, B 1, W 1, hop 0"
+    name, _, makespan = lines[4].split()[:3]
+    assert name == "gpipe"
+    assert float(makespan) == pytest.approx(3 * (first + 4 * last), rel=1e-3)
+    # flags: the run's settings, and this command's own before the run's
+    assert printed(capsys, str(path), "--dp", "1", "--stage-layers", "4", "2")[0].endswith("by stage 4 2")
+    assert printed(capsys, str(path), "--pp", "3")[2].startswith("3 ranks, 12 microbatches")
+    assert printed(capsys, str(path), "--microbatches", "5")[2].startswith("2 ranks, 5 microbatches")
+    assert printed(capsys, str(path), "--schedule", "zb-v")[4].startswith("zb-v")
+    even = printed(capsys, str(path), "--stage-times", "1", "1")
+    assert even[2].startswith("schedule"), "times that are given need no FLOPs"
+    assert float(even[3].split()[2]) == 3 * (12 + 1)
+    assert len(printed(capsys, "--preset", "aquila2-34b", "--compare", "--world-size", "512")) > 30
+
+
+def test_errors_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    for arguments, message in {
+        "--preset nope": "--preset nope: no preset has this name",
+        f"{path} --pp 7": "--pp 7: 6 layers cannot fill 7 stages",
+        f"{path} --nope 3": "--nope 3: is no setting",
+        f"{path} --world-size 6": "ranks do not divide the world size 6",
+        f"{path} --microbatches 100000000": "with 2 stages that is more than this simulates; use 166666 or less",
+        str(tmp_path / "none.yaml"): "none.yaml: No such file",
+    }.items():
+        assert schedule.main(arguments.split()) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_without_a_run_sizes_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert schedule.main([]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    for flag in ("--pp", "--microbatches"):
+        assert f"{flag}: is not given; give {flag} N, or a run to take it from: CONFIG.yaml or --preset NAME" in err
+
+
+@pytest.mark.parametrize("arguments", [["--pp", "x"], ["--pp", "None"], ["--schedule", "zbh1"], ["--forward", "x"]])
+def test_what_is_no_number_or_name_is_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        schedule.main([*SMALL, *arguments])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert arguments[0] in err
+    assert "NoneType" not in err
 
 
 @pytest.mark.parametrize(
@@ -80,12 +164,19 @@ def test_svg(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     [
         (["--pp", "0"], "--pp 0: there is nothing to run; use 1 or more"),
         (["--chunks", "0"], "--chunks 0: there is nothing to run; use 1 or more"),
-        (["--weight", "0"], "--weight 0.0: work takes time; use more than 0"),
+        (["--weight", "0"], "--weight 0.0: work takes time; use a number above 0"),
+        (["--forward", "nan"], "--forward nan: work takes time; use a number above 0"),
+        (["--world-size", "0"], "--world-size 0: there is nothing to run; use 1 or more"),
+        (["--tp", "4"], "--tp: is no option of this command; settings of a run need one"),
+        (["stray"], "stray"),
         (["--hop", "-1"], "--hop -1.0: no message arrives before it is sent; use 0 or more"),
-        (["--svg", "/no/where/a.svg"], "--svg /no/where/a.svg: its folder does not exist; make the folder first"),
+        (["--svg", "/no/where/a.svg"], "--svg /no/where/a.svg: no such file or directory; name a file"),
+        (["--svg", "/"], "--svg /: is a directory; name a file in a folder that can be written"),
         (["--stage-times", "1"], "--stage-times 1: it takes one number above 0 a rank or a stage; give 2"),
         (["--stage-times", "1", "0"], "--stage-times 1 0: it takes one number above 0 a rank or a stage; give 2"),
         (["--stage-times", "1", "--chunks", "2"], "a rank or a stage; give 2 or 4"),
+        (["--stage-times", "1", "inf"], "--stage-times 1 inf: it takes one number above 0"),
+        (["--microbatches", "1000000"], "with 2 stages that is more than this simulates; use 166666 or less"),
         (["--stage-times", "1", "1", "1", "1", "--chunks", "2", "--compare"], "one number above 0 a rank; give 2"),
         (["--schedule", "zb-h1", "--chunks", "2"], "error: --chunks 2: --schedule zb-h1 has 1 a rank"),
     ],

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_aquila.config.check import RULES, check
+from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -61,6 +62,31 @@ CASES = [
     (None, {"pipeline": 33}, "--pp 33: 32 layers cannot fill 33 stages; use 1 to 32"),
     (None, {"pipeline": 2, "stage_layers": (32,)}, "--stage-layers 32: pp is 2, not 1; leave it out "
      "for a balanced split"),
+    (None, {"pipeline": 2, "stage_layers": (8, 8, 8, 8)}, "--stage-layers 8 8 8 8: pp is 2, not 4; use --chunks 2"),
+    (None, {"pipeline": 2, "chunks": 2, "stage_layers": (32,)}, "--stage-layers 32: pp 2 x chunks 2 is 4, not 1; leave "
+     "it out for a balanced split"),
+    (None, {"pipeline": 4, "stage_layers": (16, 0, 16, 0)}, "--stage-layers 16 0 16 0: stage 1 of 4 holds nothing; "
+     "leave it out for a balanced split"),
+    (None, {"pipeline": 2, "chunks": 3, "schedule": "zb-v"}, "--chunks 3: --schedule zb-v has 2 a rank; use 2, or "
+     "--schedule 1f1b, which takes any number"),
+    (None, {"chunks": 2, "schedule": "zb-h1"}, "--chunks 2: --schedule zb-h1 has 1 a rank; use 1, or --schedule 1f1b, "
+     "which takes any number"),
+    (None, {"pipeline": 20, "schedule": "zb-v"}, "--pp 20 --chunks 2: 32 layers cannot fill 40 stages; use 1 to 16 for "
+     "--pp"),
+    (None, {"pipeline": 4, "chunks": 9}, "--pp 4 --chunks 9: 32 layers cannot fill 36 stages; use 1 to 8 for --chunks"),
+    (None, {"pipeline": 64, "chunks": 2}, "--pp 64 --chunks 2: 32 layers cannot fill 128 stages; use 1 to 16 for --pp"),
+    (None, {"num_layers": 1, "schedule": "zb-v"}, "--pp 1 --chunks 2: 1 layers cannot fill 2 stages; use "
+     "--schedule 1f1b"),
+    (None, {"pipeline": 2, "stage_layers": (0, 32), "pipeline_layout": "E|t*32L"}, "--pipeline-layout E|t*32L: "
+     "--stage-layers 0 32 says it too; give one of them"),
+    (None, {"pipeline": 2, "pipeline_layout": "Et*32|m|L"}, "--pipeline-layout Et*32|m|L: multi-token prediction, its "
+     "m, is not offered; leave it out for a balanced split"),
+    (None, {"pipeline": 2, "pipeline_layout": "Et*15|t*16L"}, "--pipeline-layout Et*15|t*16L: they add up to 31, the "
+     "model has 32 layers; leave it out for a balanced split"),
+    (None, {"pipeline": 2, "pipeline_layout": "E|t*32|L"}, "--pipeline-layout E|t*32|L: pp is 2, not 3; leave it out "
+     "for a balanced split"),
+    (None, {"pipeline": 2, "pipeline_layout": "E|t*32|L", "schedule": "zb-v"}, "--pipeline-layout E|t*32|L: pp 2 x "
+     "chunks 2 is 4, not 3; leave it out for a balanced split"),
     (None, {"pipeline": 2, "stage_layers": (15, 16)}, "--stage-layers 15 16: they add up to 31, the model has 32 "
      "layers; leave it out for a balanced split"),
     (4, {"tensor": 2, "pipeline": 4}, "--tp 2 --pp 4: tp 2 x pp 4 = 8 ranks do not divide the world size 4; use "
@@ -95,6 +121,8 @@ CASES = [
      "--lr-wsd-decay-samples 90: after the warm-up only 80 samples are left; use 80 or less"),
     (None, {"precision": "fp64", "device": "cuda"}, "--precision fp64: fp64 is for proofs on the CPU; attention on "
      "CUDA has no fp64; use bf16 or fp32, or --device cpu"),
+    (None, {"grad_reduce": "bf16", "precision": "fp64"}, "--grad-reduce bf16: it would round the gradients of fp64 "
+     "weights to 8 bits; use fp32, or --precision bf16"),
     (None, {"loss_scale": 8.0}, "--loss-scale 8.0: bf16 needs no loss scale; leave it out"),
     (None, {"precision": "fp16", "initial_loss_scale": 0.5}, "--initial-loss-scale 0.5: is below min_loss_scale 1.0; "
      "use 1.0 or more"),
@@ -105,6 +133,25 @@ CASES = [
 @pytest.mark.parametrize(("world", "settings", "words"), CASES)
 def test_each_problem_is_found_and_worded(world, settings, words):
     assert problems(world, **settings) == [words]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pipeline": 2, "pipeline_layout": "Et*8|(t*8|)*2t*8L"},  # two chunks a rank, as Megatron-LM counts
+        {"pipeline": 4, "pipeline_layout": "Et*8|(t*8|)*2t*8L"},
+        {"pipeline": 2, "pipeline_layout": "E|t*16|t*16|L", "schedule": "zb-v"},
+        {"pipeline": 3, "stage_layers": (0, 32, 0)},
+        {"pipeline": 4, "chunks": 8},
+        {"pipeline": 1, "chunks": 32},
+        {"pipeline": 16, "schedule": "zb-v"},
+    ],
+)
+def test_stages_that_can_be(settings):
+    config = run(**settings)
+    assert check(config, None) == []
+    stages = derive(config, None).stages
+    assert (stages.num_ranks, stages.layers[-1].stop) == (config.parallel.pipeline, 32)
 
 
 @pytest.mark.parametrize("tp", [3, 5, 16, 24, 64])

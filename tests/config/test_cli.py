@@ -113,7 +113,7 @@ def test_one_text_is_one_value_where_it_holds_no_blank(tmp_path):
         ("--lr-decay cosin", "--lr-decay cosin: is not one of cosine, linear, constant, wsd; did you mean cosine?"),
         ("--lr-decay 7", "--lr-decay 7: is not one of cosine, linear, constant, wsd; use constant, cosine, "),
         ("--rampup-batch 1 2", "--rampup-batch 1 2: is not 3 values, each a whole number of at least 1; start incr"),
-        ("--stage-layers 3 x", "--stage-layers 3 x: is not a list, each a whole number of at least 1"),
+        ("--stage-layers 3 x", "--stage-layers 3 x: is not a list, each a whole number of at least 0"),
         (
             "--micro-batchsize 4",
             "--micro-batchsize 4: is no setting; did you mean --micro-batch-size or --micro-batch?",

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.describe import derived_rows, setting_rows
@@ -6,22 +8,31 @@ from megatron_aquila.config.settings import all_settings
 
 def test_what_follows_from_the_34b_recipe():
     config = load_config(["--preset", "aquila2-34b"], world_size=512).config
-    rows = dict(derived_rows(config, derive(config, 512)))
+    rows = dict(derived_rows(config, derive(config, 512), bubble=0.0857))
     assert rows["ranks"] == "512 = tp 4 x cp 1 x dp 32 x pp 4, sequence parallel"
     assert rows["parameters"].startswith("33,693,554,688 ")
     assert rows["FLOPs per token"] == "207.53 G with causal attention (216.59 G with full attention)"
     assert rows["step"].startswith("1,024 samples = 4,194,304 tokens in 32 microbatches, growing from 32 by 32 ")
     assert rows["layers by stage"].startswith("15 15 16 14; ")
     assert rows["pipeline bubble"].startswith("8.57 % ")
-    assert [name for name in rows if name.startswith("memory")] == [
-        f"memory, pp rank {stage}" for stage in range(4)
-    ]
+    assert [name for name in rows if name.startswith("memory")] == [f"memory, pp rank {stage}" for stage in range(4)]
     assert rows["memory, pp rank 0"].startswith(
-        "26.4 GiB: weights 4.1 GiB, main grads 8.1 GiB, master weights 260 MiB, "
+        "26.7 GiB: weights 4.1 GiB, main grads 8.1 GiB, master weights 260 MiB, "
     )
     assert rows["run"] == "488,281,250 samples = 2,000,000,000,000 tokens"
-    assert "logits" not in rows["memory, pp rank 0"]
-    assert "logits" in rows["memory, pp rank 3"]
+    whole = replace(config, train=replace(config.train, loss_chunk_tokens=0))
+    kept = dict(derived_rows(whole, derive(whole, 512), bubble=0.0857))
+    assert "logits" not in kept["memory, pp rank 0"]
+    assert "logits" in kept["memory, pp rank 3"]
+    assert "logits" not in rows["memory, pp rank 3"], "a chunk at a time, none of them kept"
+
+
+def test_chunks_are_told_by_rank():
+    flags = ["--preset", "aquila2-34b", "--chunks", "2"]
+    config = load_config(flags, world_size=512).config
+    rows = dict(derived_rows(config, derive(config, 512), bubble=0.0857))
+    assert rows["layers by stage"].startswith("7 7 8 8 8 8 8 6; by rank 7+8 7+8 8+8 8+6; ranks wait 4.6 % ")
+    assert rows["pipeline bubble"].startswith("8.57 % of a step, 1f1b in 2 chunks a rank with 32 microbatches")
 
 
 def test_what_differs_from_the_defaults():

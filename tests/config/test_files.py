@@ -30,12 +30,12 @@ def test_an_empty_file_says_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("parallel:\n  tensr: 4\n", "run.yaml:2 parallel.tensr: is no setting; did you mean parallel.tensor?"),
+        ("parallel:\n  tensr: 4\n", "run.yaml:2 parallel.tensr: is no setting; did you mean parallel.tensor"),
         ("paralel: {tensor: 4}\n", "run.yaml:1 paralel: is no setting; did you mean parallel?"),
         ("seq_len: 4\n", "run.yaml:1 seq_len: is no setting; did you mean model.seq_len?"),
         ("parallel: {lr: 1}\n", "run.yaml:1 parallel.lr: is no setting; did you mean optim.lr?"),
         ("optim: {learning_rate: 1}\n", "optim.learning_rate: is no setting; did you mean optim.lr or optim.min_lr?"),
-        ("parallel: {tensor_model_parallel_size: 1}\n", "is no setting; did you mean parallel.tensor?"),
+        ("parallel: {tensor_model_parallel_size: 1}\n", "is no setting; did you mean parallel.tensor"),
         ("observe: {qqqq: 1}\n", "run.yaml:1 observe.qqqq: is no setting; observe has observe.log_dir, "),
         ("qqqq: 1\n", "run.yaml:1 qqqq: is no setting; a file has checkpoint, data, model, "),
         ("seed: 1\nseed: 2\n", "run.yaml:2 seed: is given twice; keep one of them"),

@@ -83,6 +83,7 @@ def test_no_flag_has_two_meanings():
     ("argv", "advice"),
     [
         ("--hetero-pipeline-stages 1 15 3 15 15 15", "use --stage-layers 15 15 15 15"),
+        ("--num-layers-per-virtual-pipeline-stage 4", "use --chunks 8 (layers / 4 / pp)"),
         ("--hetero-pipeline-stages 1", "use --stage-layers "),
         ("--train-iters 100 --gbs 32", "use --train-samples 3200 "),
         ("--train-iters many", "use --train-samples"),
@@ -100,6 +101,7 @@ def test_no_flag_has_two_meanings():
         ("--ckpt-format torch_dist", "leave it out"),
         ("--ckpt-step 100 --load runs/a", "use --load runs/a/step_0000100"),
         ("--use-checkpoint-opt_param-scheduler", "leave it out"),
+        ("--ddp-bucket-size 40000000", "use --bucket-mib 152.588 "),
         ("--ckpt-step latest", "use --load FOLDER/step_N"),
         ("--finetune --load a", "use --load with --no-load-optim"),
     ],
@@ -118,7 +120,7 @@ def test_refusals_say_what_to_do(argv, advice):
         "--normalization=RMSNorm",
         "--swiglu --no-load-rng",
         "--use-mcore-models --transformer-impl local --distributed-backend nccl --no-masked-softmax-fusion",
-        "--position-embedding-type rope --attention-softmax-in-fp32 --no-gradient-accumulation-fusion",
+        "--position-embedding-type rope --attention-softmax-in-fp32 --overlap-grad-reduce --overlap-param-gather",
         "--no-save-rng --log-throughput --timing-log-level 0 --exit-signal-handler --no-bias-swiglu-fusion",
     ],
 )
@@ -134,6 +136,14 @@ def test_precision_flags_set_the_precision_and_may_not_contradict_it():
     assert str(problem) == "--bf16: contradicts --precision fp32; give one of them"
     assert load_config(["--fp16"]).config.train.precision == "fp16"
     [problem] = problems_of(["--bf16", "--fp16"])
+    assert "contradicts" in str(problem)
+
+
+def test_what_gradients_travel_in_may_be_said_as_megatron_does():
+    assert load_config(["--accumulate-allreduce-grads-in-fp32"]).config.parallel.grad_reduce == "fp32"
+    assert load_config(["--grad-reduce-in-bf16"]).config.parallel.grad_reduce == "bf16"
+    assert not load_config(["--no-gradient-accumulation-fusion"]).config.parallel.fuse_main_grads
+    [problem] = problems_of(["--grad-reduce-in-bf16", "--accumulate-allreduce-grads-in-fp32"])
     assert "contradicts" in str(problem)
 
 

@@ -30,7 +30,7 @@ def test_defaults_are_those_of_the_schema():
         ("parallel.data", "a whole number of at least 1"),
         ("optim.lr", "a number above 0"),
         ("optim.lr_decay", "one of cosine, linear, constant, wsd"),
-        ("parallel.stage_layers", "a list, each a whole number of at least 1"),
+        ("parallel.stage_layers", "a list, each a whole number of at least 0"),
         ("train.rampup_batch", "3 values, each a whole number of at least 1"),
         ("parallel.sequence", "true or false"),
         ("checkpoint.save", "a path"),

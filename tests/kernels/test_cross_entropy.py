@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from megatron_aquila.kernels.cross_entropy import cross_entropy
+from megatron_aquila.kernels.cross_entropy import cross_entropy, softmax_gradient_, softmax_statistics
 
 
 def test_equals_torch_and_leaves_padding_out() -> None:
@@ -15,3 +16,27 @@ def test_computes_in_float32_or_wider() -> None:
     logits, labels = torch.randn(5, 2, 16), torch.randint(13, (5, 2))
     assert cross_entropy(logits.bfloat16(), labels, vocab_size=13).dtype is torch.float32
     assert cross_entropy(logits.double(), labels, vocab_size=13).dtype is torch.float64
+
+
+@pytest.mark.parametrize("wide_rows", [1, 3, 10])
+def test_statistics_and_gradient_do_not_depend_on_how_much_is_wide_at_once(wide_rows: int) -> None:
+    logits, labels, weights = torch.randn(7, 16, dtype=torch.float64), torch.randint(13, (7,)), torch.rand(7).double()
+    logits[:, 13:] = 1e4
+    is_mine = torch.ones(7, dtype=torch.bool)
+    leaf = logits.clone().requires_grad_()
+    loss = cross_entropy(leaf, labels, vocab_size=13)
+    (expected,) = torch.autograd.grad((loss * weights).sum(), leaf)
+    log_sum, label = softmax_statistics(logits, labels, is_mine, num_real=13, wide_rows=wide_rows)
+    assert torch.allclose(log_sum - label, loss, rtol=0, atol=1e-13)
+    softmax_gradient_(logits, labels, is_mine, log_sum, weights, num_real=13, wide_rows=wide_rows)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-14)
+    assert (logits[:, 13:] == 0).all()
+
+
+def test_a_rank_without_real_columns_adds_nothing() -> None:
+    logits, labels, none = torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
+    log_sum, label = softmax_statistics(logits, labels, none, num_real=0, wide_rows=2)
+    assert (log_sum == -torch.inf).all()
+    assert (label == 0).all()
+    softmax_gradient_(logits, labels, none, log_sum, torch.ones(3), num_real=0, wide_rows=2)
+    assert (logits == 0).all()

@@ -53,6 +53,18 @@ def test_every_figure_of_a_step():
     }
 
 
+def test_hfu_counts_what_is_recomputed_and_mfu_does_not():
+    plain = meter(peak_flops=312e12, attention_flops_per_token=1e9)
+    again = {"recomputed_flops_per_token": 2e9, "recomputed_attention_flops_per_token": 0.5e9}
+    recomputing = meter(peak_flops=312e12, attention_flops_per_token=1e9, **again)
+    halved = replace(REPORT, attention_share=0.5)
+    assert "hfu" not in plain.row(REPORT)
+    assert recomputing.row(REPORT)["mfu"] == plain.row(REPORT)["mfu"]
+    assert recomputing.row(REPORT)["hfu"] == pytest.approx(1024 * 8e9 / 312e12)
+    assert recomputing.row(halved)["hfu"] == pytest.approx(1024 * (5.5e9 + 1.75e9) / 312e12)
+    assert "hfu" not in meter(**again).row(REPORT)
+
+
 def test_mfu_of_a_published_pair():
     """Llama-2-7B, s 4096, A100: 4,550 tokens/s/GPU are 62.5 % causally (MosaicML's llm-foundry table)."""
     flops = 6 * (6_738_415_616 - 32000 * 4096 - 65 * 4096) + 6 * 32 * 4096 * 4096

@@ -47,7 +47,7 @@ def train(
     infos, optimizer, ctx = make(dp, rule=rule, dtype=dtype, bucket_bytes=bucket_bytes)
     norms = []
     for step in range(STEPS):
-        optimizer.zero_grad()
+        optimizer.begin_step(MICROBATCHES // dp)
         for microbatch in range(ctx.rank, MICROBATCHES, dp):
             give_gradients(infos, step, microbatch, skip=UNUSED)
         optimizer.reduce_gradients()
@@ -195,7 +195,7 @@ def test_state_restored_through_ranges_continues_bit_equal() -> None:
         target.copy_(source)
     fresh.applied_steps = optimizer.applied_steps
     for those, it in ((infos, optimizer), (fresh_infos, fresh)):
-        it.zero_grad()
+        it.begin_step(1)
         give_gradients(those, 2)
         it.reduce_gradients()
         it.step(0.01)
@@ -215,10 +215,10 @@ def test_refresh_masters_takes_weights_loaded_from_outside() -> None:
     assert all(bool((info.param == 3.0).all()) for info in infos)
 
 
-def test_zero_grad_forgets() -> None:
+def test_begin_step_forgets() -> None:
     infos, optimizer, _ = make()
     give_gradients(infos, 1)
-    optimizer.zero_grad()
+    optimizer.begin_step(1)
     optimizer.reduce_gradients()
     assert optimizer.grad_norm() == 0.0
 
@@ -240,23 +240,25 @@ def test_collectives_of_a_step_can_be_counted() -> None:
 
     def counted(module: Any, name: str) -> Any:
         real = getattr(module, name)
-        return patch.object(module, name, side_effect=lambda *args: (calls.append(name), real(*args))[1])
+        return patch.object(
+            module, name, side_effect=lambda *args, **options: (calls.append(name), real(*args, **options))[1]
+        )
 
     infos = [replace(info, sums_over_tp=not info.weight_decay) for info in toy_infos(torch.float64)]
     optimizer = DistributedOptimizer(infos, ParallelContext.single(), rule=RULES["adamw"], bucket_bytes=MANY_BUCKETS)
     num_buckets = len(optimizer._buckets)
     assert num_buckets > 2
     with (
-        counted(buckets, "reduce_scatter_flat_"),
-        counted(buckets, "all_gather_flat_"),
+        counted(buckets, "begin_reduce_scatter_flat_"),
+        counted(buckets, "begin_all_gather_flat_"),
         counted(distributed, "all_reduce_"),
     ):
         give_gradients(infos, 1)
         optimizer.reduce_gradients()
         optimizer.clip_(1.0)
         optimizer.step(0.1)
-    reduce = ["all_reduce_"] + ["reduce_scatter_flat_"] * num_buckets  # two partial sums over tp, one all-reduce
-    assert calls == [*reduce, "all_reduce_"] + ["all_gather_flat_"] * num_buckets
+    reduce = ["all_reduce_"] + ["begin_reduce_scatter_flat_"] * num_buckets  # two partial sums over tp, one all-reduce
+    assert calls == [*reduce, "all_reduce_"] + ["begin_all_gather_flat_"] * num_buckets
 
 
 # The norm of a model that is split over tp and pp, with everything that can be counted wrongly.

@@ -33,6 +33,7 @@ def test_every_parameter_has_one_slot_among_its_like(
         assert layout.shard_size % ALIGNMENT == 0
         for slot in layout.slots:
             assert (slot.info.param.dtype, slot.info.weight_decay) == (layout.dtype, layout.weight_decay)
+            assert slot.info.stage == layout.slots[0].info.stage
             assert slot.offset % ALIGNMENT == 0
         ends = [slot.offset + slot.info.param.numel() for slot in layout.slots]
         begins = [slot.offset for slot in layout.slots[1:]]
@@ -67,7 +68,7 @@ def test_one_bucket_a_limit_and_larger_parameters_alone() -> None:
     sizes = [100, 100, 1000, 100]
     infos = [whole(str(i), torch.zeros(n), weight_decay=True) for i, n in enumerate(sizes)]
     layouts = plan_buckets(infos, bucket_bytes=4 * 256, num_shards=1)
-    assert [[slot.info.name for slot in layout.slots] for layout in layouts] == [["0", "1"], ["2"], ["3"]]
+    assert [[slot.info.name for slot in layout.slots] for layout in layouts] == [["3"], ["2"], ["1", "0"]]
 
 
 def test_a_bucket_needs_room() -> None:

@@ -38,16 +38,72 @@ def check_flat(size: int) -> None:
     fulls = [of_rank(rank, (size * length,)) for rank in range(size)]
     full, total = fulls[group.rank].clone(), torch.stack(fulls).sum(0)
     apart = torch.empty(length, dtype=torch.float64)
-    c.reduce_scatter_flat_(apart, full, group)
+    c.begin_reduce_scatter_flat_(apart, full, group, overlap=False).wait()
     within = full.view(size, length)[group.rank]
-    c.reduce_scatter_flat_(within, full, group)
+    c.begin_reduce_scatter_flat_(within, full, group, overlap=True).wait()
     assert torch.equal(apart, total.view(size, length)[group.rank])
     assert torch.equal(within, apart)
     gathered = torch.empty(size * length, dtype=torch.float64)
-    c.all_gather_flat_(gathered, apart, group)
-    c.all_gather_flat_(full, within, group)
+    c.begin_all_gather_flat_(gathered, apart, group, overlap=False).wait()
+    c.begin_all_gather_flat_(full, within, group, overlap=True).wait()
     assert torch.equal(gathered, total)
     assert torch.equal(full, total)
+
+
+def pending_equal_done(size: int) -> None:
+    """What is begun is, after the wait, what the plain collective gives; waiting again gives it again."""
+    group = tp_group(size)
+    mine = of_rank(group.rank, (4, 8, 3)).mul(0.1)
+    for begin in (c.begin_all_gather, c.begin_reduce_scatter, c.begin_all_reduce_):
+        done, pending = (begin(mine.clone(), group, overlap=overlap) for overlap in (False, True))
+        assert torch.equal(pending.wait(), done.wait())
+        assert pending.wait() is pending.wait()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_is_begun_is_done_after_the_wait(pool, size: int) -> None:
+    on_ranks(pool, size, pending_equal_done)
+
+
+def drawn(rank: int, length: int) -> torch.Tensor:
+    """Numbers whose sum depends on its order."""
+    return torch.randn(length, generator=torch.Generator().manual_seed(rank), dtype=torch.float32)
+
+
+def sums_of(size: int, length: int, dtype: torch.dtype | None, in_rank_order: bool) -> torch.Tensor:
+    group = tp_group(size)
+    out = torch.empty(length // size)
+    how = {"dtype": dtype, "in_rank_order": in_rank_order}
+    full = drawn(group.rank, length)
+    assert c.begin_reduce_scatter_flat_(out, full, group, overlap=True, **how).wait() is out
+    within = full.view(size, -1)[group.rank]
+    c.begin_reduce_scatter_flat_(within, full, group, overlap=False, **how).wait()
+    assert torch.equal(within, out), "overlap and place change nothing"
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sums_in_rank_order_are_those_of_one_process(pool, size: int) -> None:
+    expected = drawn(0, 4096)
+    for rank in range(1, size):
+        expected += drawn(rank, 4096)
+    assert torch.equal(torch.cat(on_ranks(pool, size, sums_of, 4096, None, True)), expected)
+    plain = torch.cat(on_ranks(pool, size, sums_of, 4096, None, False))
+    assert torch.equal(plain, expected) is (size <= 2), "a backend that sums in rank order would prove nothing here"
+
+
+@pytest.mark.parametrize("in_rank_order", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sums_of_what_travels_in_bf16(pool, size: int, in_rank_order: bool) -> None:
+    """Each rank's number is rounded once; without an order the partial sums are, too. Alone nothing travels."""
+    numbers = torch.stack([drawn(rank, 4096) for rank in range(size)]).double()
+    found = torch.cat(on_ranks(pool, size, sums_of, 4096, torch.bfloat16, in_rank_order))
+    roundings = 0 if size == 1 else 1 if in_rank_order else size
+    # half an ulp of 8 significant bits each, of no more than the sum of sizes; float32's own are 2^16 times smaller
+    bound = numbers.abs().sum(0) * (1.02 * roundings * 2**-8 + size * 2**-24)
+    off = (found.double() - numbers.sum(0)).abs()
+    assert (off <= bound).all()
+    assert size == 1 or off.max() > 100 * 2**-24, "it did travel in bf16"
 
 
 def check_objects(size: int) -> None:
@@ -163,9 +219,9 @@ def unequal_split(size: int) -> None:
     group = tp_group(size)
     with pytest.raises(AssertionError, match=r"shape \(5, 2\) does not split over the 2 ranks of tp"):
         c.reduce_scatter(torch.zeros(5, 2), group)
-    for flat in (c.all_gather_flat_, lambda *args: c.reduce_scatter_flat_(args[1], args[0], args[2])):
+    for flat in (c.begin_all_gather_flat_, lambda a, b, *args, **how: c.begin_reduce_scatter_flat_(b, a, *args, **how)):
         with pytest.raises(AssertionError, match="2 shards of 4 are not 9"):
-            flat(torch.zeros(9), torch.zeros(4), group)
+            flat(torch.zeros(9), torch.zeros(4), group, overlap=False)
 
 
 def test_what_does_not_split_is_refused_before_anything_is_sent(pool) -> None:

@@ -49,7 +49,7 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
 @pytest.mark.parametrize(
     ("grid", "made", "shared"),
     [
-        (RankGrid(dp=4), [], [{"dp", "dp_cp", "world"}]),
+        (RankGrid(dp=4), [[0, 1, 2, 3]], [{"dp", "world"}, {"dp_cp"}]),
         (RankGrid(tp=4), [], [{"tp", "world"}]),
         (RankGrid(pp=4), [[0, 1, 2, 3]] * 3, [{"pp", "world", "F up 0"}, {"B down 0"}, {"F up 1"}, {"B down 1"}]),
         (RankGrid(tp=2, dp=2), [[0, 1], [2, 3], [0, 2], [1, 3]], [{"tp"}, {"dp", "dp_cp"}, {"world"}]),
@@ -58,13 +58,22 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
             [[0, 1], [2, 3], [0, 2], [1, 3], [0, 2], [1, 3]],
             [{"tp"}, {"pp", "F up 0"}, {"world"}, {"B down 0"}],
         ),
-        (RankGrid(cp=2, dp=2), [[0, 1], [2, 3], [0, 2], [1, 3]], [{"cp"}, {"dp"}, {"dp_cp", "world"}]),
+        (
+            RankGrid(cp=2, dp=2),
+            [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3]],
+            [{"cp"}, {"dp"}, {"dp_cp"}, {"world"}],
+        ),
     ],
     ids=str,
 )
 def test_no_communicator_is_made_twice(pool, grid: RankGrid, made: list[list[int]], shared: list[set[str]]) -> None:
     """Links but the first have one of their own. Every rank makes the same ones in the same order."""
     assert pool(4).run(communicators, grid) == [(made, shared)] * 4
+
+
+def test_a_link_that_was_not_made_is_our_mistake() -> None:
+    with pytest.raises(AssertionError, match="F from pipeline rank 1 to 0: no such link was made"):
+        ParallelContext.single().pp_link("F", 1, 0)
 
 
 def test_a_grid_of_another_world_is_refused() -> None:

@@ -1,10 +1,12 @@
 from collections import Counter
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
 
-from megatron_aquila.parallel import layers
+from megatron_aquila.parallel import layers, weight_grads
+from megatron_aquila.parallel.collectives import Pending
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.placement import Placement
 from tests.parallel.worlds import CPU, CountCollectives, distance, on_ranks, share, tp_group
@@ -23,8 +25,16 @@ def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
     ]
 
 
-def make(layer: type, in_features: int, out_features: int, size: int, sp: bool, dtype: torch.dtype):
-    placement = Placement(tp=tp_group(size), sequence_parallel=sp, dtype=dtype, device=CPU)
+def make(
+    layer: type,
+    in_features: int,
+    out_features: int,
+    size: int,
+    sp: bool,
+    dtype: torch.dtype,
+    overlap: bool = False,
+):
+    placement = Placement(tp=tp_group(size), sequence_parallel=sp, dtype=dtype, device=CPU, overlap=overlap)
     return layer(in_features, out_features, placement=placement)
 
 
@@ -75,6 +85,17 @@ MUTANTS = {
     "added tp times": (False, "all_reduce_", lambda x, group: layers_all_reduce(x, group).mul_(group.size)),
     "no sum over ranks": (True, "reduce_scatter", lambda x, group: x.chunk(group.size)[group.rank].contiguous()),
     "own tokens for all": (True, "all_gather", lambda x, group: torch.cat([x] * group.size)),
+    "own tokens for the weight": (
+        True,
+        "begin_all_gather",
+        lambda x, group, overlap: Pending(torch.cat([x] * group.size)),
+    ),
+    "no sum of the input's gradient": (False, "begin_all_reduce_", lambda x, group, overlap: Pending(x)),
+    "no sum over ranks of the input's gradient": (
+        True,
+        "begin_reduce_scatter",
+        lambda x, group, overlap: Pending(x.chunk(group.size)[group.rank].contiguous()),
+    ),
 }
 layers_all_reduce = layers.all_reduce_
 
@@ -128,7 +149,7 @@ def collectives_of(size: int, layer: type, sp: bool) -> tuple[Counter[str], Coun
     with CountCollectives() as backward:
         y.backward(torch.zeros_like(y))
     assert group.size == size
-    return forward.counts, backward.counts, sum(t.numel() for t in kept) - module.weight.numel()
+    return forward.counts, backward.counts, sum(t.numel() for t in kept)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +163,48 @@ def collectives_of(size: int, layer: type, sp: bool) -> tuple[Counter[str], Coun
 )
 def test_what_is_sent_and_kept(pool, layer: type, sp: bool, forward, backward, kept: int) -> None:
     assert on_ranks(pool, 2, collectives_of, layer, sp) == [(forward, backward, kept)] * 2
+
+
+def column_backward(size: int, sp: bool, overlap: bool, deferred: bool) -> tuple[list[torch.Tensor], list[str]]:
+    """Gradients of input and weight, and in which order the backward began, multiplied and waited."""
+    module = make(ColumnParallelLinear, H, F, size, sp, torch.float64, overlap)
+    x, weight, _, _ = tensors(torch.float64)
+    with torch.no_grad():
+        module.weight.copy_(share(weight, tp_group(size)))
+    x = share(x, tp_group(size)) if sp else x.requires_grad_()
+    y = module(x)
+    events: list[str] = []
+
+    def logged(owner: object, name: str, event: str):
+        real = getattr(owner, name)
+        return mock.patch.object(owner, name, lambda *args, **how: (events.append(event), real(*args, **how))[1])
+
+    queue = module.placement.weight_grads
+    with (
+        logged(layers, "begin_all_gather", "gather"),
+        logged(layers, "begin_reduce_scatter", "sum"),
+        logged(layers, "begin_all_reduce_", "sum"),
+        logged(layers, "matmul", "product for x"),
+        logged(weight_grads, "weight_gradient", "product for the weight"),
+        logged(layers.Pending, "wait", "wait"),
+        queue.deferring("W") if deferred else nullcontext(),
+    ):
+        y.backward(torch.ones_like(y))
+    if deferred:
+        queue.pay("W")
+    return [x.grad, module.weight.grad], events
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("sp", [False, True])
+def test_overlap_changes_no_bit_and_each_product_has_a_collective_beside_it(pool, sp: bool, deferred: bool) -> None:
+    together = on_ranks(pool, 2, column_backward, sp, True, deferred)
+    apart = on_ranks(pool, 2, column_backward, sp, False, deferred)
+    for (ours, events), (expected, _) in zip(together, apart, strict=True):
+        assert all(map(torch.equal, ours, expected))
+        weight = [] if deferred else ["product for the weight"]
+        gathered = ["gather"] if sp else []
+        assert events == [*gathered, "product for x", "wait", "sum", *weight, "wait"]
 
 
 def uneven(size: int) -> None:

@@ -53,7 +53,7 @@ def embedding_without_mask(size: int) -> tuple[float, float]:
     def everything_is_mine(ids, shard_size, num_real, tp):
         return (ids - tp.rank * shard_size).clamp(0, shard_size - 1), torch.ones_like(ids, dtype=torch.bool)
 
-    with mock.patch.object(vocab, "_local", everything_is_mine), pytest.raises(AssertionError, match="exact"):
+    with mock.patch.object(vocab, "local_columns", everything_is_mine), pytest.raises(AssertionError, match="exact"):
         embedding_errors(size, 13, False)
 
 

@@ -1,13 +1,16 @@
 """Weight gradients owed by the parallel linears."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.parallel.weight_grads import MainGrad
 from tests.parallel.test_layers import F, H, tensors
-from tests.parallel.worlds import CPU, tp_group
+from tests.parallel.worlds import CPU, distance, tp_group
 
 
 def two_linears() -> tuple[torch.nn.Sequential, torch.Tensor]:
@@ -54,6 +57,43 @@ def test_deferred_weight_gradients_are_the_same_bits_and_the_same_work() -> None
     assert input_part.get_total_flops() + weight_part.get_total_flops() == whole.get_total_flops()
 
 
+def main_grads(net: torch.nn.Sequential, added: list[str]) -> dict[torch.nn.Parameter, MainGrad]:
+    return {
+        param: MainGrad(torch.zeros_like(param), lambda name=name: added.append(name))
+        for name, param in net.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_products_add_themselves_to_the_sums(deferred: bool) -> None:
+    """Nothing comes to autograd; owed or not, the bits are the same, and near those of autograd's way."""
+    net, x = two_linears()
+    for scale in (1.0, 3.0):
+        (net(x * scale)).square().sum().backward()
+    expected = {name: param.grad for name, param in net.named_parameters()}
+
+    sums = []
+    for defer in (False, deferred):
+        net, x = two_linears()
+        queue, added = net[0].placement.weight_grads, list[str]()
+        mains = main_grads(net, added)
+        queue.accumulate_into(mains)
+        for key, scale in enumerate((1.0, 3.0)):
+            with queue.deferring(key) if defer else nullcontext():
+                net(x * scale).square().sum().backward()
+            assert len(added) == (0 if defer else 2 * key + 2)
+            if defer:
+                queue.pay(key)
+                added.clear()
+        assert all(param.grad is None for param in net.parameters())
+        sums.append({name: mains[param].total for name, param in net.named_parameters()})
+    for name, total in sums[0].items():
+        assert torch.equal(total, sums[1][name])
+        assert not total.requires_grad
+        # two products of 24 rows in float32, added in another order
+        assert distance(total, expected[name]) <= 2 * 24 * 2**-24
+
+
 def test_what_is_owed_is_paid_once() -> None:
     net, x = two_linears()
     queue = net[0].placement.weight_grads
@@ -66,3 +106,15 @@ def test_what_is_owed_is_paid_once() -> None:
         queue.pay("a")
     net(x).sum().backward()  # closed again: nothing is deferred
     assert queue.owed == []
+
+
+def test_a_weight_is_found_whatever_became_of_what_autograd_saved() -> None:
+    """Hooks on saved tensors, as recomputation has, hand backward a copy of the weight: the sum is the parameter's."""
+    net, x = two_linears()
+    added: list[str] = []
+    net[0].placement.weight_grads.accumulate_into(main_grads(net, added))
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+        y = net(x).square().sum()
+    y.backward()
+    assert added == ["2.weight", "0.weight"]
+    assert all(param.grad is None for param in net.parameters())

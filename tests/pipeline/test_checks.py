@@ -1,5 +1,7 @@
 """Schedules that must be refused, and what the message shows."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from megatron_aquila.errors import ScheduleError
 from megatron_aquila.pipeline.action import Action, Op, Schedule
 from megatron_aquila.pipeline.checks import check, messages, needed_link_depth, runnable_order
 from megatron_aquila.pipeline.schedules import SCHEDULES, build_schedule, default_chunks, forward_only
+from megatron_aquila.plan.stages import stage_ranks
 
 
 def parse(*rows: str) -> Schedule:
@@ -86,24 +89,37 @@ def test_a_weight_gradient_waits_for_its_input_gradient() -> None:
 @given(ranks=st.integers(1, 9), microbatches=st.integers(1, 24))
 def test_ours_pass(name: str, ranks: int, microbatches: int) -> None:
     check(build_schedule(name, ranks, microbatches), ranks * default_chunks(name), microbatches)
-    check(forward_only(ranks, microbatches), ranks, microbatches)
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("1f1b", 1), ("1f1b", 2), ("1f1b", 4), ("zb-v", 2)])
+@given(ranks=st.integers(1, 9), microbatches=st.integers(1, 24))
+def test_forwards_alone_need_links_of_two_where_stages_turn_back(
+    name: str, chunks: int, ranks: int, microbatches: int
+) -> None:
+    stage_rank = stage_ranks(name, ranks, chunks)
+    turns_back = any(after < before for before, after in pairwise(stage_rank))
+    check(forward_only(stage_rank, microbatches), ranks * chunks, microbatches, link_depth=2 if turns_back else 1)
 
 
 def test_stages_in_a_loop_need_links_that_hold_more() -> None:
-    """Every rank of a loop would wait to send to the next: interleaved needs two messages a link, GPipe more."""
+    """Every rank of a loop would wait to send to the next, which waits to send on."""
     interleaved, gpipe = (build_schedule(name, 4, 32, 5) for name in ("1f1b", "gpipe"))
     with pytest.raises(ScheduleError, match="wait for one another"):
         check(interleaved, 20, 32)
     check(interleaved, 20, 32, link_depth=2)
-    assert (needed_link_depth(interleaved, 20), needed_link_depth(gpipe, 20)) == (2, 9)
+    assert (needed_link_depth(interleaved, 20), needed_link_depth(gpipe, 20)) == (2, 2)
     assert needed_link_depth(build_schedule("zb-v", 4, 32), 8) == 1
     with pytest.raises(ScheduleError, match="wait for one another"):
         needed_link_depth(parse("0F0 0B0", "1B0 1F0"), 2)
 
 
 @given(ranks=st.integers(1, 7), microbatches=st.integers(1, 24), chunks=st.integers(2, 5))
-def test_interleaved_passes_with_two_messages_a_link(ranks: int, microbatches: int, chunks: int) -> None:
-    check(build_schedule("1f1b", ranks, microbatches, chunks), ranks * chunks, microbatches, link_depth=2)
+def test_interleaved_needs_two_messages_a_link_and_one_for_each_that_its_rounds_are_longer(
+    ranks: int, microbatches: int, chunks: int
+) -> None:
+    longest_round = -(-microbatches // max(1, microbatches // ranks))
+    depth = max(2, 1 + longest_round - ranks)
+    check(build_schedule("1f1b", ranks, microbatches, chunks), ranks * chunks, microbatches, link_depth=depth)
 
 
 def test_long_lists_are_cut() -> None:
@@ -125,21 +141,27 @@ def test_wire_order_is_equal_on_both_ends(name: str, ranks: int, microbatches: i
         assert len(sent) == microbatches
 
 
-def runs_with_rendezvous(schedule: Schedule, num_stages: int) -> bool:
+def runs_with_rendezvous(schedule: Schedule, num_stages: int, *, shared: bool = False) -> bool:
     """Does it run where a send ends only when it is received and a communicator works strictly in order, as NCCL?
 
-    A message stands in the queue of both its ranks and runs when it is at the head of both and was computed.
+    A message stands in the queue of both its ranks and runs when it is at the head of both and was computed. Each link
+    has a communicator; ``shared``: all links for activations have one, all for gradients another.
     """
     home = {a: rank for rank, program in schedule.items() for a in program}
     step = {Op.F: 1, Op.B: -1, Op.I: -1, Op.W: num_stages}  # W sends to nobody
-    queues: dict[tuple[int, str], list[Action]] = {}
+
+    def communicator(message: Action) -> tuple[object, ...]:
+        target = Action(message.op, message.stage + step[message.op], message.microbatch)
+        return (message.op,) if shared else (message.op, home[message], home[target])
+
+    queues: dict[tuple[int, object], list[Action]] = {}
     for rank, program in schedule.items():
         queues[rank, "compute"] = list(program)
         for a in program:
             for message in (Action(a.op, a.stage - step[a.op], a.microbatch), a):  # receive, then send
                 target = Action(a.op, message.stage + step[a.op], a.microbatch)
-                if message in home and target in home:
-                    queues.setdefault((rank, a.op), []).append(message)
+                if message in home and target in home and home[message] != home[target]:
+                    queues.setdefault((rank, communicator(message)), []).append(message)
     computed: set[Action] = set()
     arrived: set[Action] = set()
     moved = True
@@ -162,11 +184,22 @@ def runs_with_rendezvous(schedule: Schedule, num_stages: int) -> bool:
     return not any(queues.values())
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1"])
+@pytest.mark.parametrize(
+    ("name", "chunks"), [("gpipe", 1), ("gpipe", 3), ("1f1b", 1), ("1f1b", 2), ("zb-h1", 1), ("zb-v", 2)]
+)
 @given(ranks=st.integers(1, 6), microbatches=st.integers(1, 12))
-def test_no_deadlock_where_sends_wait_for_their_receivers(name: str, ranks: int, microbatches: int) -> None:
-    """For one stage a rank; on a V, activations go both ways and one communicator would not do."""
-    assert runs_with_rendezvous(build_schedule(name, ranks, microbatches), ranks)
+def test_no_deadlock_where_sends_wait_for_their_receivers(
+    name: str, chunks: int, ranks: int, microbatches: int
+) -> None:
+    schedule = build_schedule(name, ranks, microbatches, chunks)
+    assert runs_with_rendezvous(schedule, ranks * chunks)
+    assert chunks > 1 or runs_with_rendezvous(schedule, ranks, shared=True)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("zb-v", 4), ("1f1b", 2)])
+def test_links_that_shared_a_communicator_would_hang(name: str, ranks: int) -> None:
+    """On a V, and in a loop of two, activations go both ways between the same ranks."""
+    assert not runs_with_rendezvous(build_schedule(name, ranks, 8, 2), 2 * ranks, shared=True)
 
 
 def test_the_rendezvous_model_can_say_no() -> None:

@@ -1,5 +1,5 @@
 from megatron_aquila.pipeline.action import Action, Op
-from megatron_aquila.pipeline.draw import draw
+from megatron_aquila.pipeline.draw import draw, draw_to_scale, legend, num_blocks, scale
 from megatron_aquila.pipeline.schedules import build_schedule
 from megatron_aquila.pipeline.simulate import simulate
 
@@ -28,3 +28,41 @@ def test_long_rows_go_on_below() -> None:
     ]
     assert draw(timeline, width=28).splitlines()[0] == "rank 0 | F0 F1 .. .. B0 B0"
     assert draw(timeline, width=1).splitlines()[0] == "rank 0 | F0"
+
+
+def costs(action: Action) -> float:
+    return {Op.F: 1.0, Op.B: 2.0}[action.op]
+
+
+def test_blocks_are_counted() -> None:
+    timeline = simulate(build_schedule("1f1b", 2, 3), costs)
+    for width in (1, 28, 29, 45, 46, 1000):
+        assert num_blocks(timeline, width) == draw(timeline, width).count("\n\n") + 1
+
+
+def test_at_a_scale_equal_times_are_equally_long() -> None:
+    short, long = (simulate(build_schedule("1f1b", 2, count), costs) for count in (3, 6))
+    column = scale([short, long], width=9 + 45)
+    assert column == 0.5, "21 units have room for two characters each"
+    assert draw_to_scale(short, column).splitlines() == [
+        "rank 0 | F0F1....B0bbF2B1bb..B2bb",
+        "rank 1 | ..F0B0bbF1B1bbF2B2bb....",
+    ]
+    assert len(draw_to_scale(long, column).splitlines()[0]) == 9 + 42
+    assert "small letters" in legend([short], column)
+    assert "over half" not in legend([short], column)
+
+
+def test_what_is_shorter_than_a_character_shows_by_its_kind() -> None:
+    timeline = simulate(build_schedule("1f1b", 2, 3), costs)
+    # rank 0 is F F . . B B F B B . B B, rank 1 is . F B B F B B F B B . .
+    assert draw_to_scale(timeline, 2.0).splitlines() == ["rank 0 | F.B++B", "rank 1 | +B++B."]
+    assert draw_to_scale(timeline, 3.0).splitlines() == ["rank 0 | FBBB", "rank 1 | +BB."]
+    assert "over half" in legend([timeline], 2.0)
+    assert "small letters" not in legend([timeline], 2.0)
+
+
+def test_the_scale_is_a_whole_multiple_where_room_is_short() -> None:
+    timeline = simulate(build_schedule("1f1b", 2, 3), costs)
+    assert [scale([timeline], 9 + room) for room in (1, 5, 6, 11, 12, 23, 24)] == [12, 3, 2, 2, 1, 1, 0.5]
+    assert scale([timeline], 0) == 12

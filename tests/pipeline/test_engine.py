@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -13,16 +14,18 @@ from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.layers import ColumnParallelLinear
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.pipeline.action import Action, Op, Schedule
+from megatron_aquila.pipeline.checks import needed_link_depth
 from megatron_aquila.pipeline.engine import Engine
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.simulate import simulate
 from megatron_aquila.pipeline.wire import LocalWire, P2PWire
 from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.stages import stage_ranks
 from megatron_aquila.verify.pool import WorkerPool
 
 SCHEDULES = "gpipe", "1f1b", "zb-h1"  # one stage a rank
 KINDS = [("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("1f1b", 2), ("1f1b", 3), ("zb-h1", 1), ("zb-v", 2)]  # name, chunks
-B, S, H, V, LAYERS = 2, 5, 8, 11, 5
+B, S, H, V, LAYERS = 2, 5, 8, 11, 14
 
 
 class ToyStage(nn.Module):
@@ -35,7 +38,7 @@ class ToyStage(nn.Module):
             return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
         self.embedding = draw(99, V, H) if 0 in layers else None
-        self.layers = nn.ParameterDict({str(i): draw(i, H, H) for i in layers})
+        self.layers = nn.ParameterDict({f"{i:02}": draw(i, H, H) for i in layers})  # sorts its keys
 
     def forward(self, x_SBH: Tensor | None, batch: Batch) -> Tensor:
         if self.embedding is not None:
@@ -50,7 +53,7 @@ class ToyStage(nn.Module):
 
 
 def toy_stages(num_stages: int, dtype: torch.dtype = torch.float32) -> list[ToyStage]:
-    """Five layers over the stages, unevenly: the first takes what does not divide."""
+    """The layers over the stages, unevenly: the first takes what does not divide."""
     each = LAYERS // num_stages
     first = LAYERS - each * (num_stages - 1)
     cuts = [0, *(first + each * s for s in range(num_stages))]
@@ -86,22 +89,36 @@ def world_of_one(count: int, name: str = "1f1b", dtype: torch.dtype = torch.floa
     return stage.grads()
 
 
-def train_rank(name: str, pp: int, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    ctx = ParallelContext.create(RankGrid(pp=pp), torch.device("cpu"))
-    stage = toy_stages(pp, dtype)[ctx.pp.rank]
-    wire = P2PWire(ctx, activation_shape=(S, B, H), dtype=dtype)
-    engine = Engine({ctx.pp.rank: stage}, num_stages=pp, loss_fn=toy_loss, wire=wire)
-    engine.step(build_schedule(name, pp, count)[ctx.pp.rank], toy_batches(count))
-    assert not wire._sending
-    return stage.grads()
+def connect(
+    pp: int, stage_rank: Sequence[int], dtype: torch.dtype, depth: int = 1, *, overlap: bool = True
+) -> tuple[ParallelContext, P2PWire]:
+    ctx = ParallelContext.create(RankGrid(pp=pp), torch.device("cpu"), pp_turns_back=len(stage_rank) > pp)
+    shape = (S, B, H)
+    return ctx, P2PWire(ctx, stage_rank=stage_rank, activation_shape=shape, dtype=dtype, depth=depth, overlap=overlap)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(("pp", "count"), [(2, 1), (2, 5), (4, 1), (4, 2), (4, 4), (4, 7)])
-def test_gradients_bit_equal_one_process(pool: Callable[[int], WorkerPool], name: str, pp: int, count: int) -> None:
-    """Also with fewer microbatches than stages, uneven stages, and counts that do not divide."""
-    expected = world_of_one(count)
-    got = {k: grad for grads in pool(pp).run(train_rank, name, pp, count, torch.float32) for k, grad in grads.items()}
+def train_rank(
+    name: str, pp: int, chunks: int, count: int, dtype: torch.dtype, overlap: bool = True
+) -> dict[str, Tensor]:
+    stage_rank, schedule = stage_ranks(name, pp, chunks), build_schedule(name, pp, count, chunks)
+    ctx, wire = connect(pp, stage_rank, dtype, needed_link_depth(schedule, len(stage_rank)), overlap=overlap)
+    made = enumerate(toy_stages(len(stage_rank), dtype))
+    stages = {number: stage for number, stage in made if stage_rank[number] == ctx.pp.rank}
+    engine = Engine(stages, num_stages=len(stage_rank), loss_fn=toy_loss, wire=wire)
+    engine.step(schedule[ctx.pp.rank], toy_batches(count))
+    assert not any(wire._sending.values())
+    return {name: grad for stage in stages.values() for name, grad in stage.grads().items()}
+
+
+@pytest.mark.parametrize(("name", "chunks"), KINDS)
+@pytest.mark.parametrize(("pp", "count"), [(1, 3), (2, 1), (2, 5), (4, 1), (4, 2), (4, 4), (4, 7), (4, 11)])
+def test_gradients_bit_equal_one_process(
+    pool: Callable[[int], WorkerPool], name: str, chunks: int, pp: int, count: int
+) -> None:
+    """Also with fewer microbatches than ranks, uneven stages, and counts that do not divide."""
+    expected, got = world_of_one(count), {}
+    for grads in pool(pp).run(train_rank, name, pp, chunks, count, torch.float32, count != 5):
+        got |= grads
     assert got.keys() == expected.keys()
     for key, grad in expected.items():
         assert torch.equal(got[key], grad), key
@@ -132,7 +149,7 @@ def test_bit_equality_can_fail() -> None:
 
 def test_bf16_travels(pool: Callable[[int], WorkerPool]) -> None:
     expected = world_of_one(3, dtype=torch.bfloat16)
-    for grads in pool(2).run(train_rank, "1f1b", 2, 3, torch.bfloat16):
+    for grads in pool(2).run(train_rank, "1f1b", 2, 2, 3, torch.bfloat16):
         for key, grad in grads.items():
             assert grad.dtype is torch.bfloat16
             assert torch.equal(grad, expected[key]), key
@@ -145,7 +162,7 @@ def one_rank_holds_all(schedule: Schedule, num_stages: int) -> list[Action]:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_several_stages_on_one_rank(name: str) -> None:
+def test_all_stages_on_one_rank(name: str) -> None:
     stages = toy_stages(5)
     engine = Engine(dict(enumerate(stages)), num_stages=5, loss_fn=toy_loss, wire=LocalWire())
     engine.step(one_rank_holds_all(build_schedule(name, 5, 3), 5), toy_batches(3))
@@ -160,6 +177,9 @@ class Void:
     def send(self, op: Op, stage: int, microbatch: int, x: Tensor) -> None:
         pass
 
+    def expect(self, op: Op, stage: int, microbatch: int) -> None:
+        pass
+
     def recv(self, op: Op, stage: int, microbatch: int) -> Tensor:
         return torch.ones(S, B, H)
 
@@ -167,52 +187,68 @@ class Void:
         pass
 
 
-class Saved:
-    """What autograd keeps of one tensor, counted while it lives."""
+class CountedStage(nn.Module):
+    """A parallel linear, which may leave its weight gradient for later, on an input whose storage is counted."""
 
-    def __init__(self, x: Tensor, alive: list[int]) -> None:
-        self.x = x
-        alive[0] += 1
-        weakref.finalize(self, self.count_down, alive)
+    def __init__(self, placement: Placement, alive: list[int]) -> None:
+        super().__init__()
+        self.alive = alive
+        self.linear = ColumnParallelLinear(H, H, placement=placement)
+        nn.init.normal_(self.linear.weight)
 
-    @staticmethod
-    def count_down(alive: list[int]) -> None:
-        alive[0] -= 1
+    def forward(self, x_SBH: Tensor | None, batch: Batch) -> Tensor:
+        x_SBH = torch.ones(S, B, H) if x_SBH is None else torch.tanh(x_SBH)
+        self.alive[0] += 1
+        weakref.finalize(x_SBH.untyped_storage(), self.count_down)
+        return self.linear(x_SBH)  # type: ignore[no-any-return]
 
-
-def peak_saved(schedule: Schedule, rank: int, count: int) -> float:
-    """Most microbatches whose saved tensors the engine kept alive at once, while running ``rank``'s program."""
-    alive, peak, per_forward = [0], [0], []
-    num_stages = len(schedule)
-    stage = toy_stages(num_stages)[rank]
-    outputs: list[weakref.ref[Tensor]] = []
-
-    def counted(x: Tensor | None, batch: Batch) -> Tensor:
-        assert not any(ref() is not None for ref in outputs), "an output outlived its sending"
-        before = alive[0]
-        y = stage(x, batch)
-        peak[0] = max(peak[0], alive[0])
-        per_forward.append(alive[0] - before)
-        if rank < num_stages - 1:
-            outputs.append(weakref.ref(y))
-        return y
-
-    # a loss that saves nothing, so that every stage's forward is counted alike
-    engine = Engine({rank: counted}, num_stages=num_stages, loss_fn=lambda y, batch: y.sum(), wire=Void())
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: Saved(x, alive), lambda saved: saved.x):
-        engine.step(schedule[rank], toy_batches(count))
-    assert alive[0] == 0, f"{alive[0]} saved tensors outlived the step"
-    assert len(set(per_forward)) == 1
-    return peak[0] / per_forward[0]
+    def count_down(self) -> None:
+        self.alive[0] -= 1
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
-@pytest.mark.parametrize(("ranks", "count"), [(4, 7), (4, 2)])
-def test_frees_activations_as_the_simulator_says(name: str, ranks: int, count: int) -> None:
-    schedule = build_schedule(name, ranks, count)
-    timeline = simulate(schedule, lambda action: 1.0)
-    for rank in range(ranks):
-        assert peak_saved(schedule, rank, count) == timeline.peak_in_flight(rank)
+def most_kept(name: str, chunks: int, ranks: int, count: int) -> list[int]:
+    """For each rank, the most inputs of linears that lived at once: saved by autograd, or owed to a W."""
+    tp = ParallelContext.create(RankGrid(), torch.device("cpu")).tp
+    schedule = build_schedule(name, ranks, count, chunks)
+    most = []
+    for program in schedule.values():
+        alive, seen = [0], [0]
+        placement = Placement(tp=tp, sequence_parallel=False, dtype=torch.float32, device=torch.device("cpu"))
+        stages = {stage: CountedStage(placement, alive) for stage in {action.stage for action in program}}
+        outputs: list[weakref.ref[Tensor]] = []
+
+        def run(
+            x: Tensor | None, batch: Batch, *, stage: int, stages=stages, alive=alive, seen=seen, outputs=outputs
+        ) -> Tensor:
+            assert not any(ref() is not None for ref in outputs), "an output outlived its sending"
+            y = stages[stage](x, batch)
+            seen[0] = max(seen[0], alive[0])
+            if stage < ranks * chunks - 1:
+                outputs.append(weakref.ref(y))
+            return y
+
+        engine = Engine(
+            {stage: partial(run, stage=stage) for stage in stages},
+            num_stages=ranks * chunks,
+            loss_fn=lambda y, batch: y.sum(),
+            wire=Void(),
+            weight_grads=placement.weight_grads,
+        )
+        engine.step(program, toy_batches(count))
+        assert alive[0] == 0, f"{alive[0]} inputs outlived the step"
+        most.append(seen[0])
+    return most
+
+
+@pytest.mark.parametrize(("name", "chunks"), KINDS)
+@pytest.mark.parametrize(("ranks", "count"), [(1, 3), (4, 7), (4, 2), (4, 11)])
+def test_keeps_what_the_schedule_promises(
+    pool: Callable[[int], WorkerPool], name: str, chunks: int, ranks: int, count: int
+) -> None:
+    """Measured, for each rank: activations of whole backwards, and those that wait for a W."""
+    timeline = simulate(build_schedule(name, ranks, count, chunks), lambda action: 1.0)
+    (most,) = pool(1).run(most_kept, name, chunks, ranks, count)
+    assert most == [timeline.peak_in_flight(rank) for rank in range(ranks)]
 
 
 def test_what_is_left_over_is_named() -> None:
@@ -231,9 +267,8 @@ def test_a_stage_must_use_its_input() -> None:
 
 def most_sent_alive(name: str, pp: int, count: int) -> dict[Op, int]:
     """Most sent tensors of each kind that lived at once, after any send, in a step or, as ``forward_only``, without."""
-    ctx = ParallelContext.create(RankGrid(pp=pp), torch.device("cpu"))
+    ctx, wire = connect(pp, range(pp), torch.float32)
     stage = toy_stages(pp)[ctx.pp.rank]
-    wire = P2PWire(ctx, activation_shape=(S, B, H), dtype=torch.float32)
     sent: dict[Op, list[weakref.ref[Tensor]]] = {Op.F: [], Op.B: []}
     most = dict.fromkeys(Op, 0)
 
@@ -246,7 +281,7 @@ def most_sent_alive(name: str, pp: int, count: int) -> dict[Op, int]:
     with mock.patch.object(wire, "send", counted):
         engine = Engine({ctx.pp.rank: stage}, num_stages=pp, loss_fn=toy_loss, wire=wire)
         if name == "forward_only":
-            engine.evaluate(forward_only(pp, count)[ctx.pp.rank], toy_batches(count))
+            engine.evaluate(forward_only(range(pp), count)[ctx.pp.rank], toy_batches(count))
         else:
             engine.step(build_schedule(name, pp, count)[ctx.pp.rank], toy_batches(count))
     assert not any(ref() is not None for refs in sent.values() for ref in refs), "something sent outlived the step"
@@ -261,7 +296,7 @@ def test_what_was_sent_is_let_go(pool: Callable[[int], WorkerPool], name: str) -
 
 
 def evaluate_rank(pp: int, count: int) -> list[float]:
-    ctx = ParallelContext.create(RankGrid(pp=pp), torch.device("cpu"))
+    ctx, wire = connect(pp, range(pp), torch.float32)
     stage = toy_stages(pp)[ctx.pp.rank]
     seen: list[float] = []
 
@@ -270,9 +305,8 @@ def evaluate_rank(pp: int, count: int) -> list[float]:
         seen.append(toy_loss(y, batch).item())
         return y
 
-    wire = P2PWire(ctx, activation_shape=(S, B, H), dtype=torch.float32)
     engine = Engine({ctx.pp.rank: stage}, num_stages=pp, loss_fn=observed, wire=wire)
-    engine.evaluate(forward_only(pp, count)[ctx.pp.rank], toy_batches(count))
+    engine.evaluate(forward_only(range(pp), count)[ctx.pp.rank], toy_batches(count))
     assert not stage.grads()
     return seen
 

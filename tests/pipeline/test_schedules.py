@@ -10,6 +10,7 @@ from megatron_aquila.errors import ScheduleError
 from megatron_aquila.pipeline.action import Op, Schedule
 from megatron_aquila.pipeline.checks import check
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
+from megatron_aquila.plan.stages import stage_ranks
 
 KINDS = [("gpipe", 1), ("gpipe", 3), ("1f1b", 1), ("1f1b", 2), ("1f1b", 5), ("zb-h1", 1), ("zb-v", 2)]  # name, chunks
 every_kind = pytest.mark.parametrize(("name", "chunks"), KINDS)
@@ -37,9 +38,24 @@ def test_every_schedule_passes_the_checks(name: str, chunks: int, size: tuple[in
 @given(size=sizes)
 def test_forward_only_passes_the_checks_and_has_no_backward(size: tuple[int, int]) -> None:
     ranks, microbatches = size
-    schedule = forward_only(ranks, microbatches)
+    schedule = forward_only(range(ranks), microbatches)
     check(schedule, ranks, microbatches)
     assert {action.op for program in schedule.values() for action in program} == {Op.F}
+
+
+def test_forward_only_drains_before_it_fills() -> None:
+    """Interleaved and on a V: as few messages as can be wait between the stages, and no rank waits in the middle."""
+    loop, v = (forward_only(stage_ranks(name, 3, 2), 4) for name in ("1f1b", "zb-v"))
+    assert " ".join(map(str, loop[1])) == "1F0 1F1 1F2 4F0 4F1 4F2 1F3 4F3"
+    assert " ".join(map(str, v[1])) == "1F0 1F1 1F2 4F0 1F3 4F1 4F2 4F3"
+
+
+@every_kind
+@given(size=sizes)
+def test_stages_stand_where_the_plan_says(name: str, chunks: int, size: tuple[int, int]) -> None:
+    ranks, microbatches = size
+    placed = placement(build_schedule(name, ranks, microbatches, chunks))
+    assert placed == dict(enumerate(stage_ranks(name, ranks, chunks)))
 
 
 @every_kind

@@ -1,5 +1,7 @@
 """The simulator against the closed forms."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -132,7 +134,7 @@ def test_a_slow_stage_sets_the_pace() -> None:
 
 
 def test_a_hop_delays_only_between_ranks() -> None:
-    schedule = forward_only(3, 1)
+    schedule = forward_only((0, 1, 2), 1)
     assert simulate(schedule, lambda action: 1.0, hop=0.5).makespan == pytest.approx(4.0, rel=EXACT)
     on_one_rank = {0: [Action(Op.F, stage, 0) for stage in range(3)]}
     assert simulate(on_one_rank, lambda action: 1.0, hop=0.5).makespan == pytest.approx(3.0, rel=EXACT)
@@ -141,3 +143,81 @@ def test_a_hop_delays_only_between_ranks() -> None:
 def test_a_deadlock_is_an_error_here_too() -> None:
     with pytest.raises(ScheduleError, match="wait for one another"):
         simulate({0: [Action(Op.B, 0, 0), Action(Op.F, 0, 0)]}, lambda action: 1.0)
+
+
+@st.composite
+def any_run(draw: st.DrawFn) -> tuple[str, int, int, int, list[float], tuple[float, float, float]]:
+    """A schedule of any kind, ranks, microbatches, chunks, the share of every stage, and F, B and W."""
+    name = draw(st.sampled_from(["gpipe", "1f1b", "zb-h1", "zb-v"]))
+    ranks, microbatches = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    chunks = {"zb-h1": 1, "zb-v": 2}.get(name) or draw(st.integers(1, 5))
+    shares = draw(st.lists(times, min_size=ranks * chunks, max_size=ranks * chunks))
+    return name, ranks, microbatches, chunks, shares, draw(st.tuples(times, times, times))
+
+
+def uneven(
+    run: tuple[str, int, int, int, list[float], tuple[float, float, float]], hop: float
+) -> tuple[Timeline, list[float]]:
+    """The simulated run, and the whole time of one microbatch on each stage."""
+    name, ranks, microbatches, chunks, shares, (forward, backward, weight) = run
+    costs = {Op.F: forward, Op.B: backward + weight, Op.I: backward, Op.W: weight}
+    schedule = build_schedule(name, ranks, microbatches, chunks)
+    timeline = simulate(schedule, lambda action: costs[action.op] * shares[action.stage], hop)
+    return timeline, [share * (forward + backward + weight) for share in shares]
+
+
+@given(run=any_run(), hop=st.floats(0, 2))
+def test_laws_of_any_timeline(
+    run: tuple[str, int, int, int, list[float], tuple[float, float, float]], hop: float
+) -> None:
+    """Nothing runs before its inputs, no rank does two things at once, and no step beats its own work."""
+    name, ranks, microbatches, chunks, shares, (forward, backward, weight) = run
+    timeline, whole = uneven(run, hop)
+    rank_of = {action: rank for rank, program in timeline.schedule.items() for action in program}
+    for rank, program in timeline.schedule.items():
+        assert timeline.busy(rank) == pytest.approx(
+            microbatches * sum(whole[stage] for stage in {action.stage for action in program}), rel=EXACT
+        )
+        for before, after in pairwise(program):
+            assert timeline.end[before] <= timeline.start[after]
+        for action in program:
+            for needed in action.inputs(ranks * chunks):
+                under_way = hop if rank_of[needed] != rank else 0.0
+                assert timeline.end[needed] + under_way <= timeline.start[action]
+        assert timeline.span(rank) <= timeline.makespan * (1 + EXACT)
+        assert timeline.busy(rank) <= timeline.span(rank) * (1 + EXACT)
+    # one microbatch must go down and, with input gradients at least, up the whole model
+    there_and_back = sum(shares) * (forward + (backward + weight if name in ("gpipe", "1f1b") else backward))
+    assert timeline.makespan >= there_and_back * (1 - EXACT)
+    assert timeline.makespan >= max(map(timeline.busy, timeline.schedule)) * (1 - EXACT)
+    assert timeline.origin == timeline.start[Action(Op.F, 0, 0)] == 0
+    assert -EXACT <= timeline.bubble < 1
+
+
+@given(run=any_run(), hop=st.floats(0, 2), more=st.floats(0, 2))
+def test_slower_links_never_make_a_step_shorter(
+    run: tuple[str, int, int, int, list[float], tuple[float, float, float]], hop: float, more: float
+) -> None:
+    fast, slow = uneven(run, hop)[0], uneven(run, hop + more)[0]
+    assert fast.makespan <= slow.makespan * (1 + EXACT)
+    assert all(fast.end[action] <= slow.end[action] * (1 + EXACT) for action in fast.end)
+
+
+@given(run=any_run())
+def test_no_rank_holds_more_than_its_schedule_promises(
+    run: tuple[str, int, int, int, list[float], tuple[float, float, float]],
+) -> None:
+    """Whatever the times are; rounds of interleaving are longer where microbatches do not come out in ``ranks``."""
+    name, ranks, microbatches, chunks, *_ = run
+    timeline = uneven(run, 0.0)[0]
+    longest = -(-microbatches // max(1, microbatches // ranks))
+    for rank in range(ranks):
+        interleaved = 2 * (ranks - rank - 1) + (chunks - 1) * longest + 1
+        promised = {
+            "gpipe": microbatches * chunks,
+            "1f1b": ranks - rank if chunks == 1 else interleaved,
+            "zb-h1": ranks,
+            "zb-v": 2 * ranks,
+        }[name]
+        assert timeline.peak_in_flight(rank) <= min(promised, microbatches * chunks)
+        assert timeline.peak_microbatches(rank) == timeline.peak_in_flight(rank) / chunks

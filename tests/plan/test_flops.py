@@ -3,7 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_aquila.data.documents import DocumentRules
+from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.model.aquila import build_stages
+from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.parallel.weight_grads import MainGrad
 from megatron_aquila.plan.flops import (
     attention_flops,
     flops_per_token,
@@ -15,6 +23,11 @@ from megatron_aquila.plan.flops import (
     peak_flops,
 )
 from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.plan.stages import plan_stages
+from megatron_aquila.train.loss import LossSums
+from megatron_aquila.train.step import attended
+from megatron_aquila.verify.sample import sample_batch
+from megatron_aquila.verify.shrink import EOD
 from tests.plan.shapes import AQUILA_7B, AQUILA_34B, AQUILA_70B
 
 
@@ -74,9 +87,11 @@ H100 = peak_flops("NVIDIA H100 80GB HBM3")
     ("shape", "attention", "tokens_per_second", "peak", "percent"),
     [
         (LLAMA2_7B, "causal", 4550, A100, 62.5),
+        (LLAMA2_7B, "full", 4550, A100, 67.2),
         (LLAMA31_8B, "causal", 10682, H100, 55.6),
         (LLAMA31_8B, "full", 10682, H100, 62.5),
         (QWEN25_7B, "causal", 13863, H100, 60.3),
+        (QWEN25_7B, "full", 13863, H100, 61.2),
     ],
 )
 def test_published_pairs_of_speed_and_mfu(shape, attention, tokens_per_second, peak, percent):
@@ -90,8 +105,9 @@ def test_published_pair_of_mpt_7b():
     # MPT has an ungated MLP of two matrices of 4 H and ties its head to the embedding.
     layers, hidden, vocab, seq_len = 32, 4096, 50368, 2048
     matmul = layers * 12 * hidden**2 + vocab * hidden
-    flops = 6 * matmul + layers * attention_flops(hidden, seq_len)
-    assert 100 * mfu(4641, flops, A100) == pytest.approx(61.8, abs=0.1)
+    for attention, percent in (("causal", 61.8), ("full", 64.1)):
+        flops = 6 * matmul + layers * attention_flops(hidden, seq_len, attention)
+        assert 100 * mfu(4641, flops, A100) == pytest.approx(percent, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -114,3 +130,49 @@ def test_device_peaks(name, precision, tflops):
 @pytest.mark.parametrize(("name", "precision"), [("NVIDIA A1000", "bf16"), ("cpu", "bf16"), ("NVIDIA B200", "fp64")])
 def test_an_unknown_device_or_precision_has_no_peak(name, precision):
     assert peak_flops(name, precision) is None
+
+
+ATTENTION = {  # torch's counter does not know the kernels of a CPU
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, *_, **__: pairs(q, 2),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, *_, **__: pairs(q, 4),
+}
+
+
+def pairs(q_BNSD, products):
+    """FLOPs of attention's products, 2 forward and 4 backward, of half of S x S pairs: as the formula counts."""
+    batch, heads, seq_len, width = q_BNSD
+    return products * batch * heads * seq_len**2 * width
+
+
+SMALL = replace(llama(2, 32, 4, 2, 48, 64, 16), head_dim=8)
+APART = DocumentRules(eod=EOD, reset_positions=True, reset_attention=True, mask_loss=True)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("loss_chunk_tokens", [None, 5, 0])
+@pytest.mark.parametrize("documents", [None, APART])
+def test_flops_by_formula_are_those_of_a_traced_step(documents, loss_chunk_tokens, fused):
+    ctx = ParallelContext.single()
+    placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=torch.float32, device=ctx.device)
+    (stage,) = build_stages(
+        SMALL,
+        plan_stages(SMALL, 1),
+        pp_rank=0,
+        placement=placement,
+        kernels=choose_kernels(ctx.device, torch.float32),
+        loss_chunk_tokens=loss_chunk_tokens,
+    ).values()
+    for weight in stage.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    if fused:
+        sums = {weight: MainGrad(torch.zeros_like(weight), lambda: None) for weight in stage.parameters()}
+        placement.weight_grads.accumulate_into(sums)
+    losses = LossSums(["a", "b"], num_tokens=32, device=ctx.device)
+    (batch,) = losses.weigh([sample_batch(SMALL, range(2, 4), seed=1, documents=documents)])
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counted:
+        losses.loss(stage(None, batch), batch).backward()
+
+    tokens, attention = 2 * SMALL.seq_len, SMALL.num_layers * attention_flops(SMALL.attention_size, SMALL.seq_len)
+    share = attended(batch) / (tokens * SMALL.seq_len)
+    assert (share < 0.7) if documents else (share == 1)
+    assert counted.get_total_flops() == tokens * (flops_per_token(SMALL) - (1 - share) * attention)

@@ -64,9 +64,9 @@ def tiny_config(folder: Path, **train: Any) -> RunConfig:
     )
 
 
-def split(config: RunConfig, *, tp: int = 1, pp: int = 1, sequence: bool = False) -> RunConfig:
+def split(config: RunConfig, *, tp: int = 1, pp: int = 1, **parallel: Any) -> RunConfig:
     """``config`` on another layout; dp is what the world leaves."""
-    return replace(config, parallel=ParallelConfig(tensor=tp, pipeline=pp, sequence=sequence, bucket_mib=1))
+    return replace(config, parallel=ParallelConfig(**{"tensor": tp, "pipeline": pp, "bucket_mib": 1} | parallel))
 
 
 @dataclass

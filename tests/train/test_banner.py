@@ -1,14 +1,17 @@
 import io
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import derive
-from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.schema import ModelConfig, ObserveConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.config.settings import all_settings
 from megatron_aquila.errors import AquilaError, ConfigError
 from megatron_aquila.observe.log import Log
+from megatron_aquila.plan.recompute import Kind
 from megatron_aquila.train import banner
 
 CONFIG = RunConfig(
@@ -41,8 +44,33 @@ def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypa
         total_memory = 2**20
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small())
-    with pytest.raises(ConfigError, match=r"turn on --sp, raise --tp \(now 2\)"):
+    with pytest.raises(
+        ConfigError, match=r"turn on --sp, turn on --recompute selective, or full, raise --tp \(now 2\)"
+    ):
         banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, None),
+        (989.4, None),
+        (800.0, None),
+        (1979.0, r"--peak-tflops 1979.0: the dense peak of NVIDIA H100 80GB HBM3 in bf16 is 989.4; twice that is with "
+                 r"sparsity, which no training uses; leave it out, or use at most 989.4"),
+        (1000.0, r"--peak-tflops 1000.0: the dense peak of NVIDIA H100 80GB HBM3 in bf16 is 989.4; leave it out"),
+    ],
+)  # fmt: skip
+def test_a_peak_above_the_dense_one_is_refused(
+    given: float | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, observe=ObserveConfig(peak_tflops=given))
+    banner.check_peak(config, torch.device("cpu"))
+    names = iter(["NVIDIA H100 80GB HBM3", "a GPU of tomorrow"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
+        banner.check_peak(config, torch.device("cuda", 0))
+    banner.check_peak(config, torch.device("cuda", 0))  # where no peak is known, the user is believed
 
 
 def test_running_out_of_memory_says_what_to_change() -> None:
@@ -51,3 +79,12 @@ def test_running_out_of_memory_says_what_to_change() -> None:
         banner.explain_out_of_memory(CONFIG, derive(CONFIG, 8)),
     ):
         raise torch.OutOfMemoryError("tried to allocate")
+
+
+def test_the_way_to_save_is_the_next_kind_of_recomputation() -> None:
+    def ways(kind: Kind) -> str:
+        return banner.ways_to_save(replace(CONFIG, train=replace(CONFIG.train, recompute=kind)))
+
+    assert "turn on --recompute selective, or full" in ways("none")
+    assert "use --recompute full" in ways("selective")
+    assert "recompute" not in ways("full")

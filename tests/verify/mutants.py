@@ -3,22 +3,27 @@
 ``python -m tests.verify.mutants PAGE`` writes the table into a page.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.parallel.collectives import Pending
+from megatron_aquila.train import build
 from megatron_aquila.verify import observe
 from megatron_aquila.verify.layout import Layout
 from megatron_aquila.verify.observe import Observation, RankObservation
 from megatron_aquila.verify.page import markdown, put, write
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.rows import Claim, claims
+from megatron_aquila.verify.shrink import LOSS_CHUNK
 
 Inject = Callable[[], Any]
 
@@ -94,12 +99,31 @@ def within(owner: Any, name: str, patch: Callable[[], Any]) -> Any:
     return patched(owner, name, staticmethod(wrong) if isinstance(owner.__dict__[name], staticmethod) else wrong)
 
 
+@contextmanager
+def both(first: Any, second: Any) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+def other_attention(wrong: Callable[..., torch.Tensor]) -> Any:
+    """Attention is ``wrong(attention, q, k, v, documents)``."""
+    right = build.choose_kernels
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        kernels = right(*args, **kwargs)
+        return replace(kernels, attention=partial(wrong, kernels.attention))
+
+    return patched(build, "choose_kernels", choose)
+
+
 def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return x
 
 
 ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
-SPLIT = Layout(pp=2, schedule="zb-h1")
+OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
+SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
+FULLY, LITTLE = Layout(recompute="full"), Layout(recompute="selective")
 APART = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
 
@@ -121,11 +145,23 @@ def row_output_added_again() -> Any:
     return patched(layers, "reduce_scatter", lambda x, group: right(x, group) * group.size)
 
 
-@mutant("a column-parallel input gradient stays a partial sum", TP, "tp", "gradient of model.norm.weight")
+@mutant("the gradient of the head's input stays a partial sum", TP, "tp", "gradient of model.norm.weight")
+def no_head_reduce() -> Any:
+    from megatron_aquila.parallel import vocab_loss
+
+    return patched(vocab_loss, "all_reduce_", unreduced)
+
+
+@mutant(
+    "a column-parallel input gradient stays a partial sum",
+    TP,
+    "tp",
+    "gradient of model.layers.2.post_attention_layernorm.weight",
+)
 def no_column_reduce() -> Any:
     from megatron_aquila.parallel import layers
 
-    return within(layers._ColumnParallel, "backward", lambda: patched(layers, "all_reduce_", unreduced))
+    return patched(layers, "begin_all_reduce_", lambda x, group, overlap: Pending(x))
 
 
 @mutant("sequence shards are gathered in the wrong order", SP, "tp + sp", "output of model.layers.0.self_attn")
@@ -152,35 +188,48 @@ def replicas_drift() -> Any:
 
 @mutant("the exponentials of the loss are summed once too often: log(tp) more", TP, "tp", "loss")
 def vocab_log_offset() -> Any:
-    from megatron_aquila.parallel import vocab
+    from megatron_aquila.parallel import vocab_loss
 
-    right = vocab.all_reduce_
+    right = vocab_loss._statistics
 
-    def wrong(x: torch.Tensor, group: Any, op: str = "sum") -> torch.Tensor:
-        out = right(x, group, op)  # type: ignore[arg-type]
-        return out if op == "max" or x.shape[:1] != (2,) else torch.stack([out[0], out[1] * group.size])
+    def wrong(logits: torch.Tensor, labels: torch.Tensor, tp: Any, vocab_size: int) -> Any:
+        log_sum, label = right(logits, labels, tp, vocab_size)
+        return log_sum + math.log(tp.size), label
 
-    return patched(vocab, "all_reduce_", wrong)
+    return patched(vocab_loss, "_statistics", wrong)
 
 
 @mutant("the uneven last shard of the vocabulary is read into its padding", TP, "tp", "loss")
 def vocab_padding_counts() -> Any:
-    from megatron_aquila.parallel import vocab
+    from megatron_aquila.parallel import vocab_loss
 
-    return patched(vocab, "_num_real", lambda shard_size, tp, vocab_size: shard_size)
+    return patched(vocab_loss, "num_real_columns", lambda shard_size, tp, vocab_size: shard_size)
+
+
+@mutant("the head's gradient leaves out the last chunk of tokens", ONE, "world of one", "gradient of lm_head.weight")
+def last_chunk_left_out() -> Any:
+    from megatron_aquila.parallel import vocab_loss
+
+    right = vocab_loss.accumulate_weight_gradient_
+
+    def wrong(total: torch.Tensor, grad_y: torch.Tensor, x: torch.Tensor) -> None:
+        if x.shape[0] == LOSS_CHUNK:
+            right(total, grad_y, x)
+
+    return patched(vocab_loss, "accumulate_weight_gradient_", wrong)
 
 
 @mutant("tokens of other ranks are looked up, too", TP, "tp", "output of model.embed_tokens")
 def foreign_tokens_embedded() -> Any:
     from megatron_aquila.parallel import vocab
 
-    right = vocab._local
+    right = vocab.local_columns
 
     def wrong(*args: Any) -> Any:
         rows, is_mine = right(*args)
         return rows, torch.ones_like(is_mine)
 
-    return within(vocab.VocabParallelEmbedding, "forward", lambda: patched(vocab, "_local", wrong))
+    return within(vocab.VocabParallelEmbedding, "forward", lambda: patched(vocab, "local_columns", wrong))
 
 
 @mutant("a tp rank has its neighbour's key heads", TP, "tp", "output of model.layers.0.self_attn")
@@ -205,20 +254,12 @@ def key_heads_swapped() -> Any:
     "query head n reads key head n % K, not n // (N / K)", ONE, "world of one", "output of model.layers.0.self_attn"
 )
 def query_heads_read_group_n_mod_k() -> Any:
-    from megatron_aquila.train import build
+    def wrong(attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any) -> torch.Tensor:
+        heads = torch.arange(q.shape[2]) % k.shape[2]
+        out: torch.Tensor = attention(q, k[:, :, heads], v[:, :, heads], documents)
+        return out
 
-    right = build.choose_kernels
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        kernels = right(*args, **kwargs)
-
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any) -> torch.Tensor:
-            heads = torch.arange(q.shape[2]) % k.shape[2]
-            return kernels.attention(q, k[:, :, heads], v[:, :, heads], documents)
-
-        return replace(kernels, attention=attention)
-
-    return patched(build, "choose_kernels", wrong)
+    return other_attention(wrong)
 
 
 @mutant("rotary positions grow twice as fast", ONE, "world of one", "output of model.layers.0.self_attn")
@@ -233,12 +274,16 @@ def rope_twice_as_fast() -> Any:
 def mean_of_means() -> Any:
     from megatron_aquila.train.loss import LossSums
 
-    right = LossSums.loss
+    right = LossSums.weigh
 
-    def wrong(self: LossSums, loss_SB: torch.Tensor, batch: Any) -> torch.Tensor:
-        return right(self, loss_SB, batch) * self.num_tokens / batch.loss_mask_BS.sum() / 4
+    def wrong(self: LossSums, batches: Any) -> Any:
+        own = [float(batch.loss_mask_BS.sum()) for batch in batches]
+        return [
+            replace(batch, loss_weight=batch.loss_weight * self.num_tokens / tokens / 4)
+            for batch, tokens in zip(right(self, batches), own, strict=True)
+        ]
 
-    return patched(LossSums, "loss", wrong)
+    return patched(LossSums, "weigh", wrong)
 
 
 @mutant("the loss is divided by this replica's tokens", DP, "dp (ZeRO-1)", "loss")
@@ -319,6 +364,67 @@ def weight_gradient_paid_twice() -> Any:
     return patched(WeightGradQueue, "pay", wrong)
 
 
+@mutant("a rank's stages begin with the same weights", CHUNKS, "schedule", "output of model.layers.2.self_attn")
+def chunks_initialised_alike() -> Any:
+    right = observe.initialize_
+
+    def wrong(infos: Any, *, seed: int) -> None:
+        right(infos, seed=seed)
+        first: dict[str, torch.Tensor] = {}
+        for info in infos:
+            place = info.name.split(".", 3)[-1]  # within its layer
+            info.param.data.copy_(first.setdefault(place, info.param.data))
+
+    return patched(observe, "initialize_", wrong)
+
+
+# Recomputation.
+
+DOWN = "gradient of model.layers.2.mlp.down_proj.weight"
+
+
+@mutant("what is recomputed starts from inputs in fp32", FULLY, "recompute", DOWN)
+def recomputed_in_another_precision() -> Any:
+    return _other_inputs(lambda x: x.float().to(x.dtype))
+
+
+@mutant(
+    "what is recomputed has another microbatch's input",
+    FULLY,
+    "recompute",
+    DOWN,
+)
+def recomputed_from_another_microbatch() -> Any:
+    before: dict[torch.Size, torch.Tensor] = {}
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        kept, before[x.shape] = before.get(x.shape, x), x
+        return kept
+
+    return _other_inputs(other)
+
+
+@mutant(
+    "a recomputed norm or SwiGLU starts from inputs in fp32",
+    LITTLE,
+    "recompute",
+    "gradient of model.layers.2.mlp.down_proj.weight",
+)
+def module_recomputed_in_another_precision() -> Any:
+    return _other_inputs(lambda x: x.float().to(x.dtype))
+
+
+def _other_inputs(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    from megatron_aquila.model.recompute import _Run
+
+    right = _Run.__init__
+
+    def wrong(self: Any, function: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        right(self, function, tuple(change(x.detach()).requires_grad_(x.requires_grad) for x in inputs))
+
+    return patched(_Run, "__init__", wrong)
+
+
 # Clipping and the update.
 
 
@@ -365,7 +471,11 @@ def gradients_averaged() -> Any:
 def gradients_left_over() -> Any:
     from megatron_aquila.optim.distributed import DistributedOptimizer
 
-    return patched(DistributedOptimizer, "zero_grad", lambda self: None)
+    def wrong(self: DistributedOptimizer, num_microbatches: int) -> None:
+        for bucket in self._buckets:
+            bucket._missing = num_microbatches * len(bucket.layout.slots)
+
+    return patched(DistributedOptimizer, "begin_step", wrong)
 
 
 @mutant("norm weights decay", ONE, "world of one", "model.layers.0.input_layernorm.weight after sgd")
@@ -388,20 +498,57 @@ def bias_correction_off_by_one() -> Any:
 def shard_border_off_by_one() -> Any:
     from megatron_aquila.optim.buckets import Bucket
 
-    right = Bucket.publish_
+    right = Bucket.begin_publish
 
     def wrong(self: Bucket) -> None:
         self.master.copy_(self.master.roll(1))
         right(self)
 
-    return patched(Bucket, "publish_", wrong)
+    return patched(Bucket, "begin_publish", wrong)
 
 
 @mutant("replicas keep the old weights of the others' shards", DP, "dp (ZeRO-1)", "model.embed_tokens.weight after sgd")
 def no_param_gather() -> Any:
     from megatron_aquila.optim import buckets
 
-    return patched(buckets, "all_gather_flat_", lambda out, shard, group: None)
+    return patched(buckets, "begin_all_gather_flat_", lambda out, shard, group, overlap: Pending(out))
+
+
+@mutant("forward does not wait for weights that are still gathered", OVERLAP, "overlap", "next loss after sgd")
+def stale_weights() -> Any:
+    """The gather is as late as can be: it happens when it is waited for."""
+    from megatron_aquila.optim import buckets
+
+    right, no_waits = buckets.begin_all_gather_flat_, patched(build, "wait_before_forward", lambda *_: None)
+
+    def late(out: torch.Tensor, *args: Any, overlap: bool) -> Pending:
+        def gather() -> None:
+            right(out, *args, overlap=False).wait()
+
+        return Pending(out, finish=gather) if overlap else right(out, *args, overlap=False)
+
+    return both(patched(buckets, "begin_all_gather_flat_", late), no_waits)
+
+
+@mutant("a bucket is reduced before its last microbatch", OVERLAP, "overlap", "gradient of lm_head.weight")
+def reduced_too_early() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+
+    right = Bucket.begin_reduce
+
+    def wrong(self: Bucket) -> None:
+        if self._missing is not None and self._missing > 0:
+            self._missing -= 1
+            if self._missing == len(self.layout.slots):
+                self._missing = 0
+                self._on_complete()
+
+    def at_once(self: Bucket) -> None:
+        right(self)
+        assert self._reducing is not None, "just begun"
+        self._reducing.wait()
+
+    return both(patched(Bucket, "_count", wrong), patched(Bucket, "begin_reduce", at_once))
 
 
 # Documents. Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So
@@ -410,10 +557,7 @@ def no_param_gather() -> Any:
 
 @mutant("attention sees the whole sample", ONE, "world of one", "output of model.layers.0.self_attn", *APART)
 def mask_ignored() -> Any:
-    from megatron_aquila.model.attention import Attention
-
-    right = Attention.forward
-    return patched(Attention, "forward", lambda self, x, cos, sin, documents: right(self, x, cos, sin))
+    return other_attention(lambda attention, q, k, v, documents: attention(q, k, v, None))
 
 
 @mutant(

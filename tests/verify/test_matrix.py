@@ -35,7 +35,7 @@ def test_bits_are_due_where_no_sum_is_split() -> None:
 
 def test_a_case_is_held_against_both_references(pool: Callable[[int], WorkerPool]) -> None:
     parity = Parity(matrix_config(CONFIG, documents=True), Layout(pp=2), pool)
-    case = next(case for case in matrix_cases() if case.layout.world_size == 2 and case.layout.pp == 2)
+    case = MatrixCase(layout=Layout(pp=2, schedule="gpipe", micro_batch=2), documents=True)
     row = run_case(case, parity)
     assert row.holds
     assert row.bits is not None

@@ -13,7 +13,8 @@ from megatron_aquila.verify.matrix import MatrixCase, MatrixRow, matrix_cases
 from megatron_aquila.verify.page import HEADER, as_json, case_cells, markdown, matrix_table, put, write
 from tests.verify.mutants import mutants_table
 
-PAGE = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
 HOLDS = Row(
     axis="pp", layout=Layout(pp=2), against="plain", worst=Difference(tensor="loss", error=1e-15), first_wrong=None
 )
@@ -38,6 +39,14 @@ def test_the_page_shows_the_matrix_of_this_code_without_a_failure() -> None:
         assert bits in ("equal", "–")
         assert verdict == "holds"
     assert f"{len(rows)} cases, 0 failures" in table
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_other_pages_show_the_same_matrix(name: str) -> None:
+    def matrix(page: str) -> str:
+        return page.partition("<!-- matrix: ")[2].partition("<!-- /matrix -->")[0]
+
+    assert matrix((ROOT / name).read_text(encoding="utf-8")) == matrix(PAGE) != ""
 
 
 def test_the_page_shows_the_mutants_of_this_code() -> None:

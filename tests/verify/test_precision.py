@@ -9,9 +9,9 @@ import torch
 
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.plan.shape import Precision
-from megatron_aquila.verify.observe import observe_layout, observe_rank
 from megatron_aquila.verify.compare import relative_error
 from megatron_aquila.verify.layout import Layout, with_layout
+from megatron_aquila.verify.observe import observe_layout, observe_rank
 from megatron_aquila.verify.parity import Parity
 from megatron_aquila.verify.pool import WorkerPool
 from tests.verify.test_parity import CONFIG, FULL

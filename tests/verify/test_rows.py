@@ -19,8 +19,9 @@ def test_every_row_can_run_and_the_last_is_what_was_asked_for(requested: Layout)
     assert all(is_supported(claim.layout) for claim in found)
     assert all(claim.twin is None or is_supported(claim.twin) for claim in found)
     assert requested in [claim.layout for claim in found]
-    for name in requested.options:
-        assert any(name in claim.layout.options for claim in found if len(claim.layout.options) <= 4)
+    layouts = [claim.layout for claim in found]
+    for name in {"tp", "pp", "dp", "micro_batch"} & set(requested.options):
+        assert Layout(**{name: requested.options[name]}) in layouts, f"{name} alone is not tried"
 
 
 def test_an_axis_of_degree_one_is_not_tried() -> None:
@@ -40,3 +41,11 @@ def test_buckets_are_held_against_whole_ones_in_a_fixed_order() -> None:
     assert buckets.layout == Layout(dp=2, small_buckets=True, deterministic=True)
     assert buckets.twin == Layout(dp=2, deterministic=True)
     assert together.layout == Layout(dp=2, small_buckets=True)
+
+
+def test_a_schedule_is_proved_on_one_rank_too() -> None:
+    """Weight gradients are put off there as well."""
+    rows = [(claim.axis, claim.layout, claim.twin) for claim in claims(Layout(tp=2, schedule="zb-h1"))]
+    alone = Layout(schedule="zb-h1")
+    assert ("schedule", alone, None) in rows
+    assert ("schedule", alone, Layout()) in rows

@@ -1,0 +1,211 @@
+"""What a rank says and hears in one step: how many collectives and messages, and how many bytes they move.
+
+``docs/communication.md`` gives the formulas in words; a test counts the calls of real steps and demands equality.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_aquila.plan.buckets import rank_buckets
+from megatron_aquila.plan.grid import Axis, RankGrid
+from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
+from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
+from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
+from megatron_aquila.plan.shape import ModelShape, Precision
+from megatron_aquila.plan.stages import StagePlan
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive"]
+GroupName = Literal["tp", "pp", "dp_cp", "world"]
+AXES: dict[GroupName, tuple[Axis, ...]] = {
+    "tp": ("tp",),
+    "pp": ("pp",),
+    "dp_cp": ("dp", "cp"),
+    "world": ("tp", "cp", "dp", "pp"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """Calls of one purpose and kind that a rank makes in a step.
+
+    ``num_bytes`` counts the whole tensor of every call: what an all-gather returns, and what all others take.
+    ``group_size`` ranks take part in each.
+    """
+
+    what: str
+    kind: Kind
+    group: GroupName
+    group_size: int
+    count: int
+    num_bytes: int
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that leave this rank where the group works as a ring; fewest possible for its kind."""
+        rounds = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
+        if self.kind in rounds:
+            return rounds[self.kind] * self.num_bytes * (self.group_size - 1) // self.group_size
+        return self.num_bytes if self.kind == "send" else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrafficPlan:
+    """What the count needs beside the shape. ``num_sources`` are the data sets of the blend."""
+
+    shape: ModelShape
+    grid: RankGrid
+    stages: StagePlan
+    micro_batch: int
+    num_microbatches: int
+    sequence_parallel: bool = False
+    precision: Precision = "bf16"
+    bucket_bytes: int = 128 * 2**20
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    deterministic_reduce: bool = False
+    recompute: RecomputePlan = KEEP_ALL
+    num_sources: int = 1
+    loss_chunk_tokens: int | None = None
+
+    def of_rank(self, pp_rank: int) -> tuple[Traffic, ...]:
+        """One step of any rank at ``pp_rank`` of the pipeline, by purpose; nothing is said in a group of one."""
+        stages = self.stages.stages_of(pp_rank)
+        rows = [
+            *(row for stage in stages for row in self._of_stage(stage)),
+            *self._norm_gradients(stages),
+            *self._replicas(pp_rank),
+            *self._world(),
+        ]
+        return _merged(row for row in rows if row.group_size > 1 and row.count > 0)
+
+    def _of_stage(self, stage: int) -> Iterator[Traffic]:
+        """What happens for every microbatch."""
+        if self.stages.has_embedding(stage):
+            yield from self._linears("embedding", columns=0, rows=1)  # summed as a row-parallel linear's output is
+        yield from self._linears("layers", columns=2, rows=2, times=len(self.stages.layers[stage]))
+        yield from self._recomputed(stage)
+        if self.stages.has_head(stage):
+            yield from self._head()
+        yield from self._messages(stage)
+
+    def _linears(self, what: str, *, columns: int, rows: int, times: int = 1) -> Iterator[Traffic]:
+        """Column- and row-parallel linears, ``times`` over: every call moves a microbatch's whole hidden states.
+
+        A column gathers its input forward, and again backward, where it scatters the input's gradient; a row scatters
+        its output forward and gathers its gradient backward. Without sequence parallel only the sums remain.
+        """
+        calls: list[tuple[str, Kind, int]] = [("forward", "all-reduce", rows), ("backward", "all-reduce", columns)]
+        if self.sequence_parallel:
+            calls = [
+                ("forward", "all-gather", columns),
+                ("forward", "reduce-scatter", rows),
+                ("backward", "all-gather", columns + rows),
+                ("backward", "reduce-scatter", columns),
+            ]
+        for direction, kind, count in calls:
+            total = times * count * self.num_microbatches
+            yield self._row(f"{what} {direction}", kind, "tp", total, self._hidden_states)
+
+    def _recomputed(self, stage: int) -> Iterator[Traffic]:
+        """A group of layers that is recomputed runs its forward again, but for its last projection."""
+        plans = [self.recompute.at(stage, microbatch).groups for microbatch in range(self.num_microbatches)]
+        columns = sum(2 * sum(groups) for groups in plans)
+        rows = columns - sum(len(groups) for groups in plans)
+        calls: list[tuple[Kind, int]] = [("all-reduce", rows)]
+        if self.sequence_parallel:
+            calls = [("all-gather", columns), ("reduce-scatter", rows)]
+        for kind, count in calls:
+            yield self._row("layers recomputed", kind, "tp", count, self._hidden_states)
+
+    def _head(self) -> Iterator[Traffic]:
+        """The output projection and the loss, where no logits are kept all in forward: x is gathered once.
+
+        Of every token each rank gives two numbers, chunk by chunk.
+        """
+        num_microbatches, wide = self.num_microbatches, max(4, self._item)
+        if self.loss_chunk_tokens == 0:
+            yield from self._linears("head", columns=1, rows=0)
+            yield self._row("loss: maximum", "all-reduce", "tp", num_microbatches, self._tokens * wide)
+            yield self._row("loss: label and sum", "all-reduce", "tp", num_microbatches, 2 * self._tokens * wide)
+            return
+        hidden_states = self._tokens * self.shape.hidden_size * self._item
+        calls: tuple[Kind, ...] = ("all-gather", "reduce-scatter") if self.sequence_parallel else ("all-reduce",)
+        for kind in calls:
+            yield self._row("head forward", kind, "tp", num_microbatches, hidden_states)
+        row_bytes = self.shape.padded_vocab_size // self.grid.tp * self._item
+        chunk = loss_chunk_tokens(self._tokens, row_bytes=row_bytes, wanted=self.loss_chunk_tokens)
+        chunks = -(-self._tokens // chunk)
+        numbers = 2 * self.grid.tp * self._tokens * wide
+        yield replace(
+            self._row("loss: label and sum", "all-gather", "tp", num_microbatches, numbers),
+            count=num_microbatches * chunks,
+        )
+
+    def _messages(self, stage: int) -> Iterator[Traffic]:
+        """Activations to the next stage and their gradients back, where it lives on another rank."""
+        message = self._hidden_states // (self.grid.tp if self.sequence_parallel else 1)
+        here, last = self.stages.stage_rank[stage], self.stages.num_stages - 1
+        neighbours: list[tuple[int, Kind, Kind]] = [(stage - 1, "receive", "send"), (stage + 1, "send", "receive")]
+        for neighbour, activation, gradient in neighbours:
+            if 0 <= neighbour <= last and self.stages.stage_rank[neighbour] != here:
+                yield self._row("activations", activation, "pp", self.num_microbatches, message)
+                yield self._row("gradients of activations", gradient, "pp", self.num_microbatches, message)
+
+    def _norm_gradients(self, stages: tuple[int, ...]) -> Iterator[Traffic]:
+        """Under sequence parallel each tensor rank has a partial sum of every norm's gradient: all in one call."""
+        if self.sequence_parallel:
+            norms = sum(2 * len(self.stages.layers[stage]) + self.stages.has_head(stage) for stage in stages)
+            yield self._row(
+                "gradients of norms", "all-reduce", "tp", 1, norms * self.shape.hidden_size * self._gradient
+            )
+
+    def _replicas(self, pp_rank: int) -> Iterator[Traffic]:
+        """Gradients summed and weights shared over the replicas, bucket by bucket."""
+        kind: Kind = "all-to-all" if self.deterministic_reduce else "reduce-scatter"
+        reduced = 2 if self.grad_reduce == "bf16" else self._gradient
+        num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // self._gradient
+        for size in rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards):
+            yield self._row("gradients", kind, "dp_cp", 1, size * reduced)
+            yield self._row("weights", "all-gather", "dp_cp", 1, size * self._item)
+
+    def _world(self) -> Iterator[Traffic]:
+        """What all ranks agree on, in float64: counts before the step, its norm, loss and tokens of each source."""
+        yield self._row("token count", "all-reduce", "world", 1, 4 * 8)
+        yield self._row("gradient norm", "all-reduce", "world", 1, 8)
+        yield self._row("loss sums", "all-reduce", "world", 1, 2 * self.num_sources * 8)
+
+    def _row(self, what: str, kind: Kind, group: GroupName, count: int, each: int) -> Traffic:
+        """``count`` calls of ``each`` bytes."""
+        size = self.grid.size(*AXES[group])
+        return Traffic(what=what, kind=kind, group=group, group_size=size, count=count, num_bytes=count * each)
+
+    @property
+    def _hidden_states(self) -> int:
+        """Bytes of a microbatch's whole hidden states."""
+        return self._tokens * self.shape.hidden_size * self._item
+
+    @property
+    def _item(self) -> int:
+        """Bytes of a weight or an activation."""
+        return ITEM_BYTES[self.precision]
+
+    @property
+    def _gradient(self) -> int:
+        """Bytes of a main gradient."""
+        return GRADIENT_BYTES[self.precision]
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens of a microbatch on one rank."""
+        return self.micro_batch * self.shape.seq_len // self.grid.cp
+
+
+def _merged(rows: Iterator[Traffic]) -> tuple[Traffic, ...]:
+    """Rows of the same purpose and kind as one, in the order of the first."""
+    merged: dict[tuple[str, Kind], Traffic] = {}
+    for row in rows:
+        before = merged.get((row.what, row.kind))
+        if before is not None:
+            row = replace(row, count=before.count + row.count, num_bytes=before.num_bytes + row.num_bytes)
+        merged[row.what, row.kind] = row
+    return tuple(merged.values())
