@@ -26,7 +26,7 @@ from megatron_aquila.errors import ConfigError, Problem
 class PreprocessOptions:
     """Tokenize JSON lines into PREFIX_KEY_document.bin and .idx, which Megatron-LM reads too.
 
-    PREFIX_KEY_document.json beside them says which tokenizer made them.
+    PREFIX_KEY_document.manifest.json beside them says what they must be and what made them.
     """
 
     input: tuple[Path, ...]
@@ -146,5 +146,5 @@ def _rate(done: Progress, seconds: float) -> str:
 def _summary(options: PreprocessOptions, tokenizer: Tokenizer, done: Progress, seconds: float) -> str:
     skipped = f"; {done.bad_lines:,} bad lines skipped" if done.bad_lines > 0 else ""
     prefixes = document_prefixes(options.output_prefix, options.json_keys)
-    files = ", ".join(f"{prefix}.bin/.idx/.json" for prefix in prefixes)
+    files = ", ".join(f"{prefix}.bin/.idx/.manifest.json" for prefix in prefixes)
     return f"{_rate(done, seconds)} in {seconds:.1f} s{skipped}\nwrote {files} ({token_dtype(tokenizer.vocab_size)})"

@@ -5,6 +5,7 @@ number of document boundaries (uint64); then per sequence its length (int32) and
 (int64, in sequences, the first 0, the last the number of sequences), and optionally a mode (int8) per sequence.
 """
 
+import hashlib
 import os
 import struct
 from array import array
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, Final, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from megatron_aquila.data.manifest import Contents, FileFacts, Manifest, Origin, remove_manifest, write_manifest
 from megatron_aquila.data.temporary import temporary_path
 from megatron_aquila.errors import DataError
 
@@ -157,9 +159,11 @@ class IndexedDatasetWriter:
     """Writes ``prefix.bin`` and ``prefix.idx`` under temporary names; ``close`` gives them their own.
 
     As a context manager it closes on success and discards on an exception, so that a name is either absent, the old
-    pair or the whole new pair. The folder is made where there is none.
+    pair or the whole new pair. The folder is made where there is none. The files are hashed on their way to the disk.
 
-    Attributes: ``num_tokens``, how many were added so far.
+    Attributes:
+        num_tokens: how many were added so far.
+        origin: what the manifest will say of who made the data set; may be replaced until ``close``.
 
     Raises:
         DataError: the dtype is not one of the format's, a token does not fit it, or a file cannot be written.
@@ -174,10 +178,12 @@ class IndexedDatasetWriter:
         self._modes: array[int] | None = array("b") if multimodal else None
         self._boundaries = array("q", [0])
         self.num_tokens = 0
+        self.origin = Origin.unknown()
+        self._largest: int | None = None
         self._temporary = {end: temporary_path(self.prefix, end) for end in ("bin", "idx")}
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = self._temporary["bin"].open("wb")
+            self._bin = _HashedFile(self._temporary["bin"])
         except OSError as error:
             raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}") from error
 
@@ -205,27 +211,49 @@ class IndexedDatasetWriter:
         if self._modes is not None:
             self._modes.frombytes(bytes(int(present.sum())))
 
-    def close(self) -> None:
-        """Flush both files and give them their names; the index last, so that a pair is never mixed."""
+    def close(self) -> Manifest:
+        """Flush both files and give them their names, the index after the tokens, the manifest last.
+
+        What stood there before goes first, so that files of two data sets are never mixed. Returns the manifest.
+        """
         try:
-            with self._temporary["idx"].open("wb") as file:
-                self._write_index(file)
-                _sync(file)
-            _sync(self._bin)
-            self._bin.close()
+            index = _HashedFile(self._temporary["idx"])
+            with index.file:
+                self._write_index(index)
+                index.sync()
+            self._bin.sync()
+            self._bin.file.close()
+            remove_manifest(self.prefix)
             Path(f"{self.prefix}.idx").unlink(missing_ok=True)
             for end, path in self._temporary.items():
                 path.rename(f"{self.prefix}.{end}")
         except OSError as error:
             self.discard()
             raise DataError(f"{self.prefix}: cannot be written: {error.strerror}; nothing was published") from error
+        except DataError:  # of the old manifest
+            self.discard()
+            raise
+        manifest = Manifest(contents=self._contents(index), origin=self.origin)
+        write_manifest(self.prefix, manifest)
+        return manifest
 
     def discard(self) -> None:
         """Give up: remove the temporary files."""
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
         with suppress(OSError):  # what could not be flushed to a full disk is given up as well
-            self._bin.close()
+            self._bin.file.close()
+
+    def _contents(self, index: "_HashedFile") -> Contents:
+        return Contents(
+            documents=len(self._boundaries) - 1,
+            sequences=len(self._lengths),
+            tokens=self.num_tokens,
+            dtype=self.dtype.name,
+            largest_token=self._largest,
+            bin=self._bin.facts(),
+            idx=index.facts(),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -251,6 +279,7 @@ class IndexedDatasetWriter:
             if low < limits.min or high > limits.max:
                 bad = low if low < limits.min else high
                 raise DataError(f"{self.prefix}: token {bad} does not fit {self.dtype} ({limits.min} to {limits.max})")
+            self._largest = high if self._largest is None else max(self._largest, high)
         return given.astype(self.dtype, copy=False)
 
     def _write(self, stored: NDArray[Any]) -> None:
@@ -261,7 +290,7 @@ class IndexedDatasetWriter:
             self.discard()
             raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}; nothing was published") from error
 
-    def _write_index(self, file: BinaryIO) -> None:
+    def _write_index(self, file: "_HashedFile") -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         code = CODE_OF_DTYPE[self.dtype]
         file.write(MAGIC + HEADER.pack(VERSION, code, len(lengths), len(self._boundaries)))
@@ -276,6 +305,26 @@ class IndexedDatasetWriter:
             file.write(self._modes.tobytes())
 
 
+class _HashedFile:
+    """A file that is written from its first byte to its last, and the hash of what went into it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self._size, self._digest = 0, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self._digest.update(data)
+        self._size += memoryview(data).nbytes
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def facts(self) -> FileFacts:
+        return FileFacts(size=self._size, sha256=self._digest.hexdigest())
+
+
 def _map(path: Path) -> NDArray[np.uint8]:
     """The bytes of a file; an empty file cannot be mapped."""
     try:
@@ -284,11 +333,6 @@ def _map(path: Path) -> NDArray[np.uint8]:
         return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slices of a memmap are slow
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _names() -> str:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from megatron_aquila.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron_aquila.data.jsonl import BadLine, LineBlock, parse_block, read_blocks
-from megatron_aquila.data.sidecar import remove_sidecar, write_sidecar
-from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.data.manifest import Origin, SourceFile, package_versions
+from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
 from megatron_aquila.data.workers import ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
@@ -91,7 +91,7 @@ def preprocess(
     """Tokenize files into ``<output_prefix>_<key>_document.bin`` and ``.idx``, in order, in bounded memory.
 
     The output does not depend on ``workers``, and appears under its final names only when all of it is written. A
-    ``.json`` beside each pair then says which tokenizer made it.
+    manifest beside each pair then says what made it.
     ``report`` is called after each block, of about a megabyte of lines.
 
     Raises:
@@ -115,10 +115,13 @@ def preprocess(
             report(done)
         if done.documents == 0:
             raise DataError(f"{', '.join(map(str, inputs))}: no document found, {done.bad_lines} bad lines")
-        for prefix in prefixes:
-            remove_sidecar(prefix)  # it speaks of the data that is replaced now
-    for writer in writers:
-        write_sidecar(writer.prefix, tokenizer, documents=done.documents, tokens=writer.num_tokens)
+        for key, writer in zip(keys, writers, strict=True):
+            writer.origin = Origin(
+                tokenizer=tokenizer_facts(tokenizer),
+                sources=tuple(SourceFile(path=str(path), size=path.stat().st_size) for path in inputs),
+                options={"json_key": key, "append_eod": append_eod, "bad_lines_skipped": done.bad_lines},
+                versions=package_versions("numpy", "tokenizers"),
+            )
     return done
 
 

@@ -10,6 +10,7 @@ from typing import Final, Literal
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from megatron_aquila.data.manifest import TokenizerFacts
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 TokenizerType = Literal["AquilaTokenizer", "HuggingFaceTokenizer"]
@@ -164,6 +165,11 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a Unigram model
     identity = [tokenizer.model.get_vocab(), scores, merges, specials, tokenizer.eod_token, probe]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
+    """What the manifest of a data set says of the tokenizer that made it."""
+    return TokenizerFacts(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, fingerprint=fingerprint(tokenizer))
 
 
 def _from_json(path: Path, *, allow_special_tokens: bool) -> Tokenizer:

@@ -10,8 +10,8 @@ from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.data.blend import build_datasets, describe_data, parse_blend
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import BatchLoader, SegmentedSource
+from megatron_aquila.data.manifest import check_fingerprint, read_fingerprint
 from megatron_aquila.data.samples import SampleSource
-from megatron_aquila.data.sidecar import check_fingerprint, read_fingerprint
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.parallel.context import ParallelContext

@@ -40,7 +40,7 @@ def test_megatrons_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     progress, summary, wrote = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"3 documents, 0\.0 M tokens, 0\.0 MB \([\d.]+ MB/s\)", progress)
     assert re.fullmatch(r"3 documents, .* in [\d.]+ s", summary)
-    assert wrote == f"wrote {tmp_path}/out_text_document.bin/.idx/.json (uint16)"
+    assert wrote == f"wrote {tmp_path}/out_text_document.bin/.idx/.manifest.json (uint16)"
 
 
 def test_a_bad_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,9 @@ def test_megatron_files_are_rewritten_byte_for_byte(megatron_fixtures: Path, tmp
     rewrite(source, tmp_path / name)
     for end in ("bin", "idx"):
         assert (tmp_path / f"{name}.{end}").read_bytes() == (megatron_fixtures / f"api_{name}.{end}").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.bin", f"{name}.idx"], "temporary files remain"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{name}.{end}" for end in ("bin", "idx", "manifest.json")
+    ], "temporary files remain"
 
 
 def test_megatron_files_read_as_megatron_reads_them(megatron_fixtures: Path) -> None:
@@ -162,7 +164,7 @@ def test_an_interrupted_writer_leaves_the_old_data_set(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), IndexedDatasetWriter(tmp_path / "data", np.int32) as writer:
         writer.add_sequence([3, 1 // 0])
     assert IndexedDataset(tmp_path / "data")[0].tolist() == [1, 2]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def cut(end: str, size: int) -> Callable[[Path], None]:

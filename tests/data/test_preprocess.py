@@ -14,8 +14,9 @@ import pytest
 
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.jsonl import LineBlock
+from megatron_aquila.data.manifest import SourceFile, manifest_path, read_manifest
 from megatron_aquila.data.preprocess import NAMED, EncodedBlock, Encoder, Progress, preprocess
-from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
 from megatron_aquila.errors import ConfigError, DataError
 
 
@@ -117,30 +118,30 @@ def test_each_data_set_says_how_it_was_made(tmp_path: Path, tokenizer: Tokenizer
     source.write_text('{"q": "one", "a": "two, three"}\n{"q": "", "a": "four"}\n')
     run([source], tmp_path / "out", tokenizer, keys=["q", "a"])
     for key in ("q", "a"):
-        prefix = tmp_path / f"out_{key}_document"
-        said = json.loads(prefix.with_name(f"{prefix.name}.json").read_text(encoding="utf-8"))
-        dataset = IndexedDataset(prefix)
-        assert (said["documents"], said["tokens"]) == (2, len(dataset.tokens))
-        assert said["fingerprint"] == fingerprint(tokenizer)
+        said, dataset = (kind(f"{tmp_path}/out_{key}_document") for kind in (read_manifest, IndexedDataset))
+        assert (said.contents.documents, said.contents.tokens) == (2, len(dataset.tokens))
+        assert said.origin.tokenizer == tokenizer_facts(tokenizer)
+        assert said.origin.options == {"json_key": key, "append_eod": False, "bad_lines_skipped": 0}
+        assert said.origin.sources == (SourceFile(path=str(source), size=source.stat().st_size),)
 
 
-def test_an_old_sidecar_never_stands_beside_new_data(
+def test_an_old_manifest_never_stands_beside_new_data(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["a"])
-    sidecar = tmp_path / "out_text_document.json"
-    sidecar.write_text("old")
+    manifest = manifest_path(tmp_path / "out_text_document")
+    manifest.write_text("old")
     with pytest.raises(DataError):
         run([write_jsonl(tmp_path / "bad.jsonl", [1])], tmp_path / "out", tokenizer)
-    assert sidecar.read_text() == "old", "the old data set was not replaced"
+    assert manifest.read_text() == "old", "the old data set was not replaced"
 
     def fail(*_: object, **__: object) -> None:
         raise DataError("no room")
 
-    monkeypatch.setattr("megatron_aquila.data.preprocess.write_sidecar", fail)
+    monkeypatch.setattr("megatron_aquila.data.indexed.write_manifest", fail)
     with pytest.raises(DataError, match="no room"):
         run([source], tmp_path / "out", tokenizer)
-    assert not sidecar.exists()
+    assert not manifest.exists()
 
 
 def test_nothing_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
