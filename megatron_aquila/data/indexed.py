@@ -18,7 +18,16 @@ from typing import Any, BinaryIO, Final, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megatron_aquila.data.manifest import Contents, FileFacts, Manifest, Origin, remove_manifest, write_manifest
+from megatron_aquila.data.manifest import (
+    Contents,
+    FileFacts,
+    Manifest,
+    Origin,
+    manifest_path,
+    read_manifest,
+    remove_manifest,
+    write_manifest,
+)
 from megatron_aquila.data.temporary import temporary_path
 from megatron_aquila.errors import DataError
 
@@ -46,9 +55,10 @@ class IndexedDataset:
         sequence_lengths: int32, tokens of each sequence.
         document_indices: int64, first sequence of each document, then the number of sequences.
         modes: int8 per sequence, or ``None``.
+        manifest: what the data set says of itself; ``None`` for one of another program.
 
     Raises:
-        DataError: a file is missing or unreadable, is not of this format, or the two do not fit each other.
+        DataError: a file is missing or unreadable, is not of this format, or the files do not fit each other.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -86,6 +96,29 @@ class IndexedDataset:
                 "one of them is cut off, or they belong to different data sets: write the data set again"
             )
         self._tokens = tokens.view(self.dtype)
+        self.manifest = read_manifest(self.prefix)
+        if self.manifest is not None:
+            self._check_manifest(self.manifest.contents, index_size=len(index))
+
+    def _check_manifest(self, said: Contents, *, index_size: int) -> None:
+        """What the manifest says is what is there; hashes are ``data.verify``'s."""
+        there = {
+            "dtype": (said.dtype, self.dtype.name),
+            "documents": (said.documents, len(self.document_indices) - 1),
+            "sequences": (said.sequences, len(self)),
+            "tokens": (said.tokens, len(self._tokens)),
+            "idx.size": (said.idx.size, index_size),
+        }
+        wrong = [
+            f"contents.{name} is {told}, the files have {found}"
+            for name, (told, found) in there.items()
+            if told != found
+        ]
+        if wrong:
+            raise DataError(
+                f"{manifest_path(self.prefix)}: {'; '.join(wrong)}; it is of another data set, or the files were "
+                "replaced: write the data set again, or remove the manifest to go without its checks"
+            )
 
     def _check_documents(self) -> None:
         """Boundaries start at 0, never go back, and end at the number of sequences."""
@@ -136,25 +169,6 @@ class IndexedDataset:
         return self._tokens
 
 
-def check_vocabulary(dataset: IndexedDataset, vocab_size: int, *, full: bool = False) -> None:
-    """Raise ``DataError`` where a token id is not below ``vocab_size``: the data is of another tokenizer.
-
-    Reads 64 blocks of 16,384 tokens spread over the data, or with ``full`` all of it.
-    """
-    tokens, block = dataset.tokens, 1 << 14
-    starts = np.arange(0, len(tokens), block)
-    if not full and len(starts) > 64:
-        starts = starts[np.linspace(0, len(starts) - 1, 64).astype(np.int64)]
-    for start in starts.tolist():
-        wrong = (tokens[start : start + block] < 0) | (tokens[start : start + block] >= vocab_size)
-        if np.any(wrong):
-            position = start + int(np.argmax(wrong))
-            raise DataError(
-                f"{dataset.bin_path}: token {tokens[position]} at position {position} is outside the vocabulary of "
-                f"{vocab_size}; the data is of another tokenizer, or --vocab-size is wrong"
-            )
-
-
 class IndexedDatasetWriter:
     """Writes ``prefix.bin`` and ``prefix.idx`` under temporary names; ``close`` gives them their own.
 
@@ -189,6 +203,7 @@ class IndexedDatasetWriter:
 
     def add_sequence(self, tokens: ArrayLike, *, mode: int = 0) -> None:
         """Append one sequence to the document at hand. A mode other than 0 needs ``multimodal``."""
+        self._check_length(np.size(tokens))
         stored = self._checked(tokens)
         assert self._modes is not None or mode == 0, f"mode {mode} in a data set without modes"
         self._write(stored)
@@ -202,6 +217,8 @@ class IndexedDatasetWriter:
 
     def add_documents(self, tokens: ArrayLike, lengths: NDArray[np.int64]) -> None:
         """Append documents of one sequence each, laid end to end; one of length 0 becomes a document of none."""
+        assert np.all(lengths >= 0), f"the length {lengths.min()}"
+        self._check_length(int(lengths.max(initial=0)))
         stored = self._checked(tokens)
         assert len(stored) == lengths.sum(), f"{len(stored)} tokens, but the lengths sum to {lengths.sum()}"
         self._write(stored)
@@ -216,6 +233,10 @@ class IndexedDatasetWriter:
 
         What stood there before goes first, so that files of two data sets are never mixed. Returns the manifest.
         """
+        ended = self._boundaries[-1] == len(self._lengths)
+        if not ended:
+            self.discard()
+        assert ended, f"{self.prefix}: the last document was not ended, at {len(self._lengths)} sequences"
         try:
             index = _HashedFile(self._temporary["idx"])
             with index.file:
@@ -265,6 +286,10 @@ class IndexedDatasetWriter:
             self.close()
         else:
             self.discard()
+
+    def _check_length(self, length: int) -> None:
+        if length > np.iinfo(np.int32).max:
+            raise DataError(f"{self.prefix}: a sequence of {length} tokens; the format holds up to 2147483647")
 
     def _checked(self, tokens: ArrayLike) -> NDArray[Any]:
         """``tokens`` in the stored dtype; refused, never wrapped, where an id does not fit."""
