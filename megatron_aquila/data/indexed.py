@@ -6,10 +6,12 @@ number of document boundaries (uint64); then per sequence its length (int32) and
 """
 
 import hashlib
+import mmap
 import os
 import struct
 from array import array
 from contextlib import suppress
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -64,7 +66,8 @@ class IndexedDataset:
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
         self.idx_path, self.bin_path = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
-        index = _map(self.idx_path)
+        mapped = _map(self.idx_path)
+        index = np.frombuffer(mapped, dtype=np.uint8)
         header_end = len(MAGIC) + HEADER.size
         if index[: len(MAGIC)].tobytes() != MAGIC:
             raise DataError(f"{self.idx_path}: offset 0 does not hold MMIDIDX: this is not an index of a token file")
@@ -89,7 +92,7 @@ class IndexedDataset:
         self.modes: NDArray[np.int8] | None = index[ends[3] :].view(np.int8) if has_modes else None
         self._check_documents()
         size = self._check_sequences()
-        tokens = _map(self.bin_path)
+        tokens = np.frombuffer(_map(self.bin_path), dtype=np.uint8)
         if len(tokens) != size:
             raise DataError(
                 f"{self.bin_path}: {len(tokens)} bytes, but {self.idx_path} describes {size} of {self.dtype}; "
@@ -99,6 +102,8 @@ class IndexedDataset:
         self.manifest = read_manifest(self.prefix)
         if self.manifest is not None:
             self._check_manifest(self.manifest.contents, index_size=len(index))
+        if isinstance(mapped, mmap.mmap):
+            mapped.madvise(mmap.MADV_DONTNEED)  # all of it was read once; what is needed again comes back
 
     def _check_manifest(self, said: Contents, *, index_size: int) -> None:
         """What the manifest says is what is there; hashes are ``data.verify``'s."""
@@ -162,6 +167,15 @@ class IndexedDataset:
             raise IndexError(f"{self.prefix}: tokens {offset} to {offset + length} of sequence {index}: it has {total}")
         start = int(self._offsets[index]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
+
+    @cached_property
+    def index_sha256(self) -> str:
+        """SHA-256 of the .idx file: where the manifest is not older than that, what it says, else computed."""
+        manifest = manifest_path(self.prefix)
+        if self.manifest is not None and manifest.stat().st_mtime_ns >= self.idx_path.stat().st_mtime_ns:
+            return self.manifest.contents.idx.sha256
+        with self.idx_path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def tokens(self) -> NDArray[Any]:
@@ -350,12 +364,13 @@ class _HashedFile:
         return FileFacts(size=self._size, sha256=self._digest.hexdigest())
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
+def _map(path: Path) -> mmap.mmap | bytes:
     """The bytes of a file; an empty file cannot be mapped."""
     try:
-        if path.stat().st_size == 0:
-            return np.empty(0, dtype=np.uint8)
-        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slices of a memmap are slow
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
