@@ -10,6 +10,7 @@ import mmap
 import os
 import struct
 from array import array
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
@@ -40,7 +41,7 @@ CODE_OF_DTYPE: Final = {
     np.dtype(name): code for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
 }
 DTYPE_OF_CODE: Final = {code: dtype for dtype, code in CODE_OF_DTYPE.items()}
-BLOCK: Final = 1 << 20  # sequences whose offsets are checked or written at once
+BLOCK: Final = 1 << 20  # sequences whose offsets are checked or written at once, tokens that are copied at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -241,6 +242,22 @@ class IndexedDatasetWriter:
         self._lengths.frombytes(lengths[present].astype(np.int32).tobytes())
         if self._modes is not None:
             self._modes.frombytes(bytes(int(present.sum())))
+
+    def add_dataset(self, dataset: IndexedDataset, report: Callable[[int], None]) -> None:
+        """Append the documents of another data set: its bytes, and its index moved behind what is there.
+
+        ``report`` is called with the tokens copied since the last call.
+        """
+        assert dataset.dtype == self.dtype, f"{dataset.dtype} among {self.dtype}"
+        assert (dataset.modes is None) == (self._modes is None), f"{dataset.prefix}: modes on one side only"
+        self._boundaries.frombytes((dataset.document_indices[1:] + len(self._lengths)).astype(np.int64).tobytes())
+        self._lengths.frombytes(dataset.sequence_lengths.astype(np.int32).tobytes())
+        if self._modes is not None and dataset.modes is not None:
+            self._modes.frombytes(dataset.modes.tobytes())
+        for start in range(0, len(dataset.tokens), BLOCK):
+            block = dataset.tokens[start : start + BLOCK]
+            self._write(self._checked(block))
+            report(len(block))
 
     def close(self) -> Manifest:
         """Flush both files and give them their names, the index after the tokens, the manifest last.
