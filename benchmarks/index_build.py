@@ -1,9 +1,9 @@
 """Time and memory of building the index of a large data set: ours, and numpy's way as Megatron-LM goes it.
 
 ``python -m benchmarks.index_build [--documents 10000000] [--epochs 4] [--output FILE]`` makes lengths of documents,
-then builds the index in a process for each contestant, one after the other, and prints JSON. The peer's document order
-(``mgrid``, ``RandomState.shuffle``), its shuffle of samples and all arrays in memory are repeated here in numpy; its C++
-sample index is ours in both, so the ratio understates nothing but that part.
+then builds the index in a process for each contestant, one after the other, and prints JSON. The peer's order of
+documents (``mgrid``, ``RandomState.shuffle``), its shuffle of samples and its arrays, all in memory, are repeated here
+in numpy; the sample index is ours in both, for the peer's is C++ as well.
 """
 
 import argparse

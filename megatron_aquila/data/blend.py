@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +14,7 @@ from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.native import build_blending_indices, build_exhaustive_blending_indices
 from megatron_aquila.data.progress import Report, ignore
-from megatron_aquila.data.samples import PackedSamples, Packing, Sample, SampleSource
+from megatron_aquila.data.samples import PackedSamples, Packing, Sample, SampleSource, Span
 from megatron_aquila.errors import DataError
 
 SPLITS: Final = ("train", "valid", "test")
@@ -86,6 +86,27 @@ class Blend:
             raise IndexError(f"sample {index} of a blend of {len(self)}")
         source = int(self.dataset_index[index])
         return Sample(self.parts[source][int(self.dataset_sample_index[index])].tokens, source)
+
+    @property
+    def datasets(self) -> tuple[IndexedDataset, ...]:
+        """The data sets of ``names``."""
+        return tuple(part.dataset for part in self.parts)
+
+    def spans(self, index: int) -> list[Span]:
+        """``SampleSource.spans``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a blend of {len(self)}")
+        source = int(self.dataset_index[index])
+        return [
+            replace(span, source=source) for span in self.parts[source].spans(int(self.dataset_sample_index[index]))
+        ]
+
+    def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
+        """``SampleSource.samples_with``."""
+        wanted = np.zeros(len(self.parts[source]), dtype=np.bool_)
+        wanted[self.parts[source].samples_with(0, sequence)] = True
+        own = np.flatnonzero(self.dataset_index == source)
+        return np.asarray(own[wanted[self.dataset_sample_index[own]]], dtype=np.int64)
 
     def describe(self) -> str:
         """A line for the blend and one a data set."""

@@ -11,6 +11,7 @@ from megatron_aquila.data.blend import build_datasets, describe_data, parse_blen
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import BatchLoader, SegmentedSource
 from megatron_aquila.data.manifest import check_fingerprint, read_fingerprint
+from megatron_aquila.data.progress import Report, ignore, lines
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.verify import check_largest_token
@@ -136,6 +137,42 @@ def shared_rules(identity: Identity | None, ctx: ParallelContext) -> DocumentRul
     return None if fields is None else DocumentRules(**fields)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """The samples of a run; ``valid`` is ``None`` where there are none or none are wanted."""
+
+    train: SegmentedSource
+    valid: SampleSource | None
+
+
+def valid_samples(config: RunConfig) -> int:
+    """Samples of one validation: the first ``eval_iters`` global batches, so that its losses can be compared."""
+    return config.train.eval_iters * config.train.global_batch if config.train.eval_interval > 0 else 0
+
+
+def build_sources(config: RunConfig, *, segments: tuple[int, ...], build: bool, report: Report = ignore) -> Sources:
+    """Open the run's sample indices; with ``build`` make what is missing, else wait for another process. Local.
+
+    ``segments`` are the index lengths of ``TrainState.index_segments``; segment k is shuffled with seed + k.
+    """
+    wanted = valid_samples(config)
+    splits = [
+        build_datasets(
+            config.data.path,
+            sizes=(length, wanted if index == 0 else 0, 0),
+            split=config.data.split,
+            seq_len=config.model.seq_len,
+            seed=config.seed + index,
+            cache_path=config.data.cache_path,
+            build=build,
+            report=report,
+        )
+        for index, length in enumerate(segments)
+    ]
+    trains = [(split.train, length) for split, length in zip(splits, segments, strict=True) if split.train is not None]
+    return Sources(train=SegmentedSource(trains), valid=splits[0].valid if wanted > 0 else None)
+
+
 def build_corpus(
     config: RunConfig,
     derived: Derived,
@@ -147,32 +184,17 @@ def build_corpus(
 ) -> Corpus:
     """Build the indices where they are missing and open them. Collective: the first rank of each node builds.
 
-    ``segments`` are the index lengths of ``TrainState.index_segments``; segment k is shuffled with seed + k. Every
-    validation reads the same first ``eval_iters`` global batches, so that its losses can be compared. ``identity`` is
-    rank 0's, which has read the tokenizer.
+    ``segments`` as in ``build_sources``; ``identity`` is rank 0's, which has read the tokenizer.
     """
     documents = shared_rules(identity, ctx)
-    valid_samples = config.train.eval_iters * config.train.global_batch if config.train.eval_interval > 0 else 0
 
-    def build(build_missing: bool) -> tuple[list[tuple[SampleSource, int]], SampleSource | None]:
-        splits = [
-            build_datasets(
-                config.data.path,
-                sizes=(length, valid_samples if index == 0 else 0, 0),
-                split=config.data.split,
-                seq_len=derived.shape.seq_len,
-                seed=config.seed + index,
-                cache_path=config.data.cache_path,
-                build=build_missing,
-            )
-            for index, length in enumerate(segments)
-        ]
-        trains = [(split.train, length) for split, length in zip(splits, segments, strict=True)]
-        return [(source, length) for source, length in trains if source is not None], splits[0].valid
+    def build(build_missing: bool) -> Sources:
+        return build_sources(config, segments=segments, build=build_missing, report=lines(print))
 
+    # Rank 0 first: where its folder is every node's, the others find the index there.
+    agreed(lambda: build(build_missing=True) if ctx.rank == 0 else None, ctx.world)
     agreed(lambda: build(build_missing=True) if launch.local_rank == 0 else None, ctx.world)
-    trains, valid_source = agreed(lambda: build(build_missing=False), ctx.world)
-    train_source = SegmentedSource(trains)
+    sources = agreed(lambda: build(build_missing=False), ctx.world)
 
     def loader(source: SampleSource, batch_at: Callable[[int], int]) -> BatchLoader:
         return BatchLoader(
@@ -187,11 +209,9 @@ def build_corpus(
         )
 
     return Corpus(
-        train=loader(train_source, derived.batches.global_batch_at),
-        valid=loader(valid_source, lambda _: config.train.global_batch)
-        if valid_source is not None and valid_samples > 0
-        else None,
-        source_names=tuple(train_source.names),
-        valid_samples=valid_samples,
+        train=loader(sources.train, derived.batches.global_batch_at),
+        valid=None if sources.valid is None else loader(sources.valid, lambda _: config.train.global_batch),
+        source_names=sources.train.names,
+        valid_samples=valid_samples(config),
         identity=identity,
     )
