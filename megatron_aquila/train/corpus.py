@@ -81,16 +81,7 @@ def identify(config: RunConfig) -> Identity:
     data = config.data
     prefixes = parse_blend(data.path)[0]
     tokenizer, eod = read_fingerprint(prefixes), data.eod_token_id
-    if any(
-        path is not None for path in (data.vocab_file, data.merge_file, data.special_tokens_file, data.tokenizer_model)
-    ):
-        found = load_tokenizer(
-            data.tokenizer_type,
-            vocab_file=data.vocab_file,
-            merge_file=data.merge_file,
-            special_tokens_file=data.special_tokens_file,
-            tokenizer_model=data.tokenizer_model,
-        )
+    if (found := named_tokenizer(data)) is not None:
         if found.vocab_size != config.model.vocab_size:
             why = f"the tokenizer has {found.vocab_size} tokens"
             way_out = f"use --vocab-size {found.vocab_size}"
@@ -105,6 +96,20 @@ def identify(config: RunConfig) -> Identity:
         seq_len=config.model.seq_len,
         tokenizer=tokenizer,
         documents=None if rules is None else asdict(rules),
+    )
+
+
+def named_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of the files that the settings name, if any."""
+    files = (data.vocab_file, data.merge_file, data.special_tokens_file, data.tokenizer_model)
+    if all(path is None for path in files):
+        return None
+    return load_tokenizer(
+        data.tokenizer_type,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+        special_tokens_file=data.special_tokens_file,
+        tokenizer_model=data.tokenizer_model,
     )
 
 
