@@ -4,7 +4,16 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
-from megatron_aquila.config.inputs import check_data_path, check_documents, check_split, check_start
+from megatron_aquila.config.inputs import (
+    check_data_path,
+    check_documents,
+    check_max_epochs,
+    check_paths,
+    check_phases,
+    check_split,
+    check_start,
+    check_valid_sets,
+)
 from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
@@ -218,6 +227,7 @@ _STAGES = (
 )
 _BATCH = "train.global_batch train.micro_batch"
 _SHAPE = "model.num_heads model.num_kv_heads model.hidden_size model.head_dim"
+_PATHS = "data.path data.train_path data.valid_path data.phases"
 _WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab_size model.vocab_multiple"
 
 RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
@@ -238,7 +248,11 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     "train.recompute_granularity_per_stage train.recompute_method_per_stage train.recompute_layers_per_stage",
     check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
     "train.recompute_method_per_stage train.recompute_layers_per_stage",
-    check_data_path: "data.path",
+    check_data_path: f"{_PATHS} data.test_path",
+    check_paths: f"{_PATHS} data.test_path data.split",
+    check_phases: "data.phases train.train_samples",
+    check_max_epochs: f"{_PATHS} data.max_epochs_per_source",
+    check_valid_sets: f"{_PATHS} data.valid_sets data.valid_samples",
     check_split: "data.split",
     check_documents: "data.reset_position_ids data.reset_attention_mask data.eod_mask_loss data.eod_token_id "
     "data.vocab_file data.merge_file data.special_tokens_file data.tokenizer_model model.vocab_size",

@@ -268,13 +268,34 @@ def _untyped(setting: Setting, value: object) -> object:
     """``value`` as pydantic is to read it.
 
     The word ``none`` means that an optional setting is left to be derived; several values may be one text with blanks.
+    A phase in words is its samples and its blend.
     """
     match value:
+        case [*phases] if setting.metavar.startswith("PHASE"):
+            return [_phase(phase) for phase in phases]
         case "none" | ["none"] if setting.is_optional:
             return None
         case str(text) | [str(text)] if setting.is_tuple:
             return text.split()
+        case {**named} if setting.is_tuple:
+            return [f"{name}={word}" for name, words in named.items() for word in _words(words)]
     return value
+
+
+def _words(value: object) -> Sequence[object]:
+    """A list's items, or the words of a text."""
+    return value if isinstance(value, list) else str(value).split()
+
+
+def _phase(written: object) -> object:
+    """What makes a ``Phase``, of ``"1000 0.5 a 0.5 b"`` or of a file's ``{from_samples: 1000, path: 0.5 a 0.5 b}``."""
+    match written:
+        case str(text):
+            samples, *path = text.split() or [""]
+            return {"from_samples": samples, "path": path}
+        case {"path": str(text), **others}:
+            return {**others, "path": text.split()}
+    return written
 
 
 def _name_of(location: tuple[int | str, ...]) -> str:

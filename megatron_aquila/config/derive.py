@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.sources import sources, training_blends
 from megatron_aquila.plan.batches import BatchPlan
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.layout import layout_layers
@@ -163,6 +164,6 @@ def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
         grad_reduce=config.parallel.grad_reduce,
         deterministic_reduce=config.parallel.deterministic_reduce,
         recompute=derived.recompute,
-        num_sources=max(1, len(config.data.path) // 2),
+        num_sources=max(1, len(sources(*(path for _, path in training_blends(config.data))))),
         loss_chunk_tokens=config.train.loss_chunk_tokens,
     )

@@ -4,11 +4,13 @@ Nothing is opened here; that the files exist and fit is seen when they are.
 """
 
 import math
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Collection, Iterator, Sequence
 
 from megatron_aquila.config.presets import CONTINUATIONS
-from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.config.settings import spell
+from megatron_aquila.config.sources import number, prefixes_of, sources, valid_sets
 from megatron_aquila.errors import Problem
 
 
@@ -18,7 +20,8 @@ def missing(config: RunConfig, preset: str | None, *, without: Collection[str] =
     Settings named in ``without`` were given, though not as they should be.
     """
     problems = []
-    if not config.data.path and "data.path" not in without:
+    named = config.data.path or config.data.train_path
+    if not named and {"data.path", "data.train_path"}.isdisjoint(without):
         why = "no tokens to train on are named"
         problems.append(Problem("--data-path", "", why, "give the prefix of a .bin/.idx pair, or weight prefix pairs"))
     begins = config.checkpoint.load is not None or config.checkpoint.init_from_hf is not None
@@ -31,25 +34,115 @@ def missing(config: RunConfig, preset: str | None, *, without: Collection[str] =
 
 
 def check_data_path(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    """One prefix, prefixes alone, or a positive weight before each."""
-    path = config.data.path
-    weights = [_number(word) for word in path[::2]]
+    """One prefix, prefixes alone, or a positive weight before each; none twice."""
+    for flag, path in _blends(config.data):
+        why = _blend_problem(path)
+        if why is not None:
+            yield Problem(flag, spell(path), why, "give weight prefix weight prefix ..., or prefixes alone")
+            continue
+        names = [os.path.normpath(prefix) for prefix in prefixes_of(path)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            yield Problem(flag, spell(path), f"{twice} is named twice", "name it once, with the sum of its weights")
+
+
+def _blends(data: DataConfig) -> list[tuple[str, tuple[str, ...]]]:
+    """Every blend of the settings with the flag that gives it."""
+    given = {"--data-path": data.path, "--train-path": data.train_path, "--valid-path": data.valid_path}
+    return [*given.items(), ("--test-path", data.test_path), *(("--phases", phase.path) for phase in data.phases)]
+
+
+def _blend_problem(path: Sequence[str]) -> str | None:
+    """Why these words are no blend."""
+    weights = [number(word) for word in path[::2]]
     if len(path) < 2 or all(weight is None for weight in weights):
-        return
+        return None
     if len(path) % 2:
-        why = "weights and prefixes do not pair up"
-        yield Problem("--data-path", spell(path), why, "give weight prefix weight prefix ..., or prefixes alone")
-        return
+        return "weights and prefixes do not pair up"
     for written, weight in zip(path[::2], weights, strict=True):
         if weight is None or not 0 < weight < math.inf:
-            why = f"the weight {written} is not a number above 0"
-            yield Problem("--data-path", spell(path), why, "give weight prefix weight prefix ..., or prefixes alone")
+            return f"the weight {written} is not a number above 0"
+    return None
+
+
+def check_paths(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Training data is named whole or to be split; what is not trained on is nothing that is."""
+    data = config.data
+    if not data.train_path:
+        others = {"--valid-path": data.valid_path, "--test-path": data.test_path}
+        for flag, path in ((flag, path) for flag, path in others.items() if path):
+            why = "--data-path is split into data to train and to validate on"
+            yield Problem(flag, spell(path), why, "name the training data with --train-path, or use --valid-sets")
+        return
+    if data.path:
+        yield Problem("--data-path", spell(data.path), "--train-path names the data too", "give one of them")
+    if data.split not in (DataConfig().split, "1"):
+        yield Problem("--split", data.split, "data under --train-path is not split", "leave it out")
+    trained = {os.path.normpath(prefix) for prefix in sources(data.train_path, *(phase.path for phase in data.phases))}
+    for flag, path in (("--valid-path", data.valid_path), ("--test-path", data.test_path)):
+        both = [prefix for prefix in sources(path) if os.path.normpath(prefix) in trained]
+        if both:
+            yield Problem(flag, spell(path), f"{both[0]} is trained on", "name other data, or use --split")
+
+
+def check_phases(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Phases start one after the other, within the run, and have data."""
+    starts = [phase.from_samples for phase in config.data.phases]
+    given = spell(config.data.phases)
+    if starts != sorted(set(starts)):
+        yield Problem("--phases", given, "they do not start one after the other", "order them by their samples")
+    if starts and starts[-1] >= config.train.train_samples:
+        why = f"the run of {config.train.train_samples} samples ends before sample {starts[-1]}"
+        yield Problem("--phases", given, why, "start it earlier, or raise --train-samples")
+    if any(not phase.path for phase in config.data.phases):
+        yield Problem("--phases", given, "a phase names no data", 'give each as "SAMPLES weight prefix ..."')
+
+
+def check_max_epochs(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """A number above 0 for all data sets, or for one that is trained on."""
+    data, words = config.data, config.data.max_epochs_per_source
+    known = sources(data.train_path or data.path, *(phase.path for phase in data.phases))
+    for word in words:
+        prefix, equals, limit = word.rpartition("=")
+        value = number(limit)
+        if value is None or not value > 0:
+            why = f"{word} is no number above 0, nor one for a data set"
+            yield Problem("--max-epochs-per-source", spell(words), why, "use e.g. 4, or 4 data/wiki=2")
+        elif equals and prefix not in known:
+            why = f"{prefix} is not trained on"
+            way_out = f"use {', '.join(known[:6]) or 'a number alone'}"
+            yield Problem("--max-epochs-per-source", spell(words), why, way_out)
+    if sum("=" not in word for word in words) > 1:
+        yield Problem("--max-epochs-per-source", spell(words), "several numbers are for all data sets", "give one")
+
+
+def check_valid_sets(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Each has a name of its own in the log, and is not read in training."""
+    data, words = config.data, config.data.valid_sets
+    given = spell(words)
+    for word in words:
+        name, _, prefix = word.partition("=")
+        if not name or not prefix:
+            yield Problem("--valid-sets", given, f"{word} is not NAME=PREFIX", "use e.g. zh=data/zh_valid")
             return
+    read = sources(data.train_path or data.path, data.valid_path, *(phase.path for phase in data.phases))
+    trained = {os.path.normpath(prefix) for prefix in read if prefix not in data.valid_path}
+    for name, prefixes in valid_sets(data).items():
+        if name in read:
+            why = f"{name} is the name of a data set, under which its loss is logged already"
+            yield Problem("--valid-sets", given, why, "use another name")
+        both = [prefix for prefix in prefixes if os.path.normpath(prefix) in trained]
+        if both:
+            yield Problem("--valid-sets", given, f"{both[0]} is trained on", "name data that is not, or use --split")
+        if len(set(map(os.path.normpath, prefixes))) < len(prefixes):
+            yield Problem("--valid-sets", given, f"{name} names a data set twice", "name it once")
+    if data.valid_samples is not None and not words:
+        yield Problem("--valid-samples", data.valid_samples, "no --valid-sets are named", "leave it out")
 
 
 def check_split(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     """One to three shares, none negative, and one for training."""
-    shares = [_number(part) for part in config.data.split.split(",")]
+    shares = [number(part) for part in config.data.split.split(",")]
     given = [share for share in shares if share is not None and 0 <= share < math.inf]
     if not len(shares) == len(given) <= 3:
         why = "is not one to three shares of train, valid and test"
@@ -96,10 +189,3 @@ def check_start(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     for flag in (flag for flag, given in overrides.items() if given):
         why = "no checkpoint is resumed that could differ"
         yield Problem(flag, "", why, "give --load FOLDER or --resume with it, or leave it out")
-
-
-def _number(written: str) -> float | None:
-    try:
-        return float(written)
-    except ValueError:
-        return None

@@ -103,7 +103,6 @@ _BALANCE = Refused(
     "stages are balanced with the head counted, or given by their layers",
     "leave it out, or use --stage-layers or --pipeline-layout",
 )
-_SPLITS = Refused("training, validation and test are shares of the same data", "use --data-path and --split")
 _NOT_LOGGED = Refused("is not logged", "leave it out: docs/running.md has what is")
 _NAMED_BY_WANDB = Refused("the offline run is named when it is uploaded", "leave it out")
 _XPU = Refused("belongs to Kunlun XPU, which is not offered", "leave it out")
@@ -284,11 +283,20 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         # Data
         "--data-impl": Always("indexed datasets are mapped into memory", ("mmap",)),
         "--dataloader-type": Always("samples are read in the order of the index", ("single",)),
-        **_family(_SPLITS, "--train-data-path --valid-data-path --test-data-path"),
         **_family(
-            Refused("a blend is written in the settings", "use --data-path, or data: path in a file"),
+            Refused(
+                "a blend is written in the settings",
+                "use --data-path, or --train-data-path and --valid-data-path, or data: in a file",
+            ),
             "--data-args-path --per-split-data-args-path",
         ),
+        "--multiple-validation-sets": Refused(
+            "sets that are validated by themselves have names", "use --valid-sets NAME=PREFIX ... for --valid-data-path"
+        ),
+        "--full-validation": Refused(
+            "held-out data is read for --eval-iters batches", "use --valid-sets, --valid-samples"
+        ),
+        "--phase-transition-iterations": Refused("phases have blends", 'use --phases "SAMPLES BLEND" ..., or a file'),
         "--mock-data": Refused("a run trains on files", "use --data-path: make quickstart builds a small corpus"),
         "--no-create-attention-mask-in-dataloader": Always("attention is causal; the loader makes no masks"),
         **_family(_SEARCH, "--return-doc-ids --data-searching-save --data-searching-range"),
@@ -349,7 +357,9 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
     {
         "--load": "the folder must hold a checkpoint, where Megatron-LM would start from random weights; a script that "
         "gives one folder to `--save` and `--load` gives it to `--save`, and `--resume`",
-        "--data-path": "needed to train; a blend may be one quoted word, as `dist_start.sh` passes it",
+        "--test-data-path": "never read: a run does not end with a test. Validate on it under a name with "
+        "`--valid-sets test=PREFIX`",
+        "--data-path": "needed to train, or `--train-data-path`; a data set may be named once. A blend may be one quoted word, as `dist_start.sh` passes it",
         "--num-workers": "`--prefetch`, the steps that a thread of each rank reads ahead: no worker processes",
         "--optimizer": "`adamw` is what Megatron-LM calls `adam`; its `sgd` has momentum, ours has none",
         "--vocab-size": "special tokens included; it must be the tokenizer's own",

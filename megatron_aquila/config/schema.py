@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -118,13 +118,49 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A blend that the run reads from a number of samples on; in a file ``{from_samples: 1000, path: [a, b]}``."""
+
+    __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
+
+    from_samples: Count
+    path: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f'"{self.from_samples} {" ".join(self.path)}"'
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the tokens come from."""
 
     path: tuple[str, ...] = setting(
-        (), "prefixes of .bin/.idx pairs: one, or weight prefix weight prefix ...; needed to train", "--data-path"
+        (),
+        "prefixes of .bin/.idx pairs: one, weight prefix weight prefix ..., or several, read once; needed to train",
+        "--data-path",
     )
     split: str = setting("99,1,0", "documents for train, valid and test, as ratios", "--split")
+    train_path: tuple[str, ...] = setting(
+        (), "data to train on, all of it, in place of data_path and split", "--train-path", "--train-data-path"
+    )
+    valid_path: tuple[str, ...] = setting(
+        (), "with train_path, the data to validate on", "--valid-path", "--valid-data-path"
+    )
+    test_path: tuple[str, ...] = setting(
+        (), "with train_path, the data that stays unread; must not be trained on", "--test-path", "--test-data-path"
+    )
+    phases: tuple[Phase, ...] = setting(
+        (), 'later blends, each as one word: "SAMPLES BLEND", read from that many samples of the run on'
+    )
+    max_epochs_per_source: tuple[str, ...] = setting(
+        (), "how often a data set may be read: a number for all, or PREFIX=NUMBER for one; default no limit"
+    )
+    valid_sets: tuple[str, ...] = setting(
+        (), "data sets validated by themselves and logged under their names: NAME=PREFIX ..."
+    )
+    valid_samples: Count | None = setting(
+        None, "samples of each of valid_sets, as far as it has them; default eval_iters global batches"
+    )
     cache_path: Path | None = setting(None, "folder of the built indices; default beside the data", "--data-cache-path")
     tokenizer_type: Literal["AquilaTokenizer", "HuggingFaceTokenizer"] = setting(
         "AquilaTokenizer", "how text became tokens; written into checkpoints and exports", "--tokenizer-type"

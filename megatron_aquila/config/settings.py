@@ -10,9 +10,16 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
-from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.schema import Phase, RunConfig
 
-_WORDS = {int: "whole number", float: "number", bool: "true or false", Path: "path", str: "text"}
+_WORDS = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    Path: "path",
+    str: "text",
+    Phase: "phase SAMPLES BLEND",
+}
 _EXAMPLES = {
     "INT": "1",
     "FLOAT": "1.0",
@@ -21,6 +28,7 @@ _EXAMPLES = {
     "INT [INT ...]": "8 8",
     "INT INT INT": "32 32 2000000",
     "STR [STR ...]": "a/prefix",
+    "PHASE [PHASE ...]": '"1000000 0.5 a/prefix 0.5 b/prefix"',
 }
 
 

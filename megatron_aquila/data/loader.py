@@ -3,14 +3,12 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_aquila.data.documents import DocumentRules
-from megatron_aquila.data.indexed import IndexedDataset
-from megatron_aquila.data.samples import Sample, SampleSource, Span
+from megatron_aquila.data.samples import Sample, SampleSource
 from megatron_aquila.errors import DataError
 
 
@@ -49,63 +47,6 @@ def microbatch(
     )
 
 
-class SegmentedSource:
-    """Sources one after the other, so that extending a run never moves a sample that was seen.
-
-    Segment k is a source and how many of its first samples count. All must blend the same data sets.
-
-    Raises:
-        DataError: a source is shorter than its segment, or of other data sets.
-    """
-
-    def __init__(self, segments: Sequence[tuple[SampleSource, int]]) -> None:
-        assert len(segments) > 0, "a segmented source needs at least one segment"
-        self.names = segments[0][0].names
-        for source, length in segments:
-            if source.names != self.names:
-                raise DataError(f"--data-path: a later part of the run has {source.names}, the first {self.names}")
-            if length > len(source):
-                raise DataError(f"{', '.join(source.names)}: {length} samples wanted, but there are {len(source)}")
-        self._sources = [source for source, _ in segments]
-        self._bounds = np.cumsum([0] + [length for _, length in segments])
-
-    def __len__(self) -> int:
-        return int(self._bounds[-1])
-
-    @property
-    def datasets(self) -> tuple[IndexedDataset, ...]:
-        """The data sets of ``names``."""
-        return self._sources[0].datasets
-
-    def __getitem__(self, index: int) -> Sample:
-        source, number = self._place(index)
-        return source[number]
-
-    def spans(self, index: int) -> list[Span]:
-        """``SampleSource.spans``."""
-        source, number = self._place(index)
-        return source.spans(number)
-
-    def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
-        """``SampleSource.samples_with``; samples of a segment that do not count are not among them."""
-        found = []
-        for segment, (begin, end) in zip(self._sources, pairwise(self._bounds.tolist()), strict=True):
-            numbers = segment.samples_with(source, sequence)
-            found.append(begin + numbers[numbers < end - begin])
-        return np.concatenate(found)
-
-    def _place(self, index: int) -> tuple[SampleSource, int]:
-        """The segment's source and the number of the sample in it."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        segment = int(np.searchsorted(self._bounds, index, side="right")) - 1
-        return self._sources[segment], index - int(self._bounds[segment])
-
-    def describe(self) -> str:
-        """Each segment's description in turn."""
-        return "\n".join(source.describe() for source in self._sources)
-
-
 class BatchLoader:
     """Microbatches of one data-parallel rank, in Megatron-LM's order; every rank reads for itself.
 
@@ -121,6 +62,8 @@ class BatchLoader:
         batch_at: the global batch of the step that starts at so many consumed samples; ``None``: nothing is read ahead.
         prefetch: steps read ahead.
         documents: what is kept apart at the end of a document; ``None``: nothing.
+        num_counted: samples whose labels count, so that a last batch may be filled up; ``None``: all, and none is
+            added.
     """
 
     def __init__(
@@ -134,8 +77,9 @@ class BatchLoader:
         batch_at: Callable[[int], int] | None = None,
         prefetch: int = 0,
         documents: DocumentRules | None = None,
+        num_counted: int | None = None,
     ) -> None:
-        self.source = source
+        self.source, self._num_counted = source, num_counted
         self.dp_rank, self.dp_size, self.micro_batch, self.vocab_size = dp_rank, dp_size, micro_batch, vocab_size
         self._batch_at, self._prefetch, self._documents = batch_at, prefetch, documents
         self._ahead: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
@@ -173,7 +117,7 @@ class BatchLoader:
     def _read(self, consumed_samples: int, global_batch: int) -> list[MicroBatch]:
         stride = self.micro_batch * self.dp_size
         assert global_batch % stride == 0, f"a batch of {global_batch} does not divide by {stride}"
-        if consumed_samples + global_batch > len(self.source):
+        if self._num_counted is None and consumed_samples + global_batch > len(self.source):
             raise DataError(
                 f"{', '.join(self.source.names)}: samples {consumed_samples} to {consumed_samples + global_batch} "
                 f"wanted, but the run's data has {len(self.source)}; raise --train-samples"
@@ -182,11 +126,15 @@ class BatchLoader:
         return [self._microbatch(start) for start in range(first, first + global_batch, stride)]
 
     def _microbatch(self, start: int) -> MicroBatch:
-        samples = [self.source[number] for number in range(start, start + self.micro_batch)]
+        last = len(self.source) - 1
+        samples = [self.source[min(number, last)] for number in range(start, start + self.micro_batch)]
         tokens = np.stack([sample.tokens for sample in samples])
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             self._refuse(samples, start)
-        return microbatch(tokens, np.array([sample.source for sample in samples], dtype=np.int64), self._documents)
+        batch = microbatch(tokens, np.array([sample.source for sample in samples], dtype=np.int64), self._documents)
+        if self._num_counted is not None:
+            batch.loss_mask_BS[max(self._num_counted - start, 0) :] = 0
+        return batch
 
     def _refuse(self, samples: Sequence[Sample], start: int) -> None:
         for number, sample in enumerate(samples, start=start):

@@ -53,6 +53,9 @@ class SampleSource(Protocol):
     def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
         """The samples, ascending, that hold a token of a sequence. Searches the whole index."""
 
+    def taken(self, stop: int) -> NDArray[np.int64]:
+        """How many of the first ``stop`` samples come from each of ``names``."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
@@ -127,6 +130,34 @@ def _shuffled_ranges(bounds: list[int], random: LegacyShuffle, report: Report = 
     return numbers
 
 
+def tokens_between(dataset: IndexedDataset, first: int, end: int, *, split: str) -> int:
+    """Tokens of the sequences from ``first`` to ``end``, which are the ``split`` of a data set.
+
+    Raises:
+        DataError: there are none, or more sequences than an int32 counts.
+    """
+    if end > np.iinfo(np.int32).max:
+        raise DataError(
+            f"{_where(dataset, first, end, split)} cannot be counted in Megatron-LM's int32; split the data set into "
+            "several"
+        )
+    tokens = int(dataset.sequence_lengths[first:end].sum(dtype=np.int64))
+    if tokens == 0:
+        raise DataError(f"{_where(dataset, first, end, split)} holds no tokens; {_more(dataset, first, end)}")
+    return tokens
+
+
+def _where(dataset: IndexedDataset, first: int, end: int, split: str) -> str:
+    return f"{dataset.prefix}: the {split} split, sequences {first} to {end} of {len(dataset)},"
+
+
+def _more(dataset: IndexedDataset, first: int, end: int) -> str:
+    """The way out where a part of a data set is too small."""
+    if (first, end) == (0, len(dataset)):
+        return "leave the data set out"
+    return "give it a larger share with --split, or 0 to leave it out"
+
+
 class PackedSamples:
     """Samples of one data set: a ``SampleSource`` with one name.
 
@@ -141,16 +172,12 @@ class PackedSamples:
     def __init__(self, dataset: IndexedDataset, packing: Packing, cache: IndexCache, *, split: str) -> None:
         self.dataset, self.packing, self.split = dataset, packing, split
         lengths = dataset.sequence_lengths
-        where = f"{dataset.prefix}: the {split} split, sequences {packing.first} to {packing.end} of {len(lengths)},"
-        self.epoch_tokens = int(lengths[packing.first : packing.end].sum(dtype=np.int64))
-        if packing.end > np.iinfo(np.int32).max:
-            raise DataError(f"{where} cannot be counted in Megatron-LM's int32; split the data set into several")
-        if self.epoch_tokens == 0:
-            raise DataError(f"{where} holds no tokens; give it a larger share with --split, or 0 to leave it out")
+        self.epoch_tokens = tokens_between(dataset, packing.first, packing.end, split=split)
         if packing.num_samples is None and packing.samples_in(self.epoch_tokens) == 0:
             raise DataError(
-                f"{where} holds {self.epoch_tokens} tokens, fewer than the {packing.seq_len + 1} of one sample; "
-                "give it a larger share with --split, or 0 to leave it out, or lower --seq-len"
+                f"{_where(dataset, packing.first, packing.end, split)} holds {self.epoch_tokens} tokens, fewer than "
+                f"the {packing.seq_len + 1} of one sample; {_more(dataset, packing.first, packing.end)}, or lower "
+                "--seq-len"
             )
         self.num_epochs = packing.num_epochs(self.epoch_tokens)
         built = cache.arrays(
@@ -177,6 +204,10 @@ class PackedSamples:
     def datasets(self) -> tuple[IndexedDataset, ...]:
         """The data set."""
         return (self.dataset,)
+
+    def taken(self, stop: int) -> NDArray[np.int64]:
+        """``SampleSource.taken``."""
+        return np.array([stop], dtype=np.int64)
 
     def __getitem__(self, index: int) -> Sample:
         parts = [self.dataset.get(span.sequence, span.start, span.stop - span.start) for span in self.spans(index)]

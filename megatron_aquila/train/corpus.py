@@ -1,18 +1,23 @@
 """The run's data: sample indices of the blend, and loaders over them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_aquila.checkpoint.agree import agreed, together
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import DataConfig, RunConfig
-from megatron_aquila.data.blend import build_datasets, describe_data, parse_blend
+from megatron_aquila.config.sources import epoch_limits, sources, split_of, training_blends, valid_sets
+from megatron_aquila.data.blend import Share, describe_data, open_library, shares_of
+from megatron_aquila.data.course import Phase, build_course, describe_course
 from megatron_aquila.data.documents import DocumentRules
-from megatron_aquila.data.loader import BatchLoader, SegmentedSource
+from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.data.manifest import check_fingerprint, read_fingerprint
+from megatron_aquila.data.open_files import allow_open_files
 from megatron_aquila.data.progress import Report, ignore, lines
 from megatron_aquila.data.samples import SampleSource
+from megatron_aquila.data.segments import SegmentedSource
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.verify import check_largest_token
 from megatron_aquila.errors import ConfigError, Problem
@@ -26,13 +31,15 @@ class Identity:
 
     ``sets`` describes each data set without its place on disk, ``tokenizer`` is the fingerprint of the named
     files, or what the data says of itself; ``None`` where neither is there. ``documents`` holds the fields of
-    ``DocumentRules`` where documents are kept apart.
+    ``DocumentRules`` where documents are kept apart. ``phases`` are the later blends: ``start``, the sample of the run
+    that each is read from, and its ``sets``.
     """
 
     sets: list[dict[str, Any]]
     seq_len: int
     tokenizer: str | None
     documents: dict[str, Any] | None = None
+    phases: list[dict[str, Any]] = field(default_factory=list)
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """What is not as a checkpoint's ``asdict(identity)`` says, in words. A run may name no tokenizer."""
@@ -45,32 +52,60 @@ class Identity:
         if documents != self.documents:
             there, here = ("none" if rules is None else rules for rules in (documents, self.documents))
             found.append(f"rules for documents: {there} there, {here} here")
-        if len(saved["sets"]) != len(self.sets):
-            return [*found, f"{len(saved['sets'])} data sets there, {len(self.sets)} here"]
-        for number, (there, here) in enumerate(zip(saved["sets"], self.sets, strict=True), start=1):
-            found += [
-                f"data set {number}: {name} {there[name]} there, {value} here"
-                for name, value in here.items()
-                if there[name] != value
-            ]
+        found += _different_sets(saved["sets"], self.sets)
+        phases = saved.get("phases", [])  # as old ones have none
+        for number in range(1, 1 + max(len(phases), len(self.phases))):
+            there, here = (of[number - 1] if number <= len(of) else None for of in (phases, self.phases))
+            if there is None or here is None or there["start"] != here["start"]:
+                starts = ["nowhere" if of is None else f"sample {of['start']}" for of in (there, here)]
+                found.append(f"phase {number} from {starts[0]} there, {starts[1]} here")
+            else:
+                found += [f"phase {number}, {what}" for what in _different_sets(there["sets"], here["sets"])]
         return found
+
+
+def _different_sets(saved: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
+    """Where two descriptions of a blend differ, in words."""
+    if len(saved) != len(found):
+        return [f"{len(saved)} data sets there, {len(found)} here"]
+    return [
+        f"data set {number}: {name} {there[name]} there, {value} here"
+        for number, (there, here) in enumerate(zip(saved, found, strict=True), start=1)
+        for name, value in here.items()
+        if there[name] != value
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """Samples that are validated on by themselves: the first ``num_samples`` of ``loader``, the same every time.
+
+    ``name`` is what the log calls them; the held-out split has none.
+    """
+
+    name: str | None
+    loader: BatchLoader
+    num_samples: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """Loaders of this rank. ``valid`` is ``None`` where the split has no validation documents or none is wanted."""
+    """Loaders of this rank. ``valid`` is empty where there is nothing to validate on, or no validation is wanted."""
 
     train: BatchLoader
-    valid: BatchLoader | None
-    source_names: tuple[str, ...]
-    valid_samples: int
+    valid: tuple[Validation, ...]
+    course: str  # what the run reads, in words
     identity: Identity | None  # on rank 0
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The data sets that are trained on, as the batches number them."""
+        return self.train.source.names
 
     def close(self) -> None:
         """Stop reading ahead."""
-        for loader in (self.train, self.valid):
-            if loader is not None:
-                loader.close()
+        for loader in (self.train, *(validation.loader for validation in self.valid)):
+            loader.close()
 
 
 def identify(config: RunConfig) -> Identity:
@@ -79,7 +114,8 @@ def identify(config: RunConfig) -> Identity:
     Raises ``ConfigError`` or ``DataError`` where the tokenizer does not fit the model or the data.
     """
     data = config.data
-    prefixes = parse_blend(data.path)[0]
+    blends = training_blends(data)
+    prefixes = sources(*(path for _, path in blends), data.valid_path, *valid_sets(data).values())
     tokenizer, eod = read_fingerprint(prefixes), data.eod_token_id
     if (found := named_tokenizer(data)) is not None:
         if found.vocab_size != config.model.vocab_size:
@@ -92,10 +128,11 @@ def identify(config: RunConfig) -> Identity:
     check_largest_token(prefixes, config.model.vocab_size)
     rules = document_rules(data, eod)
     return Identity(
-        sets=describe_data(data.path, data.split),
+        sets=describe_data(blends[0][1], split_of(data)),
         seq_len=config.model.seq_len,
         tokenizer=tokenizer,
         documents=None if rules is None else asdict(rules),
+        phases=[{"start": start, "sets": describe_data(path, split_of(data))} for start, path in blends[1:]],
     )
 
 
@@ -144,10 +181,15 @@ def shared_rules(identity: Identity | None, ctx: ParallelContext) -> DocumentRul
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
-    """The samples of a run; ``valid`` is ``None`` where there are none or none are wanted."""
+    """The samples of a run; ``valid`` is ``None`` where there are none or none are wanted, ``named`` are by name.
+
+    ``course`` says in words how often each data set is read.
+    """
 
     train: SegmentedSource
     valid: SampleSource | None
+    named: Mapping[str, SampleSource]
+    course: str
 
 
 def valid_samples(config: RunConfig) -> int:
@@ -155,27 +197,53 @@ def valid_samples(config: RunConfig) -> int:
     return config.train.eval_iters * config.train.global_batch if config.train.eval_interval > 0 else 0
 
 
-def build_sources(config: RunConfig, *, segments: tuple[int, ...], build: bool, report: Report = ignore) -> Sources:
+def first_segments(config: RunConfig, num_samples: int) -> tuple[int, ...]:
+    """``TrainState.index_segments`` of a run that begins: its first index goes as far as the first blend does."""
+    first = min([num_samples, *(phase.from_samples for phase in config.data.phases)])
+    return (first, num_samples - first) if first < num_samples else (num_samples,)
+
+
+def build_sources(
+    config: RunConfig,
+    *,
+    segments: tuple[int, ...],
+    build: bool,
+    report: Report = ignore,
+    opened: dict[str, IndexedDataset] | None = None,
+) -> Sources:
     """Open the run's sample indices; with ``build`` make what is missing, else wait for another process. Local.
 
-    ``segments`` are the index lengths of ``TrainState.index_segments``; segment k is shuffled with seed + k.
+    ``segments`` are the index lengths of ``TrainState.index_segments``; ``opened`` are data sets that are open.
     """
-    wanted = valid_samples(config)
-    splits = [
-        build_datasets(
-            config.data.path,
-            sizes=(length, wanted if index == 0 else 0, 0),
-            split=config.data.split,
-            seq_len=config.model.seq_len,
-            seed=config.seed + index,
-            cache_path=config.data.cache_path,
-            build=build,
-            report=report,
-        )
-        for index, length in enumerate(segments)
-    ]
-    trains = [(split.train, length) for split, length in zip(splits, segments, strict=True) if split.train is not None]
-    return Sources(train=SegmentedSource(trains), valid=splits[0].valid if wanted > 0 else None)
+    data, wanted = config.data, valid_samples(config)
+    phases = [Phase(start=start, paths=path) for start, path in training_blends(data)]
+    named = valid_sets(data) if wanted > 0 else {}
+    num_sets = len(sources(*(phase.paths for phase in phases), data.valid_path, *named.values()))
+    allow_open_files(num_sets, num_indices=2 * num_sets + len(phases))
+    library = open_library(
+        phases[0].paths,
+        seq_len=config.model.seq_len,
+        seed=config.seed,
+        cache_path=data.cache_path,
+        build=build,
+        report=report,
+        opened=opened,
+    )
+    train, held_out, test = shares_of(split_of(data))
+    assert train is not None, f"--split {data.split} leaves nothing to train on"
+    if test is not None:
+        for prefix in sources(phases[0].paths):
+            library.epoch_tokens(prefix, test)  # an empty split is refused, though a run reads none of it
+    course = build_course(library, phases, train, segments=segments, limits=epoch_limits(data))
+    valid_path = phases[0].paths
+    if data.train_path and data.valid_path:
+        valid_path, held_out = data.valid_path, Share("valid")
+    return Sources(
+        train=course.source,
+        valid=None if held_out is None or wanted == 0 else library.blend(valid_path, held_out, wanted),
+        named={name: library.blend(prefixes, Share(name), None) for name, prefixes in named.items()},
+        course=describe_course(course, phases),
+    )
 
 
 def build_corpus(
@@ -191,17 +259,19 @@ def build_corpus(
 
     ``segments`` as in ``build_sources``; ``identity`` is rank 0's, which has read the tokenizer.
     """
-    documents = shared_rules(identity, ctx)
+    documents, opened = shared_rules(identity, ctx), dict[str, IndexedDataset]()
 
     def build(build_missing: bool) -> Sources:
-        return build_sources(config, segments=segments, build=build_missing, report=lines(print))
+        return build_sources(config, segments=segments, build=build_missing, report=lines(print), opened=opened)
 
     # Rank 0 first: where its folder is every node's, the others find the index there.
     agreed(lambda: build(build_missing=True) if ctx.rank == 0 else None, ctx.world)
     agreed(lambda: build(build_missing=True) if launch.local_rank == 0 else None, ctx.world)
-    sources = agreed(lambda: build(build_missing=False), ctx.world)
+    found = agreed(lambda: build(build_missing=False), ctx.world)
 
-    def loader(source: SampleSource, batch_at: Callable[[int], int]) -> BatchLoader:
+    def loader(
+        source: SampleSource, batch_at: Callable[[int], int] | None, num_counted: int | None = None
+    ) -> BatchLoader:
         return BatchLoader(
             source,
             dp_rank=ctx.dp.rank,
@@ -211,12 +281,20 @@ def build_corpus(
             prefetch=config.data.prefetch,
             batch_at=batch_at,
             documents=documents,
+            num_counted=num_counted,
         )
 
+    wanted = valid_samples(config)
+    validations = []
+    if found.valid is not None:
+        held_out = loader(found.valid, lambda _: config.train.global_batch)
+        validations.append(Validation(name=None, loader=held_out, num_samples=wanted))
+    for name, source in found.named.items():
+        count = min(len(source), wanted if config.data.valid_samples is None else config.data.valid_samples)
+        validations.append(Validation(name=name, loader=loader(source, None, count), num_samples=count))
     return Corpus(
-        train=loader(sources.train, derived.batches.global_batch_at),
-        valid=None if sources.valid is None else loader(sources.valid, lambda _: config.train.global_batch),
-        source_names=sources.train.names,
-        valid_samples=valid_samples(config),
+        train=loader(found.train, derived.batches.global_batch_at),
+        valid=tuple(validations),
+        course=found.course,
         identity=identity,
     )

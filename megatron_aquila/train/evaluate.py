@@ -1,24 +1,35 @@
-"""Validation: the loss on held-out samples, with the training engine's forward pass."""
+"""Validation: the loss on samples that are not trained on, with the training engine's forward pass."""
 
 from megatron_aquila.train.build import Machine
-from megatron_aquila.train.corpus import Corpus
+from megatron_aquila.train.corpus import Corpus, Validation
 from megatron_aquila.train.loss import LossMeans, LossSums
 from megatron_aquila.train.step import agree, elsewhere_failed, read_batches
 
 
 def evaluate(machine: Machine, corpus: Corpus) -> LossMeans:
-    """Mean loss over the validation samples, also by source. Communicates over every group; changes nothing."""
-    assert corpus.valid is not None, "this run has no validation split"
-    global_batch = machine.config.train.global_batch
-    reads = [
-        read_batches(corpus.valid, start, global_batch, machine.ctx)
-        for start in range(0, corpus.valid_samples, global_batch)
-    ]
+    """Mean loss over the held-out samples, by source, and over each named set, by its name.
+
+    Without a held-out split ``loss`` is the mean of the named sets'. Communicates over every group; changes nothing.
+    """
+    assert corpus.valid, "this run has nothing to validate on"
+    means = {validation.name: _validate(machine, validation) for validation in corpus.valid}
+    held_out = means.pop(None, None)
+    named = {str(name): found.loss for name, found in means.items()}
+    if held_out is None:
+        return LossMeans(loss=sum(named.values()) / len(named), by_source=named)
+    return LossMeans(loss=held_out.loss, by_source={**held_out.by_source, **named})
+
+
+def _validate(machine: Machine, validation: Validation) -> LossMeans:
+    """Mean loss over one set of samples, in whole batches of which those beyond the last sample do not count."""
+    global_batch, loader = machine.config.train.global_batch, validation.loader
+    starts = range(0, validation.num_samples, global_batch)
+    reads = [read_batches(loader, start, global_batch, machine.ctx) for start in starts]
     batches = [batch for found, _ in reads for batch in found]
     failure = next((failure for _, failure in reads if failure is not None), None)
     counts = agree(machine.ctx, batches, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
-    sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=machine.ctx.device)
+    sums = LossSums(loader.source.names, num_tokens=counts.num_tokens, device=machine.ctx.device)
     machine.engine(sums.loss).evaluate(machine.forward_program(len(batches)), sums.weigh(batches))
     return sums.means(machine.ctx)

@@ -30,6 +30,7 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
     segments = start.state.index_segments
     corpus = build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     log.line(corpus.train.source.describe())
+    log.line(corpus.course)
     if (line := without_manifest(corpus.source_names)) is not None:
         log.line(line)
     log.line(begins(start.state, checkpoint))

@@ -14,7 +14,7 @@ from megatron_aquila.errors import CheckpointError
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.train.build import loss_scaling, lr_schedule
-from megatron_aquila.train.corpus import Identity
+from megatron_aquila.train.corpus import Identity, first_segments
 from megatron_aquila.train.state import TrainState
 
 
@@ -80,8 +80,8 @@ def find_start(config: RunConfig, derived: Derived, checkpoint: Path | None, ide
 
 def fresh_state(config: RunConfig, derived: Derived) -> TrainState:
     """The state of a run that has seen nothing. Its index is long enough for the last batch, which is a whole one."""
-    end = derived.batches.end_of_run(0, config.train.train_samples)
-    return TrainState(seed=config.seed, index_segments=(end,), loss_scale=loss_scaling(config).start())
+    segments = first_segments(config, derived.batches.end_of_run(0, config.train.train_samples))
+    return TrainState(seed=config.seed, index_segments=segments, loss_scale=loss_scaling(config).start())
 
 
 def refuse_to_mix(settings: CheckpointConfig, continued: Path | None) -> None:

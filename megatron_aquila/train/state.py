@@ -13,8 +13,8 @@ class TrainState:
     """Frozen: a step returns the next one.
 
     The position in the data and every random number follow from it: nothing in a run draws from a generator that has a
-    state. ``index_segments`` are the lengths of the sample indices built so far: the first is fixed when the run
-    starts, extending a run appends one and never reshuffles what was seen. ``skipped_samples`` lists the half-open
+    state. ``index_segments`` are lengths in samples: the first is that of the index the run was started with, extending
+    a run appends one and never reshuffles what was seen. ``skipped_samples`` lists the half-open
     ranges whose gradients were not applied. ``loss_scale`` is the next step's.
     """
 

@@ -1,19 +1,20 @@
 """The data of a run that is looked at from outside: by its settings, or by what its checkpoints say."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from megatron_aquila.checkpoint.folders import find_checkpoint
 from megatron_aquila.checkpoint.store import CheckpointReader
-from megatron_aquila.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
-from megatron_aquila.data.loader import SegmentedSource
+from megatron_aquila.config.schema import DataConfig, ModelConfig, Phase, RunConfig, TrainConfig
+from megatron_aquila.config.sources import number, split_of, training_blends
 from megatron_aquila.data.progress import Report, ignore
+from megatron_aquila.data.segments import SegmentedSource
 from megatron_aquila.data.tokenizer import Tokenizer
 from megatron_aquila.errors import CheckpointError, DataError
 from megatron_aquila.plan.batches import BatchPlan
-from megatron_aquila.train.corpus import build_sources, identify, named_tokenizer
+from megatron_aquila.train.corpus import build_sources, first_segments, identify, named_tokenizer
 from megatron_aquila.train.state import TrainState
 
 RULES: Final = {  # flags, and the fields of DocumentRules that hold them
@@ -61,7 +62,7 @@ def trace_config(config: RunConfig, *, report: Report = ignore) -> Traced:
         ConfigError, DataError: as for a run.
     """
     batches = batch_plan(config)
-    segments = (batches.end_of_run(0, config.train.train_samples),)
+    segments = first_segments(config, batches.end_of_run(0, config.train.train_samples))
     identify(config)
     return _open(config, segments, report)
 
@@ -92,23 +93,20 @@ def trace_run(folder: Path, *, report: Report = ignore) -> Traced:
 
 def reads(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint keeps so that its run's data can be found again; plain JSON, paths absolute."""
-    path = [word if _is_number(word) else str(Path(word).resolve()) for word in config.data.path]
+    first, *later = [(start, _absolute(path)) for start, path in training_blends(config.data)]
     cache = config.data.cache_path
     names = ("train_samples", "global_batch", "rampup_batch", "eval_interval", "eval_iters")
     return {
-        "path": path,
-        "split": config.data.split,
+        "path": first[1],
+        "phases": [{"from_samples": start, "path": path} for start, path in later],
+        "split": split_of(config.data),
         "cache_path": None if cache is None else str(cache.resolve()),
         "train": {name: getattr(config.train, name) for name in names},
     }
 
 
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+def _absolute(blend: Sequence[str]) -> list[str]:
+    return [word if number(word) is not None else str(Path(word).resolve()) for word in blend]
 
 
 def _config(saved: Mapping[str, Any]) -> RunConfig:
@@ -129,6 +127,10 @@ def _config(saved: Mapping[str, Any]) -> RunConfig:
         model=ModelConfig(seq_len=data["seq_len"], vocab_size=saved["shape"]["vocab_size"]),
         data=DataConfig(
             path=tuple(read["path"]),
+            phases=tuple(
+                Phase(from_samples=phase["from_samples"], path=tuple(phase["path"]))
+                for phase in read.get("phases", [])  # which early checkpoints do not have
+            ),
             split=read["split"],
             cache_path=None if read["cache_path"] is None else Path(read["cache_path"]),
             tokenizer_type=named["tokenizer_type"],

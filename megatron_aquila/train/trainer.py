@@ -84,7 +84,7 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
             why = end_of_run(config, state)
             if why is None and outcome.stop_requested:
                 why = stop_reason(request, late=late)
-            if corpus.valid is not None and is_due(state.step, config.train.eval_interval, last=why is not None):
+            if corpus.valid and is_due(state.step, config.train.eval_interval, last=why is not None):
                 reporter.validation(state, evaluate(machine, corpus))
             if config.checkpoint.save is not None and is_due(
                 state.step, save_interval(config, state), last=why is not None

@@ -1,3 +1,5 @@
+import json
+import shlex
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -43,10 +45,10 @@ def test_every_setting_has_a_flag_and_a_key_that_mean_the_same(tmp_path):
     flags, lines = [], []
     for setting in sorted(all_settings().values(), key=lambda setting: setting.section):
         value = setting.choices[-1] if setting.choices else setting.example
-        words = value.split() if setting.is_tuple else [value]
+        words = shlex.split(value) if setting.is_tuple else [value]
         bare = setting.kind is bool
         flags += [setting.flags[-1].replace("--", "--no-", 1)] if bare else [setting.flags[-1], *words]
-        text = f"[{', '.join(words)}]" if setting.is_tuple else "false" if bare else value
+        text = f"[{', '.join(map(json.dumps, words))}]" if setting.is_tuple else "false" if bare else value
         if setting.section and f"{setting.section}:" not in lines:
             lines.append(f"{setting.section}:")
         lines.append(f"{'  ' if setting.section else ''}{setting.field}: {text}")

@@ -57,7 +57,7 @@ def test_a_blend_cannot_take_more_than_there_is(megatron_fixtures: Path, tmp_pat
     case = load_case(megatron_fixtures, "blend_weighted")
     blend = build_case(megatron_fixtures, case, tmp_path).train
     assert isinstance(blend, Blend)
-    with pytest.raises(DataError, match=r"gpt_c: the blend takes 1\d\d samples of the train split, but it has 70"):
+    with pytest.raises(DataError, match=r"gpt_c: the blend takes 1\d\d samples, but there are 70"):
         Blend(blend.parts, [0.3, 0.2, 0.5], 300, IndexCache(folder=tmp_path))
 
 

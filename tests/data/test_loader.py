@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_aquila.data.documents import DocumentRules
-from megatron_aquila.data.loader import BatchLoader, MicroBatch, SegmentedSource
+from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.data.samples import Sample
 from megatron_aquila.errors import DataError
 from tests.data.expected import build_case, load_case
@@ -32,7 +32,7 @@ class Counting:
         return f"{self.length} from {self.offset}"
 
 
-def loader(source: Counting | SegmentedSource, dp_rank: int = 0, **settings: object) -> BatchLoader:
+def loader(source: Counting, dp_rank: int = 0, **settings: object) -> BatchLoader:
     given = {"dp_size": 1, "micro_batch": 1, "vocab_size": 1000} | settings
     return BatchLoader(source, dp_rank=dp_rank, **given)  # type: ignore[arg-type]
 
@@ -116,21 +116,11 @@ def test_the_end_of_the_data() -> None:
         loader(Counting(5)).fetch(4, 2)
 
 
-def test_segments_follow_each_other() -> None:
-    both = SegmentedSource([(Counting(9), 5), (Counting(9, offset=100), 3)])
-    assert [int(both[i].tokens[0]) for i in range(len(both))] == [0, 1, 2, 3, 4, 100, 101, 102]
-    assert both.describe() == "9 from 0\n9 from 100"
-    for index in (-1, 8):
-        with pytest.raises(IndexError, match=f"sample {index} of 8"):
-            both[index]
-    assert numbers(loader(both).fetch(4, 2)) == [[4], [100]]
-
-
-def test_segments_that_do_not_fit() -> None:
-    with pytest.raises(DataError, match="10 samples wanted, but there are 9"):
-        SegmentedSource([(Counting(9), 10)])
-    with pytest.raises(DataError, match=r"--data-path: a later part of the run has \('c',\)"):
-        SegmentedSource([(Counting(9), 1), (Counting(9, names=("c",)), 1)])
+def test_a_last_batch_is_filled_up_with_samples_that_do_not_count() -> None:
+    source = Counting(5)
+    batches = loader(source, micro_batch=2, num_counted=3).fetch(0, 8)
+    assert numbers(batches) == [[0, 1], [2, 3], [4, 4], [4, 4]]
+    assert [batch.loss_mask_BS.sum(1).tolist() for batch in batches] == [[3, 3], [3, 0], [0, 0], [0, 0]]
 
 
 def test_real_samples_through_the_loader(megatron_fixtures: Path, tmp_path: Path) -> None:

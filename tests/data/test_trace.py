@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_aquila.data.blend import build_datasets
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron_aquila.data.loader import SegmentedSource
 from megatron_aquila.data.samples import SampleSource
+from megatron_aquila.data.segments import SegmentedSource
 from megatron_aquila.data.trace import Piece, format_piece, samples_of_document, trace_sample
 from megatron_aquila.errors import DataError
 
@@ -89,9 +89,9 @@ def test_blends_and_segments(tmp_path: Path) -> None:
     blend = source_of(paths, tmp_path, 12)
     assert_is_what_was_read(blend)
     later = source_of(paths, tmp_path, 9, seed=2)
-    joined = SegmentedSource([(blend, 7), (later, 9)])
+    joined = SegmentedSource([(blend, range(7)), (later, range(1, 9))])
     assert_is_what_was_read(joined)
-    assert trace_sample(joined, 8) == trace_sample(later, 1)
+    assert trace_sample(joined, 8) == trace_sample(later, 2)
     assert trace_sample(joined, 8) != trace_sample(blend, 8)
     assert samples_of_document(blend, 0, prefix="b_text") == samples_of_document(blend, 0, prefix=b)
     assert samples_of_document(blend, 2, prefix="a_") == []
