@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from megatron_aquila.checkpoint.agree import agreed, together
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import DataConfig, RunConfig
-from megatron_aquila.data.blend import build_datasets, describe_data, parse_blend
+from megatron_aquila.data.blend import build_datasets, build_datasets_per_split, describe_data, parse_blend
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import BatchLoader, SegmentedSource
 from megatron_aquila.data.manifest import check_fingerprint, read_fingerprint
@@ -18,6 +18,8 @@ from megatron_aquila.data.verify import check_largest_token
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.launcher import Launch
+
+ALL_TO_TRAIN: Final = "1"  # the split where validation has data of its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +81,7 @@ def identify(config: RunConfig) -> Identity:
     Raises ``ConfigError`` or ``DataError`` where the tokenizer does not fit the model or the data.
     """
     data = config.data
-    prefixes = parse_blend(data.path)[0]
+    prefixes = parse_blend(data.path)[0] + (parse_blend(data.valid_path)[0] if data.valid_path else [])
     tokenizer, eod = read_fingerprint(prefixes), data.eod_token_id
     if (found := named_tokenizer(data)) is not None:
         if found.vocab_size != config.model.vocab_size:
@@ -92,7 +94,7 @@ def identify(config: RunConfig) -> Identity:
     check_largest_token(prefixes, config.model.vocab_size)
     rules = document_rules(data, eod)
     return Identity(
-        sets=describe_data(data.path, data.split),
+        sets=describe_data(data.path, ALL_TO_TRAIN if data.valid_path else data.split),
         seq_len=config.model.seq_len,
         tokenizer=tokenizer,
         documents=None if rules is None else asdict(rules),
@@ -161,19 +163,20 @@ def build_sources(config: RunConfig, *, segments: tuple[int, ...], build: bool, 
     ``segments`` are the index lengths of ``TrainState.index_segments``; segment k is shuffled with seed + k.
     """
     wanted = valid_samples(config)
-    splits = [
-        build_datasets(
-            config.data.path,
-            sizes=(length, wanted if index == 0 else 0, 0),
-            split=config.data.split,
-            seq_len=config.model.seq_len,
-            seed=config.seed + index,
-            cache_path=config.data.cache_path,
-            build=build,
-            report=report,
-        )
-        for index, length in enumerate(segments)
-    ]
+    splits = []
+    for index, length in enumerate(segments):
+        settings: dict[str, Any] = {
+            "sizes": (length, wanted if index == 0 else 0, 0),
+            "seq_len": config.model.seq_len,
+            "seed": config.seed + index,
+            "cache_path": config.data.cache_path,
+            "build": build,
+            "report": report,
+        }
+        if config.data.valid_path:
+            splits.append(build_datasets_per_split((config.data.path, config.data.valid_path, ()), **settings))
+        else:
+            splits.append(build_datasets(config.data.path, split=config.data.split, **settings))
     trains = [(split.train, length) for split, length in zip(splits, segments, strict=True) if split.train is not None]
     return Sources(train=SegmentedSource(trains), valid=splits[0].valid if wanted > 0 else None)
 

@@ -92,11 +92,15 @@ def trace_run(folder: Path, *, report: Report = ignore) -> Traced:
 
 def reads(config: RunConfig) -> dict[str, Any]:
     """What a checkpoint keeps so that its run's data can be found again; plain JSON, paths absolute."""
-    path = [word if _is_number(word) else str(Path(word).resolve()) for word in config.data.path]
+    path, valid_path = (
+        [word if _is_number(word) else str(Path(word).resolve()) for word in words]
+        for words in (config.data.path, config.data.valid_path)
+    )
     cache = config.data.cache_path
     names = ("train_samples", "global_batch", "rampup_batch", "eval_interval", "eval_iters")
     return {
         "path": path,
+        "valid_path": valid_path,
         "split": config.data.split,
         "cache_path": None if cache is None else str(cache.resolve()),
         "train": {name: getattr(config.train, name) for name in names},
@@ -129,6 +133,7 @@ def _config(saved: Mapping[str, Any]) -> RunConfig:
         model=ModelConfig(seq_len=data["seq_len"], vocab_size=saved["shape"]["vocab_size"]),
         data=DataConfig(
             path=tuple(read["path"]),
+            valid_path=tuple(read["valid_path"]),
             split=read["split"],
             cache_path=None if read["cache_path"] is None else Path(read["cache_path"]),
             tokenizer_type=named["tokenizer_type"],

@@ -10,6 +10,7 @@ from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import data
 from megatron_aquila.commands.data import main
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.data.trace import trace_sample
 from megatron_aquila.errors import CheckpointError, DataError
 from megatron_aquila.train.traced import trace_config, trace_run
 from tests.train.runs import run, tiny_config
@@ -138,8 +139,10 @@ def test_a_run_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert shown.count("step 2, sample ") == 2
     assert f"{tmp_path}/threes: document " in shown
-    assert main(["trace", "--run", str(tmp_path / "run"), "--document", "3", "--prefix", "fives"]) == 0
-    assert "step " in capsys.readouterr().out
+    piece, *_ = trace_sample(traced.source, 5)
+    asked = ["--document", str(piece.document), "--prefix", Path(piece.prefix).name]
+    assert main(["trace", "--run", str(tmp_path / "run"), *asked]) == 0
+    assert "  step 3, sample 5" in capsys.readouterr().out.splitlines()
 
 
 def test_a_run_whose_data_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
