@@ -10,6 +10,7 @@ from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import data
 from megatron_aquila.commands.data import main
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.data.trace import trace_sample
 from megatron_aquila.errors import CheckpointError, DataError
 from megatron_aquila.train.traced import trace_config, trace_run
@@ -84,6 +85,23 @@ def test_index_and_trace_of_settings(tmp_path: Path, capsys: pytest.CaptureFixtu
     head, *rows = capsys.readouterr().out.splitlines()
     assert head == "document 0: in 12 samples of 12"
     assert rows[5] == "  step 2, sample 5"
+
+
+def test_texts_are_shown(tmp_path: Path, aquila_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"vocab_file": "vocab.json", "merge_file": "merges.txt", "special_tokens_file": "special_tokens.txt"}
+    files = {name: aquila_tokenizer_dir / file for name, file in names.items()}
+    tokenizer = load_tokenizer("AquilaTokenizer", **files)  # type: ignore[arg-type]
+    text = "The quick brown fox jumps over the lazy dog. 春眠不觉晓,处处闻啼鸟。"
+    with IndexedDatasetWriter(tmp_path / "a", np.int32) as writer:
+        writer.add_sequence(tokenizer.encode(text))
+        writer.end_document()
+    words = settings(str(tmp_path / "a"), tmp_path / "cache")
+    flags = [word for name, file in files.items() for word in (f"--{name.replace('_', '-')}", str(file))]
+    words[words.index("--vocab-size") + 1] = str(tokenizer.vocab_size)
+    assert main(["trace", *words, *flags, "--sample", "0"]) == 0
+    shown = capsys.readouterr().out.splitlines()[2].strip()
+    assert len(shown) > 10
+    assert shown in text
 
 
 def test_a_long_list_is_cut(
