@@ -73,8 +73,7 @@ CONTESTANTS: dict[str, Callable[[Path, int], int]] = {"aquila": build_ours, "num
 
 
 def measure(contestant: str, prefix: Path, epochs: int) -> dict[str, object]:
-    """In this process: seconds, CPU seconds, and its peak memory beyond what the imports took."""
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """In this process: seconds, CPU seconds, and its peak memory."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     samples = CONTESTANTS[contestant](prefix, epochs)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
@@ -85,7 +84,6 @@ def measure(contestant: str, prefix: Path, epochs: int) -> dict[str, object]:
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
         "peak_mib": peak // 1024,
-        "imports_mib": imported // 1024,
         "load": round(os.getloadavg()[0], 1),
     }
 

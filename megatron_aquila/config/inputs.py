@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from megatron_aquila.config.presets import CONTINUATIONS
 from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.config.settings import spell
-from megatron_aquila.config.sources import number, prefixes_of, sources, valid_sets
+from megatron_aquila.config.sources import is_split_by_path, number, prefixes_of, sources, training_blends, valid_sets
 from megatron_aquila.errors import Problem
 
 
@@ -48,8 +48,8 @@ def check_data_path(config: RunConfig, _world: int | None) -> Iterator[Problem]:
 
 def _blends(data: DataConfig) -> list[tuple[str, tuple[str, ...]]]:
     """Every blend of the settings with the flag that gives it."""
-    given = {"--data-path": data.path, "--train-path": data.train_path, "--valid-path": data.valid_path}
-    return [*given.items(), ("--test-path", data.test_path), *(("--phases", phase.path) for phase in data.phases)]
+    given = {"--data-path": data.path, "--train-data-path": data.train_path, "--valid-data-path": data.valid_path}
+    return [*given.items(), ("--test-data-path", data.test_path), *(("--phases", phase.path) for phase in data.phases)]
 
 
 def _blend_problem(path: Sequence[str]) -> str | None:
@@ -66,23 +66,25 @@ def _blend_problem(path: Sequence[str]) -> str | None:
 
 
 def check_paths(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    """Training data is named whole or to be split; what is not trained on is nothing that is."""
+    """Data is named whole or to be split, and what is not for training is not trained on."""
     data = config.data
-    if not data.train_path:
-        others = {"--valid-path": data.valid_path, "--test-path": data.test_path}
-        for flag, path in ((flag, path) for flag, path in others.items() if path):
-            why = "--data-path is split into data to train and to validate on"
-            yield Problem(flag, spell(path), why, "name the training data with --train-path, or use --valid-sets")
-        return
-    if data.path:
-        yield Problem("--data-path", spell(data.path), "--train-path names the data too", "give one of them")
-    if data.split not in (DataConfig().split, "1"):
-        yield Problem("--split", data.split, "data under --train-path is not split", "leave it out")
-    trained = {os.path.normpath(prefix) for prefix in sources(data.train_path, *(phase.path for phase in data.phases))}
-    for flag, path in (("--valid-path", data.valid_path), ("--test-path", data.test_path)):
-        both = [prefix for prefix in sources(path) if os.path.normpath(prefix) in trained]
+    if data.path and data.train_path:
+        yield Problem("--data-path", spell(data.path), "--train-data-path names the data too", "give one of them")
+    held = {"--valid-data-path": data.valid_path, "--test-data-path": data.test_path}
+    if is_split_by_path(data) and data.split not in (DataConfig().split, "1"):
+        named = [flag for flag, path in {"--train-data-path": data.train_path, **held}.items() if path]
+        why = f"with {', '.join(named)} given, no data is split"
+        yield Problem("--split", data.split, why, "give one of them")
+    trained = _trained(data)
+    for flag, path in held.items():
+        both = [prefix for prefix in prefixes_of(path) if os.path.normpath(prefix) in trained]
         if both:
-            yield Problem(flag, spell(path), f"{both[0]} is trained on", "name other data, or use --split")
+            yield Problem(flag, spell(path), f"{both[0]} is trained on", "name other data, or use --split without it")
+
+
+def _trained(data: DataConfig) -> set[str]:
+    """The prefixes that are trained on, in one spelling."""
+    return {os.path.normpath(prefix) for prefix in sources(*(path for _, path in training_blends(data)))}
 
 
 def check_phases(config: RunConfig, _world: int | None) -> Iterator[Problem]:
@@ -101,7 +103,7 @@ def check_phases(config: RunConfig, _world: int | None) -> Iterator[Problem]:
 def check_max_epochs(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     """A number above 0 for all data sets, or for one that is trained on."""
     data, words = config.data, config.data.max_epochs_per_source
-    known = sources(data.train_path or data.path, *(phase.path for phase in data.phases))
+    known = sources(*(path for _, path in training_blends(data)))
     for word in words:
         prefix, equals, limit = word.rpartition("=")
         value = number(limit)
@@ -125,8 +127,7 @@ def check_valid_sets(config: RunConfig, _world: int | None) -> Iterator[Problem]
         if not name or not prefix:
             yield Problem("--valid-sets", given, f"{word} is not NAME=PREFIX", "use e.g. zh=data/zh_valid")
             return
-    read = sources(data.train_path or data.path, data.valid_path, *(phase.path for phase in data.phases))
-    trained = {os.path.normpath(prefix) for prefix in read if prefix not in data.valid_path}
+    read, trained = sources(*(path for _, path in training_blends(data)), data.valid_path), _trained(data)
     for name, prefixes in valid_sets(data).items():
         if name in read:
             why = f"{name} is the name of a data set, under which its loss is logged already"

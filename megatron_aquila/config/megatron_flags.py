@@ -359,7 +359,8 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "gives one folder to `--save` and `--load` gives it to `--save`, and `--resume`",
         "--test-data-path": "never read: a run does not end with a test. Validate on it under a name with "
         "`--valid-sets test=PREFIX`",
-        "--data-path": "needed to train, or `--train-data-path`; a data set may be named once. A blend may be one quoted word, as `dist_start.sh` passes it",
+        "--data-path": "needed to train, or `--train-data-path`; names a data set once. A blend may be one quoted "
+        "word, as `dist_start.sh` passes it",
         "--num-workers": "`--prefetch`, the steps that a thread of each rank reads ahead: no worker processes",
         "--optimizer": "`adamw` is what Megatron-LM calls `adam`; its `sgd` has momentum, ours has none",
         "--vocab-size": "special tokens included; it must be the tokenizer's own",

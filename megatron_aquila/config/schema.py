@@ -141,13 +141,13 @@ class DataConfig:
     )
     split: str = setting("99,1,0", "documents for train, valid and test, as ratios", "--split")
     train_path: tuple[str, ...] = setting(
-        (), "data to train on, all of it, in place of data_path and split", "--train-path", "--train-data-path"
+        (), "data to train on, all of it, in place of data.path and split", "--train-data-path"
     )
     valid_path: tuple[str, ...] = setting(
-        (), "with train_path, the data to validate on", "--valid-path", "--valid-data-path"
+        (), "validation data of its own, as --data-path; that is then all for training", "--valid-data-path"
     )
     test_path: tuple[str, ...] = setting(
-        (), "with train_path, the data that stays unread; must not be trained on", "--test-path", "--test-data-path"
+        (), "data kept for a test: never read, and refused where it is trained on", "--test-data-path"
     )
     phases: tuple[Phase, ...] = setting(
         (), 'later blends, each as one word: "SAMPLES BLEND", read from that many samples of the run on'

@@ -21,8 +21,13 @@ def training_blends(data: DataConfig) -> list[tuple[int, tuple[str, ...]]]:
 
 
 def split_of(data: DataConfig) -> str:
-    """How the training data is split: all of it is trained on where ``train_path`` names it."""
-    return "1" if data.train_path else data.split
+    """How the training data is split: all of it is trained on where a part is named by a path of its own."""
+    return "1" if is_split_by_path(data) else data.split
+
+
+def is_split_by_path(data: DataConfig) -> bool:
+    """Whether paths, not shares, say what is trained and validated on."""
+    return bool(data.train_path or data.valid_path or data.test_path)
 
 
 def valid_sets(data: DataConfig) -> dict[str, list[str]]:

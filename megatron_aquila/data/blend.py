@@ -239,6 +239,30 @@ def build_datasets(
     return Splits(train, valid, test)
 
 
+def build_datasets_per_split(
+    paths: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    *,
+    sizes: tuple[int | None, int | None, int | None],
+    seq_len: int,
+    seed: int,
+    cache_path: Path | None,
+) -> Splits:
+    """As ``build_datasets``, each split with data sets of its own, of which it takes all; empty: there is none."""
+    train, valid, test = [
+        None
+        if len(own) == 0
+        else open_library(own, seq_len=seq_len, seed=seed, cache_path=cache_path).blend(alone(own), Share(name), size)
+        for own, name, size in zip(paths, SPLITS, sizes, strict=True)
+    ]
+    return Splits(train, valid, test)
+
+
+def alone(paths: Sequence[str]) -> Sequence[str]:
+    """A lone data set without its weight: in a split's own blend it is no blend, and Megatron-LM builds none."""
+    prefixes, _ = parse_blend(paths)
+    return prefixes if len(prefixes) == 1 else paths
+
+
 def describe_data(paths: Sequence[str], split: str) -> list[dict[str, Any]]:
     """What the samples of ``build_datasets`` are made of, as plain JSON: for each data set in order
 

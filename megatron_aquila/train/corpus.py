@@ -8,7 +8,7 @@ from megatron_aquila.checkpoint.agree import agreed, together
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.config.sources import epoch_limits, sources, split_of, training_blends, valid_sets
-from megatron_aquila.data.blend import Share, describe_data, open_library, shares_of
+from megatron_aquila.data.blend import Share, alone, describe_data, open_library, shares_of
 from megatron_aquila.data.course import Phase, build_course, describe_course
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.indexed import IndexedDataset
@@ -216,7 +216,10 @@ def build_sources(
     ``segments`` are the index lengths of ``TrainState.index_segments``; ``opened`` are data sets that are open.
     """
     data, wanted = config.data, valid_samples(config)
-    phases = [Phase(start=start, paths=path) for start, path in training_blends(data)]
+    phases = [
+        Phase(start=start, paths=tuple(alone(path) if data.train_path else path))
+        for start, path in training_blends(data)
+    ]
     named = valid_sets(data) if wanted > 0 else {}
     num_sets = len(sources(*(phase.paths for phase in phases), data.valid_path, *named.values()))
     allow_open_files(num_sets, num_indices=2 * num_sets + len(phases))
@@ -236,8 +239,8 @@ def build_sources(
             library.epoch_tokens(prefix, test)  # an empty split is refused, though a run reads none of it
     course = build_course(library, phases, train, segments=segments, limits=epoch_limits(data))
     valid_path = phases[0].paths
-    if data.train_path and data.valid_path:
-        valid_path, held_out = data.valid_path, Share("valid")
+    if data.valid_path:
+        valid_path, held_out = tuple(alone(data.valid_path)), Share("valid")
     return Sources(
         train=course.source,
         valid=None if held_out is None or wanted == 0 else library.blend(valid_path, held_out, wanted),

@@ -98,6 +98,7 @@ def reads(config: RunConfig) -> dict[str, Any]:
     names = ("train_samples", "global_batch", "rampup_batch", "eval_interval", "eval_iters")
     return {
         "path": first[1],
+        "valid_path": _absolute(config.data.valid_path),
         "phases": [{"from_samples": start, "path": path} for start, path in later],
         "split": split_of(config.data),
         "cache_path": None if cache is None else str(cache.resolve()),
@@ -127,9 +128,9 @@ def _config(saved: Mapping[str, Any]) -> RunConfig:
         model=ModelConfig(seq_len=data["seq_len"], vocab_size=saved["shape"]["vocab_size"]),
         data=DataConfig(
             path=tuple(read["path"]),
+            valid_path=tuple(read.get("valid_path", [])),  # which early checkpoints do not have
             phases=tuple(
-                Phase(from_samples=phase["from_samples"], path=tuple(phase["path"]))
-                for phase in read.get("phases", [])  # which early checkpoints do not have
+                Phase(from_samples=phase["from_samples"], path=tuple(phase["path"])) for phase in read.get("phases", [])
             ),
             split=read["split"],
             cache_path=None if read["cache_path"] is None else Path(read["cache_path"]),

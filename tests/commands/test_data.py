@@ -10,6 +10,8 @@ from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import data
 from megatron_aquila.commands.data import main
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.data.tokenizer import load_tokenizer
+from megatron_aquila.data.trace import trace_sample
 from megatron_aquila.errors import CheckpointError, DataError
 from megatron_aquila.train.traced import trace_config, trace_run
 from tests.train.runs import run, tiny_config
@@ -85,6 +87,23 @@ def test_index_and_trace_of_settings(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows[5] == "  step 2, sample 5"
 
 
+def test_texts_are_shown(tmp_path: Path, aquila_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"vocab_file": "vocab.json", "merge_file": "merges.txt", "special_tokens_file": "special_tokens.txt"}
+    files = {name: aquila_tokenizer_dir / file for name, file in names.items()}
+    tokenizer = load_tokenizer("AquilaTokenizer", **files)  # type: ignore[arg-type]
+    text = "The quick brown fox jumps over the lazy dog. 春眠不觉晓,处处闻啼鸟。"
+    with IndexedDatasetWriter(tmp_path / "a", np.int32) as writer:
+        writer.add_sequence(tokenizer.encode(text))
+        writer.end_document()
+    words = settings(str(tmp_path / "a"), tmp_path / "cache")
+    flags = [word for name, file in files.items() for word in (f"--{name.replace('_', '-')}", str(file))]
+    words[words.index("--vocab-size") + 1] = str(tokenizer.vocab_size)
+    assert main(["trace", *words, *flags, "--sample", "0"]) == 0
+    shown = capsys.readouterr().out.splitlines()[2].strip()
+    assert len(shown) > 10
+    assert shown in text
+
+
 def test_a_long_list_is_cut(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +157,10 @@ def test_a_run_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert shown.count("step 2, sample ") == 2
     assert f"{tmp_path}/threes: document " in shown
-    assert main(["trace", "--run", str(tmp_path / "run"), "--document", "3", "--prefix", "fives"]) == 0
-    assert "step " in capsys.readouterr().out
+    piece, *_ = trace_sample(traced.source, 5)
+    asked = ["--document", str(piece.document), "--prefix", Path(piece.prefix).name]
+    assert main(["trace", "--run", str(tmp_path / "run"), *asked]) == 0
+    assert "  step 3, sample 5" in capsys.readouterr().out.splitlines()
 
 
 def test_a_run_whose_data_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_aquila.data.blend import Blend, Splits, build_datasets, describe_data, parse_blend, split_ranges
+from megatron_aquila.data.blend import (
+    Blend,
+    Splits,
+    build_datasets,
+    build_datasets_per_split,
+    describe_data,
+    parse_blend,
+    split_ranges,
+)
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDatasetWriter
+from megatron_aquila.data.samples import PackedSamples
 from megatron_aquila.errors import DataError
 from tests.data.expected import assert_equals, build_case, load_case
 
 
-@pytest.mark.parametrize("name", ["blend_weighted", "blend_by_size"])
+@pytest.mark.parametrize("name", ["blend_weighted", "blend_by_size", "blend_per_split", "eod_masks"])
 def test_blends_are_megatrons(megatron_fixtures: Path, tmp_path: Path, name: str) -> None:
     case = load_case(megatron_fixtures, name)
     splits = build_case(megatron_fixtures, case, tmp_path)
@@ -61,6 +70,21 @@ def test_a_blend_cannot_take_more_than_there_is(megatron_fixtures: Path, tmp_pat
         Blend(blend.parts, [0.3, 0.2, 0.5], 300, IndexCache(folder=tmp_path))
 
 
+def test_a_split_of_its_own_may_be_missing(megatron_fixtures: Path, tmp_path: Path) -> None:
+    a = str(megatron_fixtures / "gpt_a")
+    sizes = {"sizes": (9, 0, 0), "seq_len": 8, "seed": 1, "cache_path": tmp_path}
+    splits = build_datasets_per_split(([a], [], []), **sizes)  # type: ignore[arg-type]
+    assert (splits.valid, splits.test) == (None, None)
+    assert splits.train is not None
+    assert "300 sequences" in splits.train.describe(), "all of it"
+    lone = build_datasets_per_split((["2", a], [], []), **sizes).train  # type: ignore[arg-type]
+    assert isinstance(lone, PackedSamples), "the weight of a lone set says nothing"
+    assert lone[3].tokens.tolist() == splits.train[3].tokens.tolist()
+    small = [str(megatron_fixtures / "gpt_c")]
+    with pytest.raises(DataError, match=r"gpt_c: the test split, .*; leave the data set out, or lower --seq-len"):
+        build_datasets_per_split(([a], [], small), **sizes | {"sizes": (9, 9, None), "seq_len": 10**6})  # type: ignore[arg-type]
+
+
 def test_nothing_wanted_of_a_split(megatron_fixtures: Path, tmp_path: Path) -> None:
     case = load_case(megatron_fixtures, "blend_weighted")
     splits = build_case(megatron_fixtures, case, tmp_path, sizes=(10, 0, 0), split="90,10,0")
@@ -97,6 +121,7 @@ def test_paths() -> None:
         (["0", "a"], "the weight '0' is not a positive number"),
         (["nan", "a"], "the weight 'nan' is not a positive number"),
         (["-1", "a", "1", "b"], "the weight '-1'"),
+        (["a", "b", "./a"], r"\./a is named twice; name it once, with the sum of its weights"),
     ],
 )
 def test_paths_that_make_no_sense(paths: list[str], message: str) -> None:

@@ -56,7 +56,7 @@ def samples(course: Course) -> list[tuple[int, ...]]:
 BLENDS = st.sampled_from(["a", "1 a 1 b", "0.7 a 0.2 b 0.1 c", "3 c 1 b", "c", "0.5 b 0.5 a"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     blends=st.lists(BLENDS, min_size=1, max_size=3),
     lengths=st.lists(st.integers(1, 20), min_size=3, max_size=3),
@@ -80,7 +80,7 @@ def test_what_was_seen_never_moves(folder: Path, blends: list[str], lengths: lis
     assert len(added) == total + more
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(blends=st.lists(BLENDS, min_size=2, max_size=3), lengths=st.lists(st.integers(1, 9), min_size=3, max_size=3))
 def test_a_source_goes_on_where_it_stood(folder: Path, blends: list[str], lengths: list[int]) -> None:
     """Within an epoch of a source no token is read twice as an input, whatever the blends."""
@@ -116,7 +116,7 @@ def test_the_first_index_is_megatrons(folder: Path) -> None:
     assert {course.source[i].source for i in range(40, 60)} == {2}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(dp=st.integers(1, 4), micro=st.integers(1, 3), count=st.integers(1, 3), prefetch=st.integers(0, 2))
 def test_the_order_does_not_depend_on_the_batches(folder: Path, dp: int, micro: int, count: int, prefetch: int) -> None:
     course = course_of(folder, [(0, "1 a 1 b"), (17, "2 c 1 a")], [17, 31])
@@ -193,7 +193,7 @@ def test_three_hundred_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with IndexedDatasetWriter(prefix, np.uint16) as writer:
             writer.add_documents(np.arange(64) + number, np.full(8, 8))
     opened: list[str] = []
-    from megatron_aquila.data import blend  # noqa: PLC0415
+    from megatron_aquila.data import blend
 
     original = blend.IndexedDataset
     monkeypatch.setattr(blend, "IndexedDataset", lambda prefix: opened.append(prefix) or original(prefix))

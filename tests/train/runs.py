@@ -75,6 +75,7 @@ class Recorder:
 
     reports: list[StepReport] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
+    means: list[LossMeans] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     kill_at: int | None = None
 
@@ -87,6 +88,7 @@ class Recorder:
     def validation(self, state: TrainState, means: LossMeans) -> None:
         """Keep step and loss."""
         self.validations.append((state.step, means.loss))
+        self.means.append(means)
 
     def note(self, text: str | None) -> None:
         """Keep the text."""

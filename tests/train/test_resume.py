@@ -14,7 +14,6 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.train import build, corpus, resume, start
-from megatron_aquila.train.launcher import Launch
 from megatron_aquila.verify.pool import WorkerPool
 from tests.train.runs import Recorder, run, split, tiny_config
 
@@ -244,15 +243,13 @@ def test_keep_leaves_the_newest(tmp_path: Path) -> None:
     assert [path.name for path in sorted(config.checkpoint.save.glob("step_*"))] == ["step_0000006"]
 
 
-def test_a_second_segment_is_shuffled_anew(tmp_path: Path) -> None:
+def test_a_longer_run_reads_on_and_moves_nothing(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
-    derived = derive(config, 1)
-    ctx = build.create_context(config, derived, torch.device("cpu"))
-    data = corpus.build_corpus(config, derived, ctx, Launch(), segments=(48, 48), identity=None)
-    samples = [data.train.source[index].tokens.tolist() for index in range(96)]
-    data.close()
-    assert samples[:48] != samples[48:]
-    assert len(samples) == 96
+    before, after = (
+        corpus.build_sources(config, segments=segments, build=True).train for segments in ((48,), (48, 48))
+    )
+    assert [after[i].tokens.tolist() for i in range(48)] == [before[i].tokens.tolist() for i in range(48)]
+    assert len({tuple(after[i].tokens.tolist()) for i in range(96)}) == 96, "less than an epoch: nothing comes twice"
 
 
 def run_with_nan_filled_memory(config: RunConfig) -> Recorder:
