@@ -34,7 +34,7 @@ def microbatch(
     tokens_BS = np.ascontiguousarray(tokens[:, :-1])
     if documents is None:
         loss_mask_BS = np.ones(tokens_BS.shape, dtype=np.float32)
-        positions_BS = np.tile(np.arange(tokens_BS.shape[1], dtype=np.int64), (len(tokens), 1))
+        positions_BS = np.broadcast_to(np.arange(tokens_BS.shape[1], dtype=np.int64), tokens_BS.shape).copy()
     else:
         loss_mask_BS, positions_BS = documents.loss_mask(tokens_BS), documents.positions(tokens_BS)
     return MicroBatch(

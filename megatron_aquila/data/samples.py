@@ -210,22 +210,23 @@ class PackedSamples:
         return np.array([stop], dtype=np.int64)
 
     def __getitem__(self, index: int) -> Sample:
-        parts = [self.dataset.get(span.sequence, span.start, span.stop - span.start) for span in self.spans(index)]
+        parts = [self.dataset.get(sequence, start, stop - start) for sequence, start, stop in self._pieces(index)]
         return Sample(np.concatenate(parts, dtype=np.int64), 0)
 
     def spans(self, index: int) -> list[Span]:
         """``SampleSource.spans``; a sequence without tokens among them has an empty one."""
+        return [Span(0, *piece) for piece in self._pieces(index)]
+
+    def _pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """Sequence, start and stop of what a sample takes."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.dataset.prefix} ({self.split}): it has {len(self)}")
         row = int(self.shuffle_index[index])
         (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
-        found = []
-        for position in range(first, last + 1):
-            sequence = int(self.document_index[position])
-            start = begin if position == first else 0
-            stop = end + 1 if position == last else int(self.dataset.sequence_lengths[sequence])
-            found.append(Span(0, sequence, start, stop))
-        return found
+        sequences = self.document_index[first : last + 1]
+        stops = self.dataset.sequence_lengths[sequences].tolist()
+        stops[-1] = end + 1
+        return list(zip(sequences.tolist(), [begin] + [0] * (last - first), stops, strict=True))
 
     def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
         """``SampleSource.samples_with``: the document index, then the rows around a place in it, then their order."""

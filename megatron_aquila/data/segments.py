@@ -1,7 +1,8 @@
 """Sources one after the other: the parts of a run, or what is left of an index and the next one."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +31,10 @@ class SegmentedSource:
         self._sources = [source for source, _ in segments]
         self._numbers = [numbers for _, numbers in segments]
         self._places = [np.array([self.names.index(name) for name in source.names]) for source in self._sources]
-        self._bounds = np.cumsum([0] + [len(numbers) for numbers in self._numbers])
+        self._bounds = list(accumulate(map(len, self._numbers), initial=0))
 
     def __len__(self) -> int:
-        return int(self._bounds[-1])
+        return self._bounds[-1]
 
     @property
     def datasets(self) -> tuple[IndexedDataset, ...]:
@@ -58,7 +59,7 @@ class SegmentedSource:
         """``SampleSource.samples_with``; samples of a segment that do not count are not among them."""
         found = [np.empty(0, dtype=np.int64)]
         for segment, (begin, places, counted) in enumerate(
-            zip(self._bounds[:-1].tolist(), self._places, self._numbers, strict=True)
+            zip(self._bounds[:-1], self._places, self._numbers, strict=True)
         ):
             for own in np.flatnonzero(places == source).tolist():
                 numbers = self._sources[segment].samples_with(own, sequence)
@@ -69,7 +70,7 @@ class SegmentedSource:
     def taken(self, stop: int) -> NDArray[np.int64]:
         """``SampleSource.taken``."""
         total = np.zeros(len(self.names), dtype=np.int64)
-        for segment, (begin, end) in enumerate(pairwise(self._bounds.tolist())):
+        for segment, (begin, end) in enumerate(pairwise(self._bounds)):
             numbers, source = self._numbers[segment], self._sources[segment]
             last = numbers.start + min(max(stop - begin, 0), end - begin)
             np.add.at(total, self._places[segment], source.taken(last) - source.taken(numbers.start))
@@ -83,5 +84,5 @@ class SegmentedSource:
         """The segment, and the number of the sample in its source."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        segment = int(np.searchsorted(self._bounds, index, side="right")) - 1
-        return segment, self._numbers[segment].start + index - int(self._bounds[segment])
+        segment = bisect_right(self._bounds, index) - 1
+        return segment, self._numbers[segment].start + index - self._bounds[segment]

@@ -116,8 +116,8 @@ def run_problems(saved: Mapping[str, Any], config: RunConfig, identity: Identity
     differences = [] if identity is None else identity.differences(saved["data"])
     if differences and not config.checkpoint.override_data:
         problems.append(
-            f"the data differs ({'; '.join(differences)}), so that samples would be seen twice or never: "
-            "give --override-data if that is meant"
+            f"the data differs ({'; '.join(differences)}): where that was already read, samples would be seen twice or "
+            "never; give --override-data if it is meant"
         )
     return problems
 
