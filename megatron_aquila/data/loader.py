@@ -28,10 +28,12 @@ class MicroBatch:
 
 
 def microbatch(
-    tokens: NDArray[np.int64], source_B: NDArray[np.int64], documents: DocumentRules | None = None
+    samples: Sequence[NDArray[np.int64]] | NDArray[np.int64],
+    source_B: NDArray[np.int64],
+    documents: DocumentRules | None = None,
 ) -> MicroBatch:
-    """Samples of S + 1 tokens each, as int64 ``[B, S + 1]``, made ready for the model."""
-    tokens_BS = np.ascontiguousarray(tokens[:, :-1])
+    """B samples of S + 1 tokens each, int64, made ready for the model."""
+    tokens_BS = np.stack([tokens[:-1] for tokens in samples])
     if documents is None:
         loss_mask_BS = np.ones(tokens_BS.shape, dtype=np.float32)
         positions_BS = np.broadcast_to(np.arange(tokens_BS.shape[1], dtype=np.int64), tokens_BS.shape).copy()
@@ -39,7 +41,7 @@ def microbatch(
         loss_mask_BS, positions_BS = documents.loss_mask(tokens_BS), documents.positions(tokens_BS)
     return MicroBatch(
         tokens_BS=tokens_BS,
-        labels_BS=np.ascontiguousarray(tokens[:, 1:]),
+        labels_BS=np.stack([tokens[1:] for tokens in samples]),
         loss_mask_BS=loss_mask_BS,
         positions_BS=positions_BS,
         source_B=source_B,
@@ -128,8 +130,8 @@ class BatchLoader:
     def _microbatch(self, start: int) -> MicroBatch:
         last = len(self.source) - 1
         samples = [self.source[min(number, last)] for number in range(start, start + self.micro_batch)]
-        tokens = np.stack([sample.tokens for sample in samples])
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+        tokens = [sample.tokens for sample in samples]
+        if any(row.min() < 0 or row.max() >= self.vocab_size for row in tokens):
             self._refuse(samples, start)
         batch = microbatch(tokens, np.array([sample.source for sample in samples], dtype=np.int64), self._documents)
         if self._num_counted is not None:

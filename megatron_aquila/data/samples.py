@@ -210,8 +210,14 @@ class PackedSamples:
         return np.array([stop], dtype=np.int64)
 
     def __getitem__(self, index: int) -> Sample:
-        parts = [self.dataset.get(sequence, start, stop - start) for sequence, start, stop in self._pieces(index)]
-        return Sample(np.concatenate(parts, dtype=np.int64), 0)
+        found, place = np.empty(self.packing.seq_len + 1, dtype=np.int64), 0
+        tokens, offsets, width = self.dataset.tokens, self.dataset.offsets, self.dataset.dtype.itemsize
+        for sequence, start, stop in self._pieces(index):
+            first = int(offsets[sequence]) // width + start
+            found[place : place + stop - start] = tokens[first : first + stop - start]
+            place += stop - start
+        assert place == len(found), f"sample {index} has {place} tokens of {len(found)}"
+        return Sample(found, 0)
 
     def spans(self, index: int) -> list[Span]:
         """``SampleSource.spans``; a sequence without tokens among them has an empty one."""
