@@ -3,7 +3,7 @@
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -118,6 +118,8 @@ class Kernels:
     reasons: Mapping[str, str]
 
 
+Share = Callable[[dict[str, str]], Sequence[Mapping[str, str]]]  # what this rank tells -> what each rank tells
+
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyType(
     {
         "rms_norm": {
@@ -183,59 +185,91 @@ def choose_kernels(
     *,
     forced: Mapping[str, str] | None = None,
     sizes: Sizes = Sizes(),
+    share: Share = lambda mine: [mine],
 ) -> Kernels:
     """The kernels for activations of ``dtype`` on ``device``. ``forced`` maps an op to a name of ``IMPLEMENTATIONS``.
 
     The optional packages flash_attn, NVIDIA's apex and Triton are used where they fit and can be imported. Each of our
     Triton kernels must first show on this device, at ``sizes``, that it computes what its reference does: one that does
-    not is refused with a warning. Raises ``ConfigError`` for a forced op or name that does not exist, cannot run here
-    or is refused.
+    not is refused with a warning. All ranks choose alike: what cannot run on one, as ``share`` tells, runs on none.
+    Raises ``ConfigError`` for a forced op or name that does not exist, cannot run or is refused, on every rank.
     """
     forced = {} if forced is None else forced
-    problems = [problem for op, name in forced.items() for problem in _problems(op, name, device, dtype, sizes)]
+    problems = [problem for op, name in forced.items() for problem in _unknown(op, name)]
     if problems:
         raise ConfigError(problems)
+    candidates = {
+        op: {forced[op]: "asked for"} if op in forced else names for op, names in _preferences(device).items()
+    }
+    refusals = _survey(candidates, device, dtype, sizes, share)
+    choices = [f"{op}={name}" for op, name in forced.items()]
+    if problems := [_problem(choice, refusals[choice].why) for choice in choices if choice in refusals]:
+        raise ConfigError(problems)
     chosen, reasons = {}, {}
-    for op, candidates in _preferences(device).items():
-        name, why = (forced[op], "asked for") if op in forced else _first_fit(op, candidates, device, dtype, sizes)
+    for op, names in candidates.items():
+        name, why = _first_fit(op, names, refusals)
         chosen[op], reasons[op] = IMPLEMENTATIONS[op][name], f"{name}: {why}"
     return Kernels(**chosen, reasons=MappingProxyType(reasons))
 
 
-def _first_fit(
-    op: str, candidates: Mapping[str, str], device: torch.device, dtype: torch.dtype, sizes: Sizes
-) -> tuple[str, str]:
-    """The first candidate that can run here, and why: its own reason, or what is wrong with those before it."""
-    unfit, refused = [], []
-    for name, why in candidates.items():
-        if (reason := _unfit(name, device, dtype)) is not None:
-            unfit.append(reason)
-        elif (reason := _refusal(op, name, device, dtype, sizes)) is not None:
-            refused.append(reason)
-        else:
-            for reason in refused:  # on every rank, in addition to the first rank's list of kernels
-                warnings.warn(f"kernels: {reason}; {op}={name} runs instead", RuntimeWarning, stacklevel=3)
-            return name, "; ".join([*refused, *unfit]) or why
-    raise AssertionError(f"no {op} kernel runs on {device}: {unfit + refused}")
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why a kernel runs on no rank, in a line. ``is_news`` where that could not be expected of these machines."""
+
+    why: str
+    is_news: bool
 
 
-def _problems(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Problem]:
-    """What is wrong with asking for kernel ``name`` of ``op``."""
-    way_out = "leave it out: without it the best kernel that runs here is chosen"
+def _survey(
+    candidates: Mapping[str, Mapping[str, str]], device: torch.device, dtype: torch.dtype, sizes: Sizes, share: Share
+) -> dict[str, _Refusal]:
+    """What may not run, by ``op=name``: what is unfit or fails its trial here, and what does on another rank."""
+    unfit, failed = {}, {}
+    for op, names in candidates.items():
+        for name in names:
+            if (why := _unfit(name, device, dtype)) is not None:
+                unfit[f"{op}={name}"] = why
+            elif (why := _failure(op, name, device, dtype, sizes)) is not None:
+                failed[f"{op}={name}"] = why
+    everyone, whys = share(unfit | failed), unfit | failed
+    for rank, theirs in enumerate(everyone):
+        for choice, why in theirs.items():
+            whys.setdefault(choice, f"{choice} does not run on rank {rank}: {why}")
+    differ = {choice for choice in whys if any(choice not in theirs for theirs in everyone)}
+    return {choice: _Refusal(why, is_news=choice in failed or choice in differ) for choice, why in whys.items()}
+
+
+def _first_fit(op: str, names: Mapping[str, str], refusals: Mapping[str, _Refusal]) -> tuple[str, str]:
+    """The first candidate that can run, and why: its own reason, or what is wrong with those before it."""
+    before: list[_Refusal] = []
+    for name, why in names.items():
+        if f"{op}={name}" not in refusals:
+            before.sort(key=lambda refusal: not refusal.is_news)
+            for refusal in before:
+                if refusal.is_news:  # on every rank, in addition to the first rank's list of kernels
+                    warnings.warn(f"kernels: {refusal.why}; {op}={name} runs instead", RuntimeWarning, stacklevel=3)
+            return name, "; ".join(refusal.why for refusal in before) or why
+        before.append(refusals[f"{op}={name}"])
+    raise AssertionError(f"no {op} kernel runs: {[refusal.why for refusal in before]}")
+
+
+def _unknown(op: str, name: str) -> list[Problem]:
+    """What is wrong with the words ``op=name``."""
     if op not in IMPLEMENTATIONS:
-        why, way_out = f"there is no op {op!r}", f"use one of {', '.join(IMPLEMENTATIONS)}"
-    elif name not in IMPLEMENTATIONS[op]:
-        why, way_out = f"there is no {op} kernel {name!r}", f"use one of {', '.join(IMPLEMENTATIONS[op])}"
-    elif (unfit := _unfit(name, device, dtype)) is not None:
-        why = unfit
-    elif (refusal := _refusal(op, name, device, dtype, sizes)) is not None:
-        why = refusal
-    else:
-        return []
-    return [Problem("--kernels", f"{op}={name}", why, way_out)]
+        return [_problem(f"{op}={name}", f"there is no op {op!r}", f"use one of {', '.join(IMPLEMENTATIONS)}")]
+    if name not in IMPLEMENTATIONS[op]:
+        way_out = f"use one of {', '.join(IMPLEMENTATIONS[op])}"
+        return [_problem(f"{op}={name}", f"there is no {op} kernel {name!r}", way_out)]
+    return []
 
 
-def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
+def _problem(
+    choice: str, why: str, way_out: str = "leave it out: without it the best kernel that runs here is chosen"
+) -> Problem:
+    return Problem("--kernels", choice, why, way_out)
+
+
+def _failure(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
     """Why a kernel of ours that depends on compiler and driver is not trusted here, in a line; None if it is."""
     if name != "triton":
         return None

@@ -20,6 +20,7 @@ from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.collectives import gather_objects
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.placement import Placement
@@ -80,9 +81,10 @@ def create_context(config: RunConfig, derived: Derived, device: torch.device) ->
 def build_machine(
     config: RunConfig, derived: Derived, ctx: ParallelContext, *, kernels: Kernels | None = None
 ) -> Machine:
-    """Kernels, stages, optimizer, wire and programs. Local. Weights are allocated, not filled.
+    """Kernels, stages, optimizer, wire and programs. Weights are allocated, not filled.
 
-    ``kernels`` are by default the best that run on the context's device, or those that the settings name.
+    ``kernels`` are by default the best that run on every rank's device, or those that the settings name: chosen with an
+    all-gather over the world, so that replicas round alike. All else is local.
     """
     dtype = DTYPES[config.train.precision]
     if kernels is None:
@@ -91,6 +93,7 @@ def build_machine(
             dtype,
             forced=dict(split_choice(word) for word in config.train.kernels),
             sizes=kernel_sizes(derived.shape, ctx),
+            share=lambda mine: gather_objects(mine, ctx.world),
         )
     placement = Placement(
         tp=ctx.tp,

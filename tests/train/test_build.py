@@ -1,9 +1,11 @@
 """Machines with several stages a rank: gradients to the bit, validation, checkpoints."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ import torch
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_aquila.train.build import plan_work
+from megatron_aquila.errors import ConfigError
+from megatron_aquila.kernels import dispatch
+from megatron_aquila.train.build import build_machine, create_context, plan_work
 from megatron_aquila.verify.observe import observe_layout
 from megatron_aquila.verify.pool import WorkerPool
 from tests.train.runs import run, tiny_config
@@ -107,3 +111,39 @@ def test_every_size_of_the_ramp_has_a_program(parallel: dict[str, Any], sizes: t
     work = plan_work(config, derived, 0)
     assert (tuple(work.programs), work.link_depth) == (sizes, depth)
     assert {action.stage for action in work.programs[last]} == set(derived.stages.stages_of(0))
+
+
+def chosen_where_one_rank_fails(config: RunConfig, forced: dict[str, str]) -> tuple[str, list[str]]:
+    """Where rank 1's Triton errs, as the last word on swiglu and the warnings. Collective; runs in a worker."""
+    derived = derive(config, 2)
+    ctx = create_context(config, derived, torch.device("cpu"))
+    fast = {**dispatch._preferences(ctx.device), "swiglu": {"triton": "fast", "own": "lean"}}
+    config = replace(config, train=replace(config.train, kernels=tuple(f"{op}={name}" for op, name in forced.items())))
+
+    def fails(_op: str, name: str, *_: Any) -> str | None:
+        return "it errs here" if name == "triton" and ctx.rank == 1 else None
+
+    with (
+        mock.patch.multiple(dispatch, _preferences=lambda _: fast, _unfit=lambda *_: None, _failure=fails),
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        try:
+            machine = build_machine(config, derived, ctx)
+        except ConfigError as error:
+            return str(error), []
+    assert machine.kernels.swiglu is dispatch.IMPLEMENTATIONS["swiglu"][machine.kernels.reasons["swiglu"].split(":")[0]]
+    return machine.kernels.reasons["swiglu"], [str(one.message) for one in told if "kernels:" in str(one.message)]
+
+
+@pytest.mark.parametrize("parallel", [{"data": 2}, {"pipeline": 2}], ids=str)
+def test_a_kernel_that_fails_on_one_rank_runs_on_none(pool: Pools, parallel: dict[str, Any]) -> None:
+    """Replicas would round differently, and who raises alone leaves the others waiting."""
+    config = small(2, **parallel)
+    good, bad = pool(2).run(chosen_where_one_rank_fails, config, {})
+    assert bad == ("own: it errs here", ["kernels: it errs here; swiglu=own runs instead"])
+    why = "swiglu=triton does not run on rank 1: it errs here"
+    assert good == (f"own: {why}", [f"kernels: {why}; swiglu=own runs instead"])
+    good, bad = pool(2).run(chosen_where_one_rank_fails, config, {"swiglu": "triton"})
+    assert bad[0].startswith("--kernels swiglu=triton: it errs here; leave it out")
+    assert good[0].startswith(f"--kernels swiglu=triton: {why}; leave it out")

@@ -111,7 +111,7 @@ def test_a_refused_kernel_is_named_loudly_and_another_runs(tmp_path: Path, monke
 
 def test_where_nothing_runs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_preferences", lambda device: {"rms_norm": {"triton": "fast"}})
-    with pytest.raises(AssertionError, match=f"no rms_norm kernel runs on {DEVICE}: .*Triton has no float64"):
+    with pytest.raises(AssertionError, match=r"no rms_norm kernel runs: .*Triton has no float64"):
         choose_kernels(DEVICE, torch.float64)
 
 
