@@ -4,7 +4,8 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -223,20 +224,39 @@ class _Refusal:
 def _survey(
     candidates: Mapping[str, Mapping[str, str]], device: torch.device, dtype: torch.dtype, sizes: Sizes, share: Share
 ) -> dict[str, _Refusal]:
-    """What may not run, by ``op=name``: what is unfit or fails its trial here, and what does on another rank."""
-    unfit, failed = {}, {}
-    for op, names in candidates.items():
-        for name in names:
-            if (why := _unfit(name, device, dtype)) is not None:
-                unfit[f"{op}={name}"] = why
-            elif (why := _failure(op, name, device, dtype, sizes)) is not None:
-                failed[f"{op}={name}"] = why
-    everyone, whys = share(unfit | failed), unfit | failed
-    for rank, theirs in enumerate(everyone):
-        for choice, why in theirs.items():
-            whys.setdefault(choice, f"{choice} does not run on rank {rank}: {why}")
-    differ = {choice for choice in whys if any(choice not in theirs for theirs in everyone)}
-    return {choice: _Refusal(why, is_news=choice in failed or choice in differ) for choice, why in whys.items()}
+    """What may not run on any rank, by ``op=name``. An op's candidates are tried in turn, until one fits all ranks.
+
+    Every rank takes the same number of rounds: the refusals known after each are the same everywhere.
+    """
+
+    @cache
+    def here(op: str, name: str) -> _Refusal | None:
+        if (why := _unfit(name, device, dtype)) is not None:
+            return _Refusal(why, is_news=False)
+        why = _refusal(op, name, device, dtype, sizes)
+        return None if why is None else _Refusal(why, is_news=True)
+
+    mine, everywhere = dict[str, _Refusal](), dict[str, _Refusal]()
+    while True:
+        for op, names in candidates.items():
+            for name in names:
+                if (choice := f"{op}={name}") in everywhere:
+                    continue
+                if (refusal := here(op, name)) is None:
+                    break
+                mine[choice] = refusal
+        everyone = share({choice: refusal.why for choice, refusal in mine.items()})
+        known, everywhere = everywhere, {choice: _joint(choice, mine, everyone) for one in everyone for choice in one}
+        if everywhere.keys() == known.keys():
+            return everywhere
+
+
+def _joint(choice: str, mine: Mapping[str, _Refusal], everyone: Sequence[Mapping[str, str]]) -> _Refusal:
+    """What is wrong with ``choice`` here, or on the first rank where something is. That ranks differ is news."""
+    if choice in mine:
+        return replace(mine[choice], is_news=mine[choice].is_news or any(choice not in one for one in everyone))
+    rank = next(rank for rank, one in enumerate(everyone) if choice in one)
+    return _Refusal(f"{choice} does not run on rank {rank}: {everyone[rank][choice]}", is_news=True)
 
 
 def _first_fit(op: str, names: Mapping[str, str], refusals: Mapping[str, _Refusal]) -> tuple[str, str]:
@@ -269,7 +289,7 @@ def _problem(
     return Problem("--kernels", choice, why, way_out)
 
 
-def _failure(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
+def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
     """Why a kernel of ours that depends on compiler and driver is not trusted here, in a line; None if it is."""
     if name != "triton":
         return None

@@ -113,37 +113,44 @@ def test_every_size_of_the_ramp_has_a_program(parallel: dict[str, Any], sizes: t
     assert {action.stage for action in work.programs[last]} == set(derived.stages.stages_of(0))
 
 
-def chosen_where_one_rank_fails(config: RunConfig, forced: dict[str, str]) -> tuple[str, list[str]]:
-    """Where rank 1's Triton errs, as the last word on swiglu and the warnings. Collective; runs in a worker."""
+def chosen(config: RunConfig, errs: list[tuple[int, str]]) -> tuple[str, list[str]]:
+    """The last word on adamw, and the warnings, where kernels err on some rank. Collective; runs in a worker."""
     derived = derive(config, 2)
     ctx = create_context(config, derived, torch.device("cpu"))
-    fast = {**dispatch._preferences(ctx.device), "swiglu": {"triton": "fast", "own": "lean"}}
-    config = replace(config, train=replace(config.train, kernels=tuple(f"{op}={name}" for op, name in forced.items())))
+    preferences = {**dispatch._preferences(ctx.device), "adamw": {"triton": "fast", "apex": "good", "own": "slow"}}
 
-    def fails(_op: str, name: str, *_: Any) -> str | None:
-        return "it errs here" if name == "triton" and ctx.rank == 1 else None
+    def refusal(_op: str, name: str, *_: Any) -> str | None:
+        return f"{name} errs" if (ctx.rank, name) in errs else None
 
-    with (
-        mock.patch.multiple(dispatch, _preferences=lambda _: fast, _unfit=lambda *_: None, _failure=fails),
-        warnings.catch_warnings(record=True) as told,
-    ):
+    fakes = {"_preferences": lambda _: preferences, "_unfit": lambda *_: None, "_refusal": refusal}
+    with mock.patch.multiple(dispatch, **fakes), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
-            machine = build_machine(config, derived, ctx)
+            kernels = build_machine(config, derived, ctx).kernels
         except ConfigError as error:
             return str(error), []
-    assert machine.kernels.swiglu is dispatch.IMPLEMENTATIONS["swiglu"][machine.kernels.reasons["swiglu"].split(":")[0]]
-    return machine.kernels.reasons["swiglu"], [str(one.message) for one in told if "kernels:" in str(one.message)]
+    why = kernels.reasons["adamw"]
+    assert kernels.adamw is dispatch.IMPLEMENTATIONS["adamw"][why.split(":")[0]]
+    return why, [str(one.message) for one in told if "kernels:" in str(one.message)]
 
 
 @pytest.mark.parametrize("parallel", [{"data": 2}, {"pipeline": 2}], ids=str)
 def test_a_kernel_that_fails_on_one_rank_runs_on_none(pool: Pools, parallel: dict[str, Any]) -> None:
     """Replicas would round differently, and who raises alone leaves the others waiting."""
     config = small(2, **parallel)
-    good, bad = pool(2).run(chosen_where_one_rank_fails, config, {})
-    assert bad == ("own: it errs here", ["kernels: it errs here; swiglu=own runs instead"])
-    why = "swiglu=triton does not run on rank 1: it errs here"
-    assert good == (f"own: {why}", [f"kernels: {why}; swiglu=own runs instead"])
-    good, bad = pool(2).run(chosen_where_one_rank_fails, config, {"swiglu": "triton"})
-    assert bad[0].startswith("--kernels swiglu=triton: it errs here; leave it out")
-    assert good[0].startswith(f"--kernels swiglu=triton: {why}; leave it out")
+    assert pool(2).run(chosen, config, []) == [("triton: fast", [])] * 2
+    good, bad = pool(2).run(chosen, config, [(1, "triton")])
+    assert bad == ("apex: triton errs", ["kernels: triton errs; adamw=apex runs instead"])
+    why = "adamw=triton does not run on rank 1: triton errs"
+    assert good == (f"apex: {why}", [f"kernels: {why}; adamw=apex runs instead"])
+    forced = replace(config, train=replace(config.train, kernels=("adamw=triton",)))
+    good, bad = pool(2).run(chosen, forced, [(1, "triton")])
+    assert bad[0].startswith("--kernels adamw=triton: triton errs; leave it out")
+    assert good[0].startswith(f"--kernels adamw=triton: {why}; leave it out")
+
+
+def test_what_comes_next_must_run_everywhere_too(pool: Pools) -> None:
+    """Rank 1 would have kept its first kernel, and learns only in the second round that its next one errs."""
+    (first, _), (second, _) = pool(2).run(chosen, small(2, data=2), [(0, "triton"), (1, "apex")])
+    assert first == "own: triton errs; adamw=apex does not run on rank 1: apex errs"
+    assert second == "own: adamw=triton does not run on rank 0: triton errs; apex errs"
