@@ -70,6 +70,8 @@ setup(
             "clang-format",
             "matplotlib",
             "transformers>=5",
+            # its interpreter runs the kernels on a CPU; beside CUDA torch brings the version that it needs
+            'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },
 )

@@ -49,7 +49,7 @@ class _Draw:
     def __init__(self, device: torch.device) -> None:
         self._generator, self._device = torch.Generator().manual_seed(0), device
         # on a GPU more rows than programs, so that each takes several; the interpreter needs few and is slow
-        self.tokens = (111, 7) if device.type == "cuda" else (7, 3)
+        self.tokens = (111, 7) if device.type == "cuda" else (4, 2)
 
     def __call__(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator, dtype=torch.float64).to(self._device)

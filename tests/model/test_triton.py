@@ -96,10 +96,10 @@ def test_in_a_world(layout: dict[str, Any], pool: Callable[[int], WorkerPool]) -
     assert max(map(largest_error, found, expected)) < BOUND
 
 
-@pytest.mark.parametrize("settings", [{"kind": "none"}, {"kind": "selective", "modules": MODULES}, {"kind": "full"}])
+@pytest.mark.parametrize("settings", [{"kind": "none"}, {"kind": "selective", "modules": MODULES}])
 def test_what_is_kept_is_what_the_plan_says(settings: dict[str, Any]) -> None:
     """The memory of q, k and v is the projection's own, and no byte more is kept."""
-    shape, kernels = replace(WIDE, seq_len=4), triton_kernels(torch.float32)
+    shape, kernels = replace(WIDE, seq_len=2), triton_kernels(torch.float32)
     # the interpreter has cycles that hold the tensors of its last launch
     measured, planned = kept_of_two_layers(shape, kernels, "fp32", collect=gc.collect, **settings)
     assert measured == planned
