@@ -14,6 +14,7 @@ from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import FIXED_CHUNKS
 
 Rule = Callable[[RunConfig, int | None], Iterator[Problem]]
+FP8_MULTIPLE = 16  # the sizes of a matrix that tensor cores multiply in 8 bits
 
 
 def check(config: RunConfig, world_size: int | None, *, without: Collection[str] = ()) -> list[Problem]:
@@ -194,6 +195,24 @@ def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--precision", "fp64", why, "use bf16 or fp32, or --device cpu")
 
 
+def _fp8(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Every size that a linear of a block multiplies over, on one rank."""
+    if config.train.precision != "fp8":
+        return
+    tp, shape = config.parallel.tensor, model_shape(config.model)
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "ffn_size / tp": shape.ffn_size // tp,
+        "num_heads x head_dim / tp": shape.attention_size // tp,
+        "num_kv_heads x head_dim / tp": shape.kv_size // tp,
+        "micro_batch x seq_len": config.train.micro_batch * shape.seq_len,
+    }
+    bad = [f"{name} {size}" for name, size in sizes.items() if size % FP8_MULTIPLE]
+    if bad:
+        why = f"{_listed(bad, 'and')} {'is no multiple' if len(bad) == 1 else 'are no multiples'} of {FP8_MULTIPLE}"
+        yield Problem("--precision", "fp8", why, "change the sizes, or use bf16")
+
+
 def _grad_reduce(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     precision = config.train.precision
     if config.parallel.grad_reduce == "bf16" and precision in ("fp32", "fp64"):
@@ -232,6 +251,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
+    _fp8: f"{_SHAPE} {_WIDTHS} {_BATCH} model.seq_len parallel.tensor train.precision",
     _grad_reduce: "parallel.grad_reduce train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
     check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "

@@ -138,7 +138,10 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         "--grad-reduce-in-bf16": Sets("parallel.grad_reduce", "bf16"),
         "--use-precision-aware-optimizer": Refused("optimizer states are fp32 or wider", "leave it out"),
-        **_family(Refused("fp8 is not offered", "use --bf16"), "--fp8-format --fp8-hybrid --fp8-e4m3 --fp8-margin"),
+        "--fp8-hybrid": Sets("train.precision", "fp8"),
+        "--fp8-format": Refused("the format is hybrid: e4m3 forward, e5m2 backward", "use --precision fp8"),
+        "--fp8-e4m3": Refused("gradients need the wider range of e5m2", "use --precision fp8"),
+        "--fp8-margin": Refused("scales follow each tensor's largest value at once", "leave it out"),
         # The network
         "--use-mcore-models": Always(_ONE_MODEL),
         "--use-legacy-models": Always(_ONE_MODEL),

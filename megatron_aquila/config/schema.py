@@ -178,7 +178,11 @@ class TrainConfig:
     rampup_batch: tuple[Count, Count, Whole] | None = setting(
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"
     )
-    precision: Precision = setting("bf16", "type of the weights and activations; bf16 and fp16 keep fp32 masters")
+    precision: Precision = setting(
+        "bf16",
+        "type of the weights and activations; bf16 and fp16 keep fp32 masters. fp8: as bf16, but the blocks' linears "
+        "multiply in 8 bits; attention and head stay in bf16",
+    )
     loss_chunk_tokens: Whole | None = setting(
         None,
         "tokens whose logits exist at once; default as many as 1 GiB holds; 0 all, kept from forward to backward",

@@ -15,8 +15,8 @@ from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompu
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
 
-ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp16": 4, "fp32": 4, "fp64": 8}
+ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 2}
+GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp16": 4, "fp32": 4, "fp64": 8, "fp8": 4}
 MOMENTS = {"adamw": 2, "sgd": 0}
 
 

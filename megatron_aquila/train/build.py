@@ -12,6 +12,7 @@ from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.products import choose_products
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.optim.buckets import Reduction
@@ -37,6 +38,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
+    "fp8": torch.bfloat16,
 }
 
 
@@ -101,6 +103,7 @@ def build_machine(
         dtype=dtype,
         device=ctx.device,
         overlap=config.parallel.overlap,
+        products=choose_products(config.train.precision, ctx.device),
     )
     stages = build_stages(
         derived.shape,

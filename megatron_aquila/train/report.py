@@ -66,6 +66,7 @@ def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
         num_devices=machine.ctx.world.size,
         total_samples=config.train.train_samples,
         peak_flops=device_peak(config, machine.ctx.device, log),
+        multiplies_in_fp8=config.train.precision == "fp8",
         gemm_flops=cpu_rate(machine) if machine.ctx.device.type == "cpu" else None,
     )
     writers = agreed(

@@ -121,6 +121,9 @@ CASES = [
      "--lr-wsd-decay-samples 90: after the warm-up only 80 samples are left; use 80 or less"),
     (None, {"precision": "fp64", "device": "cuda"}, "--precision fp64: fp64 is for proofs on the CPU; attention on "
      "CUDA has no fp64; use bf16 or fp32, or --device cpu"),
+    (None, {"precision": "fp8", "hidden_size": 72, "num_heads": 4, "num_kv_heads": 1, "seq_len": 8, "micro_batch": 1},
+     "--precision fp8: hidden_size 72, num_heads x head_dim / tp 72, num_kv_heads x head_dim / tp 18 and micro_batch x "
+     "seq_len 8 are no multiples of 16; change the sizes, or use bf16"),
     (None, {"grad_reduce": "bf16", "precision": "fp64"}, "--grad-reduce bf16: it would round the gradients of fp64 "
      "weights to 8 bits; use fp32, or --precision bf16"),
     (None, {"loss_scale": 8.0}, "--loss-scale 8.0: bf16 needs no loss scale; leave it out"),
