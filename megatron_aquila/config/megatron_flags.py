@@ -137,11 +137,14 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "the residual stream has the type of the activations", "leave it out, or use --precision fp32"
         ),
         "--grad-reduce-in-bf16": Sets("parallel.grad_reduce", "bf16"),
-        "--use-precision-aware-optimizer": Refused("optimizer states are fp32 or wider", "leave it out"),
         "--fp8-hybrid": Sets("train.precision", "fp8"),
         "--fp8-format": Refused("the format is hybrid: e4m3 forward, e5m2 backward", "use --precision fp8"),
         "--fp8-e4m3": Refused("gradients need the wider range of e5m2", "use --precision fp8"),
         "--fp8-margin": Refused("scales follow each tensor's largest value at once", "leave it out"),
+        "--use-precision-aware-optimizer": Always("each of the optimizer's states has its own type: --moments-dtype"),
+        "--main-params-dtype": Always("masters are fp32; --master-weights says how they are kept", ("fp32",)),
+        "--main-grads-dtype": Always("gradients are summed in fp32 or wider", ("fp32",)),
+        **_family(Follows("optim.moments_dtype"), "--exp-avg-dtype --exp-avg-sq-dtype"),
         # The network
         "--use-mcore-models": Always(_ONE_MODEL),
         "--use-legacy-models": Always(_ONE_MODEL),

@@ -1,6 +1,5 @@
 """One optimizer step: the top of the machine."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,12 +46,11 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
         raise failure if failure is not None else elsewhere_failed()
     sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
     compute_gradients(machine, batches, sums)
-    grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad, loss_scale=scale)
+    clip = machine.optimizer.clip(machine.config.optim.clip_grad, loss_scale=scale)
     lr = machine.lr.at(state.consumed_samples)
-    applied = math.isfinite(grad_norm)
-    if applied:
-        machine.optimizer.step(lr)
+    machine.optimizer.step(lr, clip)
 
+    applied = bool(clip.is_finite)
     means = sums.means(ctx)
     computed_tokens = global_batch * derived.shape.seq_len
     loss_scale = machine.scaling.after(state.loss_scale, found_inf=not applied)
@@ -64,7 +62,7 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
         num_tokens=counts.num_tokens,
         computed_tokens=computed_tokens,
         loss=means.loss,
-        grad_norm=grad_norm,
+        grad_norm=clip.norm.item(),
         lr=lr,
         attention_share=counts.attended / (computed_tokens * derived.shape.seq_len),
         loss_scale=scale,
