@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import record_function
 
 from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.errors import AquilaError, DataError
+from megatron_aquila.observe.profile import OPTIMIZER
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import all_reduce_
@@ -47,11 +49,12 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
         raise failure if failure is not None else elsewhere_failed()
     sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
     compute_gradients(machine, batches, sums)
-    grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad, loss_scale=scale)
     lr = machine.lr.at(state.consumed_samples)
-    applied = math.isfinite(grad_norm)
-    if applied:
-        machine.optimizer.step(lr)
+    with record_function(OPTIMIZER):
+        grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad, loss_scale=scale)
+        applied = math.isfinite(grad_norm)
+        if applied:
+            machine.optimizer.step(lr)
 
     means = sums.means(ctx)
     computed_tokens = global_batch * derived.shape.seq_len

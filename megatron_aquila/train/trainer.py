@@ -4,7 +4,7 @@ import itertools
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.evaluate import evaluate
 from megatron_aquila.train.loss import LossMeans
+from megatron_aquila.train.profile import StepProfiler
 from megatron_aquila.train.resume import prune_old, save
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.step import train_step
@@ -70,10 +71,12 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
     config = machine.config
     started = time.monotonic()
     last_saved = state.step
-    with stop_on_signals() as request:
+    profiler = StepProfiler(config, machine.ctx.rank, machine.ctx.device)
+    with stop_on_signals() as request, closing(profiler):
         why = end_of_run(config, state)
         while why is None:
             late = config.train.exit_minutes is not None and time.monotonic() - started > 60 * config.train.exit_minutes
+            profiler.before(state.step + 1)
             outcome = train_step(machine, corpus, state, stop_requested=late or request.signal_name is not None)
             state = outcome.state
             reporter.step(outcome.report)
@@ -84,6 +87,7 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
             why = end_of_run(config, state)
             if why is None and outcome.stop_requested:
                 why = stop_reason(request, late=late)
+            reporter.note(profiler.after(state.step, last=why is not None))
             if corpus.valid is not None and is_due(state.step, config.train.eval_interval, last=why is not None):
                 reporter.validation(state, evaluate(machine, corpus))
             if config.checkpoint.save is not None and is_due(
