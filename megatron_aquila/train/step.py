@@ -15,7 +15,7 @@ from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import all_reduce_
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.train.build import Machine, load_batches
+from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.env import memory_bytes
 from megatron_aquila.train.loss import LossSums
@@ -41,14 +41,14 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     started = time.perf_counter()
     ctx, derived, scale = machine.ctx, machine.derived, state.loss_scale.scale
     global_batch, _ = derived.batch_at(state.consumed_samples)
-    batches, failure = read_batches(corpus.train, state.consumed_samples, global_batch, ctx)
+    batches, failure = read_batches(corpus.train, state.consumed_samples, global_batch)
     data_seconds = time.perf_counter() - started
 
     counts = agree(ctx, batches, stop_requested=stop_requested, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
     sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
-    compute_gradients(machine, batches, sums)
+    compute_gradients(machine, [batch.to(ctx.device) for batch in batches], sums)
     lr = machine.lr.at(state.consumed_samples)
     with record_function(OPTIMIZER):
         grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad, loss_scale=scale)
@@ -87,12 +87,10 @@ def compute_gradients(machine: Machine, batches: Sequence[Batch], sums: LossSums
     machine.optimizer.reduce_gradients()
 
 
-def read_batches(
-    loader: BatchLoader, consumed: int, global_batch: int, ctx: ParallelContext
-) -> tuple[list[Batch], DataError | None]:
+def read_batches(loader: BatchLoader[Batch], consumed: int, global_batch: int) -> tuple[list[Batch], DataError | None]:
     """This rank's microbatches, or none and why: a rank must not leave while the others go on into a collective."""
     try:
-        return load_batches(loader, consumed, global_batch, ctx.device), None
+        return loader.fetch(consumed, global_batch), None
     except DataError as error:
         return [], error
 
@@ -117,18 +115,20 @@ class Agreement:
 def agree(
     ctx: ParallelContext, batches: Sequence[Batch], *, stop_requested: bool = False, failed: bool = False
 ) -> Agreement:
-    """Count the labels of the global batch; ask whether any rank wants to stop or has failed. One all-reduce over all.
+    """Count the labels of the global batch; ask whether any rank wants to stop or has failed.
 
-    The ranks of a tp or pp group hold the same microbatches: only the first of each counts them.
+    ``batches`` are on the host, and so is what the ranks say: one all-reduce over all of them that waits for no GPU,
+    which may still be at work on the step before. The ranks of a tp or pp group hold the same microbatches: only the
+    first of each counts them.
     """
     counts_here = ctx.tp.rank == 0 and ctx.pp.rank == 0
-    counts = torch.zeros(4, dtype=torch.float64, device=ctx.device)
+    counts = torch.zeros(4, dtype=torch.float64)
     if counts_here:
         for batch in batches:
             counts[0] += batch.loss_mask_BS.sum(dtype=torch.float64)
             counts[1] += attended(batch)
     counts[2:] = torch.tensor([stop_requested, failed])
-    num_tokens, pairs, stops, failures = all_reduce_(counts, ctx.world).tolist()
+    num_tokens, pairs, stops, failures = all_reduce_(counts, ctx.host_world).tolist()
     return Agreement(num_tokens=round(num_tokens), attended=round(pairs), stop_requested=stops > 0, failed=failures > 0)
 
 
