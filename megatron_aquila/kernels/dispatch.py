@@ -97,7 +97,9 @@ class AdamWUpdate(Protocol):
         beta2: float,
         eps: float,
         weight_decay: float,
-        step: int,
+        step: Tensor,
+        factor: Tensor,
+        applies: Tensor,
         publish: Tensor | None = None,
     ) -> None:
         """One update in place, and its result rounded into ``publish``."""
@@ -166,7 +168,7 @@ OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
         "apex": OptionalPackage(  # for weights of these types the optimizer's own tensors are float32
             "NVIDIA apex",
             frozenset((torch.bfloat16, torch.float16, torch.float32)),
-            (("apex.multi_tensor_apply", "multi_tensor_applier"), ("amp_C", "multi_tensor_adam")),
+            (("apex.multi_tensor_apply", "multi_tensor_applier"), ("amp_C", "multi_tensor_adam_capturable")),
         ),
         "triton": OptionalPackage(
             "Triton",

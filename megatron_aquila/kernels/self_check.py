@@ -3,6 +3,7 @@
 A trial runs it forward and backward on random data, at the run's own sizes, against the reference in float64.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -110,11 +111,13 @@ def _rope_qkv(sizes: Sizes, draw: _Draw) -> Trial:
 
 
 def _adamw(sizes: Sizes, draw: _Draw) -> Trial:
-    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
     def call(kernel: Callable[..., None], **tensors: Tensor) -> Mapping[str, Tensor]:
         new = {name: x.detach().clone() for name, x in tensors.items()}
-        kernel(*new.values(), **settings)
+        for factor, applies in ((0.7, True), (math.nan, False)):
+            scalars = {"step": torch.tensor(3), "factor": torch.tensor(factor), "applies": torch.tensor(applies)}
+            kernel(*new.values(), **settings, **{name: x.to(new["param"].device) for name, x in scalars.items()})
         return new
 
     size = 64 * sizes.hidden_size + 3  # no multiple of a block

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_aquila.optim.groups import BucketLayout, Piece, main_dtype
 from megatron_aquila.parallel.collectives import Pending, begin_all_gather_flat_, begin_reduce_scatter_flat_
@@ -71,6 +71,11 @@ class Bucket:
         return self.master.dtype is not self.weights.dtype
 
     @property
+    def publish(self) -> Tensor | None:
+        """Where an update leaves the weights to be published, rounded; None where it updates the weights themselves."""
+        return self.weight_shard if self.keeps_master else None
+
+    @property
     def is_complete(self) -> bool:
         """Whether every gradient of the step has been added."""
         return self._missing == 0
@@ -103,8 +108,7 @@ class Bucket:
         self._reducing = self._missing = None
 
     def begin_publish(self) -> None:
-        """Begin to give this rank's updated shard to every replica. Communicates: one all-gather, in place."""
-        self.weight_shard.copy_(self.master)
+        """Begin to give ``weight_shard`` to every replica. Communicates: one all-gather, in place."""
         self._gathering = begin_all_gather_flat_(
             self.weights, self.weight_shard, self._group, overlap=self._reduction.overlap
         )

@@ -1,6 +1,5 @@
 """One optimizer step: the top of the machine."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,11 +50,10 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     compute_gradients(machine, [batch.to(ctx.device) for batch in batches], sums)
     lr = machine.lr.at(state.consumed_samples)
     with record_function(OPTIMIZER):
-        grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad, loss_scale=scale)
-        applied = math.isfinite(grad_norm)
-        if applied:
-            machine.optimizer.step(lr)
+        clip = machine.optimizer.clip(machine.config.optim.clip_grad, loss_scale=scale)
+        machine.optimizer.step(lr, clip)
 
+    applied = bool(clip.is_finite)
     means = sums.means(ctx)
     computed_tokens = global_batch * derived.shape.seq_len
     loss_scale = machine.scaling.after(state.loss_scale, found_inf=not applied)
@@ -67,7 +65,7 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
         num_tokens=counts.num_tokens,
         computed_tokens=computed_tokens,
         loss=means.loss,
-        grad_norm=grad_norm,
+        grad_norm=clip.norm.item(),
         lr=lr,
         attention_share=counts.attended / (computed_tokens * derived.shape.seq_len),
         loss_scale=scale,

@@ -180,6 +180,5 @@ def dry_step(machine: Machine, batches: Sequence[Batch], source_names: Sequence[
     num_tokens = sum(batch.loss_mask_BS.numel() for batch in batches)
     sums = LossSums(source_names, num_tokens=num_tokens, device=machine.ctx.device)
     compute_gradients(machine, batches, sums)
-    machine.optimizer.clip_(machine.config.optim.clip_grad)
-    machine.optimizer.step(machine.config.optim.lr)
+    machine.optimizer.step(machine.config.optim.lr, machine.optimizer.clip(machine.config.optim.clip_grad))
     sums.means(machine.ctx)

@@ -56,7 +56,7 @@ def test_optional_packages_are_used_where_they_fit(install) -> None:
     install("flash_attn", flash_attn_func=object, flash_attn_varlen_func=object)
     install("apex")
     install("apex.multi_tensor_apply", multi_tensor_applier=object)
-    install("amp_C", multi_tensor_adam=object)
+    install("amp_C", multi_tensor_adam_capturable=object)
     kernels = choose_kernels(CUDA, torch.bfloat16)
     assert (kernels.attention, kernels.adamw) == (causal_attention_flash, adamw_apex_)
     kernels = choose_kernels(CUDA, torch.float64)

@@ -8,8 +8,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megatron_aquila.optim import buckets, distributed
+from megatron_aquila.optim import buckets, clip, distributed
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.parallel.context import ParallelContext
@@ -51,8 +53,9 @@ def train(
         for microbatch in range(ctx.rank, MICROBATCHES, dp):
             give_gradients(infos, step, microbatch, skip=UNUSED)
         optimizer.reduce_gradients()
-        norms.append(optimizer.clip_(max_norm))
-        optimizer.step(lr_of(step))
+        how = optimizer.clip(max_norm)
+        optimizer.step(lr_of(step), how)
+        norms.append(how.norm.item())
     assert optimizer.applied_steps == STEPS
     return {info.name: info.param.detach().clone() for info in infos}, norms
 
@@ -152,7 +155,7 @@ def share(dp: int) -> list[tuple[str, str, int, int, Tensor, bool]]:
     infos, optimizer, ctx = make(dp, dtype=torch.bfloat16, bucket_bytes=MANY_BUCKETS)
     give_gradients(infos, 0, ctx.rank)
     optimizer.reduce_gradients()
-    optimizer.step(0.01)
+    optimizer.step(0.01, optimizer.clip(0.0))
     return [
         (kind, flat.info.name, flat.start, flat.stop, view.clone(), is_own(kind, flat, view))
         for kind, flat, view in optimizer.ranges()
@@ -189,7 +192,7 @@ def test_state_restored_through_ranges_continues_bit_equal() -> None:
     infos, optimizer, _ = make(dtype=torch.bfloat16, bucket_bytes=MANY_BUCKETS)
     give_gradients(infos, 1)
     optimizer.reduce_gradients()
-    optimizer.step(0.01)
+    optimizer.step(0.01, optimizer.clip(0.0))
     fresh_infos, fresh, _ = make(dtype=torch.bfloat16, bucket_bytes=MANY_BUCKETS)
     for (_, _, target), (_, _, source) in zip(fresh.ranges(), optimizer.ranges(), strict=True):
         target.copy_(source)
@@ -198,7 +201,7 @@ def test_state_restored_through_ranges_continues_bit_equal() -> None:
         it.begin_step(1)
         give_gradients(those, 2)
         it.reduce_gradients()
-        it.step(0.01)
+        it.step(0.01, it.clip(0.0))
     for ours, theirs in zip(infos, fresh_infos, strict=True):
         assert torch.equal(ours.param, theirs.param)
 
@@ -211,7 +214,7 @@ def test_refresh_masters_takes_weights_loaded_from_outside() -> None:
     stale = [view.clone() for kind, _, view in optimizer.ranges() if kind == "master"]
     assert not any((view == 3.0).any() for view in stale), "without a refresh the next step would undo the load"
     optimizer.refresh_masters()
-    optimizer.step(0.0)
+    optimizer.step(0.0, optimizer.clip(0.0))
     assert all(bool((info.param == 3.0).all()) for info in infos)
 
 
@@ -220,19 +223,73 @@ def test_begin_step_forgets() -> None:
     give_gradients(infos, 1)
     optimizer.begin_step(1)
     optimizer.reduce_gradients()
-    assert optimizer.grad_norm() == 0.0
+    assert optimizer.clip(1.0).norm == 0.0
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_norm_that_is_not_finite_is_returned_and_scales_nothing(bad: float) -> None:
-    infos, optimizer, _ = make()
-    grads = give_gradients(infos, 1)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_that_are_not_finite_change_nothing(dtype: torch.dtype, rule: str, bad: float) -> None:
+    infos, optimizer, _ = make(rule=rule, dtype=dtype)
+    gradients_of_step(optimizer, infos, 1)
+    optimizer.step(0.1, optimizer.clip(1.0))
+    before = [view.clone() for kind, _, view in optimizer.ranges() if kind != "grad"]
+    gradients_of_step(optimizer, infos, 2)
     infos[0].param.backward(torch.full_like(infos[0].param, bad))
     optimizer.reduce_gradients()
-    norm = optimizer.clip_(1.0)
-    assert norm == bad or norm != norm
+    how = optimizer.clip(1.0)
+    assert how.norm == bad or how.norm.isnan()
+    optimizer.step(0.1, how)
+    assert optimizer.applied_steps == 1
+    assert all(map(torch.equal, [view for kind, _, view in optimizer.ranges() if kind != "grad"], before))
+    gradients_of_step(optimizer, infos, 3)
+    optimizer.step(0.1, optimizer.clip(1.0))
+    assert optimizer.applied_steps == 2
+    assert not any(map(torch.equal, [view for kind, _, view in optimizer.ranges() if kind == "weight"], before))
+
+
+def gradients_of_step(optimizer: DistributedOptimizer, infos: list[ParamInfo], seed: int) -> None:
+    optimizer.begin_step(1)
+    give_gradients(infos, seed)
+    optimizer.reduce_gradients()
+
+
+def test_clipping_leaves_gradients_as_they_are() -> None:
+    infos, optimizer, _ = make()
+    grads = give_gradients(infos, 1)
+    optimizer.reduce_gradients()
+    how = optimizer.clip(1e-3, loss_scale=4.0)
+    optimizer.step(0.1, how)
     (norm_grad,) = [view for kind, flat, view in optimizer.ranges() if kind == "grad" and flat.info.name == "norm"]
     assert torch.equal(norm_grad, grads["norm"])
+    assert how.factor < 1e-3
+
+
+class NoWait(TorchDispatchMode):
+    """On ``meta`` there is no value to wait for; what would ask for one raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+        assert devices <= {"meta"}, f"{func} copies between host and device"
+        return out
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_waits_for_nothing(rule: str) -> None:
+    ctx = replace(ParallelContext.single(), device=torch.device("meta"))
+    infos = [replace(info, param=nn.Parameter(info.param.to("meta"))) for info in toy_infos(torch.bfloat16)]
+    optimizer = DistributedOptimizer(infos, ctx, rule=RULES[rule], bucket_bytes=MANY_BUCKETS)
+    with NoWait():
+        gradients = [torch.empty_like(info.param) for info in infos]
+        optimizer.begin_step(1)
+        torch.autograd.backward([info.param for info in infos], gradients)
+        optimizer.reduce_gradients()
+        optimizer.step(0.1, optimizer.clip(1.0, loss_scale=2.0))
+        optimizer.wait_for_weights()
+        with pytest.raises(AssertionError, match="the host waits"):
+            assert optimizer.applied_steps
 
 
 def test_collectives_of_a_step_can_be_counted() -> None:
@@ -255,8 +312,7 @@ def test_collectives_of_a_step_can_be_counted() -> None:
     ):
         give_gradients(infos, 1)
         optimizer.reduce_gradients()
-        optimizer.clip_(1.0)
-        optimizer.step(0.1)
+        optimizer.step(0.1, optimizer.clip(1.0))
     reduce = ["all_reduce_"] + ["begin_reduce_scatter_flat_"] * num_buckets  # two partial sums over tp, one all-reduce
     assert calls == [*reduce, "all_reduce_"] + ["begin_all_gather_flat_"] * num_buckets
 
@@ -330,15 +386,15 @@ def split_norm(grid: RankGrid, mutant: str | None) -> tuple[float, Tensor]:
     """The norm, and the reduced gradient of the stage's norm weight as far as this rank owns it."""
     ctx = ParallelContext.create(grid, torch.device("cpu"))
     infos = split_infos(ctx, sums_over_tp=mutant != "no all-reduce over tp")
-    optimizer = DistributedOptimizer(infos, ctx, rule=Sgd(), bucket_bytes=300)
+    counting = {"every element": every_element, "no replica": no_replica}.get(mutant or "", clip.counted)
+    with patch.object(clip, "counted", counting):
+        optimizer = DistributedOptimizer(infos, ctx, rule=Sgd(), bucket_bytes=300)
     whole = logical_gradients(ctx.pp.rank, ctx.dp_cp.rank)
     torch.autograd.backward(
         [info.param for info in infos], [local_gradient(name, whole[name], ctx.tp.rank) for name in GLOBAL]
     )
     optimizer.reduce_gradients()
-    counting = {"every element": every_element, "no replica": no_replica}.get(mutant or "", distributed.counted)
-    with patch.object(distributed, "counted", counting):
-        norm = optimizer.grad_norm()
+    norm = optimizer.clip(0.0).norm.item()
     owned = [v for kind, flat, v in optimizer.ranges() if kind == "grad" and flat.info.parts[0].name.endswith("norm")]
     return norm, torch.cat([torch.empty(0, dtype=torch.float64), *owned])
 

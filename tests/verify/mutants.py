@@ -430,19 +430,17 @@ def _other_inputs(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 @mutant("the clip norm misses a parameter", ONE, "world of one", "gradient norm")
 def parameter_missing_from_norm() -> Any:
-    from megatron_aquila.optim import distributed
+    from megatron_aquila.optim import clip
 
-    right = distributed.counted
-    return patched(
-        distributed, "counted", lambda flat: iter(()) if flat.info.name == "model.norm.weight" else right(flat)
-    )
+    right = clip.counted
+    return patched(clip, "counted", lambda flat: iter(()) if flat.info.name == "model.norm.weight" else right(flat))
 
 
 @mutant("the clip norm counts replicated parameters on every tp rank", TP, "tp", "gradient norm")
 def replicas_counted_in_norm() -> Any:
-    from megatron_aquila.optim import distributed
+    from megatron_aquila.optim import clip
 
-    return patched(distributed, "counted", lambda flat: iter([(flat.start, flat.stop)]))
+    return patched(clip, "counted", lambda flat: iter([(flat.start, flat.stop)]))
 
 
 @mutant("each rank clips by the norm of its own shard", DP, "dp (ZeRO-1)", "gradient norm")
@@ -450,7 +448,7 @@ def norm_of_own_shard() -> Any:
     from megatron_aquila.optim import distributed
     from megatron_aquila.optim.distributed import DistributedOptimizer
 
-    return within(DistributedOptimizer, "grad_norm", lambda: patched(distributed, "all_reduce_", unreduced))
+    return within(DistributedOptimizer, "clip", lambda: patched(distributed, "all_reduce_", unreduced))
 
 
 @mutant("gradients are averaged over the replicas", DP, "dp (ZeRO-1)", "gradient of lm_head.weight")
@@ -501,7 +499,7 @@ def shard_border_off_by_one() -> Any:
     right = Bucket.begin_publish
 
     def wrong(self: Bucket) -> None:
-        self.master.copy_(self.master.roll(1))
+        self.weight_shard.copy_(self.weight_shard.roll(1))
         right(self)
 
     return patched(Bucket, "begin_publish", wrong)

@@ -35,6 +35,8 @@ MUTANTS = {
     "v is turned back": ("rope", "rope_qkv", "(True, True, False)", "(True, True, True)"),
     "decay after the update": ("adamw", "adamw", "* decay\n", "\n"),
     "the second moment's correction": ("adamw", "adamw", "tl.div_rn(tl.sqrt_rn(square), correction2)", "tl.sqrt_rn(square)"),
+    "gradients are not clipped": ("adamw", "adamw", " * tl.load(factor).to(tl.float32)", ""),
+    "what is not finite is applied": ("adamw", "adamw", "if tl.load(applies):", "if size > 0:"),
     "the tail of a flat tensor": ("adamw", "adamw", "inside = at < size", "inside = at < size // BLOCK * BLOCK"),
     "does not compile": ("swiglu", "swiglu", "sigmoid = tl.sigmoid(gate)", "sigmoid = tl.no_such_function(gate)"),
 }  # fmt: skip
