@@ -1,6 +1,7 @@
 """One microbatch, on the host as it was read or on the device."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,15 +30,14 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on ``device``. From pinned memory to a GPU its tensors are on their way on return: no host waits."""
-        documents = self.documents
-        if documents is not None:
-            documents = replace(documents, bounds_device=documents.bounds_device.to(device, non_blocking=True))
-        return replace(
-            self,
-            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
-            labels_BS=self.labels_BS.to(device, non_blocking=True),
-            loss_mask_BS=self.loss_mask_BS.to(device, non_blocking=True),
-            positions_BS=self.positions_BS.to(device, non_blocking=True),
-            source_B=self.source_B.to(device, non_blocking=True),
-            documents=documents,
-        )
+        moved: Batch = _moved(self, device)
+        return moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it, however deep in dataclasses, sent to ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})

@@ -30,9 +30,10 @@ class RankZeroReporter:
 
     def step(self, report: StepReport) -> None:
         """Write the step's row; a step that was not applied is always written."""
-        row = self._meter.row(report)
         if report.step % self._log_interval == 0 or not report.applied:
-            self._writers.write(row)
+            self._writers.write(self._meter.row(report))
+        else:
+            self._meter.pass_over(report)
 
     def validation(self, state: TrainState, means: LossMeans) -> None:
         """Write the validation's row, at the step it followed."""

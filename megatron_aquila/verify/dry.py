@@ -181,4 +181,4 @@ def dry_step(machine: Machine, batches: Sequence[Batch], source_names: Sequence[
     sums = LossSums(source_names, num_tokens=num_tokens, device=machine.ctx.device)
     compute_gradients(machine, batches, sums)
     machine.optimizer.step(machine.config.optim.lr, machine.optimizer.clip(machine.config.optim.clip_grad))
-    sums.means(machine.ctx)
+    sums.total(machine.ctx)
