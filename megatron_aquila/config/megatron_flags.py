@@ -83,6 +83,15 @@ def _chunks(values: Values, config: RunConfig) -> str:
     return f"use --chunks {max(1, stages // config.parallel.pipeline)} (layers / {values[0]} / pp)"
 
 
+def _profile_first(values: Values, config: RunConfig) -> str:
+    """Megatron-LM's profiler starts once so many steps are done."""
+    return f"use --profile-steps {int(values[0]) + 1}-LAST"
+
+
+def _profile_last(values: Values, config: RunConfig) -> str:
+    return f"use --profile-steps FIRST-{values[0]}"
+
+
 def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
     """The same meaning for several flags."""
     return dict.fromkeys(flags.split(), meaning)
@@ -343,6 +352,18 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--timing-log-option --tensorboard-queue-size",
         ),
         "--timing-log-level": Always("a step's time and its wait for data are logged", ("0",)),
+        "--profile": Refused("the steps to profile are named", "use --profile-steps FIRST-LAST"),
+        "--profile-step-start": Refused(
+            "both steps are named in one flag, and both are profiled",
+            "use --profile-steps FIRST-LAST, FIRST one more than here",
+            _profile_first,
+        ),
+        "--profile-step-end": Refused(
+            "both steps are named in one flag, and both are profiled",
+            "use --profile-steps FIRST-LAST, LAST as here",
+            _profile_last,
+        ),
+        "--use-pytorch-profiler": Always("--profile-steps writes a trace of torch's profiler"),
         **_family(_NAMED_BY_WANDB, "--wandb-exp-name --wandb-entity"),
         # Serving
         **_family(_SERVE, "--server-port --model-info"),

@@ -284,6 +284,10 @@ class ObserveConfig:
     peak_tflops: Positive | None = setting(
         None, "dense peak of the device for MFU; default from its name", "--peak-tflops"
     )
+    profile_steps: str | None = setting(
+        None, "steps FIRST-LAST, both included, to profile: a trace in the log's folder and a summary of it"
+    )
+    profile_ranks: tuple[Whole, ...] = setting((0,), "ranks that are profiled", "--profile-ranks")
 
 
 @dataclass(frozen=True, kw_only=True)

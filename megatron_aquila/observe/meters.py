@@ -57,6 +57,13 @@ class ThroughputMeter:
         self._clock = clock
         self._seen: deque[tuple[float, int]] = deque(maxlen=WINDOW_STEPS + 1)  # (clock, consumed samples)
 
+    def pass_over(self, report: StepReport) -> None:
+        """Take note of a step that gets no row: only the time left needs it."""
+        now = self._clock()
+        if not self._seen:  # the step itself is the only evidence; start-up before it is not the rate of the run
+            self._seen.append((now - report.seconds, report.consumed_samples - report.global_batch))
+        self._seen.append((now, report.consumed_samples))
+
     def row(self, report: StepReport) -> Row:
         """The figures of one step. Times are in seconds, memory in GiB, shares between 0 and 1."""
         tokens_per_second = report.computed_tokens / report.seconds
@@ -94,10 +101,7 @@ class ThroughputMeter:
         return row | {f"loss/{source}": loss for source, loss in report.source_loss.items()}
 
     def _seconds_left(self, report: StepReport) -> float:
-        now = self._clock()
-        if not self._seen:  # the step itself is the only evidence; start-up before it is not the rate of the run
-            self._seen.append((now - report.seconds, report.consumed_samples - report.global_batch))
-        self._seen.append((now, report.consumed_samples))
+        self.pass_over(report)
         (first, first_samples), (last, last_samples) = self._seen[0], self._seen[-1]
         rate = (last - first) / (last_samples - first_samples)
         return rate * max(0, self._total_samples - report.consumed_samples)

@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
-from megatron_aquila.data.loader import BatchLoader, MicroBatch
+from megatron_aquila.data.loader import MicroBatch
 from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.products import choose_products
@@ -269,20 +271,24 @@ def loss_scaling(config: RunConfig) -> LossScaling:
     )
 
 
-def load_batches(loader: BatchLoader, consumed: int, global_batch: int, device: torch.device) -> list[Batch]:
-    """This rank's microbatches of the global batch that starts at sample ``consumed``, on the device."""
-    return [to_device(micro, device, number) for number, micro in enumerate(loader.fetch(consumed, global_batch))]
+def host_batch(micro: MicroBatch, number: int = 0, *, pinned: bool = False) -> Batch:
+    """A microbatch, the step's ``number``-th, as tensors on the host.
 
+    ``pinned``: in memory that a GPU reads by itself. This copies, and may wait for the driver, so a loader's thread
+    does it.
+    """
 
-def to_device(micro: MicroBatch, device: torch.device, number: int = 0) -> Batch:
-    """A microbatch, the step's ``number``-th, as tensors on ``device``."""
+    def tensor(values: NDArray[Any]) -> Tensor:
+        found = torch.from_numpy(values)
+        return found.pin_memory() if pinned else found
+
     bounds = micro.document_bounds
     return Batch(
-        tokens_BS=torch.from_numpy(micro.tokens_BS).to(device),
-        labels_BS=torch.from_numpy(micro.labels_BS).to(device),
-        loss_mask_BS=torch.from_numpy(micro.loss_mask_BS).to(device),
-        positions_BS=torch.from_numpy(micro.positions_BS).to(device),
-        source_B=torch.from_numpy(micro.source_B).to(device),
-        documents=None if bounds is None else Documents(tuple(bounds.tolist()), torch.from_numpy(bounds).to(device)),
+        tokens_BS=tensor(micro.tokens_BS),
+        labels_BS=tensor(micro.labels_BS),
+        loss_mask_BS=tensor(micro.loss_mask_BS),
+        positions_BS=tensor(micro.positions_BS),
+        source_B=tensor(micro.source_B),
+        documents=None if bounds is None else Documents(tuple(bounds.tolist()), tensor(bounds)),
         microbatch=number,
     )

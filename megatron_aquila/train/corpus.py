@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from megatron_aquila.checkpoint.agree import agreed, together
@@ -14,7 +15,9 @@ from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.data.sidecar import check_fingerprint, read_fingerprint
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.train.build import host_batch
 from megatron_aquila.train.launcher import Launch
 
 
@@ -56,10 +59,13 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """Loaders of this rank. ``valid`` is ``None`` where the split has no validation documents or none is wanted."""
+    """Loaders of this rank, of batches on the host.
 
-    train: BatchLoader
-    valid: BatchLoader | None
+    ``valid`` is ``None`` where the split has no validation documents or none is wanted.
+    """
+
+    train: BatchLoader[Batch]
+    valid: BatchLoader[Batch] | None
     source_names: tuple[str, ...]
     valid_samples: int
     identity: Identity | None  # on rank 0
@@ -172,13 +178,14 @@ def build_corpus(
     trains, valid_source = agreed(lambda: build(build_missing=False), ctx.world)
     train_source = SegmentedSource(trains)
 
-    def loader(source: SampleSource, batch_at: Callable[[int], int]) -> BatchLoader:
+    def loader(source: SampleSource, batch_at: Callable[[int], int]) -> BatchLoader[Batch]:
         return BatchLoader(
             source,
             dp_rank=ctx.dp.rank,
             dp_size=ctx.dp.size,
             micro_batch=config.train.micro_batch,
             vocab_size=derived.shape.vocab_size,
+            prepare=partial(host_batch, pinned=ctx.device.type == "cuda"),
             prefetch=config.data.prefetch,
             batch_at=batch_at,
             documents=documents,

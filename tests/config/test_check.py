@@ -11,6 +11,7 @@ from megatron_aquila.config.schema import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
+    ObserveConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
@@ -25,6 +26,7 @@ SECTIONS = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "checkpoint": CheckpointConfig,
+    "observe": ObserveConfig,
 }
 
 
@@ -130,6 +132,16 @@ CASES = [
     (None, {"precision": "fp16", "initial_loss_scale": 0.5}, "--initial-loss-scale 0.5: is below min_loss_scale 1.0; "
      "use 1.0 or more"),
     (None, {"load": "a", "init_from_hf": "b"}, "--init-from-hf b: --load brings weights of its own; give one of them"),
+    (None, {"profile_steps": "12", "save": "a"}, "--profile-steps 12: is no range FIRST-LAST; use e.g. 11-12"),
+    (None, {"profile_steps": "12-11", "save": "a"}, "--profile-steps 12-11: no step is in this range, and the first "
+     "step is 1; use e.g. 11-12"),
+    (None, {"profile_steps": "0-1", "log_dir": "a"}, "--profile-steps 0-1: no step is in this range, and the first "
+     "step is 1; use e.g. 11-12"),
+    (None, {"profile_steps": "13-16", "save": "a", "train_samples": 100, "global_batch": 8, "rampup_batch": (4, 4, 8)},
+     "--profile-steps 13-16: the run has 14 steps; use 11-14"),
+    (None, {"profile_steps": "1-1"}, "--profile-steps 1-1: there is no folder for the trace; give --log-dir or --save"),
+    (2, {"profile_steps": "1-1", "save": "a", "global_batch": 2, "profile_ranks": (0, 2)}, "--profile-ranks 0 2: the "
+     "world has 2 ranks, the first is 0; leave out 2"),
 ]  # fmt: skip
 
 

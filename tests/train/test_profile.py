@@ -1,0 +1,54 @@
+"""A run with ``--profile-steps`` leaves a trace and says what is in it."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.train import profile
+from tests.train.runs import run, tiny_config
+
+
+def profiled(folder: Path, steps: str) -> RunConfig:
+    config = tiny_config(folder, train_samples=32, eval_interval=0)
+    return replace(config, observe=replace(config.observe, profile_steps=steps))
+
+
+def test_the_steps_leave_a_trace_and_a_summary(tmp_path: Path) -> None:
+    config = profiled(tmp_path, "3-4")
+    found = run(config)
+    path = tmp_path / "run" / "profile" / "rank-0-steps-3-4.json.gz"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event["name"] == "optimizer" and event["cat"] == "user_annotation" for event in events) == 2
+    summary = next(note for note in found.notes if note.startswith("profile of 2 steps"))
+    seen = profile.read_profile(path)
+    shares = seen.shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["GEMM"] > 0
+    assert shares["optimizer"] > 0
+    assert len([name for name, *_ in seen.largest() if name in summary]) == 10
+
+
+def test_a_run_that_ends_earlier_writes_what_it_has(tmp_path: Path) -> None:
+    config = profiled(tmp_path, "2-4")
+    config = replace(config, train=replace(config.train, exit_samples=24))
+    assert any("steps-2-3.json.gz" in note for note in run(config).notes)
+
+
+def test_other_ranks_profile_nothing(tmp_path: Path) -> None:
+    config = profiled(tmp_path, "1-2")
+    run(replace(config, observe=replace(config.observe, profile_ranks=(1,))))
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "profile").write_text("a file where the folder should be")
+    found = run(profiled(tmp_path, "1-1"))
+    assert len(found.reports) == 4
+    assert any("could not be written" in note for note in found.notes)
