@@ -236,7 +236,7 @@ class TrainConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute", "--device")
     kernels: tuple[str, ...] = setting(
-        (), "kernels chosen by hand, e.g. attention=reference rms_norm=torch", "--kernels"
+        (), "kernels chosen by hand, e.g. attention=sdpa_cudnn rms_norm=torch", "--kernels"
     )
     check_replicas: Whole = setting(0, "steps between checks that replicas are bit-equal; 0 means never")
 

@@ -1,6 +1,7 @@
 """Which kernel runs where, and why. Chosen once at start and logged; nothing falls back later in silence."""
 
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,17 @@ from torch import Tensor
 
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_, adamw_triton_
-from megatron_aquila.kernels.attention import causal_attention, causal_attention_flash, causal_attention_reference
+from megatron_aquila.kernels.attention import (
+    causal_attention,
+    causal_attention_cudnn,
+    causal_attention_efficient,
+    causal_attention_flash,
+    causal_attention_flash_3,
+    causal_attention_flash_4,
+    causal_attention_reference,
+    causal_attention_torch_flash,
+)
+from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.rms_norm import (
     Order,
@@ -143,7 +154,12 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
         "swiglu": {"own": swiglu, "triton": swiglu_triton, "reference": swiglu_reference},
         "attention": {
             "sdpa": causal_attention,
+            "sdpa_cudnn": causal_attention_cudnn,
+            "sdpa_flash": causal_attention_torch_flash,
+            "sdpa_efficient": causal_attention_efficient,
             "flash_attn": causal_attention_flash,
+            "flash_attn_3": causal_attention_flash_3,
+            "flash_attn_4": causal_attention_flash_4,
             "reference": causal_attention_reference,
         },
         "adamw": {"own": adamw_, "torch_fused": adamw_torch_, "apex": adamw_apex_, "triton": adamw_triton_},
@@ -153,22 +169,42 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
 
 @dataclass(frozen=True, slots=True)
 class OptionalPackage:
-    """A package that is used where it is installed: the dtypes its kernel takes, and the names we import from it."""
+    """A package that is used where it is installed: the dtypes its kernel takes, and the names we import from it.
+
+    ``takes``: a function of those, and the keywords we give to it.
+    """
 
     title: str
     dtypes: frozenset[torch.dtype]
     needs: tuple[tuple[str, str], ...]
+    takes: tuple[tuple[str, str], ...] = ()
 
 
+HALF = frozenset((torch.bfloat16, torch.float16))
+FLASH_TAKES = (
+    ("flash_attn_func", "causal"),
+    ("flash_attn_varlen_func", "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k causal"),
+)
 TRUE = ("1", "on", "true", "y", "yes")  # what Triton takes for a yes in an environment variable
 
 OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
     {
-        "flash_attn": OptionalPackage(
-            "flash_attn",
-            frozenset((torch.bfloat16, torch.float16)),
-            (("flash_attn", "flash_attn_func"), ("flash_attn", "flash_attn_varlen_func")),
+        "sdpa_cudnn": OptionalPackage("cuDNN's attention", HALF, ()),
+        "sdpa_flash": OptionalPackage(
+            "torch's flash attention",
+            HALF,
+            (("torch.nn.attention.varlen", "varlen_attn"),),
+            (("varlen_attn", "window_size"),),
         ),
+        "sdpa_efficient": OptionalPackage("torch's memory-efficient attention", HALF | {torch.float32}, ()),
+        **{
+            name: OptionalPackage(title, HALF, tuple((module, function) for function, _ in FLASH_TAKES), FLASH_TAKES)
+            for name, title, module in (
+                ("flash_attn", "flash_attn", "flash_attn"),
+                ("flash_attn_3", "flash attention 3", "flash_attn_interface"),
+                ("flash_attn_4", "flash attention 4", "flash_attn.cute"),
+            )
+        },
         "apex": OptionalPackage(  # for weights of these types the optimizer's own tensors are float32
             "NVIDIA apex",
             frozenset((torch.bfloat16, torch.float16, torch.float32)),
@@ -194,16 +230,17 @@ def choose_kernels(
     """The kernels for activations of ``dtype`` on ``device``. ``forced`` maps an op to a name of ``IMPLEMENTATIONS``.
 
     The optional packages flash_attn, NVIDIA's apex and Triton are used where they fit and can be imported. Each of our
-    Triton kernels must first show on this device, at ``sizes``, that it computes what its reference does: one that does
-    not is refused with a warning. All ranks choose alike: what cannot run on one, as ``share`` tells, runs on none.
-    Raises ``ConfigError`` for a forced op or name that does not exist, cannot run or is refused, on every rank.
+    Triton kernels, and on a GPU each attention, must first show on this device, at ``sizes``, that it computes what its
+    reference does: one that does not is refused with a warning. All ranks choose alike: what cannot run on one, as
+    ``share`` tells, runs on none. Raises ``ConfigError`` on every rank for a forced op or name that does not exist,
+    cannot run or is refused, and where no attention is left for ``sizes``.
     """
     forced = {} if forced is None else forced
     problems = [problem for op, name in forced.items() for problem in _unknown(op, name)]
     if problems:
         raise ConfigError(problems)
     candidates = {
-        op: {forced[op]: "asked for"} if op in forced else names for op, names in _preferences(device).items()
+        op: {forced[op]: "asked for"} if op in forced else names for op, names in _preferences(device, sizes).items()
     }
     refusals = _survey(candidates, device, dtype, sizes, share)
     choices = [f"{op}={name}" for op, name in forced.items()]
@@ -211,7 +248,7 @@ def choose_kernels(
         raise ConfigError(problems)
     chosen, reasons = {}, {}
     for op, names in candidates.items():
-        name, why = _first_fit(op, names, refusals)
+        name, why = _first_fit(op, names, refusals, device, sizes)
         chosen[op], reasons[op] = IMPLEMENTATIONS[op][name], f"{name}: {why}"
     return Kernels(**chosen, reasons=MappingProxyType(reasons))
 
@@ -262,7 +299,9 @@ def _joint(choice: str, mine: Mapping[str, _Refusal], everyone: Sequence[Mapping
     return _Refusal(f"{choice} does not run on rank {rank}: {everyone[rank][choice]}", is_news=True)
 
 
-def _first_fit(op: str, names: Mapping[str, str], refusals: Mapping[str, _Refusal]) -> tuple[str, str]:
+def _first_fit(
+    op: str, names: Mapping[str, str], refusals: Mapping[str, _Refusal], device: torch.device, sizes: Sizes
+) -> tuple[str, str]:
     """The first candidate that can run, and why: its own reason, or what is wrong with those before it."""
     before: list[_Refusal] = []
     for name, why in names.items():
@@ -273,7 +312,10 @@ def _first_fit(op: str, names: Mapping[str, str], refusals: Mapping[str, _Refusa
                     warnings.warn(f"kernels: {refusal.why}; {op}={name} runs instead", RuntimeWarning, stacklevel=3)
             return name, "; ".join(refusal.why for refusal in before) or why
         before.append(refusals[f"{op}={name}"])
-    raise AssertionError(f"no {op} kernel runs: {[refusal.why for refusal in before]}")
+    why = f"no {op} kernel runs on {device}: {'; '.join(refusal.why for refusal in before)}"
+    assert op == "attention", why
+    way_out = f"use --precision bf16, or samples of at most {LONGEST_PLAIN} tokens"
+    raise ConfigError([Problem("--seq-len", sizes.seq_len, why, way_out)])
 
 
 def _unknown(op: str, name: str) -> list[Problem]:
@@ -293,8 +335,10 @@ def _problem(
 
 
 def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
-    """Why a kernel of ours that depends on compiler and driver is not trusted here, in a line; None if it is."""
-    if name != "triton":
+    """Why a kernel that depends on compiler, driver or library is not trusted here, in a line; None if it is."""
+    if op == "attention" and (why := why_attention_refused(name, device=device, dtype=dtype, sizes=sizes)) is not None:
+        return f"attention={name} is refused, {why}"
+    if name == "reference" or (name != "triton" and (op, device.type) != ("attention", "cuda")):
         return None
     why = why_refused(op, IMPLEMENTATIONS[op][name], device=device, dtype=dtype, sizes=sizes)
     return None if why is None else f"{op}={name} is refused, here it does not do what its reference does: {why}"
@@ -317,17 +361,21 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{optional.title} has no {str(dtype).removeprefix('torch.')}"
     for module, attribute in optional.needs:
         try:
-            getattr(importlib.import_module(module), attribute)
+            found = getattr(importlib.import_module(module), attribute)
+            words = dict(optional.takes).get(attribute, "").split()
+            missing = [word for word in words if word not in inspect.signature(found).parameters]
         except Exception as error:  # a package that does not fit its surroundings may raise anything
             return f"{optional.title} cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+        if missing:
+            return f"{optional.title} is of another version: {attribute} does not take {' '.join(missing)}"
     return None
 
 
-def _preferences(device: torch.device) -> dict[str, dict[str, str]]:
+def _preferences(device: torch.device, sizes: Sizes) -> dict[str, dict[str, str]]:
     """For each op the kernels to try in turn, the last of which always runs, and why."""
     only, lean = {"own": "the only one"}, {"own": "keeps no float32 copy for backward"}
+    attention = attention_preferences(device, sizes)
     if device.type != "cuda":
-        attention = {"sdpa": "torch's flash attention for CPUs"}
         adamw = {"own": "on a CPU torch's fused kernel rounds differently when shards change"}
         rope = {"apply_rope": only, "rope_qkv": only}
         return {"rms_norm": lean, "add_rms_norm": lean, **rope, "swiglu": lean, "attention": attention, "adamw": adamw}
@@ -339,6 +387,6 @@ def _preferences(device: torch.device) -> dict[str, dict[str, str]]:
         "apply_rope": {**triton, **only},
         "rope_qkv": {**triton, **only},
         "swiglu": {**triton, **lean},
-        "attention": {"flash_attn": "flash_attn is installed", "sdpa": "torch's own"},
+        "attention": attention,
         "adamw": {**triton, "apex": "NVIDIA apex is installed", "torch_fused": "one pass over memory"},
     }

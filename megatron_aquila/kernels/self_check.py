@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_aquila.kernels.adamw import adamw_
+from megatron_aquila.kernels.attention import causal_attention_reference
+from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.remainder import join, split
 from megatron_aquila.kernels.rms_norm import Order, add_rms_norm_reference, rms_norm_reference
@@ -29,6 +31,10 @@ class Sizes:
     hidden_size: int = 96
     ffn_size: int = 80
     head_dim: int = 16
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    seq_len: int = 256
+    has_documents: bool = False
     norm_order: Order = "aquila"
 
 
@@ -36,13 +42,16 @@ class Sizes:
 class Trial:
     """``call(kernel, **inputs)`` gives outputs by name, ``inputs`` have gradients where the outputs do.
 
-    Inputs that optimizers keep in float32 are ``always_wide``.
+    Inputs that optimizers keep in float32 are ``always_wide``. An error is allowed ``sums`` roundings to float32 and is
+    measured against its row, or where a row may cancel to nothing, as softmax's gradient does, the ``whole`` tensor.
     """
 
     reference: Callable[..., Any]
     inputs: Mapping[str, Tensor]
     call: Callable[..., Mapping[str, Tensor]]
     always_wide: bool = False
+    sums: int = 32
+    whole: bool = False
 
 
 class _Draw:
@@ -111,6 +120,23 @@ def _rope_qkv(sizes: Sizes, draw: _Draw) -> Trial:
     return Trial(rope_qkv_, {"qkv": draw(*draw.tokens, 8 * sizes.head_dim)}, call)
 
 
+def _attention(sizes: Sizes, draw: _Draw) -> Trial:
+    """Of two samples, no longer than shows every kind of block; the reference holds all scores."""
+    length = min(sizes.seq_len, 256)
+    bounds = sorted({0, 1, length // 3, length, length + length // 2, 2 * length})
+
+    def call(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Mapping[str, Tensor]:
+        documents = None
+        if sizes.has_documents:
+            documents = Documents(tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=q.device))
+        return {"the output": kernel(q, k, v, documents)}
+
+    heads = {"q": sizes.num_heads, "k": sizes.num_kv_heads, "v": sizes.num_kv_heads}
+    inputs = {name: draw(length, 2, count, sizes.head_dim) for name, count in heads.items()}
+    inputs["q"] *= 2  # sharper weights: a token too many or too few shows
+    return Trial(causal_attention_reference, inputs, call, sums=1024, whole=True)
+
+
 def _adamw(sizes: Sizes, draw: _Draw) -> Trial:
     settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -161,6 +187,7 @@ TRIALS: Mapping[str, Callable[[Sizes, _Draw], Trial]] = MappingProxyType(
         "apply_rope": _apply_rope,
         "rope_qkv": _rope_qkv,
         "swiglu": _swiglu,
+        "attention": _attention,
         "adamw": _adamw,
     }
 )
@@ -171,8 +198,8 @@ def why_refused(
 ) -> str | None:
     """Why ``kernel`` must not run as ``op`` here, in a line: it fails, or errs by more than roundings; else None.
 
-    A value may be off by four roundings to ``dtype`` and 32 to float32 (sums, the GPU's exp) of itself and of the
-    root mean square of its row.
+    A value may be off by four roundings to ``dtype`` and the trial's to float32 (sums, the GPU's exp) of itself and of
+    the root mean square of what the trial measures it against.
     """
     try:
         trial = TRIALS[op](sizes, _Draw(device))
@@ -180,11 +207,12 @@ def why_refused(
         exact, ours = _outcomes(trial, kernel, dtype)
     except Exception as error:  # compilers and drivers raise anything
         return f"it fails: {' '.join(f'{type(error).__name__}: {error}'.split())}"
-    allowed = 4 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
+    allowed = 4 * torch.finfo(dtype).eps + trial.sums * torch.finfo(torch.float32).eps
     for name, value in exact.items():
         if ours[name].shape != value.shape:
             return f"{name} has the shape {tuple(ours[name].shape)}, not {tuple(value.shape)}"
-        bound = allowed * (value.abs() + value.square().mean(-1, keepdim=True).sqrt())
+        square = value.square().mean() if trial.whole else value.square().mean(-1, keepdim=True)
+        bound = allowed * (value.abs() + square.sqrt())
         error_of = (ours[name].double() - value).abs()
         wrong = ~(error_of <= bound)  # also what is not a number
         if wrong.any():

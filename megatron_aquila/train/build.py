@@ -96,7 +96,7 @@ def build_machine(
             ctx.device,
             dtype,
             forced=dict(split_choice(word) for word in config.train.kernels),
-            sizes=kernel_sizes(derived.shape, ctx),
+            sizes=kernel_sizes(config, derived.shape, ctx),
             share=lambda mine: gather_objects(mine, ctx.world),
         )
     placement = Placement(
@@ -145,12 +145,16 @@ def build_machine(
     )
 
 
-def kernel_sizes(shape: ModelShape, ctx: ParallelContext) -> Sizes:
+def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Sizes:
     """What this rank's kernels are tried at."""
     return Sizes(
         hidden_size=shape.hidden_size,
         ffn_size=shape.ffn_size // ctx.tp.size,
         head_dim=shape.head_dim,
+        num_heads=shape.num_heads // ctx.tp.size,
+        num_kv_heads=shape.num_kv_heads // ctx.tp.size,
+        seq_len=shape.seq_len,
+        has_documents=config.data.reset_attention_mask,
         norm_order=shape.norm_order,
     )
 
