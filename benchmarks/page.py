@@ -156,17 +156,20 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
 
 ABOUT: Mapping[str, str] = MappingProxyType(
     {
-        "ceilings": """What the GPU gives for the products, copies and attention of the 7B and the 34B, sustained on random
-data.""",
-        "kernels": """Each kernel against its reference in plain torch, the same under torch.compile, and liger-kernel where
-it is installed. The error is the largest difference from float64, as a share of the tensor's largest value.""",
-        "step": """Whole steps, with data, clipping, AdamW and the report, against transformers' LlamaForCausalLM of the same
-shape with SDPA, fused AdamW and torch.compile, in one run.""",
-        "cpu": """The step of a model of 4 layers of 256 against transformers, what an op costs beside its arithmetic, and
-what 8 ranks say in a step of the same 32 samples: planned by `plan/traffic.py`, and counted on fake ranks to be just
-that.""",
-        "loader": """Start-up and reading of documents whose lengths are log-normal, in one thread: samples from all over the
-data, in microbatches of 4. Peak memory counts the mapped files' pages that were touched.""",
+        "ceilings": """\
+What the GPU gives for the products, copies and attention of the 7B and the 34B, sustained on random data.""",
+        "kernels": """\
+Each kernel against its reference in plain torch, the same under torch.compile, and liger-kernel where it is installed.
+The error is the largest difference from float64, as a share of the tensor's largest value.""",
+        "step": """\
+Whole steps, with data, clipping, AdamW and the report, against transformers' LlamaForCausalLM of the same shape with
+SDPA, fused AdamW and torch.compile, in one run.""",
+        "cpu": """\
+The step of a model of 4 layers of 256 against transformers, what an op costs beside its arithmetic, and what 8 ranks
+say in a step of the same 32 samples: planned by `plan/traffic.py`, and counted on fake ranks to be just that.""",
+        "loader": """\
+Start-up and reading of documents whose lengths are log-normal, in one thread: samples from all over the data, in
+microbatches of 4. Peak memory counts the mapped files' pages that were touched.""",
     }
 )
 
