@@ -223,7 +223,8 @@ class MemoryPlan:
 
     def _norm(self, modules: frozenset[Module]) -> int:
         """Bytes that autograd keeps of a norm: its input and output 2 H, whole where the sequence is not split, and its
-        scale in at least four bytes; recomputed, its input alone.
+        scale in at least four bytes; recomputed, its input alone. A layer's second norm is of a sum: recomputed, it
+        keeps the attention's output, and the other term is what the first norm keeps.
         """
         output = "norms" not in modules
         return (self._item * (1 + output) * self.shape.hidden_size + self._wide * output) * self._residual_tokens
