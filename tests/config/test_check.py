@@ -126,6 +126,14 @@ CASES = [
     (None, {"precision": "fp8", "hidden_size": 72, "num_heads": 4, "num_kv_heads": 1, "seq_len": 8, "micro_batch": 1},
      "--precision fp8: hidden_size 72, num_heads x head_dim / tp 72, num_kv_heads x head_dim / tp 18 and micro_batch x "
      "seq_len 8 are no multiples of 16; change the sizes, or use bf16"),
+    (None, {"moments_dtype": "bf16", "precision": "fp32"}, "--moments-dtype bf16: fp32 has no use for it: only bf16 "
+     "weights are as narrow; use fp32, or --precision bf16"),
+    (None, {"master_weights": "remainder", "precision": "fp16"}, "--master-weights remainder: fp16 has no use for it: "
+     "only bf16 weights are as narrow; use fp32, or --precision bf16"),
+    (None, {"master_weights": "remainder", "optimizer": "sgd"}, "--master-weights remainder: sgd is for proofs and "
+     "keeps nothing narrow; use --optimizer adamw"),
+    (None, {"moments_dtype": "bf16", "beta2": 0.999}, "--moments-dtype bf16: with --beta2 0.999 a moment could not "
+     "shrink: a step's 0.001 of it is rounded away; use fp32, or --beta2 0.99 or less"),
     (None, {"grad_reduce": "bf16", "precision": "fp64"}, "--grad-reduce bf16: it would round the gradients of fp64 "
      "weights to 8 bits; use fp32, or --precision bf16"),
     (None, {"loss_scale": 8.0}, "--loss-scale 8.0: bf16 needs no loss scale; leave it out"),

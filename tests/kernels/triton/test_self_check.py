@@ -34,7 +34,7 @@ MUTANTS = {
     "samples change places": ("rope", "rope_qkv", "token // num_samples, token % num_samples", "token // num_samples, 0 * token"),
     "k is not turned": ("rope", "rope_qkv", "turning, turning, cos_SBD", "q, q, cos_SBD"),
     "v is turned back": ("rope", "rope_qkv", "(True, True, False)", "(True, True, True)"),
-    "decay after the update": ("adamw", "adamw", "* decay\n", "\n"),
+    "decay after the update": ("adamw", "adamw", "weight *= decay\n", "weight *= 1.0\n"),
     "the second moment's correction": ("adamw", "adamw", "tl.div_rn(tl.sqrt_rn(square), correction2)", "tl.sqrt_rn(square)"),
     "gradients are not clipped": ("adamw", "adamw", " * tl.load(factor).to(tl.float32)", ""),
     "the remainder is not added": ("adamw", "adamw", "<< 16) + rest)", "<< 16))"),
