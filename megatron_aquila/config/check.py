@@ -202,6 +202,26 @@ def _grad_reduce(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--grad-reduce", "bf16", why, "use fp32, or --precision bf16")
 
 
+def _optimizer_storage(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Narrow states are for bf16 weights under AdamW, and moments must be able to shrink in them."""
+    optim, precision = config.optim, config.train.precision
+    asked = {"--moments-dtype": optim.moments_dtype, "--master-weights": optim.master_weights}
+    for flag, value in asked.items():
+        if value == "fp32":
+            continue
+        if optim.optimizer != "adamw":
+            yield Problem(
+                flag, value, f"{optim.optimizer} is for proofs and keeps nothing narrow", "use --optimizer adamw"
+            )
+        if precision != "bf16":
+            why = f"{precision} has no use for it: only bf16 weights are as narrow"
+            yield Problem(flag, value, why, "use fp32, or --precision bf16")
+    for flag, beta in (("--beta1", optim.beta1), ("--beta2", optim.beta2)):
+        if optim.moments_dtype == "bf16" and 1 - beta < 2**-8:
+            why = f"with {flag} {beta} a moment could not shrink: a step's {1 - beta:.2g} of it is rounded away"
+            yield Problem("--moments-dtype", "bf16", why, f"use fp32, or {flag} 0.99 or less")
+
+
 def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     optim, precision = config.optim, config.train.precision
     if precision != "fp16":
@@ -234,6 +254,8 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
     _grad_reduce: "parallel.grad_reduce train.precision",
+    _optimizer_storage: "optim.optimizer optim.moments_dtype optim.master_weights optim.beta1 optim.beta2 "
+    "train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
     check_profile: f"{_BATCH} train.rampup_batch train.train_samples observe.profile_steps observe.profile_ranks "
     "observe.log_dir checkpoint.save",

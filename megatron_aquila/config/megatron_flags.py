@@ -146,7 +146,10 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "the residual stream has the type of the activations", "leave it out, or use --precision fp32"
         ),
         "--grad-reduce-in-bf16": Sets("parallel.grad_reduce", "bf16"),
-        "--use-precision-aware-optimizer": Refused("optimizer states are fp32 or wider", "leave it out"),
+        "--use-precision-aware-optimizer": Always("each of the optimizer's states has its own type: --moments-dtype"),
+        "--main-params-dtype": Always("masters are fp32; --master-weights says how they are kept", ("fp32",)),
+        "--main-grads-dtype": Always("gradients are summed in fp32 or wider", ("fp32",)),
+        **_family(Follows("optim.moments_dtype"), "--exp-avg-dtype --exp-avg-sq-dtype"),
         **_family(Refused("fp8 is not offered", "use --bf16"), "--fp8-format --fp8-hybrid --fp8-e4m3 --fp8-margin"),
         # The network
         "--use-mcore-models": Always(_ONE_MODEL),

@@ -159,6 +159,10 @@ class OptimConfig:
     beta1: Share = setting(0.9, "decay of Adam's first moment", "--beta1", "--adam-beta1")
     beta2: Share = setting(0.95, "decay of Adam's second moment", "--beta2", "--adam-beta2")
     eps: Positive = setting(1e-8, "Adam's epsilon", "--eps", "--adam-eps")
+    moments_dtype: Literal["fp32", "bf16"] = setting("fp32", "type that Adam's moments are kept in between steps")
+    master_weights: Literal["fp32", "remainder"] = setting(
+        "fp32", "how bf16 weights' fp32 masters are kept: whole, or as the 16 bits that the weights lack"
+    )
     weight_decay: NotNegative = setting(0.1, "decoupled weight decay of matrices; norms have none")
     clip_grad: NotNegative = setting(1.0, "largest global gradient norm; 0 means no clipping", "--clip-grad")
     initial_loss_scale: Positive = setting(2.0**32, "fp16: what the loss is first multiplied with for its gradients")

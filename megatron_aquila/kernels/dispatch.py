@@ -101,6 +101,7 @@ class AdamWUpdate(Protocol):
         factor: Tensor,
         applies: Tensor,
         publish: Tensor | None = None,
+        remainder: Tensor | None = None,
     ) -> None:
         """One update in place, and its result rounded into ``publish``."""
         ...

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_aquila.kernels.adamw import adamw_
 from megatron_aquila.kernels.precision import compute_dtype
+from megatron_aquila.kernels.remainder import join, split
 from megatron_aquila.kernels.rms_norm import Order, add_rms_norm_reference, rms_norm_reference
 from megatron_aquila.kernels.rope import apply_rope, rope_qkv_, rope_tables
 from megatron_aquila.kernels.swiglu import swiglu_reference
@@ -117,12 +118,40 @@ def _adamw(sizes: Sizes, draw: _Draw) -> Trial:
         new = {name: x.detach().clone() for name, x in tensors.items()}
         for factor, applies in ((0.7, True), (math.nan, False)):
             scalars = {"step": torch.tensor(3), "factor": torch.tensor(factor), "applies": torch.tensor(applies)}
-            kernel(*new.values(), **settings, **{name: x.to(new["param"].device) for name, x in scalars.items()})
-        return new
+            now = settings | {name: x.to(new["param"].device) for name, x in scalars.items()}
+            kernel(*new.values(), **now)
+            if applies:
+                narrow = _narrow_adamw(kernel, {name: x.detach() for name, x in tensors.items()}, new, now)
+        return new | narrow
 
     size = 64 * sizes.hidden_size + 3  # no multiple of a block
     inputs = {name: draw(size) for name in ("param", "grad", "exp_avg")}
     return Trial(adamw_, {**inputs, "exp_avg_sq": draw(size).square()}, call, always_wide=True)
+
+
+def _narrow_adamw(
+    kernel: Callable[..., None], tensors: Mapping[str, Tensor], wide: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The same update of a master with a remainder and of moments in bfloat16, from values that these hold exactly.
+
+    The reference in float64 has no such masters; its moments are rounded before. Rounded after, they may be a bfloat16
+    apart from those of the ``wide`` update: which are further is told, so that the right answer is zeros.
+    """
+    param, grad, mean, square = tensors.values()
+    rounded = [moment.bfloat16() for moment in (mean, square)]
+    if param.dtype is not torch.float32:
+        master, moments = param.clone(), [moment.to(param.dtype) for moment in rounded]
+        kernel(master, grad, *moments, **settings)
+    else:
+        weight, remainder = split(param)
+        moments = [moment.clone() for moment in rounded]
+        kernel(weight, grad, *moments, **settings, remainder=remainder)
+        master = join(weight, remainder)
+    apart = [
+        (new.to(grad.dtype) - wide[name]).abs() > wide[name].abs() / 32 + 0.01
+        for name, new in zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
+    ]
+    return {"the joined master": master, "what is apart": torch.stack(apart).to(grad.dtype)}
 
 
 TRIALS: Mapping[str, Callable[[Sizes, _Draw], Trial]] = MappingProxyType(

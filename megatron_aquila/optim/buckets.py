@@ -32,13 +32,26 @@ class Reduction:
         return None if not has_copies else 2 if self.overlap else 1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """How an optimizer keeps what it needs between steps.
+
+    ``moments``: their type, None for that of the gradients' sums. ``has_remainders``: of the float32 master of a
+    bfloat16 weight only the 16 bits that the weight lacks (``kernels.remainder``), else all of it.
+    """
+
+    moments: torch.dtype | None = None
+    has_remainders: bool = False
+
+
 class Bucket:
     """The weights and gradient sums of a layout, and this rank's shard of both.
 
     The parameters become views of ``weights``, the sums of their gradients (``main_grads``) views of ``grads``. Each
     gradient that autograd produces is added there at once, in ``main_dtype``, and dropped, so that 16-bit gradients of
-    many microbatches are summed in float32. ``master`` is this rank's shard in ``main_dtype``: a copy for 16-bit
-    weights, else the weights' own shard. ``on_complete`` is called when the last gradient of a step has been added.
+    many microbatches are summed in float32. ``master`` is this rank's shard as updates change it: a copy in
+    ``main_dtype`` for 16-bit weights, else the weights' own shard, then with a ``remainder`` where ``storage`` says so.
+    ``on_complete`` is called when the last gradient of a step has been added.
     """
 
     def __init__(
@@ -47,6 +60,7 @@ class Bucket:
         group: Group,
         *,
         reduction: Reduction = Reduction(),
+        storage: Storage = Storage(),
         on_complete: Callable[[], None] = lambda: None,
     ) -> None:
         device = layout.slots[0].info.param.device
@@ -62,7 +76,12 @@ class Bucket:
             self._adopt(slot.info.param, slice(slot.offset, slot.offset + slot.info.param.numel()))
         own = slice(group.rank * layout.shard_size, (group.rank + 1) * layout.shard_size)
         self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
-        self.master = self.weight_shard.to(self.grads.dtype)  # no copy if the type is the same
+        self.remainder: Tensor | None = None
+        self.master = self.weight_shard
+        if storage.has_remainders and layout.dtype is torch.bfloat16:
+            self.remainder = torch.zeros_like(self.weight_shard, dtype=torch.int16)
+        else:
+            self.master = self.weight_shard.to(self.grads.dtype)  # no copy if the type is the same
         self.pieces: list[Piece] = layout.pieces(group.rank)
 
     @property

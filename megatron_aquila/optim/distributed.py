@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_aquila.optim.buckets import Bucket, Reduction
+from megatron_aquila.optim.buckets import Bucket, Reduction, Storage
 from megatron_aquila.optim.clip import Clip, counted_spans, squared_norm
 from megatron_aquila.optim.groups import plan_buckets
 from megatron_aquila.optim.rules import Rule
@@ -40,15 +40,20 @@ class DistributedOptimizer:
         rule: Rule,
         bucket_bytes: int,
         reduction: Reduction = Reduction(),
+        storage: Storage = Storage(),
     ) -> None:
         layouts = plan_buckets(infos, bucket_bytes=bucket_bytes, num_shards=ctx.dp_cp.size)
         self._ctx = ctx
         self._rule = rule
         self._buckets = [
-            Bucket(layout, ctx.dp_cp, reduction=reduction, on_complete=self._reduce_complete) for layout in layouts
+            Bucket(layout, ctx.dp_cp, reduction=reduction, storage=storage, on_complete=self._reduce_complete)
+            for layout in layouts
         ]
         self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.main_grads}
-        self._states = [{name: torch.zeros_like(bucket.master) for name in rule.state} for bucket in self._buckets]
+        self._states = [
+            {name: torch.zeros_like(bucket.grad_shard, dtype=storage.moments) for name in rule.state}
+            for bucket in self._buckets
+        ]
         self._reduces_early, self._most_under_way = reduction.overlap, reduction.most_under_way
         self._num_begun = 0  # buckets whose reduction was begun in this step
         self._counted = [bucket.grad_shard[s] for bucket in self._buckets for s in counted_spans(bucket.pieces)]
@@ -118,6 +123,7 @@ class DistributedOptimizer:
                 step=self._applied_steps,
                 clip=clip,
                 publish=bucket.publish,
+                remainder=bucket.remainder,
             )
             bucket.begin_publish()
 
@@ -130,8 +136,9 @@ class DistributedOptimizer:
     def ranges(self) -> list[tuple[str, FlatRange, Tensor]]:
         """This rank's share of everything, as ``(kind, range of a parameter, flat view)``; the replicas cover it once.
 
-        Kinds: "grad", "weight", the rule's own ("exp_avg", "exp_avg_sq"), and "master" where weights are narrower than
-        their masters. Views are of the optimizer's memory: reading into them restores it. Waits for the weights.
+        Kinds: "grad", "weight", the rule's own ("exp_avg", "exp_avg_sq"), and where weights are narrower than their
+        masters "master", or "remainder" for what the weights lack of it. Views are of the optimizer's memory: reading
+        into them restores it. Waits for the weights.
         """
         self.wait_for_weights()
         shares = []
@@ -139,6 +146,8 @@ class DistributedOptimizer:
             kinds = {"grad": bucket.grad_shard, "weight": bucket.weight_shard, **state}
             if bucket.keeps_master:
                 kinds["master"] = bucket.master
+            if bucket.remainder is not None:
+                kinds["remainder"] = bucket.remainder
             for piece in bucket.pieces:
                 shares += [(kind, piece.flat, flat[piece.start : piece.stop]) for kind, flat in kinds.items()]
         return shares
@@ -148,6 +157,8 @@ class DistributedOptimizer:
         self.wait_for_weights()
         for bucket in self._buckets:
             bucket.master.copy_(bucket.weight_shard)
+            if bucket.remainder is not None:
+                bucket.remainder.zero_()
 
     def _reduce_complete(self) -> None:
         """Begin to reduce what is complete, as far as nothing before it is missing."""

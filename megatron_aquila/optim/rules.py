@@ -14,7 +14,7 @@ from megatron_aquila.optim.clip import Clip
 class Rule(Protocol):
     """How weights follow from gradients."""
 
-    state: ClassVar[tuple[str, ...]]  # names of the tensors it keeps, each like the weight and 0 at first
+    state: ClassVar[tuple[str, ...]]  # names of the tensors it keeps, each as large as the weight and 0 at first
 
     def update_(
         self,
@@ -27,11 +27,12 @@ class Rule(Protocol):
         step: Tensor,
         clip: Clip,
         publish: Tensor | None = None,
+        remainder: Tensor | None = None,
     ) -> None:
         """Change ``weight`` and ``state`` in place, by ``grad`` times ``clip.factor``; not where it is not finite.
 
-        All are flat and of one type. ``step`` is 0-dim on the device; the first is 1. ``publish`` gets the new weight
-        in its own type. Waits for nothing.
+        All are flat and of one size. ``step`` is 0-dim on the device; the first is 1. ``publish`` gets the new weight
+        in its own type; with a ``remainder`` it is the weight, of which they are the missing bits. Waits for nothing.
         """
         ...
 
@@ -59,6 +60,7 @@ class AdamW:
         step: Tensor,
         clip: Clip,
         publish: Tensor | None = None,
+        remainder: Tensor | None = None,
     ) -> None:
         """Local."""
         self.kernel(
@@ -75,6 +77,7 @@ class AdamW:
             factor=clip.factor,
             applies=clip.is_finite,
             publish=publish,
+            remainder=remainder,
         )
 
 
@@ -97,8 +100,10 @@ class Sgd:
         step: Tensor,
         clip: Clip,
         publish: Tensor | None = None,
+        remainder: Tensor | None = None,
     ) -> None:
         """Local."""
+        assert remainder is None, "SGD keeps masters in float32"
         shrunk = weight * (1 - lr * self.weight_decay) if decays else weight
         torch.where(clip.is_finite, shrunk.add(grad * clip.factor, alpha=-lr), weight, out=weight)
         if publish is not None:

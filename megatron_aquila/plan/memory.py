@@ -51,6 +51,8 @@ class MemoryPlan:
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    master_weights: Literal["fp32", "remainder"] = "fp32"
     bucket_bytes: int = 128 * 2**20
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     deterministic_reduce: bool = False
@@ -70,8 +72,8 @@ class MemoryPlan:
         return Memory(
             weights=params * self._item,
             main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
-            master_weights=shard * 4 if ITEM_BYTES[self.precision] < 4 else 0,
-            optimizer_states=shard * gradient * MOMENTS[self.optimizer],
+            master_weights=shard * (2 if self.master_weights == "remainder" else 4) if self._item < 4 else 0,
+            optimizer_states=shard * (2 if self.moments_dtype == "bf16" else gradient) * MOMENTS[self.optimizer],
             activations=self._kept(rank),
             logits=sum(max(1, count) * self._logits(stage) for stage, count in self._by_stage(rank).items()),
             temporaries=max(self._temporaries(stage) + self._recomputed(stage) for stage in stages)

@@ -16,7 +16,7 @@ from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
-from megatron_aquila.optim.buckets import Reduction
+from megatron_aquila.optim.buckets import Reduction, Storage
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
@@ -117,6 +117,7 @@ def build_machine(
         rule=update_rule(config.optim, kernels),
         bucket_bytes=bucket_bytes(config),
         reduction=reduction(config.parallel),
+        storage=storage(config.optim),
     )
     if config.parallel.fuse_main_grads:
         placement.weight_grads.accumulate_into(optimizer.main_grads())
@@ -167,6 +168,14 @@ def reduction(parallel: ParallelConfig) -> Reduction:
         dtype=torch.bfloat16 if parallel.grad_reduce == "bf16" else None,
         in_rank_order=parallel.deterministic_reduce,
         overlap=parallel.overlap,
+    )
+
+
+def storage(optim: OptimConfig) -> Storage:
+    """How masters and moments are kept between steps."""
+    return Storage(
+        moments=torch.bfloat16 if optim.moments_dtype == "bf16" else None,
+        has_remainders=optim.master_weights == "remainder",
     )
 
 

@@ -30,7 +30,8 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
     corpus = build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     log.line(corpus.train.source.describe())
     log.line(begins(start.state, checkpoint))
-    load_weights(machine, start)
+    for line in load_weights(machine, start):
+        log.line(line)
     try:
         with open_reporter(machine, log) as reporter:
             return train(machine, corpus, start.state, reporter)

@@ -123,6 +123,14 @@ CASES = [
      "--lr-wsd-decay-samples 90: after the warm-up only 80 samples are left; use 80 or less"),
     (None, {"precision": "fp64", "device": "cuda"}, "--precision fp64: fp64 is for proofs on the CPU; attention on "
      "CUDA has no fp64; use bf16 or fp32, or --device cpu"),
+    (None, {"moments_dtype": "bf16", "precision": "fp32"}, "--moments-dtype bf16: fp32 has no use for it: only bf16 "
+     "weights are as narrow; use fp32, or --precision bf16"),
+    (None, {"master_weights": "remainder", "precision": "fp16"}, "--master-weights remainder: fp16 has no use for it: "
+     "only bf16 weights are as narrow; use fp32, or --precision bf16"),
+    (None, {"master_weights": "remainder", "optimizer": "sgd"}, "--master-weights remainder: sgd is for proofs and "
+     "keeps nothing narrow; use --optimizer adamw"),
+    (None, {"moments_dtype": "bf16", "beta2": 0.999}, "--moments-dtype bf16: with --beta2 0.999 a moment could not "
+     "shrink: a step's 0.001 of it is rounded away; use fp32, or --beta2 0.99 or less"),
     (None, {"grad_reduce": "bf16", "precision": "fp64"}, "--grad-reduce bf16: it would round the gradients of fp64 "
      "weights to 8 bits; use fp32, or --precision bf16"),
     (None, {"loss_scale": 8.0}, "--loss-scale 8.0: bf16 needs no loss scale; leave it out"),

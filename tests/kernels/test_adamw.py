@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_aquila.kernels import adamw
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
+from megatron_aquila.kernels.remainder import join, split
 
 SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SIZE, STEPS = 203, 4
@@ -110,6 +112,41 @@ def test_gradients_are_multiplied_as_they_are_read(update) -> None:
     assert not torch.equal(ours(update, torch.float64)[1], halved[1])
 
 
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_a_remainder_gives_the_bits_of_a_whole_master(update, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many steps, in several blocks. Weights differ from a cast where the master is half-way between two."""
+    monkeypatch.setattr(adamw, "BLOCK", 64)
+    monkeypatch.setattr(adamw, "WIDENED", 64)
+    master = torch.linspace(-1, 1, SIZE)
+    master[::7] = from_half_way = torch.tensor(0x3F808000, dtype=torch.int32).view(torch.float32)
+    weight, remainder = split(master)
+    assert (weight != master.bfloat16()).sum() == (master == from_half_way).sum()
+    moments, same = (([torch.zeros(SIZE) for _ in range(2)]) for _ in range(2))
+    for step in range(1, 30):
+        grad = torch.randn(SIZE, generator=torch.Generator().manual_seed(step))
+        now = {"step": torch.tensor(step), "factor": torch.tensor(0.3), "applies": torch.tensor(step % 5 != 0)}
+        update(master, grad.clone(), *moments, **SETTINGS, **now)
+        update(weight, grad.clone(), *same, **SETTINGS, **now, remainder=remainder)
+        assert torch.equal(join(weight, remainder), master)
+        assert all(map(torch.equal, moments, same))
+        is_half_way = master.view(torch.int32) & 0xFFFF == 0x8000
+        assert torch.equal(weight[~is_half_way], master.bfloat16()[~is_half_way])
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_moments_in_bf16_are_those_in_fp32_rounded_each_step(update) -> None:
+    param, other = torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE)
+    narrow, wide = ([torch.zeros(SIZE, dtype=dtype) for _ in range(2)] for dtype in (torch.bfloat16, torch.float32))
+    for step, grad in enumerate(gradients(torch.float32), start=1):
+        update(param, grad.clone(), *narrow, step=torch.tensor(step), **SETTINGS, **NOW)
+        update(other, grad.clone(), *wide, step=torch.tensor(step), **SETTINGS, **NOW)
+        assert torch.equal(param, other)
+        assert all(map(torch.equal, narrow, [moment.bfloat16() for moment in wide]))
+        wide = [moment.bfloat16().float() for moment in wide]
+    unrounded = ours(update, torch.float32)
+    assert not torch.equal(unrounded[0], param)
+
+
 def test_apex_is_called_as_fused_adam_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package runs on GPUs only; a stand-in with FusedAdam's calling convention checks the order of arguments."""
 
@@ -127,3 +164,11 @@ def test_apex_is_called_as_fused_adam_calls_it(monkeypatch: pytest.MonkeyPatch) 
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
     assert all(map(torch.equal, ours(adamw_apex_, torch.float32), ours(adamw_, torch.float32)))
+    outcomes = []
+    for update in (adamw_apex_, adamw_):
+        halves = split(torch.linspace(-1, 1, SIZE))
+        moments = [torch.zeros(SIZE, dtype=torch.bfloat16) for _ in range(2)]
+        grad, now = torch.ones(SIZE), NOW | {"step": torch.tensor(1)}
+        update(halves[0], grad, *moments, **SETTINGS, **now, remainder=halves[1])
+        outcomes.append([*halves, *moments])
+    assert all(map(torch.equal, *outcomes))

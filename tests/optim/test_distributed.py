@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_aquila.kernels.remainder import join, split
 from megatron_aquila.optim import buckets, clip, distributed
+from megatron_aquila.optim.buckets import Storage
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.parallel.context import ParallelContext
@@ -148,6 +150,84 @@ def test_bf16_weights_are_rounded_float32_masters(pool: Callable[[int], WorkerPo
             assert torch.equal(got[name], param.bfloat16()), name
     without_masters = nn.Parameter(params["matrix"].detach().bfloat16())
     assert not torch.equal(without_masters + 1e-4, without_masters.float() + 1e-4), "bf16 loses small updates"
+
+
+NARROW = Storage(moments=torch.bfloat16, has_remainders=True)
+STORAGES = {"whole": Storage(), "remainders": Storage(has_remainders=True), "narrow": NARROW}
+
+
+def stored(dp: int, storage: str, bucket_bytes: int) -> list[tuple[str, str, int, Tensor]]:
+    """Kind, parameter, place and values of what a rank keeps after some steps whose gradients are given."""
+    ctx = ParallelContext.create(RankGrid(dp=dp), torch.device("cpu"))
+    infos = toy_infos(torch.bfloat16)
+    rule, how = RULES["adamw"], STORAGES[storage]
+    optimizer = DistributedOptimizer(infos, ctx, rule=rule, bucket_bytes=bucket_bytes, storage=how)
+    for step in range(STEPS):
+        optimizer.begin_step(1)
+        if ctx.rank == 0:  # the sum over replicas has no order then
+            give_gradients(infos, step)
+        optimizer.reduce_gradients()
+        optimizer.step(lr_of(step), optimizer.clip(0.0))
+    return [(kind, flat.info.name, flat.start, view.clone()) for kind, flat, view in optimizer.ranges()]
+
+
+def assembled(ranks: list[list[tuple[str, str, int, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    whole: dict[str, dict[str, Tensor]] = {}
+    for kind, name, start, view in (share for shares in ranks for share in shares):
+        size = torch.Size(SHAPES[name]).numel()
+        target = whole.setdefault(kind, {}).setdefault(name, torch.zeros(size, dtype=view.dtype))
+        target[start : start + view.numel()] = view
+    return whole
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
+
+
+def test_remainders_keep_the_masters_bits_and_shards_change_none(pool: Callable[[int], WorkerPool]) -> None:
+    (alone,) = pool(1).run(stored, 1, "whole", ONE_BUCKET)
+    whole = assembled([alone])
+    halves = {name: split(master) for name, master in whole["master"].items()}
+    for dp, size in ((1, ONE_BUCKET), (2, MANY_BUCKETS), (4, ONE_BUCKET)):
+        found = assembled(pool(dp).run(stored, dp, "remainders", size))
+        assert found.keys() == {"grad", "weight", "remainder", "exp_avg", "exp_avg_sq"}
+        masters = {name: join(found["weight"][name], found["remainder"][name]) for name in SHAPES}
+        assert equal(masters, whole["master"])
+        assert equal(found["weight"], {name: weight for name, (weight, _) in halves.items()})
+        assert all(equal(found[moment], whole[moment]) for moment in ("exp_avg", "exp_avg_sq"))
+
+
+def test_narrow_states_depend_on_no_shard(pool: Callable[[int], WorkerPool]) -> None:
+    outcomes = [
+        assembled(pool(dp).run(stored, dp, "narrow", size)) for dp, size in ((1, ONE_BUCKET), (2, MANY_BUCKETS))
+    ]
+    for kind in ("weight", "remainder", "exp_avg", "exp_avg_sq"):
+        assert equal(outcomes[0][kind], outcomes[1][kind])
+    assert {x.dtype for kind in ("exp_avg", "exp_avg_sq") for x in outcomes[0][kind].values()} == {torch.bfloat16}
+
+
+def test_sgd_has_no_remainders() -> None:
+    infos, ctx = toy_infos(torch.bfloat16), ParallelContext.single()
+    optimizer = DistributedOptimizer(infos, ctx, rule=RULES["sgd"], bucket_bytes=ONE_BUCKET, storage=NARROW)
+    with pytest.raises(AssertionError, match="SGD keeps masters in float32"):
+        optimizer.step(0.1, optimizer.clip(0.0))
+
+
+def test_only_bf16_weights_have_remainders() -> None:
+    for dtype, kinds in ((torch.float32, {"weight"}), (torch.float16, {"weight", "master"})):
+        infos, ctx = toy_infos(dtype), ParallelContext.single()
+        optimizer = DistributedOptimizer(infos, ctx, rule=RULES["sgd"], bucket_bytes=ONE_BUCKET, storage=NARROW)
+        assert {kind for kind, _, _ in optimizer.ranges()} == {"grad", *kinds}
+
+
+def test_refreshed_remainders_are_of_the_weights() -> None:
+    infos, ctx = toy_infos(torch.bfloat16), ParallelContext.single()
+    optimizer = DistributedOptimizer(infos, ctx, rule=RULES["adamw"], bucket_bytes=ONE_BUCKET, storage=NARROW)
+    for kind, _, view in optimizer.ranges():
+        if kind == "remainder":
+            view.fill_(5)
+    optimizer.refresh_masters()
+    assert not any(view.any() for kind, _, view in optimizer.ranges() if kind == "remainder")
 
 
 def share(dp: int) -> list[tuple[str, str, int, int, Tensor, bool]]:

@@ -188,6 +188,25 @@ def test_what_a_rank_keeps_is_what_the_plan_says(preset, pp_rank):
     assert trace.static == sum(trace.by_kind.values()) + COUNT
 
 
+@pytest.mark.parametrize(
+    ("narrow", "kinds"),
+    [
+        ({"moments_dtype": "bf16"}, {"master"}),
+        ({"moments_dtype": "bf16", "master_weights": "remainder"}, {"remainder"}),
+    ],
+)
+def test_narrow_states_are_as_large_as_the_plan_says(narrow, kinds):
+    config = recipe("aquila2-34b")
+    config = replace(config, optim=replace(config.optim, **narrow))
+    with fake_world(0, 512), StorageTracker() as storages:
+        kept, static = kinds_of_storage(dry_machine(config, 512)), storages.live
+    memory = memory_plan(config, derive(config, 512)).of_rank(0)
+    assert kept.keys() == {"weight", "grad", "exp_avg", "exp_avg_sq", *kinds}
+    assert sum(kept[kind] for kind in kinds) == memory.master_weights
+    assert kept["exp_avg"] + kept["exp_avg_sq"] == memory.optimizer_states
+    assert static == sum(kept.values()) + COUNT
+
+
 @pytest.mark.parametrize(("preset", "pp_rank"), STAGES)
 def test_what_microbatches_in_flight_keep_is_what_the_plan_says(preset, pp_rank):
     derived, trace = derive(one_step(preset), WORLDS[preset]), traced(preset, class_rank(preset, pp_rank))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_aquila.kernels.adamw import adamw_, adamw_triton_
+from megatron_aquila.kernels.remainder import join, split
 from tests.kernels.triton.common import DEVICE, EPS32, draw, worst
 
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -72,6 +73,38 @@ def test_what_is_published_is_the_parameter_rounded() -> None:
     assert plain[3].eq(0).all()
 
 
+def test_a_remainder_gives_the_bits_of_a_whole_master() -> None:
+    """Subnormals and masters half-way between two weights among them."""
+    torch.manual_seed(1)
+    master = draw(SIZE)
+    master[:3] = torch.tensor([0x00008000, 0x3F808000, 0x00000001], dtype=torch.int32).view(torch.float32)
+    halves = split(master)
+    moments = [draw(SIZE) / 10, draw(SIZE).square()]
+    same = [moment.clone() for moment in moments]
+    for step in range(1, STEPS + 1):
+        grad = draw(SIZE)
+        adamw_triton_(master, grad, *moments, **SETTINGS, **scalars(step))
+        adamw_triton_(halves[0], grad, *same, **SETTINGS, **scalars(step), remainder=halves[1])
+        assert torch.equal(join(*halves), master)
+        assert all(map(torch.equal, moments, same))
+        assert all(map(torch.equal, halves, split(master)))
+
+
+def test_moments_in_bf16_are_read_and_written() -> None:
+    """Rounded to 8 digits; the interpreter cuts them off."""
+    torch.manual_seed(2)
+    tensors = [draw(SIZE), draw(SIZE), draw(SIZE), draw(SIZE).square()]
+    narrow = [*(x.clone() for x in tensors[:2]), *(x.bfloat16() for x in tensors[2:])]
+    wide = [*(x.clone() for x in tensors[:2]), *(x.float() for x in narrow[2:])]
+    for update, state in ((adamw_triton_, narrow), (adamw_, wide)):
+        update(*state, **SETTINGS, **scalars(2))
+    assert worst(narrow[0], wide[0].double(), 8 * EPS32 * wide[0].double().abs().max().expand(SIZE)) <= 1
+    for found, value in zip(narrow[2:], wide[2:], strict=True):
+        assert found.dtype is torch.bfloat16
+        bound = value.double().abs() * torch.finfo(torch.bfloat16).eps + 8 * EPS32 * value.abs().max()
+        assert worst(found, value.double(), bound) <= 1
+
+
 @settings(max_examples=6)
 @given(cuts=st.sets(st.integers(1, SIZE - 1), max_size=4))
 def test_a_split_parameter_is_updated_to_the_same_bits(cuts: set[int]) -> None:
@@ -82,9 +115,11 @@ def test_a_split_parameter_is_updated_to_the_same_bits(cuts: set[int]) -> None:
 def test_nothing_to_update_and_misuse() -> None:
     settings = {**SETTINGS, **scalars(1)}
     adamw_triton_(*(draw(0) for _ in range(4)), **settings)
-    with pytest.raises(AssertionError, match="one contiguous float32 each"):
+    with pytest.raises(AssertionError, match="contiguous master, float32 gradient and moments"):
         adamw_triton_(*(draw(8, dtype=torch.bfloat16) for _ in range(4)), **settings)
-    with pytest.raises(AssertionError, match="one contiguous float32 each"):
+    with pytest.raises(AssertionError, match="contiguous master, float32 gradient and moments"):
         adamw_triton_(*(draw(16)[::2] for _ in range(4)), **settings)
+    with pytest.raises(AssertionError, match="a parameter with a remainder is the weight itself"):
+        adamw_triton_(*(draw(8) for _ in range(4)), publish=draw(8), remainder=draw(8), **settings)
     with pytest.raises(AssertionError, match="publish is not like param"):
         adamw_triton_(*(draw(8) for _ in range(4)), publish=draw(4), **settings)
