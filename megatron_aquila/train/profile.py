@@ -36,7 +36,7 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
         self._first = step
         self._settle()
-        self._profiler = self._running.enter_context(profile(activities=activities))
+        self._profiler = self._running.enter_context(profile(activities=activities, acc_events=True))
         self._running.enter_context(record_function(WINDOW))
 
     def after(self, step: int, *, last: bool) -> str | None:

@@ -100,7 +100,7 @@ def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None
     launch = read_launch() if torch.distributed.is_initialized() else Launch()
     recorder = Recorder(kill_at=kill_at) if recorder is None else recorder
     derived = derive(config, launch.world_size)
-    ctx = build.create_context(config, derived, torch.device("cpu"))
+    ctx = build.create_context(config, derived, torch.device(config.train.device))
     checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world)
     identity = corpus.identify(config) if ctx.rank == 0 else None
     begin = agreed(lambda: start.find_start(config, derived, checkpoint, identity), ctx.world)

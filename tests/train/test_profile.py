@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.train import profile
 from tests.train.runs import run, tiny_config
 
 
-def profiled(folder: Path, steps: str) -> RunConfig:
-    config = tiny_config(folder, train_samples=32, eval_interval=0)
+def profiled(folder: Path, steps: str, **train: str) -> RunConfig:
+    config = tiny_config(folder, train_samples=32, eval_interval=0, **train)
     return replace(config, observe=replace(config.observe, profile_steps=steps))
 
 
@@ -52,3 +53,17 @@ def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     found = run(profiled(tmp_path, "1-1"))
     assert len(found.reports) == 4
     assert any("could not be written" in note for note in found.notes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_kernels_are_counted_and_the_update_s_are_known(tmp_path: Path) -> None:
+    found = run(profiled(tmp_path, "3-4", device="cuda", precision="bf16"))
+    seen = profile.read_profile(tmp_path / "run" / "profile" / "rank-0-steps-3-4.json.gz")
+    shares = seen.shares()
+    assert seen.is_device
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares[part] for part in ("GEMM", "attention", "optimizer", "memory-bound", "idle")) > 0, shares
+    assert [report.step for report in found.reports] == [1, 2, 3, 4]
+    told = sum(report.seconds for report in found.reports[2:])
+    assert 0.5 * told < seen.wall / 1e6 < 2 * told + 0.1
