@@ -232,7 +232,7 @@ def _optimizer_storage(config: RunConfig, _world: int | None) -> Iterator[Proble
             yield Problem(
                 flag, value, f"{optim.optimizer} is for proofs and keeps nothing narrow", "use --optimizer adamw"
             )
-        if precision != "bf16":
+        if precision not in ("bf16", "fp8"):
             why = f"{precision} has no use for it: only bf16 weights are as narrow"
             yield Problem(flag, value, why, "use fp32, or --precision bf16")
     for flag, beta in (("--beta1", optim.beta1), ("--beta2", optim.beta2)):

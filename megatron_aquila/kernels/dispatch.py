@@ -26,6 +26,7 @@ from megatron_aquila.kernels.attention import (
     causal_attention_torch_flash,
 )
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
+from megatron_aquila.kernels.compiled import compiled
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.rms_norm import (
     Order,
@@ -141,17 +142,24 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "own": rms_norm,
             "torch": rms_norm_torch,
             "triton": rms_norm_triton,
+            "compiled": compiled(rms_norm_reference),
             "reference": rms_norm_reference,
         },
         "add_rms_norm": {
             "own": add_rms_norm,
             "torch": add_rms_norm_torch,
             "triton": add_rms_norm_triton,
+            "compiled": compiled(add_rms_norm_reference),
             "reference": add_rms_norm_reference,
         },
-        "apply_rope": {"own": apply_rope, "triton": apply_rope_triton},
-        "rope_qkv": {"own": rope_qkv_, "triton": rope_qkv_triton_},
-        "swiglu": {"own": swiglu, "triton": swiglu_triton, "reference": swiglu_reference},
+        "apply_rope": {"own": apply_rope, "triton": apply_rope_triton, "compiled": compiled(apply_rope)},
+        "rope_qkv": {"own": rope_qkv_, "triton": rope_qkv_triton_, "compiled": compiled(rope_qkv_)},
+        "swiglu": {
+            "own": swiglu,
+            "triton": swiglu_triton,
+            "compiled": compiled(swiglu_reference),
+            "reference": swiglu_reference,
+        },
         "attention": {
             "sdpa": causal_attention,
             "sdpa_cudnn": causal_attention_cudnn,
@@ -230,10 +238,10 @@ def choose_kernels(
     """The kernels for activations of ``dtype`` on ``device``. ``forced`` maps an op to a name of ``IMPLEMENTATIONS``.
 
     The optional packages flash_attn, NVIDIA's apex and Triton are used where they fit and can be imported. Each of our
-    Triton kernels, and on a GPU each attention, must first show on this device, at ``sizes``, that it computes what its
-    reference does: one that does not is refused with a warning. All ranks choose alike: what cannot run on one, as
-    ``share`` tells, runs on none. Raises ``ConfigError`` on every rank for a forced op or name that does not exist,
-    cannot run or is refused, and where no attention is left for ``sizes``.
+    Triton kernels, each compiled one, and on a GPU each attention, must first show on this device, at ``sizes``, that
+    it computes what its reference does: one that does not is refused with a warning. All ranks choose alike: what
+    cannot run on one, as ``share`` tells, runs on none. Raises ``ConfigError`` on every rank for a forced op or name
+    that does not exist, cannot run or is refused, and where no attention is left for ``sizes``.
     """
     forced = {} if forced is None else forced
     problems = [problem for op, name in forced.items() for problem in _unknown(op, name)]
@@ -338,7 +346,7 @@ def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes
     """Why a kernel that depends on compiler, driver or library is not trusted here, in a line; None if it is."""
     if op == "attention" and (why := why_attention_refused(name, device=device, dtype=dtype, sizes=sizes)) is not None:
         return f"attention={name} is refused, {why}"
-    if name == "reference" or (name != "triton" and (op, device.type) != ("attention", "cuda")):
+    if name == "reference" or (name not in ("triton", "compiled") and (op, device.type) != ("attention", "cuda")):
         return None
     why = why_refused(op, IMPLEMENTATIONS[op][name], device=device, dtype=dtype, sizes=sizes)
     return None if why is None else f"{op}={name} is refused, here it does not do what its reference does: {why}"

@@ -84,7 +84,7 @@ def ways_to_save(config: RunConfig) -> str:
 def narrower_states(config: RunConfig) -> list[str]:
     """Which settings keep optimizer states in fewer bytes, where these can be."""
     optim = config.optim
-    if config.train.precision != "bf16" or optim.optimizer != "adamw":
+    if config.train.precision not in ("bf16", "fp8") or optim.optimizer != "adamw":
         return []
     now = {"--master-weights remainder": optim.master_weights, "--moments-dtype bf16": optim.moments_dtype}
     return [f"use {flag}" for flag, value in now.items() if value == "fp32"]

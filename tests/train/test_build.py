@@ -15,6 +15,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.errors import ConfigError
 from megatron_aquila.kernels import dispatch
+from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.train.build import build_machine, create_context, plan_work
 from megatron_aquila.verify.observe import observe_layout
 from megatron_aquila.verify.pool import WorkerPool
