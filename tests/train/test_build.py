@@ -118,7 +118,10 @@ def chosen(config: RunConfig, errs: list[tuple[int, str]]) -> tuple[str, list[st
     """The last word on adamw, and the warnings, where kernels err on some rank. Collective; runs in a worker."""
     derived = derive(config, 2)
     ctx = create_context(config, derived, torch.device("cpu"))
-    preferences = {**dispatch._preferences(ctx.device, Sizes()), "adamw": {"triton": "fast", "apex": "good", "own": "slow"}}
+    preferences = {
+        **dispatch._preferences(ctx.device, Sizes()),
+        "adamw": {"triton": "fast", "apex": "good", "own": "slow"},
+    }
 
     def refusal(_op: str, name: str, *_: Any) -> str | None:
         return f"{name} errs" if (ctx.rank, name) in errs else None
