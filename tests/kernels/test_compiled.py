@@ -48,10 +48,9 @@ def fresh(op: str) -> Callable:
     return compiled(IMPLEMENTATIONS[op]["compiled"].__wrapped__)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_they_pass_the_trial_at_start(op: str, dtype: torch.dtype) -> None:
-    assert why_refused(op, fresh(op), device=CPU, dtype=dtype, sizes=Sizes()) is None
+def test_they_pass_the_trial_at_start(op: str) -> None:
+    assert why_refused(op, fresh(op), device=CPU, dtype=torch.float32, sizes=Sizes()) is None
 
 
 def test_they_can_be_asked_for_and_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
