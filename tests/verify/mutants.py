@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.optim.clip import Clip
 from megatron_aquila.parallel.collectives import Pending
 from megatron_aquila.train import build
 from megatron_aquila.verify import observe
@@ -92,9 +93,9 @@ def within(owner: Any, name: str, patch: Callable[[], Any]) -> Any:
     """Patches only while the method ``owner.name`` runs."""
     right = getattr(owner, name)
 
-    def wrong(*args: Any) -> Any:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
         with patch():
-            return right(*args)
+            return right(*args, **kwargs)
 
     return patched(owner, name, staticmethod(wrong) if isinstance(owner.__dict__[name], staticmethod) else wrong)
 
@@ -178,8 +179,8 @@ def replicas_drift() -> Any:
 
     right = DistributedOptimizer.step
 
-    def wrong(self: DistributedOptimizer, lr: float) -> None:
-        right(self, lr)
+    def wrong(self: DistributedOptimizer, lr: float, clip: Clip) -> None:
+        right(self, lr, clip)
         for bucket in self._buckets:
             bucket.weights += 1e-15 * (self._ctx.tp.rank if not bucket.layout.weight_decay else 0)
 
