@@ -58,6 +58,7 @@ setup(
         "kernels": ["triton>=3.6"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
+        "benchmarks": ["transformers>=5", "liger-kernel"],
         "dev": [
             "pytest",
             "pytest-timeout",

@@ -25,4 +25,4 @@ TINY_MODELS: Mapping[str, str] = MappingProxyType(
 
 def model_config(model: str, *flags: str) -> RunConfig:
     """Settings of a model of either table, and more flags of a run."""
-    return load_config([*(MODELS | TINY_MODELS)[model].split(), *flags]).config
+    return load_config([*{**MODELS, **TINY_MODELS}[model].split(), *flags]).config

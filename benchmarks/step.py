@@ -159,6 +159,7 @@ def turn(contestant: Contestant, options: Options, device: torch.device) -> bool
     """Build, warm up, measure and forget; False where memory runs out. What fails otherwise has no further way."""
     _, build = contestant.ways[0]
     forget(device)
+    step: Run | None = None
     try:
         step = build()
         seconds_of(step, device=device, count=options.warmup)
@@ -170,7 +171,7 @@ def turn(contestant: Contestant, options: Options, device: torch.device) -> bool
         contestant.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         contestant.ways.clear()
     finally:
-        step = None
+        step = None  # its tensors go with it
         if device.type == "cuda":
             contestant.peak_bytes = max(contestant.peak_bytes, torch.cuda.max_memory_allocated(device))
     return True
