@@ -1,6 +1,7 @@
 """Training steps of the same model, ours and transformers', as functions that take one step."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,12 +13,15 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.data.samples import Sample
+from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.params import Constant
 from megatron_aquila.plan.shape import ModelShape
-from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context
+from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context, host_batch
 from megatron_aquila.train.corpus import Corpus
+from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.start import fresh_state
-from megatron_aquila.train.step import train_step
+from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.trainer import Steps
 
 Weights = Literal["same", "masters"]
 
@@ -42,6 +46,19 @@ class RandomTokens:
         return "random tokens, without end"
 
 
+class Silent:
+    """A reporter that writes nothing: a log's line costs what its writer costs."""
+
+    def step(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def validation(self, state: TrainState, means: LossMeans) -> None:
+        """Nothing."""
+
+    def note(self, text: str | None) -> None:
+        """Nothing."""
+
+
 def our_step(config: RunConfig, device: torch.device) -> Run:
     """The whole of a run's step on one process: data read ahead, forward, backward, clip, update, report."""
     derived = derive(config, 1)
@@ -53,15 +70,16 @@ def our_step(config: RunConfig, device: torch.device) -> Run:
         dp_size=1,
         micro_batch=config.train.micro_batch,
         vocab_size=derived.shape.vocab_size,
+        prepare=partial(host_batch, pinned=device.type == "cuda"),
         batch_at=derived.batches.global_batch_at,
         prefetch=config.data.prefetch,
     )
     corpus = Corpus(train=loader, valid=None, source_names=loader.source.names, valid_samples=0, identity=None)
-    state = fresh_state(config, derived)
+    state, steps = fresh_state(config, derived), Steps(machine, corpus, Silent())
 
     def step() -> None:
         nonlocal state
-        state = train_step(machine, corpus, state, stop_requested=False).state
+        state = steps.take(state, stop_requested=False).state
 
     return step
 

@@ -23,6 +23,8 @@ from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.data.samples import SampleSource
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.train.build import host_batch
 
 CPU = torch.device("cpu")
 VOCAB_SIZE, EOD = 100008, 100007  # Aquila's; its tokens take 4 bytes
@@ -167,9 +169,17 @@ def _reading(
     return lambda: loader.fetch(next(positions), batch)
 
 
-def _loader(source: SampleSource, rules: DocumentRules | None) -> BatchLoader:
+def _loader(source: SampleSource, rules: DocumentRules | None) -> BatchLoader[Batch]:
     """A loader that reads in the calling thread, nothing ahead."""
-    return BatchLoader(source, dp_rank=0, dp_size=1, micro_batch=MICRO_BATCH, vocab_size=VOCAB_SIZE, documents=rules)
+    return BatchLoader(
+        source,
+        dp_rank=0,
+        dp_size=1,
+        micro_batch=MICRO_BATCH,
+        vocab_size=VOCAB_SIZE,
+        prepare=host_batch,
+        documents=rules,
+    )
 
 
 def peak_bytes() -> int:

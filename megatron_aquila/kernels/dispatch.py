@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_, adamw_triton_
@@ -27,9 +26,8 @@ from megatron_aquila.kernels.attention import (
 )
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
 from megatron_aquila.kernels.compiled import compiled
-from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.rms_norm import (
-    Order,
     add_rms_norm,
     add_rms_norm_reference,
     add_rms_norm_torch,
@@ -42,97 +40,6 @@ from megatron_aquila.kernels.rms_norm import (
 from megatron_aquila.kernels.rope import apply_rope, apply_rope_triton, rope_qkv_, rope_qkv_triton_
 from megatron_aquila.kernels.self_check import Sizes, why_refused
 from megatron_aquila.kernels.swiglu import swiglu, swiglu_reference, swiglu_triton
-
-
-class RmsNorm(Protocol):
-    """The signature of ``rms_norm``."""
-
-    def __call__(self, x: Tensor, weight: Tensor, *, eps: float, order: Order) -> Tensor:
-        """``x / rms(x) * weight``."""
-        ...
-
-
-class AddRmsNorm(Protocol):
-    """The signature of ``add_rms_norm``."""
-
-    def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, order: Order
-    ) -> tuple[Tensor, Tensor]:
-        """``(x + residual, its norm)``."""
-        ...
-
-
-class ApplyRope(Protocol):
-    """The signature of ``apply_rope``."""
-
-    def __call__(self, x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved: bool = False) -> Tensor:
-        """``x_SBND`` turned by the angles of its tokens."""
-        ...
-
-
-class RopeQkv(Protocol):
-    """The signature of ``rope_qkv_``."""
-
-    def __call__(
-        self,
-        qkv_SBP: Tensor,
-        cos_SBD: Tensor,
-        sin_SBD: Tensor,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        interleaved: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of a projection, which may be written into; q and k turned."""
-        ...
-
-
-class CausalAttention(Protocol):
-    """The signature of ``causal_attention``."""
-
-    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-        """``softmax(q k^T / sqrt(D)) v`` over the earlier tokens, of the same document where documents are given."""
-        ...
-
-
-class AdamWUpdate(Protocol):
-    """The signature of ``adamw_``."""
-
-    def __call__(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: Tensor,
-        factor: Tensor,
-        applies: Tensor,
-        publish: Tensor | None = None,
-        remainder: Tensor | None = None,
-    ) -> None:
-        """One update in place, and its result rounded into ``publish``."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kernels:
-    """The kernels of a run. ``reasons`` says for each op which one was chosen and why, in a line for the log."""
-
-    rms_norm: RmsNorm
-    add_rms_norm: AddRmsNorm
-    apply_rope: ApplyRope
-    rope_qkv: RopeQkv
-    swiglu: Callable[[Tensor], Tensor]
-    attention: CausalAttention
-    adamw: AdamWUpdate
-    reasons: Mapping[str, str]
-
 
 Share = Callable[[dict[str, str]], Sequence[Mapping[str, str]]]  # what this rank tells -> what each rank tells
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.norm import RMSNorm
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.attention import Attention
 from megatron_aquila.model.mlp import MLP
 from megatron_aquila.model.norm import AddRMSNorm, RMSNorm

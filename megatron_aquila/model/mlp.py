@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.parallel.params import Constant, ParamInfo, replicated_part
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.shape import NormOrder

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.loader import MicroBatch
-from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
+from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.products import choose_products
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_iter
 
 from megatron_aquila.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.kernels.attention import causal_attention
-from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
+from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.aquila import AquilaStage
 from megatron_aquila.model.init import initialize_
 from megatron_aquila.model.recompute import _Run, feed
