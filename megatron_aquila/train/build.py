@@ -91,19 +91,12 @@ def build_machine(
     ``kernels`` are by default the best that run on every rank's device, or those that the settings name: chosen with an
     all-gather over the world, so that replicas round alike. All else is local.
     """
-    dtype = DTYPES[config.train.precision]
     if kernels is None:
-        kernels = choose_kernels(
-            ctx.device,
-            dtype,
-            forced=dict(split_choice(word) for word in config.train.kernels),
-            sizes=kernel_sizes(config, derived.shape, ctx),
-            share=lambda mine: gather_objects(mine, ctx.world),
-        )
+        kernels = run_kernels(config, derived.shape, ctx)
     placement = Placement(
         tp=ctx.tp,
         sequence_parallel=config.parallel.sequence,
-        dtype=dtype,
+        dtype=DTYPES[config.train.precision],
         device=ctx.device,
         overlap=config.parallel.overlap,
         products=choose_products(config.train.precision, ctx.device),
@@ -143,6 +136,17 @@ def build_machine(
         lr=lr_schedule(config),
         scaling=loss_scaling(config),
         programs=plan.programs,
+    )
+
+
+def run_kernels(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Kernels:
+    """The best kernels that run on every rank, or those that the settings name. One all-gather over the world or more."""
+    return choose_kernels(
+        ctx.device,
+        DTYPES[config.train.precision],
+        forced=dict(split_choice(word) for word in config.train.kernels),
+        sizes=kernel_sizes(config, shape, ctx),
+        share=lambda mine: gather_objects(mine, ctx.world),
     )
 
 
