@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -67,6 +68,11 @@ class HashedFile:
         os.fsync(self._file.fileno())
         self._file.close()
 
+    def abandon(self) -> None:
+        """Let go of the file as it is."""
+        with suppress(OSError):  # what could not be flushed to a full disk is given up
+            self._file.close()
+
     def facts(self) -> FileFacts:
         """Size and hash so far."""
         return FileFacts(size=self.size, sha256=self._digest.copy().hexdigest())
@@ -104,6 +110,7 @@ class Output:
         self._files: dict[str, HashedFile] = {}
         self._digests: dict[str, str] = {}
         self._manifests: dict[str, Any] | None = None  # those of a run that was killed while it published
+        self._extra: list[str] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = (self.folder / "journal.jsonl").open("a+", encoding="utf-8")
@@ -143,7 +150,7 @@ class Output:
             if path.is_dir() and "." in path.name:  # of a worker that died
                 shutil.rmtree(path)
         self._journal.truncate(sum(len(json.dumps(line)) + 1 for line in lines))
-        self._manifests = lines[-1].get("manifests")
+        self._manifests, self._extra = lines[-1].get("manifests"), lines[-1].get("extra", [])
         shards = [line for line in lines[1:] if "index" in line]
         for line in shards:
             self._add(Shard(line["index"], Counts(**line["counts"]), tuple(line["largest"])))
@@ -152,7 +159,8 @@ class Output:
         return ends
 
     def _begin(self, *, overwrite: bool) -> None:
-        existing = [path for path in self.published().values() if path.exists()]
+        paths = (Path(f"{self.document_prefix(name)}.{end}") for name in self.names for end in ("bin", "idx"))
+        existing = [path for path in paths if path.exists()]
         if existing and not overwrite:
             shutil.rmtree(self.folder)
             why = f"{existing[0]} is there already"
@@ -170,14 +178,6 @@ class Output:
             found = self._files[name].facts().sha256
             if found != self._digests[name]:
                 raise DataError(f"{self.folder / name}: was changed since it was written; remove it all to begin anew")
-
-    def published(self) -> dict[str, Path]:
-        """The final path of each file in the folder; the first is the last to appear."""
-        paths = {}
-        for name in self.names:
-            for end in ("bin", "idx"):
-                paths[f"{name}.{end}"] = Path(f"{self.document_prefix(name)}.{end}")
-        return paths | {"meta.jsonl": Path(f"{self.prefix}.meta.jsonl"), "bad.jsonl": Path(f"{self.prefix}.bad.jsonl")}
 
     def document_prefix(self, name: str) -> str:
         """A data set's prefix, as Megatron-LM names it."""
@@ -220,32 +220,44 @@ class Output:
                 for file in self._files.values():
                     file.close()
                 self._manifests = {name: asdict(manifest) for name, manifest in made.items()}
-                self._write_line({"manifests": self._manifests})
-            self._publish()
+                self._extra = [name for name in self._extra_paths() if name in self._files and self._files[name].size]
+                self._write_line({"manifests": self._manifests, "extra": self._extra})
+            self._publish(self._extra)
         except OSError as error:
             raise DataError(f"{self.prefix}: cannot be written: {error.strerror}; the same command goes on") from error
         manifests = {name: MANIFEST.validate_json(json.dumps(manifest)) for name, manifest in self._manifests.items()}
         for name, manifest in manifests.items():
             write_manifest(self.document_prefix(name), manifest)
-        self.close()
         shutil.rmtree(self.folder)
         return manifests
 
-    def _publish(self) -> None:
+    def _publish(self, extra: Sequence[str]) -> None:
         """Give the files their names; may be done again after it was killed half-way."""
-        if (self.folder / f"{self.names[0]}.bin").exists():
-            for name in self.names:
-                remove_manifest(self.document_prefix(name))
-            for path in self.published().values():
-                path.unlink(missing_ok=True)
-        for name, path in reversed(self.published().items()):
-            source = self.folder / name
-            if source.exists() and (name != "bad.jsonl" or source.stat().st_size > 0):
-                source.replace(path)
+        for name, path in self._extra_paths().items():
+            if name not in extra:
+                path.unlink(missing_ok=True)  # of the data set that is replaced
+            elif (self.folder / name).exists():
+                (self.folder / name).replace(path)
+        for name in self.names:
+            prefix = self.document_prefix(name)
+            bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+            index, tokens = self.folder / f"{name}.idx", self.folder / f"{name}.bin"
+            if index.exists():
+                remove_manifest(prefix)
+                idx_path.unlink(missing_ok=True)
+                bin_path.unlink(missing_ok=True)
+                index.replace(idx_path)
+            if tokens.exists():
+                tokens.replace(bin_path)
+
+    def _extra_paths(self) -> dict[str, Path]:
+        return {name: Path(f"{self.prefix}.{name}") for name in ("meta.jsonl", "bad.jsonl")}
 
     def close(self) -> None:
         """Let go of the folder; nothing is kept of it where no shard was finished."""
         self._journal.close()
+        for file in self._files.values():
+            file.abandon()
         if self.num_shards == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -15,13 +15,13 @@ from typing import Any, Final, Literal
 from megatron_aquila.data.encoders import Backend, choose_encoder
 from megatron_aquila.data.indexed import token_dtype
 from megatron_aquila.data.inputs import InputFormat, Piece, TextDocuments, plan_pieces
-from megatron_aquila.data.manifest import Manifest, Origin, SourceFile, package_versions
+from megatron_aquila.data.manifest import Manifest, Origin, SourceFile, TokenizerFacts, package_versions
 from megatron_aquila.data.output import Output
 from megatron_aquila.data.readers import read_piece
 from megatron_aquila.data.records import BadRecord, ReadOptions
 from megatron_aquila.data.shards import Counts, Shard, ShardWriter, Step
 from megatron_aquila.data.streams import STDIN
-from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, tokenizer_facts
+from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
 from megatron_aquila.data.workers import ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
@@ -137,16 +137,25 @@ def preprocess(
         dtype=dtype,
         skip_bad_records=settings.skip_bad_lines,
     )
+    facts = tokenizer_facts(tokenizer)
     output = Output(
         settings.prefix,
         names=settings.names,
         streams=writer.streams,
         dtype=dtype,
-        plan=_identity(settings, tokenizer, pieces),
+        plan=_identity(settings, facts, tokenizer.allow_special_tokens, pieces),
         overwrite=settings.overwrite,
     )
     try:
-        return _run(settings, writer, output, pieces, _origin(settings, tokenizer, pieces), report, say)
+        return _run(
+            settings,
+            writer,
+            output,
+            pieces,
+            _origin(settings, facts, tokenizer.allow_special_tokens, pieces),
+            report,
+            say,
+        )
     finally:
         output.close()
 
@@ -232,7 +241,9 @@ def _sample(pieces: Sequence[Piece], read: ReadOptions) -> Iterator[str]:
                 characters += sum(map(len, record.texts))
 
 
-def _identity(settings: PreprocessSettings, tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, Any]:
+def _identity(
+    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, pieces: Sequence[Piece]
+) -> dict[str, Any]:
     """What decides the bytes, and the cuts."""
     paths = list(dict.fromkeys(piece.path for piece in pieces))
     stats = [(str(path), path.stat()) for path in paths if path != STDIN]
@@ -241,8 +252,8 @@ def _identity(settings: PreprocessSettings, tokenizer: Tokenizer, pieces: Sequen
         "is_resumable": len(stats) == len(paths),
         "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         "pieces": len(pieces),
-        "tokenizer": fingerprint(tokenizer),
-        "allow_special_tokens": tokenizer.allow_special_tokens,
+        "tokenizer": tokenizer.fingerprint,
+        "allow_special_tokens": allow_special_tokens,
         "append_eod": settings.append_eod,
         "format": [settings.input_format, settings.text_documents],
         "reading": read,
@@ -250,16 +261,18 @@ def _identity(settings: PreprocessSettings, tokenizer: Tokenizer, pieces: Sequen
     }
 
 
-def _origin(settings: PreprocessSettings, tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Origin:
+def _origin(
+    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, pieces: Sequence[Piece]
+) -> Origin:
     sizes: dict[Path, int] = {}
     for piece in pieces:
         sizes[piece.path] = 0 if piece.path == STDIN else piece.path.stat().st_size
     return Origin(
-        tokenizer=tokenizer_facts(tokenizer),
+        tokenizer=tokenizer,
         sources=tuple(SourceFile(path=str(path), size=size) for path, size in sizes.items()),
         options={
             "append_eod": settings.append_eod,
-            "allow_special_tokens": tokenizer.allow_special_tokens,
+            "allow_special_tokens": allow_special_tokens,
             "skip_bad_lines": settings.skip_bad_lines,
             "reading": asdict(settings.read),
             "shard": settings.shard,
