@@ -16,7 +16,6 @@ from megatron_aquila.data.indexed import (
     CODE_OF_DTYPE,
     IndexedDataset,
     IndexedDatasetWriter,
-    check_vocabulary,
     token_dtype,
 )
 from megatron_aquila.errors import DataError
@@ -235,16 +234,24 @@ def test_reads_outside_a_sequence(tmp_path: Path, index: int, offset: int, lengt
         IndexedDataset(tmp_path / "data").get(index, offset, length)
 
 
-def test_ids_outside_the_vocabulary_are_found(tmp_path: Path) -> None:
-    tokens = np.zeros(3_000_000, dtype=np.int32)
-    tokens[-1] = 500
-    tokens[1_500_000] = 900
-    with IndexedDatasetWriter(tmp_path / "data", np.int32) as writer:
-        writer.add_sequence(tokens)
-        writer.end_document()
-    dataset = IndexedDataset(tmp_path / "data")
-    check_vocabulary(dataset, 901, full=True)
-    with pytest.raises(DataError, match="token 500 at position 2999999 is outside the vocabulary of 500"):
-        check_vocabulary(dataset, 500)  # the last block is always sampled
-    with pytest.raises(DataError, match="token 900 at position 1500000"):
-        check_vocabulary(dataset, 500, full=True)
+def test_a_document_must_be_ended(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="the last document was not ended, at 1 sequences"),
+        IndexedDatasetWriter(tmp_path / "data", np.uint8) as writer,
+    ):
+        writer.add_sequence([1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sequence_longer_than_the_format_holds(tmp_path: Path) -> None:
+    long = np.broadcast_to(np.uint8(1), 2**31)  # a byte of memory
+    for add in (
+        lambda writer: writer.add_sequence(long),
+        lambda writer: writer.add_documents(long, np.array([2**31])),
+    ):
+        with (
+            pytest.raises(DataError, match="a sequence of 2147483648 tokens; the format holds up to 2147483647"),
+            IndexedDatasetWriter(tmp_path / "data", np.uint8) as writer,
+        ):
+            add(writer)
+    assert list(tmp_path.iterdir()) == []

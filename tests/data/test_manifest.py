@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_aquila import __version__
@@ -81,6 +81,7 @@ def test_nothing_known(tmp_path: Path) -> None:
     for dtype, tokens in ((np.uint8, []), (np.float32, [0.5])):
         with IndexedDatasetWriter(tmp_path / "data", dtype) as writer:
             writer.add_sequence(np.array(tokens, dtype=dtype))
+            writer.end_document()
         manifest = read_manifest(tmp_path / "data")
         assert manifest is not None
         assert (manifest.contents.largest_token, manifest.origin.tokenizer) == (None, None)
@@ -153,6 +154,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(damage=st.binary(max_size=6), where=st.floats(0, 1), value=json_values, field=st.integers(0, 40))
 def test_no_text_raises_anything_else(
     tmp_path_factory: pytest.TempPathFactory, damage: bytes, where: float, value: object, field: int
