@@ -10,6 +10,8 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_aquila.data.han_breaks import MARK, mark_id, pair_table
+from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks
 from megatron_aquila.data.tokenizer import Tokenizer
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
@@ -60,6 +62,14 @@ class ReferenceEncoder:
         return Encoded(np.concatenate([np.empty(0, np.uint32), *arrays]), lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class _Breaks:
+    """Which runs of Han characters may be cut, and the id of the mark that cuts them."""
+
+    table: NDArray[np.uint8]
+    mark_id: int
+
+
 @dataclass(frozen=True)
 class GigatokenEncoder:
     """gigatoken, with all texts of a batch as one that a special token of our own divides.
@@ -73,11 +83,10 @@ class GigatokenEncoder:
     def encode(self, texts: Sequence[str], end: int | None) -> Encoded:
         """The ids of each text, with ``end`` after every text that has any."""
         joined = BORDER.join(texts)
-        if joined.count(BORDER) != max(len(texts) - 1, 0):
-            return self._with_borders_inside(texts, end)
-        border = self.tokenizer.vocab_size
-        ids = self._backend.encode((joined + BORDER if texts else "").encode())
-        borders = np.flatnonzero(ids == border)
+        if MARK in joined or joined.count(BORDER) != max(len(texts) - 1, 0):
+            return self._with_marks_inside(texts, end)
+        ids = self._ids((joined + BORDER if texts else "").encode())
+        borders = np.flatnonzero(ids == self.tokenizer.vocab_size)
         lengths = np.diff(borders, prepend=-1) - 1
         if end is None:
             return Encoded(np.delete(ids, borders), lengths)
@@ -85,12 +94,20 @@ class GigatokenEncoder:
         ids[borders[full]] = end
         return Encoded(ids if full.all() else np.delete(ids, borders[~full]), lengths + full)
 
-    def _with_borders_inside(self, texts: Sequence[str], end: int | None) -> Encoded:
+    def _ids(self, text: bytes) -> NDArray[np.uint32]:
+        backend, breaks = self._made
+        if breaks is None:
+            return np.array(backend.encode(text))
+        ids = backend.encode(insert_breaks(text, breaks.table, ord(MARK)))
+        kept: NDArray[np.uint32] = ids[ids != breaks.mark_id]
+        return kept
+
+    def _with_marks_inside(self, texts: Sequence[str], end: int | None) -> Encoded:
         """Rare, so the reference does them one by one, and each run between them goes the fast way."""
         parts: list[Encoded] = []
         clean: list[str] = []
         for text in texts:
-            if BORDER in text:
+            if BORDER in text or MARK in text:
                 parts += [self.encode(clean, end)] if clean else []
                 parts.append(ReferenceEncoder(self.tokenizer).encode([text], end))
                 clean = []
@@ -100,8 +117,8 @@ class GigatokenEncoder:
         return Encoded(np.concatenate([p.tokens for p in parts]), np.concatenate([p.lengths for p in parts]))
 
     @cached_property
-    def _backend(self) -> Any:
-        return _gigatoken(self.tokenizer)
+    def _made(self) -> tuple[Any, "_Breaks | None"]:
+        return _gigatoken(self.tokenizer), _breaks(self.tokenizer)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (GigatokenEncoder, (self.tokenizer,))
@@ -174,3 +191,12 @@ def _gigatoken(tokenizer: Tokenizer) -> Any:
     border = {"id": tokenizer.vocab_size, "content": BORDER, "special": True, **flags}
     model.update(added_tokens=[*specials, border], post_processor=None, truncation=None, padding=None)
     return gigatoken.Tokenizer.from_json(json.dumps(model)).backend
+
+
+def _breaks(tokenizer: Tokenizer) -> _Breaks | None:
+    """``None`` where text may not be cut, or only Python could, which is too slow."""
+    number = mark_id(tokenizer)
+    if number is None or INDEX_BUILDER != "C++ extension":
+        return None
+    table = pair_table(tokenizer)
+    return None if table is None else _Breaks(table, number)

@@ -64,11 +64,15 @@ def test_gigatoken_gives_the_same_ids(
     assert same(pickle.loads(pickle.dumps(fast)).encode(texts, end), reference.encode(texts, end))
 
 
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
-def test_whatever_the_text(tokenizer_files: dict[str, Path], texts: list[str]) -> None:
+@pytest.fixture(scope="module")
+def fast(tokenizer: Tokenizer) -> GigatokenEncoder:
     pytest.importorskip("gigatoken")
-    tokenizer = load_tokenizer("AquilaTokenizer", **tokenizer_files)
-    assert first_difference(GigatokenEncoder(tokenizer), ReferenceEncoder(tokenizer), texts) is None
+    return GigatokenEncoder(tokenizer)
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
+def test_whatever_the_text(tokenizer: Tokenizer, fast: GigatokenEncoder, texts: list[str]) -> None:
+    assert first_difference(fast, ReferenceEncoder(tokenizer), texts) is None
 
 
 class Wrong(ReferenceEncoder):
