@@ -63,7 +63,7 @@ def test_rays_bytes_are_one_processs(tmp_path: Path, tokenizer_files: dict[str, 
     command = [sys.executable, "-c", SCRIPT, str(source), str(bad), str(tmp_path / "ray"), str(model)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert told.returncode == 0, told.stderr
-    count, error = told.stdout.splitlines()
+    count, error = [line for line in told.stdout.splitlines() if "(raylet)" not in line]
     assert count == str(len(texts) * 3)
     assert error.startswith(f"{bad}:1: 'text' is not a string but a int; mend the line")
     assert (tmp_path / "ray.died").exists()
