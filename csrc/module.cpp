@@ -113,7 +113,8 @@ py::bytes insert_breaks(const py::bytes& text, const Array<uint8_t>& table, uint
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Index building and the cutting of Han runs in C++; megatron_aquila.data.reference holds the same functions.";
+  module.doc() =
+      "Index building and the cutting of Han runs in C++; megatron_aquila.data.reference holds the same functions.";
   module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
              py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
              py::arg("wide"));

@@ -7,7 +7,7 @@ that is a word of its own is put there, and its id taken out again.
 
 import json
 import re
-from itertools import product
+from itertools import pairwise, product
 from typing import Final
 
 import numpy as np
@@ -50,7 +50,7 @@ def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
             characters = CHARACTER.findall(token.translate(to_byte).encode("latin-1"))
         except UnicodeEncodeError:  # no bytes in letters: such a token is made of no text
             continue
-        for left, right in zip(characters, characters[1:], strict=False):
+        for left, right in pairwise(characters):
             pairs.update(product(ends.get(left, ()), beginnings.get(right, ())))
         if len(pairs) > MOST_PAIRS:
             return None
