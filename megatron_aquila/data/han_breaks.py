@@ -7,6 +7,7 @@ that is a word of its own is put there, and its id taken out again.
 
 import json
 import re
+from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Final
 
@@ -41,21 +42,26 @@ def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
     Two pairs of one hash only cost a cut. ``None``: too many tokens hold parts of characters.
     """
     to_byte = {ord(letter): chr(byte) for byte, letter in enumerate(byte_letters())}
-    ends, beginnings = _parts()
-    pairs: set[tuple[str, str]] = set()
+    whole, broken = [], []
     for token in tokenizer.model.get_vocab(with_added_tokens=False):
         if token.isascii():
             continue
         try:
-            characters = CHARACTER.findall(token.translate(to_byte).encode("latin-1"))
+            data = token.translate(to_byte).encode("latin-1")
+            whole.append(data.decode("utf-8"))
+        except UnicodeDecodeError:  # it begins or ends within a character
+            broken.append(data)
         except UnicodeEncodeError:  # no bytes in letters: such a token is made of no text
             continue
-        for left, right in pairwise(characters):
-            pairs.update(product(ends.get(left, ()), beginnings.get(right, ())))
-        if len(pairs) > MOST_PAIRS:
-            return None
-    bits = np.zeros(1 << TABLE_BITS, dtype=np.uint8)
+    codes = np.frombuffer("\n".join(whole).encode("utf-32-le"), dtype="<u4")
+    pairs = _broken_pairs(broken)
+    if len(pairs) > MOST_PAIRS:
+        return None
     left, right = (np.array([ord(pair[side]) for pair in pairs], dtype=np.uint32) for side in (0, 1))
+    left, right = np.concatenate([codes[:-1], left]), np.concatenate([codes[1:], right])
+    bits = np.zeros(1 << TABLE_BITS, dtype=np.uint8)
+    is_wide = (left >= 0x3400) & (right >= 0x3400)  # Han is among these
+    left, right = left[is_wide], right[is_wide]
     bits[(left * np.uint32(0x9E3779B1) ^ right * np.uint32(0x85EBCA6B)) >> np.uint32(32 - TABLE_BITS)] = 1
     return np.packbits(bits, bitorder="little")
 
@@ -65,6 +71,18 @@ def byte_letters() -> list[str]:
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+def _broken_pairs(tokens: Sequence[bytes]) -> set[tuple[str, str]]:
+    """The pairs of Han characters that such tokens reach across; more than ``MOST_PAIRS`` where there are too many."""
+    ends, beginnings = _parts()
+    pairs: set[tuple[str, str]] = set()
+    for token in tokens:
+        for left, right in pairwise(CHARACTER.findall(token)):
+            pairs.update(product(ends.get(left, ()), beginnings.get(right, ())))
+        if len(pairs) > MOST_PAIRS:
+            break
+    return pairs
 
 
 def _parts() -> tuple[dict[bytes, list[str]], dict[bytes, list[str]]]:
