@@ -53,6 +53,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "fast": ["gigatoken", "orjson"],
+        "ray": ["ray"],
         "hf": ["transformers>=5"],
         "quickstart": ["transformers>=5", "matplotlib"],
         "kernels": ["triton>=3.6"],

@@ -3,10 +3,14 @@
 #include <pybind11/pybind11.h>
 
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
+#include <string_view>
 
 #include "blending.hpp"
+#include "breaks.hpp"
+#include "legacy_shuffle.hpp"
 #include "sample_index.hpp"
 
 namespace py = pybind11;
@@ -47,6 +51,23 @@ py::array build_sample_index(const Array<int32_t>& lengths, const Array<int32_t>
               : sample_index_as<int32_t>(lengths, documents, seq_len, num_samples);
 }
 
+// Calls report with the interpreter's lock; a Python exception in it ends the work.
+aquila::Report reporting(const py::function& report) {
+  return [&report](int64_t count) {
+    py::gil_scoped_acquire acquire;
+    report(count);
+  };
+}
+
+template <typename T>
+void shuffle(aquila::LegacyShuffle& self, Array<T>& values, const py::function& report) {
+  read(values);  // its shape
+  const auto span = write(values);
+  const auto count = reporting(report);
+  py::gil_scoped_release release;
+  self.shuffle(span, count);
+}
+
 template <typename T, typename Fill>
 py::tuple blending(const Array<T>& parts, int64_t size, Fill fill) {
   const auto parts_span = read(parts);
@@ -74,13 +95,35 @@ py::tuple build_exhaustive_blending_indices(const Array<int64_t>& sizes) {
                   aquila::fill_exhaustive_blending);
 }
 
+py::bytes insert_breaks(const py::bytes& text, const Array<uint8_t>& table, uint8_t mark) {
+  const auto table_span = read(table);
+  if (table_span.size != int64_t{1} << (aquila::kPairBits - 3)) throw std::invalid_argument("a table of another size");
+  const std::string_view given = text;
+  const aquila::Span<const uint8_t> from{reinterpret_cast<const uint8_t*>(given.data()),
+                                         static_cast<int64_t>(given.size())};
+  std::unique_ptr<uint8_t[]> to(new uint8_t[2 * given.size() + 1]);
+  int64_t written = 0;
+  {
+    py::gil_scoped_release release;
+    written = aquila::insert_breaks(from, table_span, mark, {to.get(), 2 * from.size});
+  }
+  return py::bytes(reinterpret_cast<const char*>(to.get()), written);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Index building in C++; megatron_aquila.data.reference holds the same functions in numpy.";
+  module.doc() =
+      "Index building and the cutting of Han runs in C++; megatron_aquila.data.reference holds the same functions.";
   module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
              py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
              py::arg("wide"));
+  py::class_<aquila::LegacyShuffle>(module, "LegacyShuffle")
+      .def(py::init<uint32_t>(), py::arg("seed"))
+      .def("shuffle", &shuffle<int32_t>, py::arg("values").noconvert(), py::arg("report"))
+      .def("shuffle", &shuffle<uint32_t>, py::arg("values").noconvert(), py::arg("report"))
+      .def("shuffle", &shuffle<int64_t>, py::arg("values").noconvert(), py::arg("report"));
   module.def("build_blending_indices", &build_blending_indices, py::arg("weights").noconvert(), py::arg("size"));
   module.def("build_exhaustive_blending_indices", &build_exhaustive_blending_indices, py::arg("sizes").noconvert());
+  module.def("insert_breaks", &insert_breaks, py::arg("text"), py::arg("table").noconvert(), py::arg("mark"));
 }
