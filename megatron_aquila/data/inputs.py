@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from megatron_aquila.data.parquet import row_groups
-from megatron_aquila.data.streams import MAGIC, STDIN, SUFFIXES, Compression, Damaged, opened, unpacked, without_mark
+from megatron_aquila.data.records import Broken
+from megatron_aquila.data.streams import MAGIC, STDIN, SUFFIXES, Compression, opened, unpacked, without_mark
 from megatron_aquila.errors import DataError
 
 PIECE_BYTES: Final = 32 << 20
@@ -135,7 +136,7 @@ def _first_byte(path: Path) -> bytes:
             for chunk in without_mark(unpacked(raw, compression_of(path))):
                 if stripped := chunk.lstrip():
                     return stripped[:1]
-        except Damaged:
+        except Broken:
             pass
     return b""
 
