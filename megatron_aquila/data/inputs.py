@@ -82,7 +82,7 @@ def plan_pieces(
     for named in inputs:
         paths = list(_files(named))
         if not paths:
-            raise DataError(f"{named}: no file is there; names that begin with . or _ are left out of a folder")
+            raise DataError(f"{named}: no file is there; names that begin with . or _ are left out unless named")
         formats = {path: _format(path, input_format, text_documents) for path in paths}
         if len(paths) > 1 and len({_is_text(found) for found in formats.values()}) > 1:
             text = next(path for path, found in formats.items() if _is_text(found))
@@ -103,7 +103,9 @@ def _files(named: str) -> Iterator[Path]:
             folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
             yield from (Path(folder, name) for name in sorted(names) if not name.startswith((".", "_")))
     elif glob.has_magic(named):
-        yield from (Path(found) for found in sorted(glob.glob(named, recursive=True)) if Path(found).is_file())
+        found = map(Path, sorted(glob.glob(named, recursive=True)))
+        marked = path.name.startswith("_")
+        yield from (match for match in found if match.is_file() and (marked or not match.name.startswith("_")))
     else:  # missing, or a pipe as the shell's <(...) makes
         with opened(path):
             yield path

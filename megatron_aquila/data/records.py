@@ -12,7 +12,7 @@ from megatron_aquila.errors import ConfigError, Problem
 MAX_DOCUMENT_BYTES: Final = 128 << 20
 ESCAPES: Final = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "{": "{", "}": "}"}
 SEGMENT: Final = re.compile(r"\{\{|\}\}|\\(.)|\{([^{}]*)\}|([^{}\\]+)|(.)", re.DOTALL)
-NOT_PLAIN: Final = re.compile(r"[.\[\]!:\s]")
+NOT_PLAIN: Final = re.compile(r"[.\[\]!:]")
 
 
 class Kind(StrEnum):

@@ -128,7 +128,7 @@ def test_what_is_not_bad(tmp_path: Path) -> None:
 
 @given(texts=TEXTS, newline=st.sampled_from(["\n", "\r\n", "\n \n"]), ended=st.booleans(), cut=st.integers(1, 60))
 @example(texts=["我们", "a"], newline="\r\n", ended=False, cut=1)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_pieces_cut_anywhere_are_the_file(texts: list[str], newline: str, ended: bool, cut: int) -> None:
     lines = [json.dumps({"text": text}, ensure_ascii=len(text) % 2 == 0) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
@@ -265,7 +265,7 @@ def test_bad_elements_are_named(tmp_path: Path, kind: str) -> None:
 
 
 @given(texts=TEXTS, size=st.integers(1, 9), indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans())
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_an_array_in_chunks_of_any_size(texts: list[str], size: int, indent: int | None, ascii_only: bool) -> None:
     records = [{"n": number, "deep": [{"x": text}], "text": text} for number, text in enumerate(texts)]
     data = json.dumps(records, indent=indent, ensure_ascii=ascii_only).encode()
@@ -355,7 +355,7 @@ ANYTHING = st.binary(max_size=200) | st.lists(
 
 @pytest.mark.parametrize("form", [form for form in Format if form is not Format.PARQUET])
 @given(data=ANYTHING, how=st.sampled_from(["", ".gz", ".zst", "wrong"]), cut=st.integers(0, 30))
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_no_bytes_break_a_reader(form: Format, data: bytes, how: str, cut: int) -> None:
     compression = {".gz": Compression.GZIP, ".zst": Compression.ZSTD, "wrong": Compression.GZIP}.get(
         how, Compression.NONE
@@ -372,7 +372,7 @@ def test_no_bytes_break_a_reader(form: Format, data: bytes, how: str, cut: int) 
 
 
 @given(data=st.binary(max_size=100), start=st.integers(0, 900), length=st.integers(0, 50))
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_no_bytes_break_the_parquet_reader(data: bytes, start: int, length: int) -> None:
     rows = io.BytesIO()
     parquet.write_table(pyarrow.table({"text": ["a", "b"]}), rows)
