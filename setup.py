@@ -53,6 +53,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "data": ["orjson", "zstandard", "pyarrow"],
         "hf": ["transformers>=5"],
         "quickstart": ["transformers>=5", "matplotlib"],
         "kernels": ["triton>=3.6"],
@@ -70,6 +71,9 @@ setup(
             "clang-format",
             "matplotlib",
             "transformers>=5",
+            "orjson",
+            "zstandard",
+            "pyarrow",
         ],
     },
 )

@@ -104,6 +104,23 @@ def test_bad_lines_are_named_and_the_others_arrive(tmp_path: Path, kind: str) ->
             break
 
 
+def test_the_table_in_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.count("|") == 5]
+    table = {row[0]: row[1] for row in rows if row[0] in set(Kind)}
+    assert list(table) == list(Kind)
+    for kind, cell in table.items():
+        source = re.match(r"`(\{.*?|\[.*?|\\xef.*?)`(.*)", cell)
+        if source is None:
+            assert kind in {Kind.TOO_LONG, Kind.DAMAGED}
+            continue
+        line = re.sub(rb"\\x(..)", lambda match: bytes.fromhex(match[1].decode()), source[1].encode())
+        path = tmp_path / "in.jsonl"
+        path.write_bytes(GOOD + line + (b"" if "ends" in source[2] else b"\n" + GOOD))
+        documents, (bad,) = read_all(path)
+        assert (len(documents), bad.line, bad.kind) == (1 if "ends" in source[2] else 2, 2, kind)
+
+
 @pytest.mark.usefixtures("any_json")
 def test_what_is_not_bad(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
