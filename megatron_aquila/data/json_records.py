@@ -28,13 +28,11 @@ UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 def json_parser(options: ReadOptions) -> Callable[..., Found]:
     """The function from a JSON object, and its value where it is known, to its texts and its fields to keep.
 
-    It raises BadValue.
-
-    orjson, where it is installed, is only the fast way: an object that it refuses is judged by Python's ``json``, which
-    takes ``NaN`` and ``Infinity`` as its ``dump`` writes them.
+    It raises BadValue. orjson, where it is installed, is only the fast way: an object that it refuses is judged by
+    Python's ``json``, which takes ``NaN`` and ``Infinity`` as its ``dump`` writes them.
     """
     texts, keep, fields = texts_of(options), options.keep_meta, options.fields
-    tokens = [(key, json.dumps(key, ensure_ascii=False).encode()) for key in dict.fromkeys(fields)]
+    tokens = [json.dumps(key, ensure_ascii=False).encode() for key in dict.fromkeys(fields)]
 
     def parse(line: bytes, record: Any = None) -> Found:
         if len(line) > options.max_document_bytes:
@@ -46,11 +44,8 @@ def json_parser(options: ReadOptions) -> Callable[..., Found]:
             record = _loads(line)
             found = texts(record)
             check_surrogates(found, fields)
-        for key, token in tokens:
-            # A quote inside a string is escaped, so that a token is a key, or a whole string. The last one is before
-            # the text, which need not be searched for it, nor for one that is before the last.
-            last = line.rfind(token, 0, len(line) - len(record[key]))
-            if line.find(token, 0, last + len(token) - 1) >= 0:
+        for token in tokens:  # a quote inside a string is escaped, so that this is a key, or a whole string
+            if line.count(token) > 1:
                 _refuse_twice(line, fields)
         return found, meta_of(record, keep) if keep else None
 
@@ -85,13 +80,13 @@ def _loads(line: bytes) -> Any:
         raise BadValue(Kind.NOT_JSON, f"not JSON: {error}") from error
 
 
-def utf8(data: bytes, whole: str = "record") -> str:
+def utf8(data: bytes) -> str:
     """Decoded; BadValue names the first byte that is none."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16, which iconv makes UTF-8 of" if data.startswith(UTF16_MARKS) else ""
-        why = f"not UTF-8: byte {error.start + 1} of the {whole} is 0x{data[error.start]:02x}{hint}"
+        why = f"not UTF-8: byte {error.start + 1} of the record is 0x{data[error.start]:02x}{hint}"
         raise BadValue(Kind.NOT_UTF8, why) from error
 
 

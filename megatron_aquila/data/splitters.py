@@ -17,31 +17,25 @@ PERHAPS_END: Final = re.compile(rb"\}[ \t\r\n]*+[,\]]")
 TRIES: Final = 8  # a text can hold any number of them
 IN_STRING, OPENING, CLOSING = 1, 2, 3
 
-
 Split = Iterator[Raw]
 
 
 def lines(chunks: Iterator[bytes], longest: int) -> Split:
     """Lines without their ``\\n`` or ``\\r\\n``; blank ones are counted and left out."""
     first = 1
-    blocks = line_blocks(chunks, longest)
-    block: list[bytes] | None = next(blocks)
-    while block is not None:
-        following = next(blocks, None)
-        unended = following is None
+    for block, unended in line_blocks(chunks, longest):
         for number, line in enumerate(block, first):
             if line and not line.isspace():
                 yield number, line.removesuffix(b"\r"), len(line) + (not unended), unended
         first += len(block)
-        block = following
 
 
 def paragraphs(chunks: Iterator[bytes], longest: int) -> Split:
     """Lines up to a blank one, as they are but for the last line's end."""
     parts: list[bytes] = []
     first, held = 0, 0
-    lines = chain.from_iterable(line_blocks(chunks, longest))
-    for number, line in enumerate(chain(lines, [b""]), 1):
+    found = chain.from_iterable(block for block, _ in line_blocks(chunks, longest))
+    for number, line in enumerate(chain(found, [b""]), 1):
         if line and not line.isspace():
             first = number if held == 0 else first
             if held <= longest + 1:  # else what is held is seen to be too long

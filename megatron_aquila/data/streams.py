@@ -140,11 +140,12 @@ def owned_lines(raw: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
         position += len(chunk)
 
 
-def line_blocks(chunks: Iterator[bytes], longest: int) -> Iterator[list[bytes]]:
+def line_blocks(chunks: Iterator[bytes], longest: int) -> Iterator[tuple[list[bytes], bool]]:
     """The lines in blocks, without their line feeds: as ``split(b"\\n")`` of all chunks at once would give them.
 
-    What follows the last line feed, perhaps nothing, is a block of its own at the end. A line of more than ``longest``
-    bytes loses what is behind the first ``longest + 1`` if it goes on for chunks: that it is too long is still seen.
+    What follows the last line feed, perhaps nothing, is a block of its own, and the only one with True. A line of more
+    than ``longest`` bytes loses what is behind the first ``longest + 1`` if it goes on for chunks: that it is too long
+    is still seen.
     """
     parts: list[bytes] = []
     held = 0
@@ -157,8 +158,8 @@ def line_blocks(chunks: Iterator[bytes], longest: int) -> Iterator[list[bytes]]:
             lines[0] = b"".join(parts)
             parts = [lines.pop()]
             held = len(parts[0])
-            yield lines
-    yield [b"".join(parts)]
+            yield lines, False
+    yield [b"".join(parts)], True
 
 
 class LineNumbers:

@@ -300,7 +300,7 @@ def test_packed_files_that_end_early(tmp_path: Path) -> None:
         path.write_bytes(whole[:-tail])
         options = ReadOptions(keys=("content",))
         documents, (bad,) = read_all(path, options=options)
-        assert len(documents) == bad.line - 1
+        assert len(documents) == bad.line - 1 > 2500, "what came before the damage is read"
         assert (bad.kind, bad.ends_piece) == (Kind.DAMAGED, True)
         assert f"stream is cut off: the file ends at byte {len(whole) - tail:,}, within it" in str(bad)
         path.write_bytes(whole[: len(whole) // 2] + b"\0" * 40 + whole[len(whole) // 2 + 40 :])

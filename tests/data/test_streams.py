@@ -29,15 +29,16 @@ CHUNKS = st.lists(st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\xef\xbb\xbf"]
 @settings(max_examples=40)
 def test_blocks_are_the_lines(chunks: list[bytes]) -> None:
     found = list(line_blocks(iter(chunks), 1000))
-    assert [line for block in found for line in block] == b"".join(chunks).split(b"\n")
-    assert len(found[-1]) == 1
+    assert [line for block, _ in found for line in block] == b"".join(chunks).split(b"\n")
+    assert [last for _, last in found] == [False] * (len(found) - 1) + [True]
+    assert len(found[-1][0]) == 1
 
 
 @given(chunks=CHUNKS, longest=st.integers(0, 6))
 @settings(max_examples=40)
 def test_long_lines_stay_long(chunks: list[bytes], longest: int) -> None:
     expected = b"".join(chunks).split(b"\n")
-    found = [line for block in line_blocks(iter(chunks), longest) for line in block]
+    found = [line for block, _ in line_blocks(iter(chunks), longest) for line in block]
     assert len(found) == len(expected)
     for line, whole in zip(found, expected, strict=True):
         assert line == whole if len(whole) <= longest else len(line) > longest
