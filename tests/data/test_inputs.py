@@ -93,11 +93,29 @@ def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
     assert named(tmp_path, "mixed", input_format="jsonl") == ["mixed/SHA256SUMS.txt", "mixed/a.jsonl"]
 
 
-def test_a_pipe_is_an_input(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    descriptor = os.open(tmp_path / "pipe.jsonl", os.O_RDWR)  # so that the reader need not wait for a writer
-    try:
-        (piece,) = plan_pieces([f"{tmp_path}/pipe.jsonl"])
-    finally:
-        os.close(descriptor)
-    assert (piece.num_bytes, piece.lines_before) == (0, 0)
+def test_a_pipe_is_an_input_and_is_not_touched(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (piece,) = plan_pieces([f"{tmp_path}/pipe.json"])  # opening it would wait for a writer
+    assert (piece.format, piece.num_bytes, piece.lines_before) == (Format.JSON_LINES, 0, 0)
+
+
+def test_links_are_followed_but_not_in_a_circle(tmp_path: Path) -> None:
+    write(tmp_path, "elsewhere/a.jsonl", "in/b.jsonl")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    assert named(tmp_path, "in") == ["in/b.jsonl", "in/linked/a.jsonl"]
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        DataError, match=r"in/linked/back: leads back to .*elsewhere, which it lies in; remove the link"
+    ):
+        named(tmp_path, "in")
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "in/b.jsonl")
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match="in: cannot be read: Permission denied"):
+        named(tmp_path, "in")
