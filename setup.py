@@ -54,6 +54,8 @@ setup(
     ],
     extras_require={
         "data": ["orjson", "zstandard", "pyarrow"],
+        "fast": ["gigatoken", "orjson"],
+        "ray": ["ray"],
         "hf": ["transformers>=5"],
         "quickstart": ["transformers>=5", "matplotlib"],
         "kernels": ["triton>=3.6"],

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "blending.hpp"
+#include "legacy_shuffle.hpp"
 #include "sample_index.hpp"
 
 namespace py = pybind11;
@@ -47,6 +48,23 @@ py::array build_sample_index(const Array<int32_t>& lengths, const Array<int32_t>
               : sample_index_as<int32_t>(lengths, documents, seq_len, num_samples);
 }
 
+// Calls report with the interpreter's lock; a Python exception in it ends the work.
+aquila::Report reporting(const py::function& report) {
+  return [&report](int64_t count) {
+    py::gil_scoped_acquire acquire;
+    report(count);
+  };
+}
+
+template <typename T>
+void shuffle(aquila::LegacyShuffle& self, Array<T>& values, const py::function& report) {
+  read(values);  // its shape
+  const auto span = write(values);
+  const auto count = reporting(report);
+  py::gil_scoped_release release;
+  self.shuffle(span, count);
+}
+
 template <typename T, typename Fill>
 py::tuple blending(const Array<T>& parts, int64_t size, Fill fill) {
   const auto parts_span = read(parts);
@@ -81,6 +99,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
              py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
              py::arg("wide"));
+  py::class_<aquila::LegacyShuffle>(module, "LegacyShuffle")
+      .def(py::init<uint32_t>(), py::arg("seed"))
+      .def("shuffle", &shuffle<int32_t>, py::arg("values").noconvert(), py::arg("report"))
+      .def("shuffle", &shuffle<uint32_t>, py::arg("values").noconvert(), py::arg("report"))
+      .def("shuffle", &shuffle<int64_t>, py::arg("values").noconvert(), py::arg("report"));
   module.def("build_blending_indices", &build_blending_indices, py::arg("weights").noconvert(), py::arg("size"));
   module.def("build_exhaustive_blending_indices", &build_exhaustive_blending_indices, py::arg("sizes").noconvert());
 }

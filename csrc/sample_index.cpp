@@ -7,10 +7,13 @@ namespace aquila {
 
 namespace {
 
+constexpr int64_t kAhead = 32;  // documents whose lengths are fetched before they are needed: the order is random
+
 int64_t length_at(Span<const int32_t> lengths, Span<const int32_t> documents, int64_t position) {
   if (position >= documents.size) {
     throw std::invalid_argument("the documents hold fewer tokens than the samples need");
   }
+  if (position + kAhead < documents.size) __builtin_prefetch(lengths.data + documents[position + kAhead]);
   const int64_t document = documents[position];
   if (document < 0 || document >= lengths.size) {
     throw std::invalid_argument("document " + std::to_string(document) + " does not exist: there are " +

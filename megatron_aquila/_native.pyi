@@ -1,5 +1,12 @@
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+class LegacyShuffle:
+    def __init__(self, seed: int) -> None: ...
+    def shuffle(self, values: NDArray[Any], report: Callable[[int], None]) -> None: ...
 
 def build_sample_index(
     lengths: NDArray[np.int32], documents: NDArray[np.int32], seq_len: int, num_samples: int, *, wide: bool

@@ -1,8 +1,7 @@
 """From ``--data-path`` and ``--split`` to the samples of training, validation and test."""
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.native import build_blending_indices, build_exhaustive_blending_indices
+from megatron_aquila.data.progress import Report, ignore
 from megatron_aquila.data.samples import PackedSamples, Packing, Sample, SampleSource
 from megatron_aquila.errors import DataError
 
@@ -50,15 +50,17 @@ class Blend:
         supply = [len(part) for part in parts]
         key = {"kind": "blend", "weights": [float(weight).hex() for weight in weights], "supply": supply, "size": size}
 
-        def build() -> dict[str, NDArray[Any]]:
+        def build(report: Report) -> Iterator[tuple[str, NDArray[Any]]]:
+            report("samples", 0, sum(supply) if size is None else size)
             if size is None:
                 dataset, sample = build_exhaustive_blending_indices(np.array(weights, dtype=np.int64))
             else:
                 dataset, sample = build_blending_indices(_normalized(weights), size)
             self._check_supply(dataset)
-            return {"dataset_index": dataset, "dataset_sample_index": sample}
+            yield "dataset_index", dataset
+            yield "dataset_sample_index", sample
 
-        built = cache.arrays(key, build)
+        built = cache.arrays(key, build, name=f"blend of {len(parts)} data sets")
         self.dataset_index, self.dataset_sample_index = built["dataset_index"], built["dataset_sample_index"]
 
     def _check_supply(self, dataset_index: NDArray[np.int16]) -> None:
@@ -101,6 +103,7 @@ def build_datasets(
     seed: int,
     cache_path: Path | None,
     build: bool = True,
+    report: Report = ignore,
 ) -> Splits:
     """The samples of each split, in an order that is a function of the arguments and the data alone.
 
@@ -115,6 +118,7 @@ def build_datasets(
         seed: of the shuffles.
         cache_path: folder of the built indices; default ``cache`` beside the first data set.
         build: build what is missing, or wait for another process to do so.
+        report: is told how far a build is.
 
     Raises:
         DataError: a path, weight or share makes no sense, a file is damaged, or a wanted split holds no tokens.
@@ -122,7 +126,8 @@ def build_datasets(
     prefixes, weights = parse_blend(paths)
     ranges = split_ranges(split)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    cache = IndexCache(folder=Path(prefixes[0]).parent / "cache" if cache_path is None else cache_path, build=build)
+    folder = Path(prefixes[0]).parent / "cache" if cache_path is None else cache_path
+    cache = IndexCache(folder=folder, build=build, report=report)
     shares = None if weights is None else _normalized(weights).tolist()
 
     def packed(dataset: IndexedDataset, number: int, span: Range, num_samples: int | None) -> PackedSamples:
@@ -159,7 +164,7 @@ def describe_data(paths: Sequence[str], split: str) -> list[dict[str, Any]]:
     - ``splits``: the first and end sequence of ``train``, ``valid`` and ``test``, ``None`` for one without a share;
     - ``index_sha256``: SHA-256 of its .idx file.
 
-    No paths: data that was moved is the same data. Reads every .idx file as a whole, so one process is enough.
+    No paths: data that was moved is the same data.
 
     Raises:
         DataError: as ``build_datasets``, where a path, a weight or a share makes no sense, or a file is damaged.
@@ -170,8 +175,6 @@ def describe_data(paths: Sequence[str], split: str) -> list[dict[str, Any]]:
     described = []
     for prefix, share in zip(prefixes, shares, strict=True):
         dataset = IndexedDataset(prefix)
-        with dataset.idx_path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         cuts = [None if span is None else list(_cut(span, len(dataset))) for span in ranges]
         described.append(
             {
@@ -179,7 +182,7 @@ def describe_data(paths: Sequence[str], split: str) -> list[dict[str, Any]]:
                 "sequences": len(dataset),
                 "tokens": len(dataset.tokens),
                 "splits": dict(zip(SPLITS, cuts, strict=True)),
-                "index_sha256": digest,
+                "index_sha256": dataset.index_sha256,
             }
         )
     return described

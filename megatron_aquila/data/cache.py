@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,9 +14,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_aquila.data.progress import Report, ignore
 from megatron_aquila.errors import DataError
 
-FORMAT: Final = 1  # raise it when the meaning of a cached array changes
+FORMAT: Final = 2  # raise it when the meaning of a cached array changes
 POLL_SECONDS: Final = 0.2
 
 
@@ -25,19 +26,22 @@ class IndexCache:
     """Where built indices live, and whether this process may build them.
 
     ``build``: build what is missing; else wait up to ``wait_seconds`` for another process to have built it.
+    ``report``: is told how far a build is.
     """
 
     folder: Path
     build: bool = True
     wait_seconds: float = 60.0
+    report: Report = ignore
 
     def arrays(
-        self, key: Mapping[str, object], make: Callable[[], Mapping[str, NDArray[Any]]]
+        self, key: Mapping[str, object], make: Callable[[Report], Iterable[tuple[str, NDArray[Any]]]], *, name: str
     ) -> Mapping[str, NDArray[Any]]:
         """The arrays that ``make`` gives for ``key``, memory-mapped; built and published first where they are missing.
 
-        ``key`` names everything the values depend on. Two builders at once are harmless: the values are the same, and
-        the second finds the first's folder.
+        ``key`` names everything the values depend on, by content: data that was moved finds its index, data that was
+        written again does not. Two builders at once are harmless: the values are the same, and the second finds the
+        first's folder. ``name`` is for people.
 
         Raises:
             DataError: the folder cannot be written or read, or nobody built the arrays in time.
@@ -45,7 +49,7 @@ class IndexCache:
         description = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1)
         entry = self.folder / hashlib.sha256(description.encode()).hexdigest()[:32]
         if self.build and not entry.exists():
-            self._publish(entry, make(), description)
+            self._publish(entry, make(lambda what, *done: self.report(f"{name}: {what}", *done)), description)
         deadline = time.monotonic() + self.wait_seconds
         while not entry.exists():
             if time.monotonic() > deadline:
@@ -56,7 +60,7 @@ class IndexCache:
             time.sleep(POLL_SECONDS)
         return _load(entry)
 
-    def _publish(self, entry: Path, arrays: Mapping[str, NDArray[Any]], description: str) -> None:
+    def _publish(self, entry: Path, arrays: Iterable[tuple[str, NDArray[Any]]], description: str) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=self.folder))
@@ -65,7 +69,7 @@ class IndexCache:
         try:
             beside.chmod(0o755)
             (beside / "description.json").write_text(description, encoding="utf-8")
-            for name, values in arrays.items():
+            for name, values in arrays:
                 with (beside / f"{name}.npy").open("wb") as file:
                     np.save(file, values, allow_pickle=False)
                     file.flush()

@@ -5,10 +5,14 @@ number of document boundaries (uint64); then per sequence its length (int32) and
 (int64, in sequences, the first 0, the last the number of sequences), and optionally a mode (int8) per sequence.
 """
 
+import hashlib
+import mmap
 import os
 import struct
 from array import array
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +21,16 @@ from typing import Any, BinaryIO, Final, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from megatron_aquila.data.manifest import (
+    Contents,
+    FileFacts,
+    Manifest,
+    Origin,
+    manifest_path,
+    read_manifest,
+    remove_manifest,
+    write_manifest,
+)
 from megatron_aquila.data.temporary import temporary_path
 from megatron_aquila.errors import DataError
 
@@ -27,7 +41,7 @@ CODE_OF_DTYPE: Final = {
     np.dtype(name): code for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
 }
 DTYPE_OF_CODE: Final = {code: dtype for dtype, code in CODE_OF_DTYPE.items()}
-BLOCK: Final = 1 << 20  # sequences whose offsets are checked or written at once
+BLOCK: Final = 1 << 20  # sequences whose offsets are checked or written at once, tokens that are copied at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -44,15 +58,17 @@ class IndexedDataset:
         sequence_lengths: int32, tokens of each sequence.
         document_indices: int64, first sequence of each document, then the number of sequences.
         modes: int8 per sequence, or ``None``.
+        manifest: what the data set says of itself; ``None`` for one of another program.
 
     Raises:
-        DataError: a file is missing or unreadable, is not of this format, or the two do not fit each other.
+        DataError: a file is missing or unreadable, is not of this format, or the files do not fit each other.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
         self.idx_path, self.bin_path = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
-        index = _map(self.idx_path)
+        mapped = _map(self.idx_path)
+        index = np.frombuffer(mapped, dtype=np.uint8)
         header_end = len(MAGIC) + HEADER.size
         if index[: len(MAGIC)].tobytes() != MAGIC:
             raise DataError(f"{self.idx_path}: offset 0 does not hold MMIDIDX: this is not an index of a token file")
@@ -77,13 +93,38 @@ class IndexedDataset:
         self.modes: NDArray[np.int8] | None = index[ends[3] :].view(np.int8) if has_modes else None
         self._check_documents()
         size = self._check_sequences()
-        tokens = _map(self.bin_path)
+        tokens = np.frombuffer(_map(self.bin_path), dtype=np.uint8)
         if len(tokens) != size:
             raise DataError(
                 f"{self.bin_path}: {len(tokens)} bytes, but {self.idx_path} describes {size} of {self.dtype}; "
                 "one of them is cut off, or they belong to different data sets: write the data set again"
             )
         self._tokens = tokens.view(self.dtype)
+        self.manifest = read_manifest(self.prefix)
+        if self.manifest is not None:
+            self._check_manifest(self.manifest.contents, index_size=len(index))
+        if isinstance(mapped, mmap.mmap):
+            mapped.madvise(mmap.MADV_DONTNEED)  # all of it was read once; what is needed again comes back
+
+    def _check_manifest(self, said: Contents, *, index_size: int) -> None:
+        """What the manifest says is what is there; hashes are ``data.verify``'s."""
+        there = {
+            "dtype": (said.dtype, self.dtype.name),
+            "documents": (said.documents, len(self.document_indices) - 1),
+            "sequences": (said.sequences, len(self)),
+            "tokens": (said.tokens, len(self._tokens)),
+            "idx.size": (said.idx.size, index_size),
+        }
+        wrong = [
+            f"contents.{name} is {told}, the files have {found}"
+            for name, (told, found) in there.items()
+            if told != found
+        ]
+        if wrong:
+            raise DataError(
+                f"{manifest_path(self.prefix)}: {'; '.join(wrong)}; it is of another data set, or the files were "
+                "replaced: write the data set again, or remove the manifest to go without its checks"
+            )
 
     def _check_documents(self) -> None:
         """Boundaries start at 0, never go back, and end at the number of sequences."""
@@ -128,38 +169,30 @@ class IndexedDataset:
         start = int(self._offsets[index]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
 
+    @cached_property
+    def index_sha256(self) -> str:
+        """SHA-256 of the .idx file: where the manifest is not older than that, what it says, else computed."""
+        manifest = manifest_path(self.prefix)
+        if self.manifest is not None and manifest.stat().st_mtime_ns >= self.idx_path.stat().st_mtime_ns:
+            return self.manifest.contents.idx.sha256
+        with self.idx_path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     @property
     def tokens(self) -> NDArray[Any]:
         """All tokens in one read-only array."""
         return self._tokens
 
 
-def check_vocabulary(dataset: IndexedDataset, vocab_size: int, *, full: bool = False) -> None:
-    """Raise ``DataError`` where a token id is not below ``vocab_size``: the data is of another tokenizer.
-
-    Reads 64 blocks of 16,384 tokens spread over the data, or with ``full`` all of it.
-    """
-    tokens, block = dataset.tokens, 1 << 14
-    starts = np.arange(0, len(tokens), block)
-    if not full and len(starts) > 64:
-        starts = starts[np.linspace(0, len(starts) - 1, 64).astype(np.int64)]
-    for start in starts.tolist():
-        wrong = (tokens[start : start + block] < 0) | (tokens[start : start + block] >= vocab_size)
-        if np.any(wrong):
-            position = start + int(np.argmax(wrong))
-            raise DataError(
-                f"{dataset.bin_path}: token {tokens[position]} at position {position} is outside the vocabulary of "
-                f"{vocab_size}; the data is of another tokenizer, or --vocab-size is wrong"
-            )
-
-
 class IndexedDatasetWriter:
     """Writes ``prefix.bin`` and ``prefix.idx`` under temporary names; ``close`` gives them their own.
 
     As a context manager it closes on success and discards on an exception, so that a name is either absent, the old
-    pair or the whole new pair. The folder is made where there is none.
+    pair or the whole new pair. The folder is made where there is none. The files are hashed on their way to the disk.
 
-    Attributes: ``num_tokens``, how many were added so far.
+    Attributes:
+        num_tokens: how many were added so far.
+        origin: what the manifest will say of who made the data set; may be replaced until ``close``.
 
     Raises:
         DataError: the dtype is not one of the format's, a token does not fit it, or a file cannot be written.
@@ -174,15 +207,18 @@ class IndexedDatasetWriter:
         self._modes: array[int] | None = array("b") if multimodal else None
         self._boundaries = array("q", [0])
         self.num_tokens = 0
+        self.origin = Origin.unknown()
+        self._largest: int | None = None
         self._temporary = {end: temporary_path(self.prefix, end) for end in ("bin", "idx")}
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = self._temporary["bin"].open("wb")
+            self._bin = _HashedFile(self._temporary["bin"])
         except OSError as error:
             raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}") from error
 
     def add_sequence(self, tokens: ArrayLike, *, mode: int = 0) -> None:
         """Append one sequence to the document at hand. A mode other than 0 needs ``multimodal``."""
+        self._check_length(np.size(tokens))
         stored = self._checked(tokens)
         assert self._modes is not None or mode == 0, f"mode {mode} in a data set without modes"
         self._write(stored)
@@ -196,6 +232,8 @@ class IndexedDatasetWriter:
 
     def add_documents(self, tokens: ArrayLike, lengths: NDArray[np.int64]) -> None:
         """Append documents of one sequence each, laid end to end; one of length 0 becomes a document of none."""
+        assert np.all(lengths >= 0), f"the length {lengths.min()}"
+        self._check_length(int(lengths.max(initial=0)))
         stored = self._checked(tokens)
         assert len(stored) == lengths.sum(), f"{len(stored)} tokens, but the lengths sum to {lengths.sum()}"
         self._write(stored)
@@ -205,27 +243,69 @@ class IndexedDatasetWriter:
         if self._modes is not None:
             self._modes.frombytes(bytes(int(present.sum())))
 
-    def close(self) -> None:
-        """Flush both files and give them their names; the index last, so that a pair is never mixed."""
+    def add_dataset(self, dataset: IndexedDataset, report: Callable[[int], None]) -> None:
+        """Append the documents of another data set: its bytes, and its index moved behind what is there.
+
+        ``report`` is called with the tokens copied since the last call.
+        """
+        assert dataset.dtype == self.dtype, f"{dataset.dtype} among {self.dtype}"
+        assert (dataset.modes is None) == (self._modes is None), f"{dataset.prefix}: modes on one side only"
+        self._boundaries.frombytes((dataset.document_indices[1:] + len(self._lengths)).astype(np.int64).tobytes())
+        self._lengths.frombytes(dataset.sequence_lengths.astype(np.int32).tobytes())
+        if self._modes is not None and dataset.modes is not None:
+            self._modes.frombytes(dataset.modes.tobytes())
+        for start in range(0, len(dataset.tokens), BLOCK):
+            block = dataset.tokens[start : start + BLOCK]
+            self._write(self._checked(block))
+            report(len(block))
+
+    def close(self) -> Manifest:
+        """Flush both files and give them their names, the index after the tokens, the manifest last.
+
+        What stood there before goes first, so that files of two data sets are never mixed. Returns the manifest.
+        """
+        ended = self._boundaries[-1] == len(self._lengths)
+        if not ended:
+            self.discard()
+        assert ended, f"{self.prefix}: the last document was not ended, at {len(self._lengths)} sequences"
         try:
-            with self._temporary["idx"].open("wb") as file:
-                self._write_index(file)
-                _sync(file)
-            _sync(self._bin)
-            self._bin.close()
+            index = _HashedFile(self._temporary["idx"])
+            with index.file:
+                self._write_index(index)
+                index.sync()
+            self._bin.sync()
+            self._bin.file.close()
+            remove_manifest(self.prefix)
             Path(f"{self.prefix}.idx").unlink(missing_ok=True)
             for end, path in self._temporary.items():
                 path.rename(f"{self.prefix}.{end}")
         except OSError as error:
             self.discard()
             raise DataError(f"{self.prefix}: cannot be written: {error.strerror}; nothing was published") from error
+        except DataError:  # of the old manifest
+            self.discard()
+            raise
+        manifest = Manifest(contents=self._contents(index), origin=self.origin)
+        write_manifest(self.prefix, manifest)
+        return manifest
 
     def discard(self) -> None:
         """Give up: remove the temporary files."""
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
         with suppress(OSError):  # what could not be flushed to a full disk is given up as well
-            self._bin.close()
+            self._bin.file.close()
+
+    def _contents(self, index: "_HashedFile") -> Contents:
+        return Contents(
+            documents=len(self._boundaries) - 1,
+            sequences=len(self._lengths),
+            tokens=self.num_tokens,
+            dtype=self.dtype.name,
+            largest_token=self._largest,
+            bin=self._bin.facts(),
+            idx=index.facts(),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -237,6 +317,10 @@ class IndexedDatasetWriter:
             self.close()
         else:
             self.discard()
+
+    def _check_length(self, length: int) -> None:
+        if length > np.iinfo(np.int32).max:
+            raise DataError(f"{self.prefix}: a sequence of {length} tokens; the format holds up to 2147483647")
 
     def _checked(self, tokens: ArrayLike) -> NDArray[Any]:
         """``tokens`` in the stored dtype; refused, never wrapped, where an id does not fit."""
@@ -251,6 +335,7 @@ class IndexedDatasetWriter:
             if low < limits.min or high > limits.max:
                 bad = low if low < limits.min else high
                 raise DataError(f"{self.prefix}: token {bad} does not fit {self.dtype} ({limits.min} to {limits.max})")
+            self._largest = high if self._largest is None else max(self._largest, high)
         return given.astype(self.dtype, copy=False)
 
     def _write(self, stored: NDArray[Any]) -> None:
@@ -261,7 +346,7 @@ class IndexedDatasetWriter:
             self.discard()
             raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}; nothing was published") from error
 
-    def _write_index(self, file: BinaryIO) -> None:
+    def _write_index(self, file: "_HashedFile") -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         code = CODE_OF_DTYPE[self.dtype]
         file.write(MAGIC + HEADER.pack(VERSION, code, len(lengths), len(self._boundaries)))
@@ -276,19 +361,35 @@ class IndexedDatasetWriter:
             file.write(self._modes.tobytes())
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
+class _HashedFile:
+    """A file that is written from its first byte to its last, and the hash of what went into it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file: BinaryIO = path.open("wb")
+        self._size, self._digest = 0, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self._digest.update(data)
+        self._size += memoryview(data).nbytes
+
+    def sync(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def facts(self) -> FileFacts:
+        return FileFacts(size=self._size, sha256=self._digest.hexdigest())
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
     """The bytes of a file; an empty file cannot be mapped."""
     try:
-        if path.stat().st_size == 0:
-            return np.empty(0, dtype=np.uint8)
-        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain array: slices of a memmap are slow
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _names() -> str:

@@ -2,6 +2,7 @@
 
 try:
     from megatron_aquila._native import (
+        LegacyShuffle,
         build_blending_indices,
         build_exhaustive_blending_indices,
         build_sample_index,
@@ -9,7 +10,8 @@ try:
 
     INDEX_BUILDER = "C++ extension"
 except ImportError:
-    from megatron_aquila.data.reference import (
+    from megatron_aquila.data.reference import (  # type: ignore[assignment]
+        LegacyShuffle,
         build_blending_indices,
         build_exhaustive_blending_indices,
         build_sample_index,
@@ -17,4 +19,10 @@ except ImportError:
 
     INDEX_BUILDER = "numpy, slower: the C++ extension is not built (python setup.py build_ext --inplace)"
 
-__all__ = ["INDEX_BUILDER", "build_blending_indices", "build_exhaustive_blending_indices", "build_sample_index"]
+__all__ = [
+    "INDEX_BUILDER",
+    "LegacyShuffle",
+    "build_blending_indices",
+    "build_exhaustive_blending_indices",
+    "build_sample_index",
+]

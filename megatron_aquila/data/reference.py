@@ -1,7 +1,26 @@
 """The functions of ``csrc/`` in numpy: their specification, and what runs where the extension is not built."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+
+class LegacyShuffle:
+    """``numpy.random.RandomState(seed).shuffle``; one after the other they continue the same stream.
+
+    Raises:
+        ValueError: the seed is not in [0, 2**32).
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.RandomState(seed)
+
+    def shuffle(self, values: NDArray[Any], report: Callable[[int], None]) -> None:
+        """Shuffle int32, uint32 or int64 in place; ``report`` is told how many were moved since the last call."""
+        self._random.shuffle(values)
+        report(max(len(values) - 1, 0))
 
 
 def build_sample_index(

@@ -1,6 +1,6 @@
 """Fixed-length samples cut from documents in a shuffled order: Megatron-LM's GPT packing, value for value."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, Protocol
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDataset
-from megatron_aquila.data.native import build_sample_index
+from megatron_aquila.data.native import LegacyShuffle, build_sample_index
+from megatron_aquila.data.progress import Report, counting, ignore
 from megatron_aquila.errors import DataError
 
 # The last epoch is shuffled on its own when less than this share of it is needed (Megatron-LM's constant).
@@ -62,10 +63,11 @@ class Packing:
         """Whole samples in that many tokens."""
         return (tokens - 1) // self.seq_len
 
-    def build(self, lengths: NDArray[np.int32]) -> Mapping[str, NDArray[Any]]:
+    def build(self, lengths: NDArray[np.int32], report: Report = ignore) -> Iterator[tuple[str, NDArray[Any]]]:
         """``document_index``, ``sample_index`` and ``shuffle_index``, equal to Megatron-LM's for the same settings.
 
-        ``lengths``: of all sequences of the data set, of which at least one in the range has a token.
+        They come one by one, so that who writes them away needs no memory for all; ``lengths`` are of all sequences
+        of the data set, of which at least one in the range has a token.
         """
         epoch_tokens = int(lengths[self.first : self.end].sum(dtype=np.int64))
         epochs = self.num_epochs(epoch_tokens)
@@ -74,29 +76,35 @@ class Packing:
         separate = epochs > 1 and (self.num_samples or 0) - before_last < int(
             SEPARATE_BELOW * self.samples_in(epoch_tokens)
         )
-        random = np.random.RandomState(self.seed)
-        documents = self._shuffled_documents([epochs - 1, 1] if separate else [epochs], random)
+        random = LegacyShuffle(self.seed)
+        documents = self._shuffled_documents([epochs - 1, 1] if separate else [epochs], random, report)
+        yield "document_index", documents
+        report("samples", 0, total)
         wide = len(documents) > np.iinfo(np.int32).max
         sample_index = build_sample_index(np.array(lengths), documents, self.seq_len, total, wide=wide)
-        shuffle = _shuffled_ranges([0, before_last, total] if separate else [0, total], random)
-        return {"document_index": documents, "sample_index": sample_index, "shuffle_index": shuffle}
+        yield "sample_index", sample_index
+        del documents, sample_index
+        yield "shuffle_index", _shuffled_ranges([0, before_last, total] if separate else [0, total], random, report)
 
-    def _shuffled_documents(self, epochs: list[int], random: np.random.RandomState) -> NDArray[np.int32]:
+    def _shuffled_documents(self, epochs: list[int], random: LegacyShuffle, report: Report) -> NDArray[np.int32]:
         """Groups of epochs, each group shuffled as a whole."""
-        once = np.arange(self.first, self.end, dtype=np.int32)
-        groups = [np.tile(once, count) for count in epochs]
-        for group in groups:
-            random.shuffle(group)
-        return np.concatenate(groups)
+        size = self.end - self.first
+        documents = np.empty(sum(epochs) * size, dtype=np.int32)
+        documents.reshape(-1, size)[:] = np.arange(self.first, self.end, dtype=np.int32)
+        counted = counting(report, "documents", len(documents))
+        for group in np.split(documents, [epochs[0] * size]):
+            random.shuffle(group, counted)
+        return documents
 
 
-def _shuffled_ranges(bounds: list[int], random: np.random.RandomState) -> NDArray[Any]:
+def _shuffled_ranges(bounds: list[int], random: LegacyShuffle, report: Report = ignore) -> NDArray[Any]:
     """The numbers from one bound to the next, shuffled within; uint32 where they fit, as in Megatron-LM."""
     dtype = np.int64 if bounds[-1] >= np.iinfo(np.uint32).max - 1 else np.uint32
-    ranges = [np.arange(start, stop, dtype=dtype) for start, stop in pairwise(bounds)]
-    for numbers in ranges:
-        random.shuffle(numbers)
-    return np.concatenate(ranges)
+    numbers = np.arange(bounds[0], bounds[-1], dtype=dtype)
+    counted = counting(report, "order of samples", len(numbers))
+    for start, stop in pairwise(bounds):
+        random.shuffle(numbers[start - bounds[0] : stop - bounds[0]], counted)
+    return numbers
 
 
 class PackedSamples:
@@ -106,7 +114,8 @@ class PackedSamples:
     ``epoch_tokens``, ``num_epochs``.
 
     Raises:
-        DataError: the range holds no token, or, with ``num_samples`` ``None``, not one whole sample.
+        DataError: the range holds no token, or, with ``num_samples`` ``None``, not one whole sample; or the data set
+            has more sequences than an int32 counts.
     """
 
     def __init__(self, dataset: IndexedDataset, packing: Packing, cache: IndexCache, *, split: str) -> None:
@@ -114,6 +123,8 @@ class PackedSamples:
         lengths = dataset.sequence_lengths
         where = f"{dataset.prefix}: the {split} split, sequences {packing.first} to {packing.end} of {len(lengths)},"
         self.epoch_tokens = int(lengths[packing.first : packing.end].sum(dtype=np.int64))
+        if packing.end > np.iinfo(np.int32).max:
+            raise DataError(f"{where} cannot be counted in Megatron-LM's int32; split the data set into several")
         if self.epoch_tokens == 0:
             raise DataError(f"{where} holds no tokens; give it a larger share with --split, or 0 to leave it out")
         if packing.num_samples is None and packing.samples_in(self.epoch_tokens) == 0:
@@ -122,17 +133,17 @@ class PackedSamples:
                 "give it a larger share with --split, or 0 to leave it out, or lower --seq-len"
             )
         self.num_epochs = packing.num_epochs(self.epoch_tokens)
-        built = cache.arrays(self._key(), lambda: packing.build(lengths))
+        built = cache.arrays(
+            self._key(), lambda report: packing.build(lengths, report), name=f"{dataset.prefix} ({split})"
+        )
         self.document_index = built["document_index"]
         self.sample_index = built["sample_index"]
         self.shuffle_index = built["shuffle_index"]
 
     def _key(self) -> dict[str, object]:
-        """What the indices depend on; a data set that was written again has other times."""
-        files = [self.dataset.idx_path, self.dataset.bin_path]
-        stats = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        """What the indices depend on: the lengths of the sequences, which are in the .idx file, and the packing."""
         packing = {name: getattr(self.packing, name) for name in Packing.__dataclass_fields__}
-        return {"kind": "packed samples", "files": stats, **packing}
+        return {"kind": "packed samples", "index_sha256": self.dataset.index_sha256, **packing}
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from megatron_aquila.data.manifest import TokenizerFacts
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 TokenizerType = Literal["AquilaTokenizer", "HuggingFaceTokenizer"]
@@ -71,7 +73,7 @@ class Tokenizer:
         """The text of ids, special tokens included."""
         return self.model.decode(ids, skip_special_tokens=False)
 
-    @property
+    @cached_property  # the library makes a whole dict to answer
     def vocab_size(self) -> int:
         """Ids run from 0 to one below this; special tokens are among them."""
         return max(self.model.get_vocab().values(), default=-1) + 1
@@ -164,6 +166,11 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a Unigram model
     identity = [tokenizer.model.get_vocab(), scores, merges, specials, tokenizer.eod_token, probe]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
+    """What the manifest of a data set says of the tokenizer that made it."""
+    return TokenizerFacts(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, fingerprint=fingerprint(tokenizer))
 
 
 def _from_json(path: Path, *, allow_special_tokens: bool) -> Tokenizer:

@@ -10,9 +10,10 @@ from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.data.blend import build_datasets, describe_data, parse_blend
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import BatchLoader, SegmentedSource
+from megatron_aquila.data.manifest import check_fingerprint, read_fingerprint
 from megatron_aquila.data.samples import SampleSource
-from megatron_aquila.data.sidecar import check_fingerprint, read_fingerprint
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from megatron_aquila.data.verify import check_largest_token
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.launcher import Launch
@@ -96,6 +97,7 @@ def identify(config: RunConfig) -> Identity:
         tokenizer = fingerprint(found)
         check_fingerprint(prefixes, tokenizer)
         eod = end_of_document(data, found)
+    check_largest_token(prefixes, config.model.vocab_size)
     rules = document_rules(data, eod)
     return Identity(
         sets=describe_data(data.path, data.split),

@@ -5,6 +5,7 @@ import torch
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived
+from megatron_aquila.data.verify import without_manifest
 from megatron_aquila.observe.log import Log
 from megatron_aquila.train.banner import print_banner
 from megatron_aquila.train.build import build_machine, create_context
@@ -29,6 +30,8 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
     segments = start.state.index_segments
     corpus = build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     log.line(corpus.train.source.describe())
+    if (line := without_manifest(corpus.source_names)) is not None:
+        log.line(line)
     log.line(begins(start.state, checkpoint))
     load_weights(machine, start)
     try:

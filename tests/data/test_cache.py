@@ -1,30 +1,36 @@
 """A built index appears whole or not at all, and what is missing or damaged is named."""
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_aquila.data.cache import IndexCache
+from megatron_aquila.data.progress import Report
 from megatron_aquila.errors import DataError
 
 ARRAYS = {"one": np.arange(5), "none": np.zeros(0, dtype=np.int16)}
 
 
+def arrays(report: Report) -> Iterable[tuple[str, np.ndarray]]:
+    return ARRAYS.items()
+
+
 def test_built_once_and_found_again(tmp_path: Path) -> None:
     calls = []
 
-    def make() -> dict[str, np.ndarray]:
+    def make(report: Report) -> Iterable[tuple[str, np.ndarray]]:
         calls.append(1)
-        return ARRAYS
+        return ARRAYS.items()
 
     for folder in (tmp_path / "new" / "cache", tmp_path / "new" / "cache"):
-        loaded = IndexCache(folder=folder).arrays({"a": 1}, make)
+        loaded = IndexCache(folder=folder).arrays({"a": 1}, make, name="x")
         for name, values in ARRAYS.items():
             np.testing.assert_array_equal(loaded[name], values, strict=True)
     assert len(calls) == 1
-    IndexCache(folder=folder).arrays({"a": 2}, make)
+    IndexCache(folder=folder).arrays({"a": 2}, make, name="x")
     assert len(calls) == 2
     assert not list(folder.glob("*.tmp"))
 
@@ -32,33 +38,33 @@ def test_built_once_and_found_again(tmp_path: Path) -> None:
 def test_others_wait_for_the_builder(tmp_path: Path) -> None:
     waiting = IndexCache(folder=tmp_path, build=False, wait_seconds=20)
     found: list[object] = []
-    reader = threading.Thread(target=lambda: found.append(waiting.arrays({"a": 1}, dict)["one"].tolist()))
+    reader = threading.Thread(target=lambda: found.append(waiting.arrays({"a": 1}, dict, name="x")["one"].tolist()))
     reader.start()
-    IndexCache(folder=tmp_path).arrays({"a": 1}, lambda: ARRAYS)
+    IndexCache(folder=tmp_path).arrays({"a": 1}, arrays, name="x")
     reader.join(timeout=20)
     assert found == [ARRAYS["one"].tolist()]
 
 
 def test_an_index_nobody_built(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no index was built there within 0 s; is --data-cache-path the same"):
-        IndexCache(folder=tmp_path, build=False, wait_seconds=0).arrays({"a": 1}, lambda: ARRAYS)
+        IndexCache(folder=tmp_path, build=False, wait_seconds=0).arrays({"a": 1}, arrays, name="x")
 
 
 def test_two_builders(tmp_path: Path) -> None:
     cache = IndexCache(folder=tmp_path)
 
-    def make_after_another() -> dict[str, np.ndarray]:
-        cache.arrays({"a": 1}, lambda: ARRAYS)
-        return ARRAYS
+    def make_after_another(report: Report) -> Iterable[tuple[str, np.ndarray]]:
+        cache.arrays({"a": 1}, arrays, name="x")
+        return ARRAYS.items()
 
-    assert cache.arrays({"a": 1}, make_after_another)["one"].tolist() == ARRAYS["one"].tolist()
+    assert cache.arrays({"a": 1}, make_after_another, name="x")["one"].tolist() == ARRAYS["one"].tolist()
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"indices cannot be written.*--data-cache-path"):
-        IndexCache(folder=tmp_path / "file").arrays({}, lambda: ARRAYS)
+        IndexCache(folder=tmp_path / "file").arrays({}, arrays, name="x")
 
 
 def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,14 +73,14 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(DataError, match="No space left on device"):
-        IndexCache(folder=tmp_path).arrays({}, lambda: ARRAYS)
+        IndexCache(folder=tmp_path).arrays({}, arrays, name="x")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_index(tmp_path: Path) -> None:
     cache = IndexCache(folder=tmp_path)
-    cache.arrays({}, lambda: ARRAYS)
+    cache.arrays({}, arrays, name="x")
     file = next(tmp_path.glob("*/one.npy"))
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(DataError, match=r"cannot be read.*delete the folder"):
-        cache.arrays({}, lambda: ARRAYS)
+        cache.arrays({}, arrays, name="x")

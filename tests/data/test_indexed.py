@@ -16,7 +16,6 @@ from megatron_aquila.data.indexed import (
     CODE_OF_DTYPE,
     IndexedDataset,
     IndexedDatasetWriter,
-    check_vocabulary,
     token_dtype,
 )
 from megatron_aquila.errors import DataError
@@ -39,7 +38,9 @@ def test_megatron_files_are_rewritten_byte_for_byte(megatron_fixtures: Path, tmp
     rewrite(source, tmp_path / name)
     for end in ("bin", "idx"):
         assert (tmp_path / f"{name}.{end}").read_bytes() == (megatron_fixtures / f"api_{name}.{end}").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.bin", f"{name}.idx"], "temporary files remain"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{name}.{end}" for end in ("bin", "idx", "manifest.json")
+    ], "temporary files remain"
 
 
 def test_megatron_files_read_as_megatron_reads_them(megatron_fixtures: Path) -> None:
@@ -162,7 +163,7 @@ def test_an_interrupted_writer_leaves_the_old_data_set(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), IndexedDatasetWriter(tmp_path / "data", np.int32) as writer:
         writer.add_sequence([3, 1 // 0])
     assert IndexedDataset(tmp_path / "data")[0].tolist() == [1, 2]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def cut(end: str, size: int) -> Callable[[Path], None]:
@@ -233,16 +234,24 @@ def test_reads_outside_a_sequence(tmp_path: Path, index: int, offset: int, lengt
         IndexedDataset(tmp_path / "data").get(index, offset, length)
 
 
-def test_ids_outside_the_vocabulary_are_found(tmp_path: Path) -> None:
-    tokens = np.zeros(3_000_000, dtype=np.int32)
-    tokens[-1] = 500
-    tokens[1_500_000] = 900
-    with IndexedDatasetWriter(tmp_path / "data", np.int32) as writer:
-        writer.add_sequence(tokens)
-        writer.end_document()
-    dataset = IndexedDataset(tmp_path / "data")
-    check_vocabulary(dataset, 901, full=True)
-    with pytest.raises(DataError, match="token 500 at position 2999999 is outside the vocabulary of 500"):
-        check_vocabulary(dataset, 500)  # the last block is always sampled
-    with pytest.raises(DataError, match="token 900 at position 1500000"):
-        check_vocabulary(dataset, 500, full=True)
+def test_a_document_must_be_ended(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="the last document was not ended, at 1 sequences"),
+        IndexedDatasetWriter(tmp_path / "data", np.uint8) as writer,
+    ):
+        writer.add_sequence([1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sequence_longer_than_the_format_holds(tmp_path: Path) -> None:
+    long = np.broadcast_to(np.uint8(1), 2**31)  # a byte of memory
+    for add in (
+        lambda writer: writer.add_sequence(long),
+        lambda writer: writer.add_documents(long, np.array([2**31])),
+    ):
+        with (
+            pytest.raises(DataError, match="a sequence of 2147483648 tokens; the format holds up to 2147483647"),
+            IndexedDatasetWriter(tmp_path / "data", np.uint8) as writer,
+        ):
+            add(writer)
+    assert list(tmp_path.iterdir()) == []

@@ -93,6 +93,59 @@ def test_exhaustive_blends_of_both(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from([np.int32, np.uint32, np.int64]),
+)
+def test_shuffles_are_numpys(builder: ModuleType, sizes: list[int], seed: int, dtype: type[np.integer]) -> None:
+    """One after the other from one stream, as Megatron-LM shuffles documents and then samples."""
+    ours, numpys = builder.LegacyShuffle(seed), np.random.RandomState(seed)
+    for size in sizes:
+        values, expected, reported = np.arange(size, dtype=dtype), np.arange(size, dtype=dtype), []
+        ours.shuffle(values, reported.append)
+        numpys.shuffle(expected)
+        np.testing.assert_array_equal(values, expected, strict=True)
+        assert sum(reported) == max(size - 1, 0)
+
+
+@needs_extension
+def test_a_long_shuffle() -> None:
+    """Over a power of two, where the mask changes, and in several blocks."""
+    size, reported = (1 << 16) + 77, []
+    values, expected = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32)
+    _native.LegacyShuffle(3).shuffle(values, reported.append)
+    np.random.RandomState(3).shuffle(expected)
+    np.testing.assert_array_equal(values, expected)
+    _native.LegacyShuffle(4).shuffle(values, reported.append)
+    assert (values != expected).any()
+
+
+def test_numpy_draws_the_high_word_first() -> None:
+    """What the extension does beyond 2**32 elements, where no test can shuffle."""
+    wide = np.random.RandomState(5).randint(0, 2**64, size=9, dtype=np.uint64)
+    words = np.random.RandomState(5).randint(0, 2**32, size=18, dtype=np.uint32).astype(np.uint64)
+    assert (wide == (words[::2] << np.uint64(32) | words[1::2])).all()
+
+
+@needs_extension
+def test_an_exception_ends_a_shuffle() -> None:
+    def fail(_: int) -> None:
+        raise KeyboardInterrupt
+
+    for builder in (_native, reference):
+        with pytest.raises(KeyboardInterrupt):
+            builder.LegacyShuffle(1).shuffle(np.arange(5, dtype=np.int32), fail)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_a_seed_that_is_none(builder: ModuleType) -> None:
+    for seed in (-1, 2**32):
+        with pytest.raises((ValueError, TypeError)):
+            builder.LegacyShuffle(seed)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
 def test_impossible_requests(builder: ModuleType) -> None:
     lengths, documents = np.array([5, 3], dtype=np.int32), np.array([1, 0], dtype=np.int32)
     builder.build_sample_index(lengths, documents, 7, 1, wide=False)
@@ -114,6 +167,8 @@ def test_impossible_requests(builder: ModuleType) -> None:
 def test_the_extension_converts_nothing() -> None:
     with pytest.raises(TypeError):
         _native.build_sample_index(np.array([5]), np.array([0], dtype=np.int32), 4, 1, wide=False)
+    with pytest.raises(TypeError):
+        _native.LegacyShuffle(1).shuffle(np.arange(5, dtype=np.uint8), print)
     with pytest.raises(ValueError, match="one-dimensional"):
         _native.build_blending_indices(np.ones((1, 1)), 1)
 

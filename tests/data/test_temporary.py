@@ -16,7 +16,7 @@ def dead_pid() -> int:
 
 def test_leftovers(tmp_path: Path) -> None:
     dead, alive, ours = dead_pid(), os.getppid(), os.getpid()
-    names = [f"out.bin.{dead}.tmp", f"out.idx.{dead}.tmp", f"out.json.{dead}.tmp", f"out.bin.{10**30}.tmp"]
+    names = [f"out.bin.{dead}.tmp", f"out.idx.{dead}.tmp", f"out.manifest.json.{dead}.tmp", f"out.bin.{10**30}.tmp"]
     kept = [f"out.bin.{alive}.tmp", f"out.idx.{ours}.tmp", f"out2.bin.{dead}.tmp", f"out.bin.{dead}.tmp2", "out.bin"]
     for name in names + kept:
         (tmp_path / name).write_text("")

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_aquila.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_aquila.data.indexed import IndexedDatasetWriter
+from megatron_aquila.data.manifest import TokenizerFacts, read_manifest, remove_manifest, write_manifest
 from megatron_aquila.errors import CheckpointError, ConfigError, DataError
 from megatron_aquila.train.corpus import document_rules, identify
 from tests.train.runs import run, tiny_config, write_corpus
@@ -28,11 +29,18 @@ def test_a_tokenizer_of_another_vocabulary_is_refused_with_the_right_size(
 def test_the_data_names_its_tokenizer_where_the_settings_do_not(tmp_path: Path) -> None:
     path = write_corpus(tmp_path)
     assert identify(RunConfig(data=DataConfig(path=path))).tokenizer is None
-    for name in ("threes", "fives"):
-        (tmp_path / f"{name}.json").write_text('{"fingerprint": "abc"}')
-    assert identify(RunConfig(data=DataConfig(path=path))).tokenizer == "abc"
-    (tmp_path / "fives.json").write_text('{"fingerprint": "xyz"}')
+    say_tokenizer(tmp_path / "threes", "a" * 64)
+    say_tokenizer(tmp_path / "fives", "a" * 64)
+    assert identify(RunConfig(data=DataConfig(path=path))).tokenizer == "a" * 64
+    say_tokenizer(tmp_path / "fives", "b" * 64)
     assert identify(RunConfig(data=DataConfig(path=path))).tokenizer is None
+
+
+def say_tokenizer(prefix: Path, fingerprint: str) -> None:
+    manifest = read_manifest(prefix)
+    assert manifest is not None
+    tokenizer = TokenizerFacts(kind="AquilaTokenizer", vocab_size=61, fingerprint=fingerprint)
+    write_manifest(prefix, replace(manifest, origin=replace(manifest.origin, tokenizer=tokenizer)))
 
 
 def test_bad_validation_tokens_stop_the_run_too(tmp_path: Path) -> None:
@@ -41,6 +49,7 @@ def test_bad_validation_tokens_stop_the_run_too(tmp_path: Path) -> None:
         for document in range(40):
             writer.add_sequence(np.full(40, 60 if document >= 36 else 1))
             writer.end_document()
+    remove_manifest(tmp_path / "late")
     data = replace(config.data, path=(str(tmp_path / "late"),), split="90,10,0")
     small = replace(
         config, data=data, model=replace(config.model, vocab_size=50), train=replace(config.train, train_samples=16)
@@ -51,6 +60,10 @@ def test_bad_validation_tokens_stop_the_run_too(tmp_path: Path) -> None:
 
 def test_tokens_outside_the_vocabulary_stop_the_run_with_data_set_and_sample(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
+    with pytest.raises(DataError, match=r"threes: its largest token is 60, .* outside the vocabulary of 40"):
+        run(replace(config, model=replace(config.model, vocab_size=40)))
+    for name in ("threes", "fives"):
+        remove_manifest(tmp_path / name)
     with pytest.raises(DataError, match=r"(threes|fives): token \d+ in sample \d+ is outside the vocabulary of 40"):
         run(replace(config, model=replace(config.model, vocab_size=40)))
 

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <functional>
+#include <random>
+
+#include "span.hpp"
+
+namespace aquila {
+
+// Called with how many elements were handled since the last call; may throw, which ends the work.
+using Report = std::function<void(int64_t)>;
+
+// numpy.random.RandomState(seed).shuffle, value for value; one after the other they continue the same stream.
+//
+// numpy seeds and runs the same MT19937 as std::mt19937, walks down from the last element, and draws a partner by
+// masking random words until one is not too large: of 32 bits where the partner's index fits, else of two words, the
+// high one first.
+class LegacyShuffle {
+ public:
+  explicit LegacyShuffle(uint32_t seed) : random_(seed) {}
+
+  template <typename T>
+  void shuffle(Span<T> values, const Report& report);
+
+ private:
+  uint64_t word(bool wide);
+
+  std::mt19937 random_;
+};
+
+extern template void LegacyShuffle::shuffle<int32_t>(Span<int32_t>, const Report&);
+extern template void LegacyShuffle::shuffle<uint32_t>(Span<uint32_t>, const Report&);
+extern template void LegacyShuffle::shuffle<int64_t>(Span<int64_t>, const Report&);
+
+}  // namespace aquila

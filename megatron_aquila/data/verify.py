@@ -1,0 +1,128 @@
+"""Whether data sets are what their manifests say: sizes when a run starts, every byte on demand."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.manifest import manifest_path, read_manifest
+from megatron_aquila.errors import DataError
+
+BLOCK: Final = 1 << 24  # bytes hashed, or tokens looked at, between two reports
+NAMED: Final = 3  # data sets that a line names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What ``verify`` found: a line on what is there, what is wrong, and what nothing can be said about."""
+
+    prefix: str
+    found: str
+    problems: tuple[str, ...]
+    unchecked: str | None
+
+
+def verify(prefix: str, *, deep: bool = False, report: Callable[[int], None] = lambda _: None) -> Verdict:
+    """Open the data set, and hash both its files where a manifest says what the hashes must be.
+
+    Args:
+        prefix: of the data set.
+        deep: also look at every token: the largest is the manifest's, and all are in its tokenizer's vocabulary.
+        report: called with the number of bytes, or tokens, looked at since the last call.
+    """
+    try:
+        dataset = IndexedDataset(prefix)
+    except DataError as error:
+        return Verdict(prefix=prefix, found="not readable", problems=(str(error),), unchecked=None)
+    problems = [] if dataset.manifest is None else _wrong_hashes(dataset, report)
+    if deep:
+        problems += _wrong_tokens(dataset, report)
+    found = (
+        f"{len(dataset.document_indices) - 1:,} documents, {len(dataset):,} sequences, "
+        f"{len(dataset.tokens):,} tokens of {dataset.dtype}"
+    )
+    unchecked = without_manifest([prefix])
+    return Verdict(prefix=prefix, found=found, problems=tuple(problems), unchecked=unchecked)
+
+
+def without_manifest(prefixes: Sequence[str]) -> str | None:
+    """A line on what cannot be checked of data sets without a manifest; ``None`` where each has one."""
+    bare = [prefix for prefix in prefixes if not manifest_path(prefix).exists()]
+    if not bare:
+        return None
+    more = f" and {len(bare) - NAMED} more" if len(bare) > NAMED else ""
+    return (
+        f"no manifest: {', '.join(bare[:NAMED])}{more}; whether the bytes are those that were written, and by which "
+        "tokenizer, cannot be checked"
+    )
+
+
+def check_largest_token(prefixes: Sequence[str], vocab_size: int) -> None:
+    """Refuse a data set whose manifest names a token outside the vocabulary, before a run comes upon it.
+
+    Raises:
+        DataError: such a token, or a manifest that cannot be read.
+    """
+    for prefix in prefixes:
+        manifest = read_manifest(prefix)
+        largest = None if manifest is None else manifest.contents.largest_token
+        if largest is not None and largest >= vocab_size:
+            raise DataError(
+                f"{prefix}: its largest token is {largest}, as {manifest_path(prefix)} says, outside the vocabulary of "
+                f"{vocab_size}; the data is of another tokenizer, or --vocab-size is wrong"
+            )
+
+
+def hash_file(path: Path, report: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file, in hex. Raises ``DataError`` where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                report(len(block))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _wrong_hashes(dataset: IndexedDataset, report: Callable[[int], None]) -> list[str]:
+    assert dataset.manifest is not None, f"{dataset.prefix}: no hashes to compare with"
+    said = dataset.manifest.contents
+    problems = []
+    for path, facts in ((dataset.bin_path, said.bin), (dataset.idx_path, said.idx)):
+        found = hash_file(path, report)
+        if found != facts.sha256:
+            problems.append(
+                f"{path}: its SHA-256 is {found[:12]}..., the manifest says {facts.sha256[:12]}...: bytes were changed "
+                "since it was written; write the data set again"
+            )
+    return problems
+
+
+def _wrong_tokens(dataset: IndexedDataset, report: Callable[[int], None]) -> list[str]:
+    """Every token of every sequence against the manifest; without one, only negative ones are wrong."""
+    if dataset.dtype.kind == "f" or len(dataset.tokens) == 0:
+        return []
+    manifest = dataset.manifest
+    tokenizer = None if manifest is None else manifest.origin.tokenizer
+    vocab_size = np.iinfo(np.int64).max if tokenizer is None else tokenizer.vocab_size
+    largest, problems = -1, []
+    for start in range(0, len(dataset.tokens), BLOCK):
+        tokens = dataset.tokens[start : start + BLOCK]
+        wrong = (tokens < 0) | (tokens >= vocab_size)
+        if np.any(wrong):
+            first = int(np.argmax(wrong))
+            place = f"token {tokens[first]} at position {start + first}"
+            problems.append(f"{dataset.bin_path}: {place} is outside the vocabulary of {vocab_size}")
+            break
+        largest = max(largest, int(tokens.max()))
+        report(len(tokens))
+    if not problems and manifest is not None and largest != manifest.contents.largest_token:
+        said = manifest.contents.largest_token
+        problems.append(f"{dataset.bin_path}: its largest token is {largest}, the manifest says {said}")
+    return problems

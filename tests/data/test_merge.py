@@ -1,0 +1,93 @@
+"""Merging is Megatron-LM's byte for byte, and what cannot be one data set is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.data.manifest import Origin, SourceFile, TokenizerFacts, read_manifest
+from megatron_aquila.data.merge import merge
+from megatron_aquila.data.verify import verify
+from megatron_aquila.errors import DataError
+
+
+def write(prefix: Path, *tokens: int, dtype: type = np.uint16, modes: bool = False, fingerprint: str = "") -> str:
+    with IndexedDatasetWriter(prefix, dtype, multimodal=modes) as writer:
+        writer.add_sequence(tokens, mode=1 if modes else 0)
+        writer.end_document()
+        tokenizer = TokenizerFacts(kind="x", vocab_size=9, fingerprint=fingerprint) if fingerprint else None
+        source = SourceFile(path=f"{prefix.name}.jsonl", size=1)
+        writer.origin = replace(Origin.unknown(), tokenizer=tokenizer, sources=(source,))
+    return str(prefix)
+
+
+def test_megatrons_merge_byte_for_byte(megatron_fixtures: Path, tmp_path: Path) -> None:
+    parts = [str(megatron_fixtures / name) for name in ("gpt_a", "gpt_c", "tool_u16")]
+    copied: list[int] = []
+    manifest = merge(parts, str(tmp_path / "out"), report=copied.append)
+    for end in ("bin", "idx"):
+        assert (tmp_path / f"out.{end}").read_bytes() == (megatron_fixtures / f"merged_u16.{end}").read_bytes()
+    assert sum(copied) == manifest.contents.tokens
+    assert manifest == read_manifest(tmp_path / "out")
+    assert (manifest.origin.tokenizer, manifest.origin.options) == (None, {"merged": parts})
+    assert verify(str(tmp_path / "out"), deep=True).problems == ()
+
+
+@pytest.mark.parametrize("name", ["u8", "i16", "u16_multi", "i64", "i32_multimodal", "i32_zerolen", "i32_nodocs"])
+def test_one_data_set_is_itself(megatron_fixtures: Path, tmp_path: Path, name: str) -> None:
+    merge([str(megatron_fixtures / f"api_{name}")], str(tmp_path / "out"))
+    for end in ("bin", "idx"):
+        assert (tmp_path / f"out.{end}").read_bytes() == (megatron_fixtures / f"api_{name}.{end}").read_bytes()
+
+
+def test_merging_is_associative(tmp_path: Path) -> None:
+    a, b, c = (write(tmp_path / name, *tokens, modes=True) for name, tokens in (("a", [1, 2]), ("b", []), ("c", [3])))
+    merge([a, b], str(tmp_path / "ab"))
+    merge([b, c], str(tmp_path / "bc"))
+    for name, parts in (("left", ["ab", "c"]), ("right", ["a", "bc"]), ("all", ["a", "b", "c"])):
+        merge([str(tmp_path / part) for part in parts], str(tmp_path / name))
+    for end in ("bin", "idx"):
+        assert len({(tmp_path / f"{name}.{end}").read_bytes() for name in ("left", "right", "all")}) == 1
+    dataset = IndexedDataset(tmp_path / "all")
+    assert [dataset[i].tolist() for i in range(3)] == [[1, 2], [], [3]]
+    assert dataset.modes is not None
+    assert dataset.modes.tolist() == [1, 1, 1]
+
+
+def test_where_it_came_from(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / name, 1, fingerprint="a" * 64) for name in "ab")
+    origin = merge([a, b], str(tmp_path / "out")).origin
+    assert origin.tokenizer == TokenizerFacts(kind="x", vocab_size=9, fingerprint="a" * 64)
+    assert [source.path for source in origin.sources] == ["a.jsonl", "b.jsonl"]
+
+
+def test_what_cannot_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, out = write(tmp_path / "a", 1, fingerprint="a" * 64), str(tmp_path / "out")
+    refused = {
+        "nothing to merge": [],
+        "wide: dtype int32, but .*a has uint16": [a, write(tmp_path / "wide", 1, dtype=np.int32)],
+        "modes: modes True, but .*a has False": [a, write(tmp_path / "modes", 1, modes=True)],
+        "a and .*b were made by different tokenizers": [a, write(tmp_path / "b", 1, fingerprint="b" * 64)],
+        "nowhere.idx: cannot be read": [a, str(tmp_path / "nowhere")],
+    }
+    for message, parts in refused.items():
+        with pytest.raises(DataError, match=message):
+            merge(parts, out)
+    with pytest.raises(DataError, match=r"a: it is one of the data sets to merge"):
+        merge([a], str(tmp_path / "." / "a"))
+    merge([a], out)
+    with pytest.raises(DataError, match=r"out.bin: it exists; give --overwrite"):
+        merge([a, a], out)
+    before = Path(f"{out}.bin").read_bytes()
+
+    def fail(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge([a, a], out, overwrite=True, report=fail)
+    assert Path(f"{out}.bin").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+    merge([a, a], out, overwrite=True)
+    assert len(IndexedDataset(out)) == 2
