@@ -53,6 +53,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "data": ["orjson", "zstandard", "pyarrow"],
         "fast": ["gigatoken", "orjson"],
         "ray": ["ray"],
         "hf": ["transformers>=5"],
@@ -75,6 +76,9 @@ setup(
             "transformers>=5",
             # its interpreter runs the kernels on a CPU; beside CUDA torch brings the version that it needs
             'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
+            "orjson",
+            "zstandard",
+            "pyarrow",
         ],
     },
 )

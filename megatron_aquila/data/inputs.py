@@ -1,7 +1,6 @@
 """What there is to read: files, globs, folders and standard input as pieces that workers read alone."""
 
 import glob
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from megatron_aquila.data.parquet import row_groups
-from megatron_aquila.data.streams import MAGIC, STDIN, SUFFIXES, Compression, Damaged, opened, unpacked, without_mark
+from megatron_aquila.data.records import Broken
+from megatron_aquila.data.streams import MAGIC, STDIN, SUFFIXES, Compression, opened, unpacked, without_mark
 from megatron_aquila.errors import DataError
 
 PIECE_BYTES: Final = 32 << 20
@@ -81,7 +81,7 @@ def plan_pieces(
     for named in inputs:
         paths = list(_files(named))
         if not paths:
-            raise DataError(f"{named}: no file is there; names that begin with . or _ are left out of a folder")
+            raise DataError(f"{named}: no file is there; names that begin with . or _ are left out unless named")
         formats = {path: _format(path, input_format, text_documents) for path in paths}
         if len(paths) > 1 and len({_is_text(found) for found in formats.values()}) > 1:
             text = next(path for path, found in formats.items() if _is_text(found))
@@ -95,17 +95,31 @@ def plan_pieces(
 
 def _files(named: str) -> Iterator[Path]:
     path = Path(named)
-    if path == STDIN or path.is_file():
+    if path.is_dir():
+        yield from _below(path)
+    elif path == STDIN or path.exists():  # a pipe, too, as the shell's <(...) makes
         yield path
-    elif path.is_dir():
-        for folder, folders, names in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
-            yield from (Path(folder, name) for name in sorted(names) if not name.startswith((".", "_")))
     elif glob.has_magic(named):
-        yield from (Path(found) for found in sorted(glob.glob(named, recursive=True)) if Path(found).is_file())
-    else:  # missing, or a pipe as the shell's <(...) makes
-        with opened(path):
-            yield path
+        found = map(Path, sorted(glob.glob(named, recursive=True)))
+        marked = path.name.startswith("_")
+        yield from (match for match in found if match.is_file() and (marked or not match.name.startswith("_")))
+    else:
+        with opened(path):  # says why it is not there
+            pass
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files under a folder, through links, too; those that lie in it come before those of its folders."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "_")))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    yield from (entry for entry in entries if not entry.is_dir())
+    for entry in entries:
+        if entry.is_dir():
+            if entry.is_symlink() and entry.resolve() in [folder.resolve(), *folder.resolve().parents]:
+                raise DataError(f"{entry}: leads back to {entry.resolve()}, which it lies in; remove the link")
+            yield from _below(entry)
 
 
 def compression_of(path: Path) -> Compression:
@@ -119,7 +133,7 @@ def _format(path: Path, asked: InputFormat, text_documents: TextDocuments) -> Fo
     if asked == "auto":
         found = "jsonl" if path == STDIN else ENDINGS.get(plain_name.suffix.lower(), "")
     if found == "json":
-        found = "json-array" if _first_byte(path) == b"[" else "jsonl"
+        found = "json-array" if path.is_file() and _first_byte(path) == b"[" else "jsonl"
     if found == "":
         known = " ".join(ENDINGS)
         raise DataError(
@@ -135,7 +149,7 @@ def _first_byte(path: Path) -> bytes:
             for chunk in without_mark(unpacked(raw, compression_of(path))):
                 if stripped := chunk.lstrip():
                     return stripped[:1]
-        except Damaged:
+        except Broken:
             pass
     return b""
 

@@ -7,11 +7,12 @@ from typing import Any, Final
 
 from megatron_aquila.data.records import (
     BadValue,
+    Broken,
+    Found,
     Kind,
-    Parsed,
+    Parse,
+    Raw,
     ReadOptions,
-    Records,
-    Refused,
     meta_of,
     texts_of,
     too_long,
@@ -56,35 +57,53 @@ def _packed_bytes(group: Any) -> int:
     return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
 
 
-def parquet_rows(path: Path, group: int, options: ReadOptions) -> Records:
-    """A record for each row of a row group, numbers from 1; only the columns that are asked for are read."""
-    texts = texts_of(options)
-    number = 0
+def parquet_rows(path: Path, group: int, options: ReadOptions) -> Iterator[Raw]:
+    """The rows of a row group, numbers from 1, as dicts; only the columns that are asked for are read.
+
+    Raises:
+        Broken: there is no column of a text.
+    """
+    number = 1
     with _file(path) as file:
         known = file.schema_arrow.names
-        for key in options.fields:
-            if key not in known:
-                why = f"no column {key!r}; it has {', '.join(map(repr, known))}; choose with --json-keys"
-                yield Refused(1, BadValue(Kind.MISSING_KEY, why, ends_piece=True))
-                return
+        if missing := [key for key in options.fields if key not in known]:
+            why = f"no column {missing[0]!r}; it has {', '.join(map(repr, known))}; choose with --json-keys"
+            raise Broken(Kind.MISSING_KEY, why)
         columns = [name for name in options.columns if name in known]
         for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns, use_threads=False):
-            for row in range(batch.num_rows):
+            size = batch.nbytes // max(batch.num_rows, 1)
+            for values in zip(*[_values(batch.column(name)) for name in columns], strict=True):
+                yield number, dict(zip(columns, values, strict=True)), size, False
                 number += 1
-                try:
-                    record = {name: _value(batch.column(name)[row], name) for name in columns}
-                    found = texts(record)
-                    size = sum(len(text.encode("utf-8")) for text in found)
-                    if size > options.max_document_bytes:
-                        raise too_long(options.max_document_bytes)
-                    yield Parsed(found, meta_of(record, options.keep_meta), number, size)
-                except BadValue as error:
-                    yield Refused(number, error)
 
 
-def _value(cell: Any, name: str) -> Any:
+def row_parser(options: ReadOptions) -> Parse:
+    """The function from a row to its texts and its fields to keep."""
+    texts = texts_of(options)
+
+    def parse(row: dict[str, Any]) -> Found:
+        for value in row.values():
+            if isinstance(value, BadValue):
+                raise value
+        found = texts(row)
+        if any(len(text.encode("utf-8")) > options.max_document_bytes for text in found):
+            raise BadValue(Kind.TOO_LONG, too_long(options.max_document_bytes))
+        return found, meta_of(row, options.keep_meta)
+
+    return parse
+
+
+def _values(column: Any) -> list[Any]:
+    """Python's values; where one is not UTF-8, a BadValue in its place."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: Any) -> Any:
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:
-        why = f"not UTF-8: byte {error.start + 1} of {name!r} is 0x{error.object[error.start]:02x}"
-        raise BadValue(Kind.NOT_UTF8, why) from error
+        byte = error.object[error.start]
+        return BadValue(Kind.NOT_UTF8, f"not UTF-8: byte {error.start + 1} of the record is 0x{byte:02x}")

@@ -1,36 +1,35 @@
 """The documents of a piece of a corpus: one reader a format, every one streaming, no byte lost without a word."""
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from megatron_aquila.data import splitters
 from megatron_aquila.data.inputs import BY_LINES, Format, InputFormat, Piece, plan_pieces
-from megatron_aquila.data.json_records import json_array, json_lines, utf8
-from megatron_aquila.data.parquet import parquet_rows
+from megatron_aquila.data.json_records import element_parser, json_parser, utf8
+from megatron_aquila.data.parquet import parquet_rows, row_parser
 from megatron_aquila.data.records import (
     BadRecord,
     BadValue,
+    Broken,
     Document,
+    Found,
     Kind,
-    Parsed,
+    Parse,
     ReadOptions,
-    Records,
-    Refused,
     meta_of,
     texts_of,
     too_long,
 )
+from megatron_aquila.data.splitters import Split
 from megatron_aquila.data.streams import (
     STDIN,
     Compression,
-    Damaged,
     LineNumbers,
     opened,
     owned_lines,
     sniffed,
     unpacked,
-    whole_lines,
     without_mark,
 )
 from megatron_aquila.errors import DataError
@@ -47,17 +46,20 @@ def read_piece(piece: Piece, options: ReadOptions, lines: LineNumbers | None = N
             damaged within gives a BadRecord that ``ends_piece``.
     """
     path, number = piece.path, 0
+    split, parser = READERS[piece.format]
+    parse = parser(options)
     try:
-        for record in _records(piece, options):
-            if isinstance(record, Parsed):
-                texts, meta, number, num_bytes = record
-                yield Document(texts, path, number, meta, num_bytes)
+        for number, data, num_bytes, unended in split(piece, options):
+            try:
+                texts, meta = parse(data)
+            except BadValue as error:
+                kind, why = _at_the_end(error) if unended else (error.kind, error.why)
+                yield BadRecord(path, line_of(piece, number, lines), kind, why)
             else:
-                number, bad = record
-                yield BadRecord(path, line_of(piece, number, lines), bad.kind, bad.why, bad.ends_piece)
-    except Damaged as error:
+                yield Document(texts, path, number, meta, num_bytes)
+    except Broken as error:
         why = f"{error}; all behind this is lost"
-        yield BadRecord(path, line_of(piece, number + 1, lines), Kind.DAMAGED, why, ends_piece=True)
+        yield BadRecord(path, line_of(piece, number + 1, lines), error.kind, why, ends_piece=True)
 
 
 def line_of(piece: Piece, line: int, lines: LineNumbers | None = None) -> int:
@@ -85,12 +87,31 @@ def read_texts(path: Path, key: str, input_format: InputFormat = "auto") -> Iter
             yield record.texts[0]
 
 
-def _records(piece: Piece, options: ReadOptions) -> Records:
-    if piece.format is Format.PARQUET:
-        yield from parquet_rows(piece.path, piece.start, options)
-        return
-    with opened(piece.path) as raw:
-        yield from READERS[piece.format](_chunks(raw, piece), options)
+def _at_the_end(error: BadValue) -> tuple[Kind, str]:
+    if error.kind not in (Kind.NOT_JSON, Kind.NOT_UTF8):
+        return error.kind, error.why
+    return Kind.CUT_OFF, f"{error.why}; the file ends within this line: was it cut off?"
+
+
+def _text_parser(options: ReadOptions) -> Parse:
+    """Plain text is a record with one field, ``text``."""
+    texts = texts_of(options)
+
+    def parse(data: bytes) -> Found:
+        if len(data) > options.max_document_bytes:
+            raise BadValue(Kind.TOO_LONG, too_long(options.max_document_bytes))
+        record = {"text": utf8(data)}
+        return texts(record), meta_of(record, options.keep_meta)
+
+    return parse
+
+
+def _bytes_split_by(split: Callable[[Iterator[bytes], int], Split]) -> Callable[[Piece, ReadOptions], Split]:
+    def records(piece: Piece, options: ReadOptions) -> Split:
+        with opened(piece.path) as raw:
+            yield from split(_chunks(raw, piece), options.max_document_bytes)
+
+    return records
 
 
 def _chunks(raw: BinaryIO, piece: Piece) -> Iterator[bytes]:
@@ -102,66 +123,14 @@ def _chunks(raw: BinaryIO, piece: Piece) -> Iterator[bytes]:
     return without_mark(unpacked(raw, piece.compression))
 
 
-def _json_lines(chunks: Iterator[bytes], options: ReadOptions) -> Records:
-    return json_lines(whole_lines(chunks, options.max_document_bytes), options)
+Reader = tuple[Callable[[Piece, ReadOptions], Split], Callable[[ReadOptions], Parse]]
 
-
-def _lines(chunks: Iterator[bytes], longest: int) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines without their line feed, blank ones too."""
-    number = 0
-    for block in whole_lines(chunks, longest):
-        lines = block.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        yield from enumerate(lines, number + 1)
-        number += len(lines)
-
-
-def _text_lines(chunks: Iterator[bytes], options: ReadOptions) -> Records:
-    for number, line in _lines(chunks, options.max_document_bytes):
-        if line.strip():
-            yield _text(line.removesuffix(b"\r"), number, options, "line")
-
-
-def _text_paragraphs(chunks: Iterator[bytes], options: ReadOptions) -> Records:
-    parts: list[bytes] = []
-    first, held = 0, 0
-    for number, line in chain(_lines(chunks, options.max_document_bytes), [(0, b"")]):
-        if line.strip():
-            first = number if held == 0 else first
-            if held <= options.max_document_bytes + 1:  # else what is held is seen to be too long
-                parts.append(line)
-            held += len(line) + 1
-        elif held > 0:
-            yield _text(b"\n".join(parts).removesuffix(b"\r"), first, options, "paragraph")
-            parts, held = [], 0
-
-
-def _text_file(chunks: Iterator[bytes], options: ReadOptions) -> Records:
-    parts: list[bytes] = []
-    held = 0
-    for chunk in chunks:
-        if held <= options.max_document_bytes:
-            parts.append(chunk)
-            held += len(chunk)
-    yield _text(b"".join(parts), 1, options, "file")
-
-
-def _text(data: bytes, number: int, options: ReadOptions, whole: str) -> Parsed | Refused:
-    """Plain text is a record with one field, ``text``."""
-    try:
-        if len(data) > options.max_document_bytes:
-            raise too_long(options.max_document_bytes)
-        record = {"text": utf8(data, whole)}
-        return Parsed(texts_of(options)(record), meta_of(record, options.keep_meta), number, len(data))
-    except BadValue as error:
-        return Refused(number, error)
-
-
-READERS: Final[dict[Format, Callable[[Iterator[bytes], ReadOptions], Records]]] = {
-    Format.JSON_LINES: _json_lines,
-    Format.JSON_ARRAY: json_array,
-    Format.TEXT_FILE: _text_file,
-    Format.TEXT_LINE: _text_lines,
-    Format.TEXT_PARAGRAPH: _text_paragraphs,
+# How each format is cut into records, and what is made of a record.
+READERS: Final[dict[Format, Reader]] = {
+    Format.JSON_LINES: (_bytes_split_by(splitters.lines), json_parser),
+    Format.JSON_ARRAY: (_bytes_split_by(splitters.array_elements), element_parser),
+    Format.PARQUET: (lambda piece, options: parquet_rows(piece.path, piece.start, options), row_parser),
+    Format.TEXT_FILE: (_bytes_split_by(splitters.whole), _text_parser),
+    Format.TEXT_LINE: (_bytes_split_by(splitters.lines), _text_parser),
+    Format.TEXT_PARAGRAPH: (_bytes_split_by(splitters.paragraphs), _text_parser),
 }

@@ -1,18 +1,18 @@
 """What reading a corpus gives: documents, and records that are none, each with the kind of its fault."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from megatron_aquila.errors import ConfigError, Problem
 
 MAX_DOCUMENT_BYTES: Final = 128 << 20
 ESCAPES: Final = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "{": "{", "}": "}"}
 SEGMENT: Final = re.compile(r"\{\{|\}\}|\\(.)|\{([^{}]*)\}|([^{}\\]+)|(.)", re.DOTALL)
-NOT_PLAIN: Final = re.compile(r"[.\[\]!:\s]")
+NOT_PLAIN: Final = re.compile(r"[.\[\]!:]")
 
 
 class Kind(StrEnum):
@@ -64,31 +64,27 @@ class BadRecord:
         return f"{self.path}:{self.line}: {self.why}"
 
 
+# A record as it is cut from a file, a plain tuple as there are many: its (first) line, element or row, as in Document;
+# its JSON or text as bytes, or its row as a dict; the bytes it takes; whether it ends only because the file does.
+Raw = tuple[int, Any, int, bool]
+Found = tuple[tuple[str, ...], Mapping[str, object] | None]
+Parse = Callable[[Any], Found]  # from a record's data to its texts and its fields to keep; raises BadValue
+
+
 class BadValue(Exception):
     """Raised inside the readers: the record at hand is no document."""
 
-    def __init__(self, kind: Kind, why: str, *, ends_piece: bool = False) -> None:
-        self.kind, self.why, self.ends_piece = kind, why, ends_piece
+    def __init__(self, kind: Kind, why: str) -> None:
+        self.kind, self.why = kind, why
         super().__init__(why)
 
 
-class Parsed(NamedTuple):
-    """What a reader makes of a record: a Document that does not know its file yet."""
+class Broken(Exception):
+    """Raised inside the readers: where the next record ends is not known, so that the rest of the piece is lost."""
 
-    texts: tuple[str, ...]
-    meta: Mapping[str, object] | None
-    line: int
-    num_bytes: int
-
-
-class Refused(NamedTuple):
-    """What a reader makes of a record that is no document."""
-
-    line: int
-    error: BadValue
-
-
-Records = Iterator[Parsed | Refused]
+    def __init__(self, kind: Kind, why: str) -> None:
+        self.kind, self.why = kind, why
+        super().__init__(why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +154,7 @@ class ReadOptions:
         return tuple(dict.fromkeys((*self.fields, *self.keep_meta)))
 
 
-Texts = Callable[[object], tuple[str, ...]]
-
-
-def texts_of(options: ReadOptions) -> Texts:
+def texts_of(options: ReadOptions) -> Callable[[Any], tuple[str, ...]]:
     """The function from a record to its texts; it raises BadValue where the record has none."""
     template, fields = options.template, options.fields
     if template is not None:
@@ -172,14 +165,14 @@ def texts_of(options: ReadOptions) -> Texts:
     return lambda record: tuple([text_under(record, key) for key in fields])
 
 
-def text_under(record: object, key: str) -> str:
+def text_under(record: Any, key: str) -> str:
     """The string under ``key``.
 
     Raises:
         BadValue: the record is no object, has no such key, or has something else there.
     """
     try:
-        text = record[key]  # type: ignore[index]
+        text = record[key]
     except (KeyError, TypeError, IndexError):
         raise _no_text(record, key) from None
     if type(text) is str:
@@ -215,6 +208,6 @@ def check_surrogates(texts: Sequence[str], names: Sequence[str]) -> None:
             raise BadValue(Kind.LONE_SURROGATE, why) from error
 
 
-def too_long(limit: int) -> BadValue:
-    """The record is not held in memory."""
-    return BadValue(Kind.TOO_LONG, f"longer than {limit:,} bytes, the --max-document-bytes")
+def too_long(limit: int) -> str:
+    """Why a record is not held in memory."""
+    return f"longer than {limit:,} bytes, the --max-document-bytes"

@@ -9,6 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
+from megatron_aquila.data.records import Broken, Kind
 from megatron_aquila.errors import DataError
 
 STDIN: Final = Path("-")
@@ -28,10 +29,6 @@ class Compression(StrEnum):
 
 SUFFIXES: Final = {".gz": Compression.GZIP, ".zst": Compression.ZSTD, ".zstd": Compression.ZSTD}
 MAGIC: Final = {Compression.GZIP: b"\x1f\x8b", Compression.ZSTD: b"\x28\xb5\x2f\xfd"}
-
-
-class Damaged(Exception):
-    """Raised inside the readers: a file cannot be unpacked further."""
 
 
 class _Member(Protocol):
@@ -65,7 +62,7 @@ def unpacked(raw: BinaryIO, compression: Compression) -> Iterator[bytes]:
     """All bytes of a stream, in chunks of about a megabyte or less.
 
     Raises:
-        Damaged: the packed stream is cut off or broken; what came before it was yielded.
+        Broken: the packed stream is cut off or broken; what came before it was yielded.
         DataError: the package that unpacks is not installed.
     """
     if compression is Compression.NONE:
@@ -85,8 +82,8 @@ def _members(raw: BinaryIO, compression: Compression, new: Callable[[], _Member]
         try:
             chunk = member.decompress(data)
         except Exception as error:  # zlib.error and zstandard.ZstdError, which is there only with the package
-            raise Damaged(
-                f"the {compression} stream is broken before byte {position:,} of the file: {error}"
+            raise Broken(
+                Kind.DAMAGED, f"the {compression} stream is broken before byte {position:,} of the file: {error}"
             ) from error
         if chunk:
             yield chunk
@@ -95,7 +92,9 @@ def _members(raw: BinaryIO, compression: Compression, new: Callable[[], _Member]
         if member.eof:
             member = None
     if member is not None or seen == 0:
-        raise Damaged(f"the {compression} stream is cut off: the file ends at byte {position:,}, within it")
+        raise Broken(
+            Kind.DAMAGED, f"the {compression} stream is cut off: the file ends at byte {position:,}, within it"
+        )
 
 
 def _member_type(compression: Compression) -> Callable[[], _Member]:
@@ -141,27 +140,26 @@ def owned_lines(raw: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
         position += len(chunk)
 
 
-def whole_lines(chunks: Iterator[bytes], longest: int) -> Iterator[bytes]:
-    """The same bytes in blocks of whole lines; only the last may lack its line feed.
+def line_blocks(chunks: Iterator[bytes], longest: int) -> Iterator[tuple[list[bytes], bool]]:
+    """The lines in blocks, without their line feeds: as ``split(b"\\n")`` of all chunks at once would give them.
 
-    A line of more than ``longest`` bytes keeps its first ``longest + 1``, so that it is seen to be too long.
+    What follows the last line feed, perhaps nothing, is a block of its own, and the only one with True. A line of more
+    than ``longest`` bytes loses what is behind the first ``longest + 1`` if it goes on for chunks: that it is too long
+    is still seen.
     """
     parts: list[bytes] = []
     held = 0
     for chunk in chunks:
-        end = chunk.rfind(b"\n") + 1
-        if end > 0:
-            head = chunk.find(b"\n") if held + end > longest else 0
-            if held + head > longest:  # the line begun before is too long: cut it short
-                parts = [b"".join([*parts, chunk[:head]])[: longest + 1]]
-                chunk, end = chunk[head:], end - head
-            yield b"".join([*parts, chunk[:end]])
-            parts, held = [], 0
-        if len(chunk) > end and held <= longest:
-            parts.append(chunk[end : end + longest + 1])
+        lines = chunk.split(b"\n")
+        if held <= longest:
+            parts.append(lines[0][: longest + 1])
             held += len(parts[-1])
-    if parts:
-        yield b"".join(parts)[: longest + 1]
+        if len(lines) > 1:
+            lines[0] = b"".join(parts)
+            parts = [lines.pop()]
+            held = len(parts[0])
+            yield lines, False
+    yield [b"".join(parts)], True
 
 
 class LineNumbers:
