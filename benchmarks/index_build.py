@@ -1,9 +1,9 @@
 """Time and memory of building the index of a large data set: ours, and numpy's way as Megatron-LM goes it.
 
 ``python -m benchmarks.index_build [--documents 10000000] [--epochs 4] [--output FILE]`` makes lengths of documents,
-then builds the index in a process for each contestant, one after the other, and prints JSON. The peer's document order
-(``mgrid``, ``RandomState.shuffle``), its shuffle of samples and all arrays in memory are repeated here in numpy; its C++
-sample index is ours in both, so the ratio understates nothing but that part.
+then builds the index in a process for each contestant, one after the other, and prints JSON. The peer's order of
+documents (``mgrid``, ``RandomState.shuffle``), its shuffle of samples and its arrays, all in memory, are repeated here
+in numpy; the sample index is ours in both, for the peer's is C++ as well.
 """
 
 import argparse
@@ -73,8 +73,7 @@ CONTESTANTS: dict[str, Callable[[Path, int], int]] = {"aquila": build_ours, "num
 
 
 def measure(contestant: str, prefix: Path, epochs: int) -> dict[str, object]:
-    """In this process: seconds, CPU seconds, and its peak memory beyond what the imports took."""
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """In this process: seconds, CPU seconds, and its peak memory."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     samples = CONTESTANTS[contestant](prefix, epochs)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
@@ -85,7 +84,6 @@ def measure(contestant: str, prefix: Path, epochs: int) -> dict[str, object]:
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
         "peak_mib": peak // 1024,
-        "imports_mib": imported // 1024,
         "load": round(os.getloadavg()[0], 1),
     }
 

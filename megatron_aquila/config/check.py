@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
-from megatron_aquila.config.inputs import check_data_path, check_documents, check_split, check_start
+from megatron_aquila.config.inputs import check_data_path, check_documents, check_split, check_start, check_valid_path
 from megatron_aquila.config.profile import check_profile
 from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
@@ -284,6 +284,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
     "train.recompute_method_per_stage train.recompute_layers_per_stage",
     check_data_path: "data.path",
+    check_valid_path: "data.valid_path data.split",
     check_split: "data.split",
     check_documents: "data.reset_position_ids data.reset_attention_mask data.eod_mask_loss data.eod_token_id "
     "data.vocab_file data.merge_file data.special_tokens_file data.tokenizer_model model.vocab_size",

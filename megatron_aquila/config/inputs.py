@@ -4,10 +4,10 @@ Nothing is opened here; that the files exist and fit is seen when they are.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from megatron_aquila.config.presets import CONTINUATIONS
-from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
 
@@ -32,18 +32,29 @@ def missing(config: RunConfig, preset: str | None, *, without: Collection[str] =
 
 def check_data_path(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     """One prefix, prefixes alone, or a positive weight before each."""
-    path = config.data.path
+    yield from _check_blend("--data-path", config.data.path)
+
+
+def check_valid_path(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """As ``check_data_path``, and nothing else says what is for validation."""
+    yield from _check_blend("--valid-data-path", config.data.valid_path)
+    if config.data.valid_path and config.data.split != DataConfig().split:
+        why = "validation data is given by --valid-data-path, and --data-path is all for training"
+        yield Problem("--split", config.data.split, why, "give one of them")
+
+
+def _check_blend(flag: str, path: Sequence[str]) -> Iterator[Problem]:
     weights = [_number(word) for word in path[::2]]
     if len(path) < 2 or all(weight is None for weight in weights):
         return
     if len(path) % 2:
         why = "weights and prefixes do not pair up"
-        yield Problem("--data-path", spell(path), why, "give weight prefix weight prefix ..., or prefixes alone")
+        yield Problem(flag, spell(path), why, "give weight prefix weight prefix ..., or prefixes alone")
         return
     for written, weight in zip(path[::2], weights, strict=True):
         if weight is None or not 0 < weight < math.inf:
             why = f"the weight {written} is not a number above 0"
-            yield Problem("--data-path", spell(path), why, "give weight prefix weight prefix ..., or prefixes alone")
+            yield Problem(flag, spell(path), why, "give weight prefix weight prefix ..., or prefixes alone")
             return
 
 

@@ -112,7 +112,8 @@ _BALANCE = Refused(
     "stages are balanced with the head counted, or given by their layers",
     "leave it out, or use --stage-layers or --pipeline-layout",
 )
-_SPLITS = Refused("training, validation and test are shares of the same data", "use --data-path and --split")
+_TRAIN_PATH = Refused("is --data-path, of which --split takes a share", "use --data-path with --valid-data-path")
+_TEST_PATH = Refused("a run measures its loss on validation data only", "leave it out")
 _NOT_LOGGED = Refused("is not logged", "leave it out: docs/running.md has what is")
 _NAMED_BY_WANDB = Refused("the offline run is named when it is uploaded", "leave it out")
 _XPU = Refused("belongs to Kunlun XPU, which is not offered", "leave it out")
@@ -299,7 +300,8 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         # Data
         "--data-impl": Always("indexed datasets are mapped into memory", ("mmap",)),
         "--dataloader-type": Always("samples are read in the order of the index", ("single",)),
-        **_family(_SPLITS, "--train-data-path --valid-data-path --test-data-path"),
+        "--train-data-path": _TRAIN_PATH,
+        "--test-data-path": _TEST_PATH,
         **_family(
             Refused("a blend is written in the settings", "use --data-path, or data: path in a file"),
             "--data-args-path --per-split-data-args-path",

@@ -124,6 +124,9 @@ class DataConfig:
     path: tuple[str, ...] = setting(
         (), "prefixes of .bin/.idx pairs: one, or weight prefix weight prefix ...; needed to train", "--data-path"
     )
+    valid_path: tuple[str, ...] = setting(
+        (), "validation data of its own, as --data-path; that is then all for training", "--valid-data-path"
+    )
     split: str = setting("99,1,0", "documents for train, valid and test, as ratios", "--split")
     cache_path: Path | None = setting(None, "folder of the built indices; default beside the data", "--data-cache-path")
     tokenizer_type: Literal["AquilaTokenizer", "HuggingFaceTokenizer"] = setting(

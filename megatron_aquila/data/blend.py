@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +14,7 @@ from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.native import build_blending_indices, build_exhaustive_blending_indices
 from megatron_aquila.data.progress import Report, ignore
-from megatron_aquila.data.samples import PackedSamples, Packing, Sample, SampleSource
+from megatron_aquila.data.samples import PackedSamples, Packing, Sample, SampleSource, Span
 from megatron_aquila.errors import DataError
 
 SPLITS: Final = ("train", "valid", "test")
@@ -87,6 +87,27 @@ class Blend:
         source = int(self.dataset_index[index])
         return Sample(self.parts[source][int(self.dataset_sample_index[index])].tokens, source)
 
+    @property
+    def datasets(self) -> tuple[IndexedDataset, ...]:
+        """The data sets of ``names``."""
+        return tuple(part.dataset for part in self.parts)
+
+    def spans(self, index: int) -> list[Span]:
+        """``SampleSource.spans``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a blend of {len(self)}")
+        source = int(self.dataset_index[index])
+        return [
+            replace(span, source=source) for span in self.parts[source].spans(int(self.dataset_sample_index[index]))
+        ]
+
+    def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
+        """``SampleSource.samples_with``."""
+        wanted = np.zeros(len(self.parts[source]), dtype=np.bool_)
+        wanted[self.parts[source].samples_with(0, sequence)] = True
+        own = np.flatnonzero(self.dataset_index == source)
+        return np.asarray(own[wanted[self.dataset_sample_index[own]]], dtype=np.int64)
+
     def describe(self) -> str:
         """A line for the blend and one a data set."""
         shares = _normalized(self.weights)
@@ -123,37 +144,75 @@ def build_datasets(
     Raises:
         DataError: a path, weight or share makes no sense, a file is damaged, or a wanted split holds no tokens.
     """
-    prefixes, weights = parse_blend(paths)
+    blend = _Blend(paths)
+    cache = _cache(blend, cache_path, build, report)
     ranges = split_ranges(split)
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    folder = Path(prefixes[0]).parent / "cache" if cache_path is None else cache_path
-    cache = IndexCache(folder=folder, build=build, report=report)
-    shares = None if weights is None else _normalized(weights).tolist()
-
-    def packed(dataset: IndexedDataset, number: int, span: Range, num_samples: int | None) -> PackedSamples:
-        first, end = _cut(span, len(dataset))
-        packing = Packing(first=first, end=end, num_samples=num_samples, seq_len=seq_len, seed=seed)
-        return PackedSamples(dataset, packing, cache, split=SPLITS[number])
 
     def source(number: int) -> SampleSource | None:
-        span, size = ranges[number], sizes[number]
+        span = ranges[number]
         if span is None:
             return None
-        if shares is None:
-            wanted = size if len(datasets) == 1 else None
-            parts = [packed(dataset, number, span, wanted) for dataset in datasets]
+        return blend.samples(number, span, sizes[number], seq_len=seq_len, seed=seed, cache=cache)
+
+    return Splits(source(0), source(1), source(2))
+
+
+def build_datasets_per_split(
+    paths: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    *,
+    sizes: tuple[int | None, int | None, int | None],
+    seq_len: int,
+    seed: int,
+    cache_path: Path | None,
+    build: bool = True,
+    report: Report = ignore,
+) -> Splits:
+    """As ``build_datasets``, each split with data sets of its own, of which it takes all; empty: there is none."""
+
+    def source(number: int) -> SampleSource | None:
+        if len(paths[number]) == 0:
+            return None
+        blend = _Blend(paths[number])
+        cache = _cache(blend, cache_path, build, report)
+        return blend.samples(number, (0, 1), sizes[number], seq_len=seq_len, seed=seed, cache=cache)
+
+    return Splits(source(0), source(1), source(2))
+
+
+class _Blend:
+    """The data sets of ``--data-path``, opened, and their shares."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        prefixes, weights = parse_blend(paths)
+        self.datasets = [IndexedDataset(prefix) for prefix in prefixes]
+        self.shares = None if weights is None else _normalized(weights).tolist()
+
+    def samples(
+        self, number: int, span: Range, size: int | None, *, seq_len: int, seed: int, cache: IndexCache
+    ) -> SampleSource:
+        """At least ``size`` samples of split ``number``, which takes the share ``span`` of each data set."""
+
+        def packed(dataset: IndexedDataset, num_samples: int | None) -> PackedSamples:
+            first, end = _cut(span, len(dataset))
+            packing = Packing(first=first, end=end, num_samples=num_samples, seq_len=seq_len, seed=seed)
+            return PackedSamples(dataset, packing, cache, split=SPLITS[number])
+
+        if self.shares is None:
+            wanted = size if len(self.datasets) == 1 else None
+            parts = [packed(dataset, wanted) for dataset in self.datasets]
             lengths = [len(part) for part in parts]
             return parts[0] if len(parts) == 1 else Blend(parts, lengths, _at_most(size, sum(lengths)), cache)
         if size is None:
             raise DataError("--data-path: a blend with weights needs a number of samples for every split")
-        targets = [math.ceil(size * share) for share in shares]
-        parts = [
-            packed(dataset, number, span, math.ceil(target * (1 + SURPLUS)))
-            for dataset, target in zip(datasets, targets, strict=True)
-        ]
-        return Blend(parts, shares, sum(targets), cache)
+        targets = [math.ceil(size * share) for share in self.shares]
+        wanted_of = zip(self.datasets, targets, strict=True)
+        parts = [packed(dataset, math.ceil(target * (1 + SURPLUS))) for dataset, target in wanted_of]
+        return Blend(parts, self.shares, sum(targets), cache)
 
-    return Splits(source(0), source(1), source(2))
+
+def _cache(blend: _Blend, cache_path: Path | None, build: bool, report: Report) -> IndexCache:
+    beside = Path(blend.datasets[0].prefix).parent / "cache"
+    return IndexCache(folder=beside if cache_path is None else cache_path, build=build, report=report)
 
 
 def describe_data(paths: Sequence[str], split: str) -> list[dict[str, Any]]:

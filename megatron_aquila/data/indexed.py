@@ -56,6 +56,7 @@ class IndexedDataset:
         prefix: path without ``.bin`` and ``.idx``.
         dtype: of the stored tokens.
         sequence_lengths: int32, tokens of each sequence.
+        offsets: int64, byte of ``.bin`` at which each sequence begins.
         document_indices: int64, first sequence of each document, then the number of sequences.
         modes: int8 per sequence, or ``None``.
         manifest: what the data set says of itself; ``None`` for one of another program.
@@ -87,7 +88,7 @@ class IndexedDataset:
                 f"boundaries take {ends[3]}, or {ends[3] + num_sequences} with modes; write the data set again"
             )
         self.sequence_lengths: NDArray[np.int32] = index[ends[0] : ends[1]].view("<i4")
-        self._offsets: NDArray[np.int64] = index[ends[1] : ends[2]].view("<i8")
+        self.offsets: NDArray[np.int64] = index[ends[1] : ends[2]].view("<i8")
         self.document_indices: NDArray[np.int64] = index[ends[2] : ends[3]].view("<i8")
         has_modes = len(index) > ends[3]
         self.modes: NDArray[np.int8] | None = index[ends[3] :].view(np.int8) if has_modes else None
@@ -136,7 +137,7 @@ class IndexedDataset:
         """Sequences lie end to end; returns the bytes they take."""
         end = 0
         for start in range(0, len(self.sequence_lengths), BLOCK):
-            lengths, offsets = self.sequence_lengths[start : start + BLOCK], self._offsets[start : start + BLOCK]
+            lengths, offsets = self.sequence_lengths[start : start + BLOCK], self.offsets[start : start + BLOCK]
             ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
             wrong = (lengths < 0) | (offsets != np.concatenate(([end], ends[:-1])))
             if np.any(wrong):
@@ -166,7 +167,7 @@ class IndexedDataset:
         length = total - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > total:
             raise IndexError(f"{self.prefix}: tokens {offset} to {offset + length} of sequence {index}: it has {total}")
-        start = int(self._offsets[index]) // self.dtype.itemsize + offset
+        start = int(self.offsets[index]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
 
     @cached_property

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_aquila.data.documents import DocumentRules
-from megatron_aquila.data.samples import Sample, SampleSource
+from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.samples import Sample, SampleSource, Span
 from megatron_aquila.errors import DataError
 
 Ready = TypeVar("Ready")  # what a step takes: a microbatch, made ready for the device
@@ -73,11 +75,34 @@ class SegmentedSource:
     def __len__(self) -> int:
         return int(self._bounds[-1])
 
+    @property
+    def datasets(self) -> tuple[IndexedDataset, ...]:
+        """The data sets of ``names``."""
+        return self._sources[0].datasets
+
     def __getitem__(self, index: int) -> Sample:
+        source, number = self._place(index)
+        return source[number]
+
+    def spans(self, index: int) -> list[Span]:
+        """``SampleSource.spans``."""
+        source, number = self._place(index)
+        return source.spans(number)
+
+    def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
+        """``SampleSource.samples_with``; samples of a segment that do not count are not among them."""
+        found = []
+        for segment, (begin, end) in zip(self._sources, pairwise(self._bounds.tolist()), strict=True):
+            numbers = segment.samples_with(source, sequence)
+            found.append(begin + numbers[numbers < end - begin])
+        return np.concatenate(found)
+
+    def _place(self, index: int) -> tuple[SampleSource, int]:
+        """The segment's source and the number of the sample in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         segment = int(np.searchsorted(self._bounds, index, side="right")) - 1
-        return self._sources[segment][index - int(self._bounds[segment])]
+        return self._sources[segment], index - int(self._bounds[segment])
 
     def describe(self) -> str:
         """Each segment's description in turn."""

@@ -11,7 +11,7 @@ from megatron_aquila.errors import DataError
 def merge(
     prefixes: Sequence[str], output: str, *, overwrite: bool = False, report: Callable[[int], None] = lambda _: None
 ) -> Manifest:
-    """Write the documents of ``prefixes``, in that order, as one data set ``output``: Megatron-LM's merge byte for byte.
+    """Write the documents of ``prefixes``, in that order, as one data set; Megatron-LM's merge byte for byte.
 
     The files are hashed while they are written; the manifest names all sources, and the tokenizer where all say the
     same one. ``report`` is called with the tokens copied since the last call.

@@ -26,12 +26,32 @@ class Sample:
     source: int
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``start`` to ``stop`` of a sequence of the data set ``source``, an index into ``datasets``."""
+
+    source: int
+    sequence: int
+    start: int
+    stop: int
+
+
 class SampleSource(Protocol):
     """Numbered samples of equal length; sample i never changes."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """What a sample's ``source`` counts: the data sets' prefixes."""
+
+    @property
+    def datasets(self) -> tuple[IndexedDataset, ...]:
+        """The data sets of ``names``."""
+
+    def spans(self, index: int) -> list[Span]:
+        """Where the tokens of a sample come from, in order; as fast as reading it."""
+
+    def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
+        """The samples, ascending, that hold a token of a sequence. Searches the whole index."""
 
     def __len__(self) -> int: ...
 
@@ -153,17 +173,41 @@ class PackedSamples:
     def __len__(self) -> int:
         return len(self.shuffle_index)
 
+    @property
+    def datasets(self) -> tuple[IndexedDataset, ...]:
+        """The data set."""
+        return (self.dataset,)
+
     def __getitem__(self, index: int) -> Sample:
+        parts = [self.dataset.get(span.sequence, span.start, span.stop - span.start) for span in self.spans(index)]
+        return Sample(np.concatenate(parts, dtype=np.int64), 0)
+
+    def spans(self, index: int) -> list[Span]:
+        """``SampleSource.spans``; a sequence without tokens among them has an empty one."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.dataset.prefix} ({self.split}): it has {len(self)}")
         row = int(self.shuffle_index[index])
         (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
-        parts = []
+        found = []
         for position in range(first, last + 1):
+            sequence = int(self.document_index[position])
             start = begin if position == first else 0
-            length = end + 1 - start if position == last else None
-            parts.append(self.dataset.get(int(self.document_index[position]), start, length))
-        return Sample(np.concatenate(parts, dtype=np.int64), 0)
+            stop = end + 1 if position == last else int(self.dataset.sequence_lengths[sequence])
+            found.append(Span(0, sequence, start, stop))
+        return found
+
+    def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
+        """``SampleSource.samples_with``: the document index, then the rows around a place in it, then their order."""
+        assert source == 0, f"data set {source} of one"
+        if self.dataset.sequence_lengths[sequence] == 0:
+            return np.empty(0, dtype=np.int64)
+        places, starts = np.flatnonzero(self.document_index == sequence), self.sample_index[:, 0]
+        first = np.searchsorted(starts[1:], places, side="left")  # the first row that ends there or later
+        stop = np.searchsorted(starts[:-1], places, side="right")
+        wanted = np.zeros(len(self), dtype=np.bool_)
+        for begin, end in zip(first, stop, strict=True):
+            wanted[begin:end] = True
+        return np.flatnonzero(wanted[self.shuffle_index]).astype(np.int64)
 
     def describe(self) -> str:
         """Prefix, split, tokens, epochs and samples in one line."""

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from megatron_aquila.checkpoint.agree import agreed, together
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import DataConfig, RunConfig
-from megatron_aquila.data.blend import build_datasets, describe_data, parse_blend
+from megatron_aquila.data.blend import build_datasets, build_datasets_per_split, describe_data, parse_blend
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import BatchLoader, SegmentedSource
 from megatron_aquila.data.manifest import check_fingerprint, read_fingerprint
+from megatron_aquila.data.progress import Report, ignore, lines
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.verify import check_largest_token
@@ -20,6 +21,8 @@ from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.build import host_batch
 from megatron_aquila.train.launcher import Launch
+
+ALL_TO_TRAIN: Final = "1"  # the split where validation has data of its own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,18 +87,9 @@ def identify(config: RunConfig) -> Identity:
     Raises ``ConfigError`` or ``DataError`` where the tokenizer does not fit the model or the data.
     """
     data = config.data
-    prefixes = parse_blend(data.path)[0]
+    prefixes = parse_blend(data.path)[0] + (parse_blend(data.valid_path)[0] if data.valid_path else [])
     tokenizer, eod = read_fingerprint(prefixes), data.eod_token_id
-    if any(
-        path is not None for path in (data.vocab_file, data.merge_file, data.special_tokens_file, data.tokenizer_model)
-    ):
-        found = load_tokenizer(
-            data.tokenizer_type,
-            vocab_file=data.vocab_file,
-            merge_file=data.merge_file,
-            special_tokens_file=data.special_tokens_file,
-            tokenizer_model=data.tokenizer_model,
-        )
+    if (found := named_tokenizer(data)) is not None:
         if found.vocab_size != config.model.vocab_size:
             why = f"the tokenizer has {found.vocab_size} tokens"
             way_out = f"use --vocab-size {found.vocab_size}"
@@ -106,10 +100,24 @@ def identify(config: RunConfig) -> Identity:
     check_largest_token(prefixes, config.model.vocab_size)
     rules = document_rules(data, eod)
     return Identity(
-        sets=describe_data(data.path, data.split),
+        sets=describe_data(data.path, ALL_TO_TRAIN if data.valid_path else data.split),
         seq_len=config.model.seq_len,
         tokenizer=tokenizer,
         documents=None if rules is None else asdict(rules),
+    )
+
+
+def named_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of the files that the settings name, if any."""
+    files = (data.vocab_file, data.merge_file, data.special_tokens_file, data.tokenizer_model)
+    if all(path is None for path in files):
+        return None
+    return load_tokenizer(
+        data.tokenizer_type,
+        vocab_file=data.vocab_file,
+        merge_file=data.merge_file,
+        special_tokens_file=data.special_tokens_file,
+        tokenizer_model=data.tokenizer_model,
     )
 
 
@@ -142,6 +150,43 @@ def shared_rules(identity: Identity | None, ctx: ParallelContext) -> DocumentRul
     return None if fields is None else DocumentRules(**fields)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """The samples of a run; ``valid`` is ``None`` where there are none or none are wanted."""
+
+    train: SegmentedSource
+    valid: SampleSource | None
+
+
+def valid_samples(config: RunConfig) -> int:
+    """Samples of one validation: the first ``eval_iters`` global batches, so that its losses can be compared."""
+    return config.train.eval_iters * config.train.global_batch if config.train.eval_interval > 0 else 0
+
+
+def build_sources(config: RunConfig, *, segments: tuple[int, ...], build: bool, report: Report = ignore) -> Sources:
+    """Open the run's sample indices; with ``build`` make what is missing, else wait for another process. Local.
+
+    ``segments`` are the index lengths of ``TrainState.index_segments``; segment k is shuffled with seed + k.
+    """
+    wanted = valid_samples(config)
+    splits = []
+    for index, length in enumerate(segments):
+        settings: dict[str, Any] = {
+            "sizes": (length, wanted if index == 0 else 0, 0),
+            "seq_len": config.model.seq_len,
+            "seed": config.seed + index,
+            "cache_path": config.data.cache_path,
+            "build": build,
+            "report": report,
+        }
+        if config.data.valid_path:
+            splits.append(build_datasets_per_split((config.data.path, config.data.valid_path, ()), **settings))
+        else:
+            splits.append(build_datasets(config.data.path, split=config.data.split, **settings))
+    trains = [(split.train, length) for split, length in zip(splits, segments, strict=True) if split.train is not None]
+    return Sources(train=SegmentedSource(trains), valid=splits[0].valid if wanted > 0 else None)
+
+
 def build_corpus(
     config: RunConfig,
     derived: Derived,
@@ -153,32 +198,17 @@ def build_corpus(
 ) -> Corpus:
     """Build the indices where they are missing and open them. Collective: the first rank of each node builds.
 
-    ``segments`` are the index lengths of ``TrainState.index_segments``; segment k is shuffled with seed + k. Every
-    validation reads the same first ``eval_iters`` global batches, so that its losses can be compared. ``identity`` is
-    rank 0's, which has read the tokenizer.
+    ``segments`` as in ``build_sources``; ``identity`` is rank 0's, which has read the tokenizer.
     """
     documents = shared_rules(identity, ctx)
-    valid_samples = config.train.eval_iters * config.train.global_batch if config.train.eval_interval > 0 else 0
 
-    def build(build_missing: bool) -> tuple[list[tuple[SampleSource, int]], SampleSource | None]:
-        splits = [
-            build_datasets(
-                config.data.path,
-                sizes=(length, valid_samples if index == 0 else 0, 0),
-                split=config.data.split,
-                seq_len=derived.shape.seq_len,
-                seed=config.seed + index,
-                cache_path=config.data.cache_path,
-                build=build_missing,
-            )
-            for index, length in enumerate(segments)
-        ]
-        trains = [(split.train, length) for split, length in zip(splits, segments, strict=True)]
-        return [(source, length) for source, length in trains if source is not None], splits[0].valid
+    def build(build_missing: bool) -> Sources:
+        return build_sources(config, segments=segments, build=build_missing, report=lines(print))
 
+    # Rank 0 first: where its folder is every node's, the others find the index there.
+    agreed(lambda: build(build_missing=True) if ctx.rank == 0 else None, ctx.world)
     agreed(lambda: build(build_missing=True) if launch.local_rank == 0 else None, ctx.world)
-    trains, valid_source = agreed(lambda: build(build_missing=False), ctx.world)
-    train_source = SegmentedSource(trains)
+    sources = agreed(lambda: build(build_missing=False), ctx.world)
 
     def loader(source: SampleSource, batch_at: Callable[[int], int]) -> BatchLoader[Batch]:
         return BatchLoader(
@@ -194,11 +224,9 @@ def build_corpus(
         )
 
     return Corpus(
-        train=loader(train_source, derived.batches.global_batch_at),
-        valid=loader(valid_source, lambda _: config.train.global_batch)
-        if valid_source is not None and valid_samples > 0
-        else None,
-        source_names=tuple(train_source.names),
-        valid_samples=valid_samples,
+        train=loader(sources.train, derived.batches.global_batch_at),
+        valid=None if sources.valid is None else loader(sources.valid, lambda _: config.train.global_batch),
+        source_names=sources.train.names,
+        valid_samples=valid_samples(config),
         identity=identity,
     )

@@ -16,7 +16,7 @@ def evaluate(machine: Machine, corpus: Corpus) -> LossMeans:
     counts = agree(machine.ctx, batches, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
-    sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=machine.ctx.device)
+    sums = LossSums(corpus.valid.source.names, num_tokens=counts.num_tokens, device=machine.ctx.device)
     batches = [batch.to(machine.ctx.device) for batch in batches]
     machine.engine(sums.loss).evaluate(machine.forward_program(len(batches)), sums.weigh(batches))
     return sums.means(machine.ctx)

@@ -18,6 +18,7 @@ from megatron_aquila.train.corpus import Identity
 from megatron_aquila.train.masters import conversions, read_states, read_weights
 from megatron_aquila.train.start import Start
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.traced import reads
 
 OPTIMIZER_KINDS = ("master", "remainder", "exp_avg", "exp_avg_sq")
 
@@ -53,6 +54,7 @@ def describe(config: RunConfig, shape: ModelShape, state: TrainState, identity: 
         "optimizer": config.optim.optimizer,
         "lr_schedule": asdict(lr_schedule(config)),
         "data": None if identity is None else asdict(identity),
+        "reads": reads(config),
         "tokenizer": tokenizer_files(config.data) | {"fingerprint": None if identity is None else identity.tokenizer},
     }
 

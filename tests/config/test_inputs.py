@@ -50,6 +50,15 @@ PAIRS = "give weight prefix weight prefix ..., or prefixes alone"
         ("--data-path 0.5 a 0.5", f"--data-path 0.5 a 0.5: weights and prefixes do not pair up; {PAIRS}"),
         ("--data-path 0 a 1 b", f"--data-path 0 a 1 b: the weight 0 is not a number above 0; {PAIRS}"),
         ("--data-path 1 a b c", f"--data-path 1 a b c: the weight b is not a number above 0; {PAIRS}"),
+        (
+            "--data-path a --valid-data-path 1 b c",
+            f"--valid-data-path 1 b c: weights and prefixes do not pair up; {PAIRS}",
+        ),
+        (
+            "--data-path a --valid-data-path b --split 9,1,0",
+            "--split 9,1,0: validation data is given by --valid-data-path, and --data-path is all for training; "
+            "give one of them",
+        ),
         ("--data-path inf a 1 b", f"--data-path inf a 1 b: the weight inf is not a number above 0; {PAIRS}"),
         ("--split a,b", "--split a,b: is not one to three shares of train, valid and test; use e.g. 99,1,0"),
         ("--split 1,1,1,1", "--split 1,1,1,1: is not one to three shares of train, valid and test; use e.g. 99,1,0"),

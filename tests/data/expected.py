@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_aquila.data.blend import Splits, build_datasets
+from megatron_aquila.data.blend import Splits, build_datasets, build_datasets_per_split
 from megatron_aquila.data.samples import SampleSource
 
 
@@ -15,16 +15,17 @@ def load_case(folder: Path, name: str) -> dict[str, Any]:
 
 
 def build_case(folder: Path, case: dict[str, Any], cache_path: Path, **settings: Any) -> Splits:
-    names, weights = case["options"]["blend"]
+    arguments = {"sizes": tuple(case["sizes"]), "seq_len": case["sequence_length"], "seed": case["random_seed"]}
+    if "blend_per_split" in case["options"]:
+        paths = tuple(data_path(folder, *blend) for blend in case["options"]["blend_per_split"])
+        return build_datasets_per_split(paths, **(arguments | settings), cache_path=cache_path)
+    arguments["split"] = case["options"]["split"]
+    return build_datasets(data_path(folder, *case["options"]["blend"]), **(arguments | settings), cache_path=cache_path)
+
+
+def data_path(folder: Path, names: list[str], weights: list[float] | None) -> list[str]:
     prefixes = [str(folder / name) for name in names]
-    pairs = prefixes if weights is None else [str(x) for pair in zip(weights, prefixes, strict=True) for x in pair]
-    arguments = {
-        "sizes": tuple(case["sizes"]),
-        "split": case["options"]["split"],
-        "seq_len": case["sequence_length"],
-        "seed": case["random_seed"],
-    }
-    return build_datasets(pairs, **(arguments | settings), cache_path=cache_path)
+    return prefixes if weights is None else [str(x) for pair in zip(weights, prefixes, strict=True) for x in pair]
 
 
 def assert_equals(source: SampleSource, expected: dict[str, Any]) -> None:

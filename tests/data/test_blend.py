@@ -8,14 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_aquila.data.blend import Blend, Splits, build_datasets, describe_data, parse_blend, split_ranges
+from megatron_aquila.data.blend import (
+    Blend,
+    Splits,
+    build_datasets,
+    build_datasets_per_split,
+    describe_data,
+    parse_blend,
+    split_ranges,
+)
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.errors import DataError
 from tests.data.expected import assert_equals, build_case, load_case
 
 
-@pytest.mark.parametrize("name", ["blend_weighted", "blend_by_size"])
+@pytest.mark.parametrize("name", ["blend_weighted", "blend_by_size", "blend_per_split", "eod_masks"])
 def test_blends_are_megatrons(megatron_fixtures: Path, tmp_path: Path, name: str) -> None:
     case = load_case(megatron_fixtures, name)
     splits = build_case(megatron_fixtures, case, tmp_path)
@@ -59,6 +67,27 @@ def test_a_blend_cannot_take_more_than_there_is(megatron_fixtures: Path, tmp_pat
     assert isinstance(blend, Blend)
     with pytest.raises(DataError, match=r"gpt_c: the blend takes 1\d\d samples of the train split, but it has 70"):
         Blend(blend.parts, [0.3, 0.2, 0.5], 300, IndexCache(folder=tmp_path))
+
+
+def test_a_split_of_its_own_may_be_missing(megatron_fixtures: Path, tmp_path: Path) -> None:
+    a = str(megatron_fixtures / "gpt_a")
+    sizes = {"sizes": (9, 0, 0), "seq_len": 8, "seed": 1, "cache_path": tmp_path}
+    splits = build_datasets_per_split(([a], [], []), **sizes)  # type: ignore[arg-type]
+    assert (splits.valid, splits.test) == (None, None)
+    assert splits.train is not None
+    assert "300 sequences" in splits.train.describe(), "all of it"
+
+
+def test_hundreds_of_data_sets(tmp_path: Path) -> None:
+    paths = []
+    for number in range(200):
+        with IndexedDatasetWriter(tmp_path / f"{number}", np.uint16) as writer:
+            writer.add_documents(np.full(20, number), np.full(2, 10))
+        paths += ["1", str(tmp_path / f"{number}")]
+    train = build_datasets(paths, sizes=(400, 0, 0), split="1", seq_len=4, seed=1, cache_path=tmp_path / "cache").train
+    assert train is not None
+    assert sorted(train[number].source for number in range(len(train))) == sorted([*range(200), *range(200)])
+    assert {int(train[number].tokens[0]) == train[number].source for number in range(len(train))} == {True}
 
 
 def test_nothing_wanted_of_a_split(megatron_fixtures: Path, tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """A built index appears whole or not at all, and what is missing or damaged is named."""
 
+import multiprocessing
 import threading
+import time
 from collections.abc import Iterable
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +63,48 @@ def test_two_builders(tmp_path: Path) -> None:
 
     assert cache.arrays({"a": 1}, make_after_another, name="x")["one"].tolist() == ARRAYS["one"].tolist()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def race(folder: Path, start: Barrier, found: "SimpleQueue[tuple[int, list[int]]]", build: bool) -> None:
+    """One process of a job: all start together."""
+    calls = 0
+
+    def make(report: Report) -> Iterable[tuple[str, np.ndarray]]:
+        nonlocal calls
+        calls += 1
+        for name, values in ARRAYS.items():
+            time.sleep(0.05)
+            yield name, values
+
+    start.wait()
+    for number in range(3):
+        arrays = IndexCache(folder=folder, build=build).arrays({"a": number}, make, name="x")
+        assert list(arrays) == sorted(ARRAYS)
+        assert arrays["one"].tolist() == ARRAYS["one"].tolist()
+    found.put((calls, arrays["one"].tolist()))
+
+
+def test_processes_that_race(tmp_path: Path) -> None:
+    """Builders of several jobs and a rank that waits, at once in one folder: all read whole arrays."""
+    context = multiprocessing.get_context("fork")
+    start, found = context.Barrier(4), context.SimpleQueue()
+    crew = [context.Process(target=race, args=(tmp_path, start, found, rank < 3)) for rank in range(4)]
+    for process in crew:
+        process.start()
+    results = [found.get() for _ in crew]
+    for process in crew:
+        process.join()
+    assert [process.exitcode for process in crew] == [0] * 4
+    assert min(calls for calls, _ in results) == 0, "who waits builds nothing"
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_builder_that_was_killed_is_in_nobodys_way(tmp_path: Path) -> None:
+    entry = tmp_path / "abc.1234.tmp"
+    entry.mkdir()
+    (entry / "one.npy").write_bytes(b"half")
+    assert IndexCache(folder=tmp_path).arrays({"a": 1}, arrays, name="x")["one"].tolist() == ARRAYS["one"].tolist()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

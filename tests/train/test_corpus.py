@@ -9,6 +9,7 @@ from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.data.manifest import TokenizerFacts, read_manifest, remove_manifest, write_manifest
 from megatron_aquila.errors import CheckpointError, ConfigError, DataError
 from megatron_aquila.train.corpus import document_rules, identify
+from megatron_aquila.train.traced import trace_run
 from tests.train.runs import run, tiny_config, write_corpus
 
 
@@ -34,6 +35,19 @@ def test_the_data_names_its_tokenizer_where_the_settings_do_not(tmp_path: Path) 
     assert identify(RunConfig(data=DataConfig(path=path))).tokenizer == "a" * 64
     say_tokenizer(tmp_path / "fives", "b" * 64)
     assert identify(RunConfig(data=DataConfig(path=path))).tokenizer is None
+
+
+def test_validation_has_data_of_its_own(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train_samples=16, eval_interval=1)
+    for name in ("held", "out", "more"):
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_documents(np.full(600, 7), np.full(6, 100))
+    valid = tuple(str(tmp_path / name) for name in ("held", "out", "more"))
+    recorder = run(replace(config, data=replace(config.data, split="99,1,0", valid_path=valid)))
+    assert [step for step, _ in recorder.validations] == [1, 2]
+    assert (trace_run(tmp_path / "run").source.describe()).count("(train): 60 sequences") == 2, (
+        "all of the training data"
+    )
 
 
 def say_tokenizer(prefix: Path, fingerprint: str) -> None:

@@ -1,0 +1,150 @@
+"""The data of a run that is looked at from outside: by its settings, or by what its checkpoints say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_aquila.checkpoint.folders import find_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
+from megatron_aquila.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
+from megatron_aquila.data.loader import SegmentedSource
+from megatron_aquila.data.progress import Report, ignore
+from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.errors import CheckpointError, DataError
+from megatron_aquila.plan.batches import BatchPlan
+from megatron_aquila.train.corpus import build_sources, identify, named_tokenizer
+from megatron_aquila.train.state import TrainState
+
+RULES: Final = {  # flags, and the fields of DocumentRules that hold them
+    "reset_position_ids": "reset_positions",
+    "reset_attention_mask": "reset_attention",
+    "eod_mask_loss": "mask_loss",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traced:
+    """What a run reads and when. ``tokenizer`` is ``None`` where the settings name none."""
+
+    source: SegmentedSource
+    batches: BatchPlan
+    tokenizer: Tokenizer | None
+
+    def samples_of(self, step: int) -> range:
+        """The samples of a step; the log's first is 1. Raises ``DataError`` where the run has no such step."""
+        first = 0
+        for _ in range(step - 1):
+            first += self.batches.global_batch_at(first)
+        stop = first + self.batches.global_batch_at(first)
+        if step < 1 or stop > len(self.source):
+            raise DataError(f"--step {step}: the run's index of {len(self.source)} samples has no such step")
+        return range(first, stop)
+
+    def step_of(self, sample: int) -> int:
+        """The step that reads a sample; the log's first is 1."""
+        step, stop = 1, self.batches.global_batch_at(0)
+        while stop <= sample:
+            step, stop = step + 1, stop + self.batches.global_batch_at(stop)
+        return step
+
+
+def batch_plan(config: RunConfig) -> BatchPlan:
+    """The batches of the run; which samples a step reads does not depend on the layout."""
+    return BatchPlan(global_batch=config.train.global_batch, micro_batch=1, dp=1, ramp=config.train.rampup_batch)
+
+
+def trace_config(config: RunConfig, *, report: Report = ignore) -> Traced:
+    """The run that the settings would start; indices are built where they are missing.
+
+    Raises:
+        ConfigError, DataError: as for a run.
+    """
+    batches = batch_plan(config)
+    segments = (batches.end_of_run(0, config.train.train_samples),)
+    identify(config)
+    return _open(config, segments, report)
+
+
+def trace_run(folder: Path, *, report: Report = ignore) -> Traced:
+    """The run that wrote the checkpoints in ``folder``, which may be one of them.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it does not say what the run read.
+        DataError: the data is no longer there, or no longer what the run read.
+    """
+    checkpoint = find_checkpoint(folder)
+    saved: Mapping[str, Any] = CheckpointReader(checkpoint).state
+    if not isinstance(saved.get("reads"), Mapping) or not isinstance(saved.get("data"), Mapping):
+        raise CheckpointError(f"{checkpoint}: it does not say what its run read; give --config instead of --run")
+    config, state = _config(saved), TrainState.from_json(saved["train"])
+    different = identify(config).differences(saved["data"])
+    if different:
+        raise DataError(f"{checkpoint}: the data is not what the run read: {'; '.join(different)}")
+    traced = _open(config, state.index_segments, report)
+    if state.step > 0 and traced.samples_of(state.step).stop != state.consumed_samples:
+        raise CheckpointError(
+            f"{checkpoint}: step {state.step} stands at {state.consumed_samples} samples, which the run's batches of "
+            f"{config.train.global_batch} do not give: they were changed on the way; which step reads what is unknown"
+        )
+    return traced
+
+
+def reads(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint keeps so that its run's data can be found again; plain JSON, paths absolute."""
+    path, valid_path = (
+        [word if _is_number(word) else str(Path(word).resolve()) for word in words]
+        for words in (config.data.path, config.data.valid_path)
+    )
+    cache = config.data.cache_path
+    names = ("train_samples", "global_batch", "rampup_batch", "eval_interval", "eval_iters")
+    return {
+        "path": path,
+        "valid_path": valid_path,
+        "split": config.data.split,
+        "cache_path": None if cache is None else str(cache.resolve()),
+        "train": {name: getattr(config.train, name) for name in names},
+    }
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _config(saved: Mapping[str, Any]) -> RunConfig:
+    """The settings that decide what a run reads, from what ``train.resume.describe`` keeps of them."""
+    read, data, named = saved["reads"], saved["data"], saved["tokenizer"]
+    files: dict[str, Any] = {
+        name: Path(named[name])
+        for name in ("vocab_file", "merge_file", "special_tokens_file", "tokenizer_model")
+        if named[name] is not None
+    }
+    present = all(path.exists() for path in files.values())
+    rules = data["documents"]
+    apart = (
+        {} if rules is None else {"eod_token_id": rules["eod"], **{flag: rules[rule] for flag, rule in RULES.items()}}
+    )
+    ramp = read["train"]["rampup_batch"]
+    return RunConfig(
+        model=ModelConfig(seq_len=data["seq_len"], vocab_size=saved["shape"]["vocab_size"]),
+        data=DataConfig(
+            path=tuple(read["path"]),
+            valid_path=tuple(read["valid_path"]),
+            split=read["split"],
+            cache_path=None if read["cache_path"] is None else Path(read["cache_path"]),
+            tokenizer_type=named["tokenizer_type"],
+            **(files if present else {}),
+            **apart,
+        ),
+        train=TrainConfig(**read["train"] | {"rampup_batch": None if ramp is None else tuple(ramp)}),
+        seed=saved["train"]["seed"],
+    )
+
+
+def _open(config: RunConfig, segments: tuple[int, ...], report: Report) -> Traced:
+    sources = build_sources(config, segments=segments, build=True, report=report)
+    return Traced(source=sources.train, batches=batch_plan(config), tokenizer=named_tokenizer(config.data))
