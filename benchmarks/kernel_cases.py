@@ -142,10 +142,12 @@ def _adamw(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
     shape = size.shape
     count = 2 * shape.ffn_size * shape.hidden_size
     param, grad, exp_avg = (_draw(device, torch.float32, count) for _ in range(3))
-    settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    numbers = {"step": torch.tensor(3), "factor": torch.tensor(0.5, dtype=torch.float64), "applies": torch.tensor(True)}
+    scalars = {name: number.to(device) for name, number in numbers.items()}
 
     def call(kernel: Callable[..., None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        kernel(*tensors, **settings)
+        kernel(*tensors, **settings, **scalars)
         return tensors
 
     return Case(

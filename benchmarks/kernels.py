@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.common import GpuOptions, Record, Run, find_device, in_turns, options_of, result_file, spread

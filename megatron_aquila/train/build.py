@@ -140,7 +140,7 @@ def build_machine(
 
 
 def run_kernels(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Kernels:
-    """The best kernels that run on every rank, or those that the settings name. One all-gather over the world or more."""
+    """The best kernels that run on every rank, or those that the settings name. All-gathers over the world."""
     return choose_kernels(
         ctx.device,
         DTYPES[config.train.precision],
