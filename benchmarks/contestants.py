@@ -6,13 +6,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks.common import Run
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.loader import BatchLoader
-from megatron_aquila.data.samples import Sample
+from megatron_aquila.data.samples import Sample, Span
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.params import Constant
 from megatron_aquila.plan.shape import ModelShape
@@ -28,11 +30,20 @@ Weights = Literal["same", "masters"]
 
 @dataclass(frozen=True, slots=True)
 class RandomTokens:
-    """A ``SampleSource`` without end: sample i is a function of i."""
+    """A ``SampleSource`` without end: sample i is a function of i and comes from no data set."""
 
     vocab_size: int
     seq_len: int
     names: tuple[str, ...] = ("random tokens",)
+    datasets: tuple[IndexedDataset, ...] = ()
+
+    def spans(self, index: int) -> list[Span]:
+        """None."""
+        return []
+
+    def samples_with(self, source: int, sequence: int) -> NDArray[np.int64]:
+        """None."""
+        return np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return 2**40
