@@ -20,7 +20,7 @@ from megatron_aquila.data.streams import LineNumbers
 from megatron_aquila.errors import DataError
 
 BATCH_BYTES: Final = 1 << 20  # of text, tokenized at once
-CHECKED_CHARACTERS: Final = 1 << 14  # of each piece, on which the fast encoder is held against the reference
+CHECKED_CHARACTERS: Final = 1 << 12  # of each piece, on which the fast encoder is held against the reference
 FACTS: Final = "facts.json"
 
 

@@ -78,8 +78,8 @@ def test_workers_end_with_a_killed_parent() -> None:
         "import os, sys; sys.path.insert(0, '.')\n"
         "from megatron_aquila.data.workers import ordered_map\n"
         "def act(item, tell): tell(os.getpid())\n"
-        "results = ordered_map(act, range(50), workers=3, tell=lambda pid: print(pid, flush=True))\n"
-        "[next(results) for _ in range(30)]; print('ready', flush=True); sys.stdin.read()\n"
+        "results = ordered_map(act, range(50), workers=3, tell=lambda pid: os.write(1, b'%d\\n' % pid))\n"
+        "[next(results) for _ in range(30)]; os.write(1, b'ready\\n'); sys.stdin.read()\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as parent:
         assert parent.stdout is not None
