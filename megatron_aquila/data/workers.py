@@ -70,7 +70,8 @@ def ordered_map(
 def _oldest(pending: deque[Future[Result]]) -> Result:
     """The result of the first, or the error of whichever fails before it is there."""
     while not pending[0].done():
-        done, _ = wait([future for future in pending if not future.done()], return_when=FIRST_COMPLETED)
+        unfinished = [future for future in pending if not future.done()]
+        done, _ = wait([pending[0], *unfinished], return_when=FIRST_COMPLETED)
         for future in done:
             future.result()
     return pending.popleft().result()
