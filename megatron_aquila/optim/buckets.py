@@ -1,5 +1,6 @@
 """Flat buffers behind the parameters: one collective moves a whole bucket, in place."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -143,7 +144,8 @@ class Bucket:
         weight.copy_(param.detach())
         param.data = weight
         main = self.main_grads[param] = MainGrad(grad, self._count)
-        hook = partial(_accumulate, main)
+        # torch keeps hooks where Python's garbage collector does not look: a strong reference would keep all for ever
+        hook = partial(_accumulate, weakref.ref(main))
         param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def _count(self) -> None:
@@ -156,8 +158,10 @@ class Bucket:
                 self._on_complete()
 
 
-def _accumulate(main: MainGrad, param: nn.Parameter) -> None:
+def _accumulate(reference: weakref.ref[MainGrad], param: nn.Parameter) -> None:
     """What autograd runs after each of its gradients; there is none where a linear's is owed, or added elsewhere."""
+    main = reference()
+    assert main is not None, "a gradient came for an optimizer that is gone"
     if param.grad is None:
         return
     main.total.add_(param.grad)

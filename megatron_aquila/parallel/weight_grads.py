@@ -11,7 +11,7 @@ from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.products import NATIVE, Products
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class MainGrad:
     """The sum of a parameter's gradients over the microbatches, in the parameter's shape.
 
