@@ -16,8 +16,8 @@ NOT_MEASURED = "*Not measured yet.*"
 HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.page` from the files in `benchmarks/results/`, each of which one command writes with the
-machine, the versions and the commit: `python -m benchmarks.ceilings`, `kernels`, `step`, `cpu` or `loader`, all with
-`--help`. The first three need a GPU. Figures of others, and of plans, are not on this page.
+machine, the versions and the commit: `python -m benchmarks.ceilings`, `kernels`, `step`, `cpu`, `loader` or
+`index_build`, all with `--help`. The first three need a GPU. Figures of others, and of plans, are not on this page.
 
 MFU is as in [numerics.md](numerics.md): the model's FLOPs, attention counted causally, over the dense peak. Seconds are
 medians of calls taken in turns with what they are compared with. "Load" is how many processes wanted a core before and
@@ -151,6 +151,15 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
                 Column("own memory, GiB", "own_memory_gib", 1, 2),
             ),
         },
+        "index_build": {
+            "building": (
+                Column("who", "name"),
+                Column("samples", "samples"),
+                Column("CPU seconds", "cpu_seconds"),
+                Column("seconds", "seconds"),
+                Column("peak MiB", "peak_mib"),
+            ),
+        },
     }
 )
 
@@ -170,6 +179,9 @@ say in a step of the same 32 samples: planned by `plan/traffic.py`, and counted 
         "loader": """\
 Start-up and reading of documents whose lengths are log-normal, in one thread: samples from all over the data, in
 microbatches of 4. Peak memory counts the mapped files' pages that were touched.""",
+        "index_build": """\
+Document order, sample index and sample order of a data set, built and written: ours, and Megatron-LM's way repeated in
+numpy (its sample index is C++ too, ours in both).""",
     }
 )
 
