@@ -268,12 +268,12 @@ class MemoryPlan:
     def _temporaries(self, stage: int) -> int:
         """Bytes of the widest moment of a backward: the widest of three.
 
-        SwiGLU's: in at least four bytes gate and up, sigmoid, SiLU, two gradients, and the two joined, 8 F; the
-        gradient that came, F. A linear's: gradients of gate, up and their product, x gathered twice, and the largest
+        SwiGLU's: the gradient that came, F, those that leave, 2 F, and a product in at least four bytes, F; where those are
+        more than the type has, gate and up and the gradient in them, 3 F. A linear's: gradients of gate, up and their product, x gathered twice, and the largest
         weight's gradient, which lives until it is added to the main gradient. And the loss's.
         """
         shape, ffn = self.shape, self._tokens * self.shape.ffn_size // self.grid.tp
-        swiglu = ffn * (8 * self._wide + self._item)
+        swiglu = ffn * (3 * self._item + self._wide * (4 if self._wide > self._item else 1))
         largest = max(2 * shape.ffn_size, shape.padded_vocab_size) * shape.hidden_size // self.grid.tp
         linear = self._item * (3 * ffn + 2 * self._tokens * shape.hidden_size + largest)
         return max(swiglu, linear, self._loss() if self.stages.has_head(stage) else 0)

@@ -5,6 +5,7 @@ import math
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_reasons_to_stop_name_their_cause() -> None:
 
 def test_time_that_is_up_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, *range(40, 1000, 40)])  # 40 s a step: two minutes are over before the fourth
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     config = tiny_config(tmp_path, exit_minutes=2)
     recorder = run(config)
     assert len(recorder.reports) == 4

@@ -249,7 +249,7 @@ def test_weight_gradients_that_wait_are_planned_for(schedule, recompute, pp_rank
         dry_step(machine, [dry_batch(derived.shape, 1) for _ in range(8)])
         peak = storages.peak
     plan = memory_plan(config, derived)
-    assert peak <= plan.of_rank(pp_rank).total <= 1.06 * peak
+    assert peak <= plan.of_rank(pp_rank).total <= 1.08 * peak
     nothing = {name: mock.Mock(return_value=0) for name in ("_gathered", "_in_between")}
     with mock.patch.multiple(MemoryPlan, **nothing):
         assert plan.of_rank(pp_rank).total < peak, "without them the plan would be too small"
