@@ -268,9 +268,10 @@ class MemoryPlan:
     def _temporaries(self, stage: int) -> int:
         """Bytes of the widest moment of a backward: the widest of three.
 
-        SwiGLU's: the gradient that came, F, those that leave, 2 F, and a product in at least four bytes, F; where those are
-        more than the type has, gate and up and the gradient in them, 3 F. A linear's: gradients of gate, up and their product, x gathered twice, and the largest
-        weight's gradient, which lives until it is added to the main gradient. And the loss's.
+        SwiGLU's: the gradient that came, F, those that leave, 2 F, and a product in at least four bytes, F; where that
+        is wider than the type, gate, up and the gradient in it, too, 3 F. A linear's: gradients of gate, up and their
+        product, x gathered twice, and the largest weight's gradient, which lives until it is added to the main
+        gradient. And the loss's.
         """
         shape, ffn = self.shape, self._tokens * self.shape.ffn_size // self.grid.tp
         swiglu = ffn * (3 * self._item + self._wide * (4 if self._wide > self._item else 1))
