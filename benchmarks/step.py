@@ -199,7 +199,7 @@ def result(contestant: Contestant, config: RunConfig, device: torch.device) -> d
         "checkpointing": contestant.ways[0][0],
         "tokens_per_second": rate,
         "tflops": rate * flops / 1e12,
-        "mfu": None if peak is None else mfu(rate, flops, peak),
+        "bf16_equivalent" if config.train.precision == "fp8" else "mfu": None if peak is None else mfu(rate, flops, peak),
         "peak_gib": contestant.peak_bytes / 2**30,
         "planned_gib": planned,
     }
