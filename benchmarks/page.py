@@ -95,6 +95,7 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
                 Column("steps", "calls"),
                 Column("tokens/s", "tokens_per_second", 1, 0),
                 Column("MFU, %", "mfu", 100),
+                Column("of the bf16 peak (fp8), %", "bf16_equivalent", 100),
                 Column("GiB", "peak_gib"),
                 Column("our plan, GiB", "planned_gib"),
                 Column("of the best transformers", "ratio", 1, 2),

@@ -194,12 +194,13 @@ def result(contestant: Contestant, config: RunConfig, device: torch.device) -> d
     rate = config.train.global_batch * config.model.seq_len / statistics.median(contestant.seconds)
     flops = flops_per_token(derive(config, 1).shape)
     peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if device.type == "cuda" else None
+    share = "bf16_equivalent" if config.train.precision == "fp8" else "mfu"
     return {
         **spread(contestant.seconds),
         "checkpointing": contestant.ways[0][0],
         "tokens_per_second": rate,
         "tflops": rate * flops / 1e12,
-        "mfu": None if peak is None else mfu(rate, flops, peak),
+        share: None if peak is None else mfu(rate, flops, peak),
         "peak_gib": contestant.peak_bytes / 2**30,
         "planned_gib": planned,
     }

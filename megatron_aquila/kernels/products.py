@@ -69,12 +69,12 @@ class Fp8Products:
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """x_...I, weight_OI -> y_...O."""
         rows = fp8.quantized(x.flatten(0, -2), self.forward)
-        return fp8.product(rows, fp8.quantized(weight, self.forward), x.dtype).view(*x.shape[:-1], -1)
+        return _with_leading(x, fp8.product(rows, fp8.quantized(weight, self.forward), x.dtype))
 
     def grad_x(self, grad_y: Tensor, weight: Tensor) -> Tensor:
         """grad_y_...O, weight_OI -> grad_x_...I."""
         rows = fp8.quantized(grad_y.flatten(0, -2), self.backward)
-        return fp8.product(rows, fp8.quantized(weight.T, self.forward), grad_y.dtype).view(*grad_y.shape[:-1], -1)
+        return _with_leading(grad_y, fp8.product(rows, fp8.quantized(weight.T, self.forward), grad_y.dtype))
 
     def grad_weight(self, grad_y: Tensor, x: Tensor) -> Tensor:
         """grad_y_...O, x_...I -> grad_weight_OI."""
@@ -87,6 +87,14 @@ class Fp8Products:
     def _grad_weight(self, grad_y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         rows = fp8.quantized(grad_y.flatten(0, -2).T, self.backward)
         return fp8.product(rows, fp8.quantized(x.flatten(0, -2).T, self.forward), dtype)
+
+
+def _with_leading(like: Tensor, rows: Tensor) -> Tensor:
+    """``rows`` with the leading dims of ``like``, as matmul gives them: no view to autograd, so that the rotation of q,
+    k and v may write into it.
+    """
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, [*like.shape[:-1], rows.shape[-1]])
+    return shaped
 
 
 def choose_products(dtype_name: str, device: torch.device) -> Products:

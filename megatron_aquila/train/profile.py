@@ -52,7 +52,11 @@ class StepProfiler:
             path = write_trace(self._profiler, self._folder / "profile" / f"{name}.json.gz")
         except OSError as error:
             return f"the profile could not be written: {error}; training goes on"
-        return "\n".join([f"profile of {num_steps} steps: {path}", *read_profile(path).lines(num_steps)])
+        try:
+            lines = read_profile(path).lines(num_steps)
+        except (KeyError, ValueError) as error:  # another version's trace; kineto's is at times no JSON
+            lines = [f"  it is not understood here: {type(error).__name__}: {error}"]
+        return "\n".join([f"profile of {num_steps} steps: {path}", *lines])
 
     def close(self) -> None:
         """Stop profiling, also where a step failed; what was not written is lost."""

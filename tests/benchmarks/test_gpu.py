@@ -112,6 +112,13 @@ def test_out_of_memory_is_a_row_and_the_next_way_is_tried():
     assert rows["broken"]["error"] == "ValueError: no compiler"
 
 
+@pytest.mark.parametrize(("precision", "share"), [("bf16", "mfu"), ("fp8", "bf16_equivalent")])
+def test_a_share_of_the_peak_is_an_mfu_only_where_no_8_bits_are_multiplied(precision, share):
+    config = model_config("tiny", "--seq-len", "16", "--device", "cpu", "--precision", precision)
+    row = step.result(Contestant([("", lambda: lambda: None)], [0.5]), config, CPU)
+    assert {"mfu", "bf16_equivalent"} & row.keys() == {share}
+
+
 def test_both_contestants_train_the_same_model():
     config = model_config("tiny-grouped", "--seq-len", "16", "--micro-batch", "2", "--global-batch", "2")
     shape = derive(config, 1).shape

@@ -48,6 +48,14 @@ def test_a_gradient_is_added_as_float32(operands):
     assert torch.equal(total, 2 * before)
 
 
+@pytest.mark.parametrize("products", [NATIVE, Fp8Products()])
+def test_an_output_may_be_written_into(products, operands):
+    """The rotation of q, k and v does so, and autograd lets no Function of several outputs do it to a view."""
+    x, weight, grad_y = operands
+    assert not products.output(x, weight)._is_view()
+    assert not products.grad_x(grad_y, weight)._is_view()
+
+
 def test_who_gets_which():
     cpu = torch.device("cpu")
     for precision in ("bf16", "fp16", "fp32", "fp64"):

@@ -58,6 +58,13 @@ def test_squared_norm() -> None:
     assert squared_norm([], cpu).item() == 0.0
 
 
+def test_a_long_sum_keeps_its_digits() -> None:
+    """Added one after the other in float32, the last squares would hardly count."""
+    grad = torch.randn(2**22, generator=torch.Generator().manual_seed(0))
+    exact = grad.double().square().sum().item()
+    assert squared_norm([grad], grad.device).item() == pytest.approx(exact, rel=1e-5)
+
+
 def norm(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 

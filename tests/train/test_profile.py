@@ -55,6 +55,21 @@ def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     assert any("could not be written" in note for note in found.notes)
 
 
+def test_a_trace_that_is_not_understood_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank: the others would wait for it."""
+    right = profile.write_trace
+
+    def torn(profiler: torch.profiler.profile, path: Path) -> Path:
+        with gzip.open(right(profiler, path), "wt") as file:
+            file.write('{"traceEvents": [')
+        return path
+
+    monkeypatch.setattr(profile, "write_trace", torn)
+    found = run(profiled(tmp_path, "1-1"))
+    assert len(found.reports) == 4
+    assert any("rank-0-steps-1-1.json.gz\n  it is not understood here: JSONDecodeError" in note for note in found.notes)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_kernels_are_counted_and_the_update_s_are_known(tmp_path: Path) -> None:
