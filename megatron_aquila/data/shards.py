@@ -173,7 +173,7 @@ class ShardWriter:
             files[f"{name}.lengths"].write(_lengths(encoded, batch).data)
             tokens += len(encoded.tokens)
         if "meta.jsonl" in files:
-            lines = [json.dumps(document.meta, ensure_ascii=False) + "\n" for document in batch]
+            lines = [json.dumps(document.meta, ensure_ascii=False, default=str) + "\n" for document in batch]
             files["meta.jsonl"].write("".join(lines).encode("utf-8", errors="surrogatepass"))
         for record in bad:
             said = {"file": str(record.path), "line": record.line, "kind": record.kind, "why": record.why}

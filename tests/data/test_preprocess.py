@@ -1,5 +1,6 @@
 """Megatron-LM's own output byte for byte, however the work is cut, stopped and shared; nothing half-written."""
 
+import datetime
 import hashlib
 import json
 import multiprocessing
@@ -232,6 +233,14 @@ def test_an_unfinished_run_neither_replaces_nor_is_thrown_away_unasked(
     assert (tmp_path / "out.partial" / "text.bin").read_bytes() == begun != b""
     done = run([source], tmp_path / "out", tokenizer, skip_bad_lines=True, overwrite=True)
     assert done.progress.resumed.documents > 0
+
+
+def test_kept_fields_that_json_does_not_know_become_strings(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = tmp_path / "in.parquet"
+    parquet.write_table(arrow.table({"text": ["a"], "date": [datetime.date(2020, 2, 29)]}), source)
+    run([source], tmp_path / "out", tokenizer, read=ReadOptions(keep_meta=("date",)))
+    assert json.loads((tmp_path / "out.meta.jsonl").read_text()) == {"date": "2020-02-29"}
 
 
 def test_nothing_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
