@@ -139,18 +139,23 @@ class Output:
         self._journal.seek(0)
         lines = [json.loads(line) for line in self._journal if line.endswith("\n")]  # the last may be cut off
         differing = [key for key in self._plan if lines and lines[0].get(key) != self._plan[key]]
-        if differing and not overwrite and self._plan["is_resumable"]:
+        is_resumable = self._plan["is_resumable"]
+        if differing and not overwrite and (is_resumable or lines[0].get("is_resumable")):
             why = f"{self.folder} holds an unfinished run with other {', '.join(differing)}"
             way_out = "give the same settings to go on, --overwrite to begin anew, or another prefix"
             raise ConfigError([Problem("--output-prefix", self.prefix, why, way_out)])
-        if not lines or differing or not self._plan["is_resumable"]:
-            self._begin(overwrite=overwrite)
+        goes_on = bool(lines) and not differing and is_resumable
+        self._manifests = lines[-1].get("manifests") if goes_on else None
+        if self._manifests is None:
+            self._refuse_existing(overwrite=overwrite, begun=bool(lines))
+        if not goes_on:
+            self._begin()
             return {}
         for path in self.folder.iterdir():
             if path.is_dir() and "." in path.name:  # of a worker that died
                 shutil.rmtree(path)
         self._journal.truncate(sum(len(json.dumps(line)) + 1 for line in lines))
-        self._manifests, self._extra = lines[-1].get("manifests"), lines[-1].get("extra", [])
+        self._extra = lines[-1].get("extra", [])
         shards = [line for line in lines[1:] if "index" in line]
         for line in shards:
             self._add(Shard(line["index"], Counts(**line["counts"]), tuple(line["largest"])))
@@ -158,14 +163,18 @@ class Output:
         ends: dict[str, int] = shards[-1]["ends"] if shards else {}
         return ends
 
-    def _begin(self, *, overwrite: bool) -> None:
-        paths = (Path(f"{self.document_prefix(name)}.{end}") for name in self.names for end in ("bin", "idx"))
-        existing = [path for path in paths if path.exists()]
+    def _refuse_existing(self, *, overwrite: bool, begun: bool) -> None:
+        """Also of a run that was begun when nothing was there; its folder stays."""
+        paths = [Path(f"{self.document_prefix(name)}.{end}") for name in self.names for end in ("bin", "idx")]
+        existing = [path for path in (*paths, *self._extra_paths().values()) if path.exists()]
         if existing and not overwrite:
-            shutil.rmtree(self.folder)
+            if not begun:
+                shutil.rmtree(self.folder)
             why = f"{existing[0]} is there already"
             way_out = "give --overwrite to replace it when the new one is whole, or another prefix"
             raise ConfigError([Problem("--output-prefix", self.prefix, why, way_out)])
+
+    def _begin(self) -> None:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

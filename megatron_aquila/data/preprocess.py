@@ -217,14 +217,15 @@ def _plan(settings: PreprocessSettings) -> list[Piece]:
 
 
 def _share(pieces: Sequence[Piece], shard: tuple[int, int] | None) -> list[Piece]:
-    """The pieces whose middle lies in the i-th of n equal parts of all bytes, numbered from 0."""
+    """The pieces whose middle lies in the i-th of n equal parts of all bytes, numbered from 0; each is somebody's."""
     if shard is None:
         return list(pieces)
     index, count = shard
     total, before = sum(piece.num_bytes for piece in pieces), 0
     mine: list[Piece] = []
     for piece in pieces:
-        if (2 * before + piece.num_bytes) * count // max(2 * total, 1) == index:
+        part = (2 * before + piece.num_bytes) * count // max(2 * total, 1)
+        if min(part, count - 1) == index:  # at the end of all bytes, a pipe, whose bytes are not known, would be N-th
             mine.append(replace(piece, index=len(mine)))
         before += piece.num_bytes
     return mine
@@ -232,13 +233,18 @@ def _share(pieces: Sequence[Piece], shard: tuple[int, int] | None) -> list[Piece
 
 def _sample(pieces: Sequence[Piece], read: ReadOptions) -> Iterator[str]:
     """The beginnings of the first documents of a few pieces spread over the corpus."""
-    readable = [piece for piece in pieces if piece.path != STDIN]
+    readable = [piece for piece in pieces if _can_be_read_twice(piece.path)]
     for piece in readable[:: max(len(readable) // SAMPLED_PIECES, 1)][:SAMPLED_PIECES]:
         characters = 0
         for record in islice(read_piece(piece, read), SAMPLED_RECORDS):
             if not isinstance(record, BadRecord) and characters < SAMPLED_CHARACTERS:
                 yield from (text[:SAMPLED_CHARACTERS] for text in record.texts)
                 characters += sum(map(len, record.texts))
+
+
+def _can_be_read_twice(path: Path) -> bool:
+    """Standard input and pipes, as the shell's ``<(...)`` makes, give their bytes once."""
+    return path != STDIN and path.is_file()
 
 
 def _identity(
@@ -249,7 +255,7 @@ def _identity(
     stats = [(str(path), path.stat()) for path in paths if path != STDIN]
     read = asdict(settings.read)
     return {
-        "is_resumable": len(stats) == len(paths),
+        "is_resumable": all(map(_can_be_read_twice, paths)),
         "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         "pieces": len(pieces),
         "tokenizer": tokenizer.fingerprint,

@@ -84,9 +84,11 @@ class ShardWriter:
         """
         final = shard_folder(self.folder, piece.index)
         finished = read_shard(final, piece.index)
-        if finished is not None:
+        if finished is not None and self._is_whole(final, finished):
             tell(Step(finished.counts, piece.num_bytes))
             return finished
+        if finished is not None:
+            shutil.rmtree(final)
         temporary = final.with_name(f"{final.name}.{socket.gethostname()}.{os.getpid()}")
         try:
             return self._write(piece, temporary, final, tell)
@@ -120,6 +122,13 @@ class ShardWriter:
             if read_shard(final, piece.index) is None:  # else a retry on another machine was faster: the same bytes
                 raise
         return shard
+
+    def _is_whole(self, folder: Path, shard: Shard) -> bool:
+        """Whether the sizes are what was written: a power cut can leave names without what they stand for."""
+        sizes = {name: (folder / name).stat().st_size if (folder / name).exists() else -1 for name in self.streams}
+        tokens = sum(sizes[f"{name}.bin"] for name in self.names)
+        lengths = {sizes[f"{name}.lengths"] for name in self.names}
+        return tokens == shard.counts.tokens * self.dtype.itemsize and lengths == {shard.counts.documents * 4}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -164,7 +173,7 @@ class ShardWriter:
             files[f"{name}.lengths"].write(_lengths(encoded, batch).data)
             tokens += len(encoded.tokens)
         if "meta.jsonl" in files:
-            lines = [json.dumps(document.meta, ensure_ascii=False) + "\n" for document in batch]
+            lines = [json.dumps(document.meta, ensure_ascii=False, default=str) + "\n" for document in batch]
             files["meta.jsonl"].write("".join(lines).encode("utf-8", errors="surrogatepass"))
         for record in bad:
             said = {"file": str(record.path), "line": record.line, "kind": record.kind, "why": record.why}

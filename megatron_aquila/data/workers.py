@@ -103,20 +103,28 @@ class _Worker(Generic[Item, Result]):
         remote.close()
 
     def call(self, item: Item, tell: Tell) -> Result:
-        try:
+        with self._death_told():
             self._pipe.send(item)
-            while (message := self._pipe.recv())[0] == _TOLD:
-                tell(message[1])
+            kind, value = self._pipe.recv()
+        while kind == _TOLD:
+            tell(value)  # whose own error, as of a closed terminal, is no death
+            with self._death_told():
+                kind, value = self._pipe.recv()
+        if kind == _FAILED:
+            raise value
+        return cast(Result, value)
+
+    @contextmanager
+    def _death_told(self) -> Iterator[None]:
+        """A pipe without its other end is a DataError with the worker's exit status."""
+        try:
+            yield
         except (EOFError, OSError) as broken:
             self._process.join()
             raise DataError(
                 f"worker {self._process.pid} died, {_status(self._process.exitcode)}; if memory ran out, "
                 "take fewer --workers; what was finished is kept"
             ) from broken
-        kind, value = message
-        if kind == _FAILED:
-            raise value
-        return cast(Result, value)
 
     def stop(self) -> None:
         self._process.kill()

@@ -1,5 +1,6 @@
 """Megatron-LM's own output byte for byte, however the work is cut, stopped and shared; nothing half-written."""
 
+import datetime
 import hashlib
 import json
 import multiprocessing
@@ -201,6 +202,47 @@ def test_a_data_set_is_replaced_only_when_asked_and_when_the_new_one_is_whole(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_what_lies_beside_a_data_set_is_replaced_only_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for end in ("meta", "bad"):
+        source = write_jsonl(tmp_path / f"out.{end}.jsonl", ["an input, or of the data set of another key"])
+        before = source.read_bytes()
+        with pytest.raises(ConfigError, match=rf"out.{end}.jsonl is there already; give --overwrite"):
+            run([source], tmp_path / "out", tokenizer)
+        assert source.read_bytes() == before
+        source.unlink()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_an_unfinished_run_neither_replaces_nor_is_thrown_away_unasked(
+    tmp_path: Path, tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [*texts * 3, None])
+    with pytest.raises(DataError, match="is null"):
+        run([source], tmp_path / "out", tokenizer)
+    begun = (tmp_path / "out.partial" / "text.bin").read_bytes()
+    with source.open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        with pytest.raises(ConfigError, match="unfinished run with other is_resumable, inputs"):
+            run([Path("-")], tmp_path / "out", tokenizer)
+    made_meanwhile = tmp_path / "out_text_document.bin"
+    made_meanwhile.write_bytes(b"of another tool")
+    with pytest.raises(ConfigError, match=r"out_text_document.bin is there already; give --overwrite"):
+        run([source], tmp_path / "out", tokenizer, skip_bad_lines=True)
+    assert made_meanwhile.read_bytes() == b"of another tool"
+    assert (tmp_path / "out.partial" / "text.bin").read_bytes() == begun != b""
+    done = run([source], tmp_path / "out", tokenizer, skip_bad_lines=True, overwrite=True)
+    assert done.progress.resumed.documents > 0
+
+
+def test_kept_fields_that_json_does_not_know_become_strings(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = tmp_path / "in.parquet"
+    parquet.write_table(arrow.table({"text": ["a"], "date": [datetime.date(2020, 2, 29)]}), source)
+    run([source], tmp_path / "out", tokenizer, read=ReadOptions(keep_meta=("date",)))
+    assert json.loads((tmp_path / "out.meta.jsonl").read_text()) == {"date": "2020-02-29"}
+
+
 def test_nothing_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [None])
     with pytest.raises(DataError, match=r"in.jsonl: no document found, 1 bad lines"):
@@ -344,6 +386,52 @@ def test_standard_input(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytes
         done = run([Path("-")], tmp_path / "out", tokenizer, workers=2)
     assert done.progress.counts.documents == 2
     assert done.progress.seconds_left is None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_a_pipe_nothing_is_lost(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
+    """As of the shell's <(zcat ...): what the choice of an encoder would read of it is gone."""
+    source = write_jsonl(tmp_path / "in.jsonl", [f"document {number}" for number in range(500)])
+    run([source], tmp_path / "file", tokenizer)
+    ours, theirs = os.pipe()
+    with subprocess.Popen(["cat", str(source)], stdout=theirs):
+        os.close(theirs)
+        pipe = Path(f"/dev/fd/{ours}")
+        run([pipe], tmp_path / "pipe", tokenizer, input_format="jsonl", workers=workers)
+    os.close(ours)
+    assert files(tmp_path / "pipe") == files(tmp_path / "file")
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_every_piece_is_of_one_shard(tmp_path: Path) -> None:
+    """A pipe behind all files, too, of which no bytes are known beforehand."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 1000] * 20)
+    pieces = module._plan(PreprocessSettings(inputs=(str(source), "-"), output_prefix=""))
+    for count in (1, 2, 3, 50):
+        shared = [piece for index in range(count) for piece in module._share(pieces, (index, count))]
+        assert [replace(piece, index=0) for piece in shared] == [replace(piece, index=0) for piece in pieces]
+
+
+@pytest.mark.usefixtures("_small_pieces")
+@pytest.mark.parametrize("emptied", ["text.bin", "text.lengths"])
+def test_a_shard_that_a_power_cut_emptied_is_made_again(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, emptied: str
+) -> None:
+    """Its name can be on the disk before what it stands for."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 1000] * 20)
+    run([source], tmp_path / "whole", tokenizer)
+
+    def stop(*_: object) -> None:
+        raise DataError("stopped with a finished shard that is not appended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_aquila.data.output.Output.append", stop)
+        patch.setattr("megatron_aquila.data.output.Output.close", lambda self: self._journal.close())
+        with pytest.raises(DataError, match="stopped"):
+            run([source], tmp_path / "out", tokenizer)
+    (tmp_path / "out.partial" / "000000" / emptied).write_bytes(b"")
+    run([source], tmp_path / "out", tokenizer)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_it_starts_without_torch_and_transformers() -> None:

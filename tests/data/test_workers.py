@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,17 @@ def test_a_death_is_reported_while_an_earlier_item_is_under_way(item: int, statu
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_of_the_teller_is_no_death_and_no_wait(workers: int) -> None:
+    """As when the progress goes to a closed terminal or a full disk."""
+
+    def closed(_: object) -> None:
+        raise BrokenPipeError("nobody listens")
+
+    with pytest.raises(BrokenPipeError, match="nobody listens"):
+        list(ordered_map(act, range(8), workers=workers, tell=closed))
+
+
 def test_the_tokenizers_librarys_threads_are_this_processs_own_affair(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("true", None):
         if value is None:
@@ -87,6 +99,15 @@ def test_workers_end_with_a_killed_parent() -> None:
         assert pids
         parent.kill()
     deadline = time.monotonic() + 20
-    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+    while any(_runs(pid) for pid in pids):
         assert time.monotonic() < deadline, f"of {pids} some still run"
         time.sleep(0.02)
+
+
+def _runs(pid: int) -> bool:
+    """A process that has ended stays in /proc as a zombie until its new parent, init, has taken note."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
