@@ -11,6 +11,7 @@ from megatron_aquila.kernels.precision import matmul
 from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_, weight_gradient
 
 FIRST_WITH_FP8 = (8, 9)  # compute capability of Ada; Hopper is 9.0
+FP32_EPS = torch.finfo(torch.float32).eps
 
 
 class Products(Protocol):
@@ -97,11 +98,32 @@ def _with_leading(like: Tensor, rows: Tensor) -> Tensor:
     return shaped
 
 
-def choose_products(dtype_name: str, device: torch.device) -> Products:
-    """How linears multiply under ``--precision``. Raises ``ConfigError`` for 8 bits on a GPU without them."""
-    if dtype_name != "fp8":
-        return NATIVE
+def fp8_products(device: torch.device) -> Products:
+    """8-bit products, tried on ``device`` against the widened values. Raises ``ConfigError`` where they fail."""
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FIRST_WITH_FP8:
         why = f"{torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))}) has no fp8"
+    else:
+        why = _why_refused(device)
+    if why is not None:
         raise ConfigError([Problem("--precision", "fp8", why, "use bf16")])
     return Fp8Products()
+
+
+def _why_refused(device: torch.device) -> str | None:
+    """What is wrong with the three pairings of types that linears multiply in, in a line; None if nothing is."""
+    generator, terms = torch.Generator().manual_seed(0), 64
+    x = torch.randn(32, terms, generator=generator).to(device, torch.bfloat16)
+    for dtype, result in (
+        (Fp8Products.forward, torch.bfloat16),
+        (Fp8Products.backward, torch.bfloat16),
+        (Fp8Products.backward, torch.float32),
+    ):
+        a, b = fp8.quantized(x, dtype), fp8.quantized(x[:16], Fp8Products.forward)
+        try:
+            ours, reference = fp8.product(a, b, result), fp8.product_reference(a, b, result)
+        except Exception as error:  # libraries and drivers raise anything
+            return f"its products fail: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+        allowed = torch.finfo(result).eps * reference.abs() + terms * FP32_EPS * x.abs().max() ** 2
+        if not ((ours - reference).abs() <= allowed).all():
+            return f"a product of {dtype} into {result} is not that of the widened values"
+    return None

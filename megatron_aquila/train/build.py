@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.loader import MicroBatch
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.ops import Kernels
-from megatron_aquila.kernels.products import choose_products
+from megatron_aquila.kernels.products import NATIVE, Products, fp8_products
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.optim.buckets import Reduction, Storage
@@ -99,7 +100,7 @@ def build_machine(
         dtype=DTYPES[config.train.precision],
         device=ctx.device,
         overlap=config.parallel.overlap,
-        products=choose_products(config.train.precision, ctx.device),
+        products=run_products(config, ctx),
     )
     stages = build_stages(
         derived.shape,
@@ -148,6 +149,13 @@ def run_kernels(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> K
         sizes=kernel_sizes(config, shape, ctx),
         share=lambda mine: gather_objects(mine, ctx.world),
     )
+
+
+def run_products(config: RunConfig, ctx: ParallelContext) -> Products:
+    """How the blocks' linears multiply. What one rank's device cannot do is refused on all, by two all-gathers."""
+    if config.train.precision != "fp8":
+        return NATIVE
+    return agreed(lambda: fp8_products(ctx.device), ctx.world)
 
 
 def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Sizes:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_aquila.errors import ConfigError
-from megatron_aquila.kernels.products import NATIVE, Fp8Products, choose_products
+from megatron_aquila.kernels import fp8
+from megatron_aquila.kernels.products import NATIVE, Fp8Products, fp8_products
 
 S, B, IN, OUT = 32, 2, 48, 80
 # A product of operands rounded to 3 and 3, or 2 and 3, bits of mantissa: each term is off by at most 2**-4 + 2**-4, or
@@ -56,11 +57,24 @@ def test_an_output_may_be_written_into(products, operands):
     assert not products.grad_x(grad_y, weight)._is_view()
 
 
-def test_who_gets_which():
-    cpu = torch.device("cpu")
-    for precision in ("bf16", "fp16", "fp32", "fp64"):
-        assert choose_products(precision, cpu) is NATIVE
-    assert isinstance(choose_products("fp8", cpu), Fp8Products)
+def test_a_device_is_tried():
+    assert isinstance(fp8_products(torch.device("cpu")), Fp8Products)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (
+            lambda a, b, dtype: fp8.product_reference(a, b, dtype) * 1.01,
+            "into torch.bfloat16 is not that of",
+        ),
+        (lambda a, b, dtype: torch.full((32, 16), torch.nan), "is not that of the widened values; use bf16"),
+        (lambda a, b, dtype: a.no_such_thing, "its products fail: AttributeError: .*; use bf16"),
+    ],
+)
+def test_a_device_whose_products_are_wrong_is_refused(wrong, reason):
+    with mock.patch.object(fp8, "product", wrong), pytest.raises(ConfigError, match=reason):
+        fp8_products(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("capability", "is_enough"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
@@ -69,11 +83,10 @@ def test_a_gpu_without_8_bit_products_is_refused(capability, is_enough):
     with (
         mock.patch("torch.cuda.get_device_capability", return_value=capability),
         mock.patch("torch.cuda.get_device_name", return_value="NVIDIA A100"),
+        mock.patch("megatron_aquila.kernels.products._why_refused", return_value=None),
     ):
         if is_enough:
-            assert isinstance(choose_products("fp8", cuda), Fp8Products)
+            assert isinstance(fp8_products(cuda), Fp8Products)
         else:
-            with pytest.raises(
-                ConfigError, match=r"--precision fp8: NVIDIA A100 \(compute capability 8.0\) has no fp8"
-            ):
-                choose_products("fp8", cuda)
+            with pytest.raises(ConfigError, match=r"fp8: NVIDIA A100 \(compute capability 8.0\) has no fp8"):
+                fp8_products(cuda)
