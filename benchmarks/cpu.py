@@ -20,7 +20,7 @@ from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive, full_microbatches, traffic_plan
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.kernels.dispatch import choose_kernels
-from megatron_aquila.kernels.rope import rope_tables
+from megatron_aquila.kernels.rope import apply_rope, rope_tables
 from megatron_aquila.model.block import Block
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -183,7 +183,7 @@ def op_pairs() -> dict[str, tuple[Run, Run]]:
             x,
             weight,
         ),
-        "apply_rope": both(lambda q: kernels.apply_rope(q, cos, sin), plain_rope, q_SBND),
+        "apply_rope": both(lambda q: apply_rope(q, cos, sin), plain_rope, q_SBND),
         "swiglu": both(kernels.swiglu, plain_swiglu, gate_up),
         "attention": both(lambda q: kernels.attention(q, q, q), plain_attention, q_SBND),
         "a whole layer": both(

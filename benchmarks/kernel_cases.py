@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_aquila.kernels.adamw import adamw_
 from megatron_aquila.kernels.attention import causal_attention_reference
 from megatron_aquila.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
-from megatron_aquila.kernels.rope import apply_rope, rope_qkv_, rope_tables
+from megatron_aquila.kernels.rope import rope_qkv_, rope_tables
 from megatron_aquila.kernels.swiglu import swiglu_reference
 from megatron_aquila.plan.shape import ModelShape
 
@@ -84,18 +84,6 @@ def _tables(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     return rope_tables(positions_BS, head_dim=size.shape.head_dim, base=10000.0, dtype=torch.float32)
 
 
-def _apply_rope(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
-    cos, sin = _tables(size, device)
-    x = _draw(device, dtype, size.seq_len, size.batch, size.shape.num_heads, size.shape.head_dim)
-    return Case(
-        reference=apply_rope,
-        inputs=(x,),
-        call=lambda kernel, x: (kernel(x, cos, sin),),
-        forward=Work(2 * x.nbytes),
-        backward=Work(2 * x.nbytes),
-    )
-
-
 def _rope_qkv(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
     cos, sin = _tables(size, device)
     heads, kv_heads = size.shape.num_heads, size.shape.num_kv_heads
@@ -162,7 +150,6 @@ CASES: Mapping[str, Callable[[Size, torch.device, torch.dtype], Case]] = Mapping
     {
         "rms_norm": _rms_norm,
         "add_rms_norm": _add_rms_norm,
-        "apply_rope": _apply_rope,
         "rope_qkv": _rope_qkv,
         "swiglu": _swiglu,
         "attention": _attention,

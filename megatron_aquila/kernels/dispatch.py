@@ -37,7 +37,7 @@ from megatron_aquila.kernels.rms_norm import (
     rms_norm_torch,
     rms_norm_triton,
 )
-from megatron_aquila.kernels.rope import apply_rope, apply_rope_triton, rope_qkv_, rope_qkv_triton_
+from megatron_aquila.kernels.rope import rope_qkv_, rope_qkv_triton_
 from megatron_aquila.kernels.self_check import Sizes, why_refused
 from megatron_aquila.kernels.swiglu import swiglu, swiglu_reference, swiglu_triton
 
@@ -59,7 +59,6 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "compiled": compiled(add_rms_norm_reference),
             "reference": add_rms_norm_reference,
         },
-        "apply_rope": {"own": apply_rope, "triton": apply_rope_triton, "compiled": compiled(apply_rope)},
         "rope_qkv": {"own": rope_qkv_, "triton": rope_qkv_triton_, "compiled": compiled(rope_qkv_)},
         "swiglu": {
             "own": swiglu,
@@ -292,14 +291,19 @@ def _preferences(device: torch.device, sizes: Sizes) -> dict[str, dict[str, str]
     attention = attention_preferences(device, sizes)
     if device.type != "cuda":
         adamw = {"own": "on a CPU torch's fused kernel rounds differently when shards change"}
-        rope = {"apply_rope": only, "rope_qkv": only}
-        return {"rms_norm": lean, "add_rms_norm": lean, **rope, "swiglu": lean, "attention": attention, "adamw": adamw}
+        return {
+            "rms_norm": lean,
+            "add_rms_norm": lean,
+            "rope_qkv": only,
+            "swiglu": lean,
+            "attention": attention,
+            "adamw": adamw,
+        }
     triton = {"triton": "one pass over memory, and it agrees with its reference on this device"}
     norm = {**triton, "torch": "one fused pass on a GPU"}
     return {
         "rms_norm": norm,
         "add_rms_norm": norm,
-        "apply_rope": {**triton, **only},
         "rope_qkv": {**triton, **only},
         "swiglu": {**triton, **lean},
         "attention": attention,

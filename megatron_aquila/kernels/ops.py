@@ -28,14 +28,6 @@ class AddRmsNorm(Protocol):
         ...
 
 
-class ApplyRope(Protocol):
-    """The signature of ``apply_rope``."""
-
-    def __call__(self, x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved: bool = False) -> Tensor:
-        """``x_SBND`` turned by the angles of its tokens."""
-        ...
-
-
 class RopeQkv(Protocol):
     """The signature of ``rope_qkv_``."""
 
@@ -92,7 +84,6 @@ class Kernels:
 
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
-    apply_rope: ApplyRope
     rope_qkv: RopeQkv
     swiglu: Callable[[Tensor], Tensor]
     attention: CausalAttention

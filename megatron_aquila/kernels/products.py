@@ -100,17 +100,16 @@ def _with_leading(like: Tensor, rows: Tensor) -> Tensor:
 
 def fp8_products(device: torch.device) -> Products:
     """8-bit products, tried on ``device`` against the widened values. Raises ``ConfigError`` where they fail."""
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FIRST_WITH_FP8:
-        why = f"{torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))}) has no fp8"
-    else:
-        why = _why_refused(device)
+    why = _why_refused(device)
     if why is not None:
         raise ConfigError([Problem("--precision", "fp8", why, "use bf16")])
     return Fp8Products()
 
 
 def _why_refused(device: torch.device) -> str | None:
-    """What is wrong with the three pairings of types that linears multiply in, in a line; None if nothing is."""
+    """What is wrong with the device, or the three pairings of types that linears multiply in; None if nothing is."""
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < FIRST_WITH_FP8:
+        return f"{torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))}) has no fp8"
     generator, terms = torch.Generator().manual_seed(0), 64
     x = torch.randn(32, terms, generator=generator).to(device, torch.bfloat16)
     for dtype, result in (

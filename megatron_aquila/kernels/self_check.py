@@ -18,7 +18,7 @@ from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.remainder import join, split
 from megatron_aquila.kernels.rms_norm import Order, add_rms_norm_reference, rms_norm_reference
-from megatron_aquila.kernels.rope import apply_rope, rope_qkv_, rope_tables
+from megatron_aquila.kernels.rope import rope_qkv_, rope_tables
 from megatron_aquila.kernels.swiglu import swiglu_reference
 
 EPS = 1e-5
@@ -104,13 +104,6 @@ def _tables(x: Tensor, sizes: Sizes, tokens: tuple[int, int]) -> tuple[Tensor, T
     return cos, sin
 
 
-def _apply_rope(sizes: Sizes, draw: _Draw) -> Trial:
-    def call(kernel: Callable[..., Tensor], x: Tensor) -> Mapping[str, Tensor]:
-        return {"the turned x": kernel(x, *_tables(x, sizes, draw.tokens))}
-
-    return Trial(apply_rope, {"x": draw(*draw.tokens, 5, sizes.head_dim)}, call)
-
-
 def _rope_qkv(sizes: Sizes, draw: _Draw) -> Trial:
     def call(kernel: Callable[..., Any], qkv: Tensor) -> Mapping[str, Tensor]:
         projection = qkv.clone()  # it may be written into
@@ -184,7 +177,6 @@ TRIALS: Mapping[str, Callable[[Sizes, _Draw], Trial]] = MappingProxyType(
     {
         "rms_norm": _rms_norm,
         "add_rms_norm": _add_rms_norm,
-        "apply_rope": _apply_rope,
         "rope_qkv": _rope_qkv,
         "swiglu": _swiglu,
         "attention": _attention,

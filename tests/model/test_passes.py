@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, Kernels, choose_kernels
+from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
+from megatron_aquila.kernels.ops import Kernels
+from megatron_aquila.kernels.rope import apply_rope_triton
 from megatron_aquila.model.block import Block
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.placement import Placement
@@ -107,7 +109,7 @@ def turn_one_by_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = torch.unflatten(qkv, -1, (num_heads + 2 * num_kv_heads, -1))
     q, k, v = torch.split_with_sizes(heads, [num_heads, num_kv_heads, num_kv_heads], dim=2)
-    turn = IMPLEMENTATIONS["apply_rope"]["triton"]
+    turn = apply_rope_triton
     return turn(q, cos, sin), turn(k, cos, sin), v.contiguous()
 
 
