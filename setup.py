@@ -79,6 +79,7 @@ setup(
             "orjson",
             "zstandard",
             "pyarrow",
+            'gigatoken; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },
 )
