@@ -53,11 +53,15 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "data": ["orjson", "zstandard", "pyarrow"],
+        "fast": ["gigatoken", "orjson"],
+        "ray": ["ray"],
         "hf": ["transformers>=5"],
         "quickstart": ["transformers>=5", "matplotlib"],
         "kernels": ["triton>=3.6"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
+        "benchmarks": ["transformers>=5", "liger-kernel"],
         "dev": [
             "pytest",
             "pytest-timeout",
@@ -70,6 +74,12 @@ setup(
             "clang-format",
             "matplotlib",
             "transformers>=5",
+            # its interpreter runs the kernels on a CPU; beside CUDA torch brings the version that it needs
+            'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
+            "orjson",
+            "zstandard",
+            "pyarrow",
+            'gigatoken; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },
 )

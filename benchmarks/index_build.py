@@ -1,29 +1,31 @@
-"""Time and memory of building the index of a large data set: ours, and numpy's way as Megatron-LM goes it.
+"""``python -m benchmarks.index_build``: building the index of a large data set, ours and numpy's way as Megatron-LM's.
 
-``python -m benchmarks.index_build [--documents 10000000] [--epochs 4] [--output FILE]`` makes lengths of documents,
-then builds the index in a process for each contestant, one after the other, and prints JSON. The peer's order of
-documents (``mgrid``, ``RandomState.shuffle``), its shuffle of samples and its arrays, all in memory, are repeated here
-in numpy; the sample index is ours in both, for the peer's is C++ as well.
+Each contestant builds in a process of its own. The peer's order of documents (``mgrid``, ``RandomState.shuffle``), its
+shuffle of samples and its arrays, all in memory, are repeated here in numpy; the sample index is ours in both, for the
+peer's is C++ as well.
 """
 
-import argparse
-import json
+import multiprocessing
 import os
-import platform
-import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import tyro
 
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.native import INDEX_BUILDER, build_sample_index
 from megatron_aquila.data.samples import PackedSamples, Packing
+
+if TYPE_CHECKING:
+    import torch
 
 SEQ_LEN, SEED, MEAN_TOKENS = 2048, 1234, 1011
 
@@ -69,54 +71,73 @@ def wanted(dataset: IndexedDataset, epochs: int) -> int:
     return (epochs * int(dataset.sequence_lengths.sum(dtype=np.int64)) - 1) // SEQ_LEN
 
 
-CONTESTANTS: dict[str, Callable[[Path, int], int]] = {"aquila": build_ours, "numpy": build_numpy}
+CONTESTANTS: dict[str, Callable[[Path, int], int]] = {"megatron_aquila": build_ours, "numpy": build_numpy}
 
 
-def measure(contestant: str, prefix: Path, epochs: int) -> dict[str, object]:
+def measure(contestant: str, prefix: Path, epochs: int) -> dict[str, Any]:
     """In this process: seconds, CPU seconds, and its peak memory."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     samples = CONTESTANTS[contestant](prefix, epochs)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # getrusage's peak is also the forking parent's
+    [peak] = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")]
     return {
-        "contestant": contestant,
+        "name": contestant,
+        "builder": INDEX_BUILDER,
         "samples": samples,
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(cpu_seconds, 2),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_mib": peak // 1024,
-        "load": round(os.getloadavg()[0], 1),
     }
 
 
-def main() -> None:
-    """Measure and print, or as ``--only`` one contestant in this process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=10_000_000)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--only", choices=CONTESTANTS)
-    parser.add_argument("--prefix", type=Path)
-    options = parser.parse_args()
-    if options.only is not None:
-        print(json.dumps(measure(options.only, options.prefix, options.epochs)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time and memory of building the index of a large data set: ours, and numpy's way as Megatron-LM goes it."""
+
+    out: Path | None = None
+    """File of the results; default benchmarks/results/index_build.json."""
+    documents: int = 10_000_000
+    """Documents of the data set; their lengths are log-normal."""
+    epochs: int = 4
+    """Times that the samples pass over the data."""
+    rounds: int = 2
+    """Times that each contestant builds, in turns."""
+    tiny: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A thousand documents: figures that mean nothing, which are not written unless --out says where."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns its exit status."""
+    from benchmarks.common import RESULTS, Record, options_of  # they import torch, whose memory is not the index's
+
+    options = options_of(Options, "index_build", argv)
+    if options.tiny:
+        options = replace(options, documents=1000)
+    out = options.out if options.out is not None or options.tiny else RESULTS / "index_build.json"
+    record = Record("index_build", settings=options, device=torch_cpu(), out=out)
+    with tempfile.TemporaryDirectory(prefix="aquila_index_") as folder:
         prefix = Path(folder) / "data"
         write_lengths(prefix, options.documents)
-        settings = ["--epochs", str(options.epochs), "--prefix", str(prefix)]
-        rows = [
-            json.loads(subprocess.check_output([sys.executable, "-m", __spec__.name, "--only", name, *settings]))
-            for _ in range(options.repeats)
-            for name in CONTESTANTS
-        ]
-    machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
-    head = {"documents": options.documents, "epochs": options.epochs, "seq_len": SEQ_LEN, "builder": INDEX_BUILDER}
-    text = json.dumps({**head, "numpy": np.__version__, "machine": machine, "rows": rows}, indent=1)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
+        for _ in range(options.rounds):
+            for contestant in CONTESTANTS:
+                record.add("building", **in_a_process(contestant, prefix, options.epochs))
+    return 0
+
+
+def torch_cpu() -> "torch.device":
+    """The device that the record describes."""
+    import torch
+
+    return torch.device("cpu")
+
+
+def in_a_process(contestant: str, prefix: Path, epochs: int) -> dict[str, Any]:
+    """``measure`` in a process of its own, which imports no torch: its peak memory is the building's alone."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(measure, contestant, prefix, epochs).result()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
+#include <string_view>
 
 #include "blending.hpp"
+#include "breaks.hpp"
 #include "legacy_shuffle.hpp"
 #include "sample_index.hpp"
 
@@ -92,10 +95,26 @@ py::tuple build_exhaustive_blending_indices(const Array<int64_t>& sizes) {
                   aquila::fill_exhaustive_blending);
 }
 
+py::bytes insert_breaks(const py::bytes& text, const Array<uint8_t>& table, uint8_t mark) {
+  const auto table_span = read(table);
+  if (table_span.size != int64_t{1} << (aquila::kPairBits - 3)) throw std::invalid_argument("a table of another size");
+  const std::string_view given = text;
+  const aquila::Span<const uint8_t> from{reinterpret_cast<const uint8_t*>(given.data()),
+                                         static_cast<int64_t>(given.size())};
+  std::unique_ptr<uint8_t[]> to(new uint8_t[2 * given.size() + 1]);
+  int64_t written = 0;
+  {
+    py::gil_scoped_release release;
+    written = aquila::insert_breaks(from, table_span, mark, {to.get(), 2 * from.size});
+  }
+  return py::bytes(reinterpret_cast<const char*>(to.get()), written);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Index building in C++; megatron_aquila.data.reference holds the same functions in numpy.";
+  module.doc() =
+      "Index building and the cutting of Han runs in C++; megatron_aquila.data.reference holds the same functions.";
   module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
              py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
              py::arg("wide"));
@@ -106,4 +125,5 @@ PYBIND11_MODULE(_native, module) {
       .def("shuffle", &shuffle<int64_t>, py::arg("values").noconvert(), py::arg("report"));
   module.def("build_blending_indices", &build_blending_indices, py::arg("weights").noconvert(), py::arg("size"));
   module.def("build_exhaustive_blending_indices", &build_exhaustive_blending_indices, py::arg("sizes").noconvert());
+  module.def("insert_breaks", &insert_breaks, py::arg("text"), py::arg("table").noconvert(), py::arg("mark"));
 }

@@ -25,6 +25,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "U8": torch.uint8,
 }
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}

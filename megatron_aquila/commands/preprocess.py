@@ -15,26 +15,38 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from megatron_aquila.commands.failure import exit_code
-from megatron_aquila.data.indexed import token_dtype
-from megatron_aquila.data.preprocess import Progress, document_prefixes, preprocess
-from megatron_aquila.data.temporary import remove_leftovers
+from megatron_aquila.data.encoders import Backend
+from megatron_aquila.data.inputs import InputFormat, TextDocuments
+from megatron_aquila.data.preprocess import Done, Engine, PreprocessSettings, Progress, preprocess
+from megatron_aquila.data.records import MAX_DOCUMENT_BYTES, ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
 from megatron_aquila.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
-    """Tokenize JSON lines into PREFIX_KEY_document.bin and .idx, which Megatron-LM reads too.
+    """Tokenize a corpus into PREFIX_KEY_document.bin and .idx, which Megatron-LM reads too.
 
-    PREFIX_KEY_document.manifest.json beside them says what they must be and what made them.
+    PREFIX_KEY_document.manifest.json beside them says what they hold and what made them. A run that was stopped goes on
+    where it was when the same command is given again.
     """
 
-    input: tuple[Path, ...]
-    """Files of one JSON object a line; a name that ends in .gz is unpacked on the way."""
+    input: tuple[str, ...]
+    """Files, globs, folders or - (standard input): JSON lines, JSON arrays, parquet or text, plain, .gz or .zst."""
     output_prefix: str
     """Path and first part of the name of the files to write; the folder is made where there is none."""
+    input_format: InputFormat = "auto"
+    """What the inputs hold; auto goes by the end of their names."""
+    text_documents: TextDocuments = "file"
+    """Of plain text, what a document is: the file, a line, or what lies between blank lines."""
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the texts; each makes a data set."""
+    text_template: str | None = None
+    r"""Instead of the keys, one text of several fields: '{title}\n{content}'."""
+    keep_meta: tuple[str, ...] = ()
+    """Fields that go along into PREFIX.meta.jsonl, a line for each document."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """A longer record counts as a bad line and is not held in memory."""
     tokenizer_type: TokenizerType = "AquilaTokenizer"
     """AquilaTokenizer takes vocabulary, merges and special tokens, HuggingFaceTokenizer a tokenizer.json."""
     vocab_file: Path | None = None
@@ -45,14 +57,22 @@ class PreprocessOptions:
     """special_tokens.txt."""
     tokenizer_model: Path | None = None
     """tokenizer.json, or its folder."""
+    tokenizer_backend: Backend = "auto"
+    """auto takes gigatoken where it is installed and gives the same ids as tokenizers on a sample of the input."""
     append_eod: bool = False
     """End each document with the end-of-document token; an empty one stays empty."""
     allow_special_tokens: bool = False
     """Let special tokens in the text count as such, as Megatron-LM does: a document can then end itself."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that tokenize; default one a core. The output does not depend on it."""
+    engine: Engine = "local"
+    """local: processes of this machine; ray: the Ray cluster of RAY_ADDRESS, which shares the disk of the output."""
+    shard: str | None = None
+    """I/N: only part I (from 0) of N of the corpus, into PREFIX_shardIofN, for an array of jobs."""
+    overwrite: bool = False
+    """Replace data sets of this prefix when the new ones are whole."""
     on_bad_line: Literal["stop", "skip"] = "stop"
-    """What to do with a line that is no document, a blank one too: stop there, or leave it out and count it."""
+    """What to do with a line that is no document: stop there, or leave it out and name it in PREFIX.bad.jsonl."""
     log_interval: int = 100_000
     """Documents between lines of progress where the output is not a terminal; 1 or more."""
 
@@ -68,12 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: PreprocessOptions) -> None:
     """Tokenize and say what was done.
 
-    Raises as ``data.preprocess.preprocess`` and ``load_tokenizer`` do; ConfigError where ``log_interval`` is below 1.
+    Raises as ``data.preprocess.preprocess`` and ``load_tokenizer`` do; ConfigError where ``log_interval`` is below 1 or
+    ``shard`` is not two numbers.
     """
     if options.log_interval < 1:
         why = "progress is shown every so many documents"
         raise ConfigError([Problem("--log-interval", options.log_interval, why, "use 1 or more")])
-    tokenizer = load_tokenizer(
+    settings, tokenizer = settings_of(options), tokenizer_of(options)
+    with _shown(options) as report:
+        done = preprocess(settings, tokenizer, report=report, say=lambda line: print(line, file=sys.stderr))
+    print(_summary(settings, done))
+
+
+def tokenizer_of(options: PreprocessOptions) -> Tokenizer:
+    """The tokenizer that the flags name."""
+    return load_tokenizer(
         options.tokenizer_type,
         vocab_file=options.vocab_file,
         merge_file=options.merge_file,
@@ -81,70 +110,76 @@ def run(options: PreprocessOptions) -> None:
         tokenizer_model=options.tokenizer_model,
         allow_special_tokens=options.allow_special_tokens,
     )
-    _remove_leftovers(options)
-    started = time.perf_counter()
-    with _shown(options) as report:
-        done = preprocess(
-            options.input,
-            options.output_prefix,
-            tokenizer=tokenizer,
+
+
+def settings_of(options: PreprocessOptions) -> PreprocessSettings:
+    """The flags as the library takes them."""
+    template = None if options.text_template is None else parse_template(options.text_template)
+    return PreprocessSettings(
+        inputs=options.input,
+        output_prefix=options.output_prefix,
+        read=ReadOptions(
             keys=options.json_keys,
-            append_eod=options.append_eod,
-            workers=options.workers,
-            skip_bad_lines=options.on_bad_line == "skip",
-            report=report,
-        )
-    for bad in done.named_bad_lines:
-        print(f"skipped {bad}", file=sys.stderr)
-    print(_summary(options, tokenizer, done, time.perf_counter() - started))
+            template=template,
+            keep_meta=options.keep_meta,
+            max_document_bytes=options.max_document_bytes,
+        ),
+        input_format=options.input_format,
+        text_documents=options.text_documents,
+        append_eod=options.append_eod,
+        skip_bad_lines=options.on_bad_line == "skip",
+        backend=options.tokenizer_backend,
+        workers=options.workers,
+        engine=options.engine,
+        shard=None if options.shard is None else _shard(options.shard),
+        overwrite=options.overwrite,
+    )
 
 
-def _remove_leftovers(options: PreprocessOptions) -> None:
-    prefixes = document_prefixes(options.output_prefix, options.json_keys)
-    removed = [path.name for prefix in prefixes for path in remove_leftovers(prefix)]
-    if removed:
-        print(f"removed what a dead process left: {', '.join(removed)}", file=sys.stderr)
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise ConfigError([Problem("--shard", text, "it is the number of a part and how many there are", "use I/N")])
+    return int(index), int(count)
 
 
 @contextmanager
 def _shown(options: PreprocessOptions) -> Iterator[Callable[[Progress], None]]:
     """A bar in a terminal, else a line every ``log_interval`` documents."""
     console = Console()
-    sizes = {path: path.stat().st_size for path in options.input if path.exists()}
-    started = time.perf_counter()
     if not console.is_terminal:
         shown = 0
 
         def report(done: Progress) -> None:
             nonlocal shown
-            if done.documents // options.log_interval > shown:
-                shown = done.documents // options.log_interval
-                print(_rate(done, time.perf_counter() - started), flush=True)
+            if (done.counts.documents - done.resumed.documents) // options.log_interval > shown:
+                shown = (done.counts.documents - done.resumed.documents) // options.log_interval
+                print(_rate(done), flush=True)
 
         yield report
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=sum(sizes.values()))
+        task = bar.add_task("starting", total=None)
 
         def move(done: Progress) -> None:
-            before = sum(sizes[path] for path in options.input[: options.input.index(done.path)])
-            described = _rate(done, time.perf_counter() - started)
-            bar.update(task, completed=before + done.position, description=described)
+            bar.update(task, total=done.total_file_bytes, completed=done.file_bytes, description=_rate(done))
 
         yield move
 
 
-def _rate(done: Progress, seconds: float) -> str:
-    megabytes = done.num_bytes / 1e6
+def _rate(done: Progress) -> str:
+    counts, left = done.counts, done.seconds_left
+    time_left = "" if left is None else f", {time.strftime('%H:%M:%S', time.gmtime(left))} left"
     return (
-        f"{done.documents:,} documents, {done.tokens / 1e6:,.1f} M tokens, {megabytes:,.1f} MB "
-        f"({megabytes / seconds:,.1f} MB/s)"
+        f"{counts.documents:,} documents, {counts.tokens / 1e6:,.1f} M tokens, {counts.num_bytes / 1e6:,.1f} MB "
+        f"({done.bytes_per_second / 1e6:,.1f} MB/s{time_left})"
     )
 
 
-def _summary(options: PreprocessOptions, tokenizer: Tokenizer, done: Progress, seconds: float) -> str:
-    skipped = f"; {done.bad_lines:,} bad lines skipped" if done.bad_lines > 0 else ""
-    prefixes = document_prefixes(options.output_prefix, options.json_keys)
-    files = ", ".join(f"{prefix}.bin/.idx/.manifest.json" for prefix in prefixes)
-    return f"{_rate(done, seconds)} in {seconds:.1f} s{skipped}\nwrote {files} ({token_dtype(tokenizer.vocab_size)})"
+def _summary(settings: PreprocessSettings, done: Done) -> str:
+    bad = done.progress.counts.bad_records
+    skipped = f"; {bad:,} bad lines skipped, named in {settings.prefix}.bad.jsonl" if bad > 0 else ""
+    dtype = next(iter(done.manifests.values())).contents.dtype
+    files = ", ".join(f"{prefix}.bin/.idx/.manifest.json" for prefix in done.manifests)
+    return f"{_rate(done.progress)} in {done.progress.seconds:.1f} s{skipped}\nwrote {files} ({dtype})"

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from megatron_aquila.commands.failure import exit_code
-from megatron_aquila.data.jsonl import read_texts
+from megatron_aquila.data.readers import read_texts
 from megatron_aquila.data.tokenizer_training import measure_density, save_tokenizer_files, train_tokenizer
 
 

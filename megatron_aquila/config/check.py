@@ -14,6 +14,7 @@ from megatron_aquila.config.inputs import (
     check_start,
     check_valid_sets,
 )
+from megatron_aquila.config.profile import check_profile
 from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
@@ -23,6 +24,7 @@ from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import FIXED_CHUNKS
 
 Rule = Callable[[RunConfig, int | None], Iterator[Problem]]
+FP8_MULTIPLE = 16  # the sizes of a matrix that tensor cores multiply in 8 bits
 
 
 def check(config: RunConfig, world_size: int | None, *, without: Collection[str] = ()) -> list[Problem]:
@@ -203,11 +205,49 @@ def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--precision", "fp64", why, "use bf16 or fp32, or --device cpu")
 
 
+def _fp8(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Every size that a linear of a block multiplies over, on one rank."""
+    if config.train.precision != "fp8":
+        return
+    tp, shape = config.parallel.tensor, model_shape(config.model)
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "ffn_size / tp": shape.ffn_size // tp,
+        "num_heads x head_dim / tp": shape.attention_size // tp,
+        "num_kv_heads x head_dim / tp": shape.kv_size // tp,
+        "micro_batch x seq_len": config.train.micro_batch * shape.seq_len,
+    }
+    bad = [f"{name} {size}" for name, size in sizes.items() if size % FP8_MULTIPLE]
+    if bad:
+        why = f"{_listed(bad, 'and')} {'is no multiple' if len(bad) == 1 else 'are no multiples'} of {FP8_MULTIPLE}"
+        yield Problem("--precision", "fp8", why, "change the sizes, or use bf16")
+
+
 def _grad_reduce(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     precision = config.train.precision
     if config.parallel.grad_reduce == "bf16" and precision in ("fp32", "fp64"):
         why = f"it would round the gradients of {precision} weights to 8 bits"
         yield Problem("--grad-reduce", "bf16", why, "use fp32, or --precision bf16")
+
+
+def _optimizer_storage(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Narrow states are for bf16 weights under AdamW, and moments must be able to shrink in them."""
+    optim, precision = config.optim, config.train.precision
+    asked = {"--moments-dtype": optim.moments_dtype, "--master-weights": optim.master_weights}
+    for flag, value in asked.items():
+        if value == "fp32":
+            continue
+        if optim.optimizer != "adamw":
+            yield Problem(
+                flag, value, f"{optim.optimizer} is for proofs and keeps nothing narrow", "use --optimizer adamw"
+            )
+        if precision not in ("bf16", "fp8"):
+            why = f"{precision} has no use for it: only bf16 weights are as narrow"
+            yield Problem(flag, value, why, "use fp32, or --precision bf16")
+    for flag, beta in (("--beta1", optim.beta1), ("--beta2", optim.beta2)):
+        if optim.moments_dtype == "bf16" and 1 - beta < 2**-8:
+            why = f"with {flag} {beta} a moment could not shrink: a step's {1 - beta:.2g} of it is rounded away"
+            yield Problem("--moments-dtype", "bf16", why, f"use fp32, or {flag} 0.99 or less")
 
 
 def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
@@ -242,8 +282,13 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
+    _fp8: f"{_SHAPE} {_WIDTHS} {_BATCH} model.seq_len parallel.tensor train.precision",
     _grad_reduce: "parallel.grad_reduce train.precision",
+    _optimizer_storage: "optim.optimizer optim.moments_dtype optim.master_weights optim.beta1 optim.beta2 "
+    "train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
+    check_profile: f"{_BATCH} train.rampup_batch train.train_samples observe.profile_steps observe.profile_ranks "
+    "observe.log_dir checkpoint.save",
     check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "
     "train.recompute_granularity_per_stage train.recompute_method_per_stage train.recompute_layers_per_stage",
     check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "

@@ -135,6 +135,8 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         sequence_parallel=config.parallel.sequence,
         precision=config.train.precision,
         optimizer=config.optim.optimizer,
+        moments_dtype=config.optim.moments_dtype,
+        master_weights=config.optim.master_weights,
         bucket_bytes=bucket_bytes(config),
         grad_reduce=config.parallel.grad_reduce,
         deterministic_reduce=config.parallel.deterministic_reduce,

@@ -83,6 +83,15 @@ def _chunks(values: Values, config: RunConfig) -> str:
     return f"use --chunks {max(1, stages // config.parallel.pipeline)} (layers / {values[0]} / pp)"
 
 
+def _profile_first(values: Values, config: RunConfig) -> str:
+    """Megatron-LM's profiler starts once so many steps are done."""
+    return f"use --profile-steps {int(values[0]) + 1}-LAST"
+
+
+def _profile_last(values: Values, config: RunConfig) -> str:
+    return f"use --profile-steps FIRST-{values[0]}"
+
+
 def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
     """The same meaning for several flags."""
     return dict.fromkeys(flags.split(), meaning)
@@ -133,11 +142,16 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         "--no-query-key-layer-scaling": Always("attention's scores are not scaled by the layer"),
         "--fp32-residual-connection": Refused(
-            "the residual stream has the type of the activations", "leave it out, or use --precision fp32"
+            "the residual stream is as wide as the activations", "use --precision fp32"
         ),
         "--grad-reduce-in-bf16": Sets("parallel.grad_reduce", "bf16"),
-        "--use-precision-aware-optimizer": Refused("optimizer states are fp32 or wider", "leave it out"),
-        **_family(Refused("fp8 is not offered", "use --bf16"), "--fp8-format --fp8-hybrid --fp8-e4m3 --fp8-margin"),
+        "--fp8-hybrid": Sets("train.precision", "fp8"),
+        **_family(Refused("it is e4m3 forward and e5m2 backward", "use --precision fp8"), "--fp8-format --fp8-e4m3"),
+        "--fp8-margin": Refused("scales follow each tensor's largest value at once", "leave it out"),
+        "--use-precision-aware-optimizer": Always("each of the optimizer's states has its own type: --moments-dtype"),
+        "--main-params-dtype": Always("masters are fp32; --master-weights says how they are kept", ("fp32",)),
+        "--main-grads-dtype": Always("gradients are summed in fp32 or wider", ("fp32",)),
+        **_family(Follows("optim.moments_dtype"), "--exp-avg-dtype --exp-avg-sq-dtype"),
         # The network
         "--use-mcore-models": Always(_ONE_MODEL),
         "--use-legacy-models": Always(_ONE_MODEL),
@@ -345,6 +359,18 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--timing-log-option --tensorboard-queue-size",
         ),
         "--timing-log-level": Always("a step's time and its wait for data are logged", ("0",)),
+        "--profile": Refused("the steps to profile are named", "use --profile-steps FIRST-LAST"),
+        "--profile-step-start": Refused(
+            "both steps are named in one flag, and both are profiled",
+            "use --profile-steps FIRST-LAST, FIRST one more than here",
+            _profile_first,
+        ),
+        "--profile-step-end": Refused(
+            "both steps are named in one flag, and both are profiled",
+            "use --profile-steps FIRST-LAST, LAST as here",
+            _profile_last,
+        ),
+        "--use-pytorch-profiler": Always("--profile-steps writes a trace of torch's profiler"),
         **_family(_NAMED_BY_WANDB, "--wandb-exp-name --wandb-entity"),
         # Serving
         **_family(_SERVE, "--server-port --model-info"),

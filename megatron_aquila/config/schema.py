@@ -195,6 +195,10 @@ class OptimConfig:
     beta1: Share = setting(0.9, "decay of Adam's first moment", "--beta1", "--adam-beta1")
     beta2: Share = setting(0.95, "decay of Adam's second moment", "--beta2", "--adam-beta2")
     eps: Positive = setting(1e-8, "Adam's epsilon", "--eps", "--adam-eps")
+    moments_dtype: Literal["fp32", "bf16"] = setting("fp32", "type that Adam's moments are kept in between steps")
+    master_weights: Literal["fp32", "remainder"] = setting(
+        "fp32", "how bf16 weights' fp32 masters are kept: whole, or as the 16 bits that the weights lack"
+    )
     weight_decay: NotNegative = setting(0.1, "decoupled weight decay of matrices; norms have none")
     clip_grad: NotNegative = setting(1.0, "largest global gradient norm; 0 means no clipping", "--clip-grad")
     initial_loss_scale: Positive = setting(2.0**32, "fp16: what the loss is first multiplied with for its gradients")
@@ -214,7 +218,11 @@ class TrainConfig:
     rampup_batch: tuple[Count, Count, Whole] | None = setting(
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"
     )
-    precision: Precision = setting("bf16", "type of the weights and activations; bf16 and fp16 keep fp32 masters")
+    precision: Precision = setting(
+        "bf16",
+        "type of the weights and activations; bf16 and fp16 keep fp32 masters. fp8: as bf16, but the blocks' linears "
+        "multiply in 8 bits; attention and head stay in bf16",
+    )
     loss_chunk_tokens: Whole | None = setting(
         None,
         "tokens whose logits exist at once; default as many as 1 GiB holds; 0 all, kept from forward to backward",
@@ -264,7 +272,7 @@ class TrainConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute", "--device")
     kernels: tuple[str, ...] = setting(
-        (), "kernels chosen by hand, e.g. attention=reference rms_norm=torch", "--kernels"
+        (), "kernels chosen by hand, e.g. attention=sdpa_cudnn rms_norm=torch", "--kernels"
     )
     check_replicas: Whole = setting(0, "steps between checks that replicas are bit-equal; 0 means never")
 
@@ -312,6 +320,10 @@ class ObserveConfig:
     peak_tflops: Positive | None = setting(
         None, "dense peak of the device for MFU; default from its name", "--peak-tflops"
     )
+    profile_steps: str | None = setting(
+        None, "steps FIRST-LAST, both included, to profile: a trace in the log's folder and a summary of it"
+    )
+    profile_ranks: tuple[Whole, ...] = setting((0,), "ranks that are profiled", "--profile-ranks")
 
 
 @dataclass(frozen=True, kw_only=True)

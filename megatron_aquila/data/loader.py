@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.samples import Sample, SampleSource
 from megatron_aquila.errors import DataError
+
+Ready = TypeVar("Ready")  # what a step takes: a microbatch, made ready for the device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,7 @@ def microbatch(
     )
 
 
-class BatchLoader:
+class BatchLoader(Generic[Ready]):
     """Microbatches of one data-parallel rank, in Megatron-LM's order; every rank reads for itself.
 
     Microbatch j of a global batch that starts at sample c takes the samples from
@@ -61,6 +64,7 @@ class BatchLoader:
         dp_size: replicas.
         micro_batch: samples of a microbatch.
         vocab_size: ids from here on are an error of the data.
+        prepare: what a step takes, from a microbatch and its number in the step; called by the thread that reads ahead.
         batch_at: the global batch of the step that starts at so many consumed samples; ``None``: nothing is read ahead.
         prefetch: steps read ahead.
         documents: what is kept apart at the end of a document; ``None``: nothing.
@@ -76,6 +80,7 @@ class BatchLoader:
         dp_size: int,
         micro_batch: int,
         vocab_size: int,
+        prepare: Callable[[MicroBatch, int], Ready],
         batch_at: Callable[[int], int] | None = None,
         prefetch: int = 0,
         documents: DocumentRules | None = None,
@@ -83,11 +88,11 @@ class BatchLoader:
     ) -> None:
         self.source, self._num_counted = source, num_counted
         self.dp_rank, self.dp_size, self.micro_batch, self.vocab_size = dp_rank, dp_size, micro_batch, vocab_size
-        self._batch_at, self._prefetch, self._documents = batch_at, prefetch, documents
-        self._ahead: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
+        self._batch_at, self._prefetch, self._documents, self._prepare = batch_at, prefetch, documents, prepare
+        self._ahead: dict[tuple[int, int], Future[list[Ready]]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
 
-    def fetch(self, consumed_samples: int, global_batch: int) -> list[MicroBatch]:
+    def fetch(self, consumed_samples: int, global_batch: int) -> list[Ready]:
         """This rank's microbatches of the step, then start reading the next steps.
 
         Raises:
@@ -105,7 +110,7 @@ class BatchLoader:
 
     def _read_ahead(self, consumed_samples: int) -> None:
         """Keep the next steps, and only those, under way."""
-        wanted: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
+        wanted: dict[tuple[int, int], Future[list[Ready]]] = {}
         while self._batch_at is not None and len(wanted) < self._prefetch:
             step = (consumed_samples, self._batch_at(consumed_samples))
             consumed_samples += step[1]
@@ -116,7 +121,7 @@ class BatchLoader:
             stale.cancel()
         self._ahead = wanted
 
-    def _read(self, consumed_samples: int, global_batch: int) -> list[MicroBatch]:
+    def _read(self, consumed_samples: int, global_batch: int) -> list[Ready]:
         stride = self.micro_batch * self.dp_size
         assert global_batch % stride == 0, f"a batch of {global_batch} does not divide by {stride}"
         if self._num_counted is None and consumed_samples + global_batch > len(self.source):
@@ -125,7 +130,8 @@ class BatchLoader:
                 f"wanted, but the run's data has {len(self.source)}; raise --train-samples"
             )
         first = consumed_samples + self.dp_rank * self.micro_batch
-        return [self._microbatch(start) for start in range(first, first + global_batch, stride)]
+        starts = range(first, first + global_batch, stride)
+        return [self._prepare(self._microbatch(start), number) for number, start in enumerate(starts)]
 
     def _microbatch(self, start: int) -> MicroBatch:
         last = len(self.source) - 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.manifest import Manifest, Origin, TokenizerFacts, package_versions
+from megatron_aquila.data.verify import verify
 from megatron_aquila.errors import DataError
 
 
@@ -13,8 +14,9 @@ def merge(
 ) -> Manifest:
     """Write the documents of ``prefixes``, in that order, as one data set; Megatron-LM's merge byte for byte.
 
-    The files are hashed while they are written; the manifest names all sources, and the tokenizer where all say the
-    same one. ``report`` is called with the tokens copied since the last call.
+    Inputs with manifests are verified first, or the output's would vouch for their damage. The output's files are
+    hashed while they are written; its manifest names all sources, and the tokenizer where all say the same one.
+    ``report`` is called with the tokens copied since the last call.
 
     Raises:
         DataError: no data set, one that is damaged, data sets of other dtypes, of other tokenizers, or some with modes
@@ -24,6 +26,9 @@ def merge(
         raise DataError(f"{output}: nothing to merge; give the prefixes of .bin/.idx pairs")
     inputs = [IndexedDataset(prefix) for prefix in prefixes]
     _check(inputs, output, overwrite)
+    for prefix in dict.fromkeys(prefixes):
+        if problems := verify(prefix).problems:
+            raise DataError("; ".join(problems))
     writer = IndexedDatasetWriter(output, inputs[0].dtype, multimodal=inputs[0].modes is not None)
     try:
         for dataset in inputs:

@@ -6,6 +6,7 @@ try:
         build_blending_indices,
         build_exhaustive_blending_indices,
         build_sample_index,
+        insert_breaks,
     )
 
     INDEX_BUILDER = "C++ extension"
@@ -15,6 +16,7 @@ except ImportError:
         build_blending_indices,
         build_exhaustive_blending_indices,
         build_sample_index,
+        insert_breaks,
     )
 
     INDEX_BUILDER = "numpy, slower: the C++ extension is not built (python setup.py build_ext --inplace)"
@@ -25,4 +27,5 @@ __all__ = [
     "build_blending_indices",
     "build_exhaustive_blending_indices",
     "build_sample_index",
+    "insert_breaks",
 ]

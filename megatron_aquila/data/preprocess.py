@@ -1,128 +1,163 @@
-"""Text to tokens on disk: JSON lines in, one ``PREFIX_KEY_document`` data set out for each key."""
+"""Text to tokens on disk: a corpus in, one ``PREFIX_KEY_document`` data set out for each key.
 
+The corpus is cut into pieces; workers make a shard of tokens of each; shards are appended in the order of the corpus.
+So the bytes depend on the corpus, the tokenizer and the options alone: not on workers, machines, cuts or restarts.
+"""
+
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron_aquila.data.indexed import IndexedDatasetWriter, token_dtype
-from megatron_aquila.data.jsonl import BadLine, LineBlock, parse_block, read_blocks
-from megatron_aquila.data.manifest import Origin, SourceFile, package_versions
+from megatron_aquila.data.encoders import Backend, choose_encoder
+from megatron_aquila.data.indexed import token_dtype
+from megatron_aquila.data.inputs import InputFormat, Piece, TextDocuments, plan_pieces
+from megatron_aquila.data.manifest import Manifest, Origin, SourceFile, TokenizerFacts, package_versions
+from megatron_aquila.data.output import Output
+from megatron_aquila.data.readers import read_piece
+from megatron_aquila.data.records import BadRecord, ReadOptions
+from megatron_aquila.data.shards import Counts, Shard, ShardWriter, Step
+from megatron_aquila.data.streams import STDIN
 from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
 from megatron_aquila.data.workers import ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
-NAMED: Final = 20  # bad lines that are kept by name when they are skipped
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedBlock:
-    """A block's documents: for each key all tokens end to end, and the tokens of each document."""
-
-    path: Path
-    position: int
-    num_bytes: int
-    tokens: list[NDArray[Any]]
-    lengths: list[NDArray[np.int64]]
-    bad: list[BadLine]
+Engine = Literal["local", "ray"]
+PIECES: Final = 256  # a corpus is cut into about so many,
+SMALLEST_PIECE, LARGEST_PIECE = 2 << 20, 32 << 20  # within these bounds in bytes
+SAMPLED_PIECES, SAMPLED_RECORDS, SAMPLED_CHARACTERS = 8, 64, 1 << 15  # what gigatoken must prove itself on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Encoder:
-    """Parses and tokenizes a block of lines; sent to each worker once. An empty text gets no end of document."""
+class PreprocessSettings:
+    """What to tokenize, how and to where; ``data.inputs`` and ``data.records`` say what can be read.
 
-    tokenizer: Tokenizer
-    keys: Sequence[str]
-    append_eod: bool
-    dtype: np.dtype[Any]
+    ``shard`` is ``(i, n)``: only the i-th (from 0) of n parts of the corpus, into ``PREFIX_shard<i>of<n>``; joined in
+    their order they are the whole. ``engine`` ``ray`` gives the pieces to a Ray cluster instead of ``workers``
+    processes of this machine.
+    """
 
-    def __call__(self, block: LineBlock) -> EncodedBlock:
-        """Every good line of the block as tokens."""
-        documents = parse_block(block, self.keys)
-        end = [self.tokenizer.eod] if self.append_eod else []
-        tokens, lengths = [], []
-        for column in range(len(self.keys)):
-            encoded = self.tokenizer.encode_batch([texts[column] for texts in documents.texts])
-            ended = [ids + end if len(ids) > 0 else ids for ids in encoded]
-            lengths.append(np.array([len(ids) for ids in ended], dtype=np.int64))
-            tokens.append(np.fromiter(chain.from_iterable(ended), dtype=self.dtype))
-        num_bytes = sum(map(len, block.lines))
-        return EncodedBlock(block.path, block.position, num_bytes, tokens, lengths, documents.bad)
+    inputs: tuple[str, ...]
+    output_prefix: str
+    read: ReadOptions = field(default_factory=ReadOptions)
+    input_format: InputFormat = "auto"
+    text_documents: TextDocuments = "file"
+    append_eod: bool = False
+    skip_bad_lines: bool = False
+    backend: Backend = "auto"
+    workers: int = 1
+    engine: Engine = "local"
+    shard: tuple[int, int] | None = None
+    overwrite: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The keys that make data sets; of a template, ``text``."""
+        return self.read.keys if self.read.template is None else ("text",)
+
+    @property
+    def prefix(self) -> str:
+        """Of this shard's data sets."""
+        if self.shard is None:
+            return self.output_prefix
+        return f"{self.output_prefix}_shard{self.shard[0]:05d}of{self.shard[1]:05d}"
 
 
 @dataclass(slots=True)
 class Progress:
-    """What was done so far; ``position`` is how many bytes of ``path`` were read."""
+    """What is done, live: ``file_bytes`` of ``total_file_bytes`` as on disk (0 of standard input).
 
-    path: Path = Path()
-    position: int = 0
-    num_bytes: int = 0
-    documents: int = 0
-    tokens: int = 0
-    bad_lines: int = 0
-    named_bad_lines: list[BadLine] = field(default_factory=list)
+    ``resumed`` is the part of ``counts`` that an earlier run did; ``seconds`` since this one began.
+    """
 
-    def add(self, block: EncodedBlock) -> None:
-        """Count a block."""
-        self.path, self.position = block.path, block.position
-        self.num_bytes += block.num_bytes
-        self.documents += len(block.lengths[0])
-        self.tokens += sum(len(tokens) for tokens in block.tokens)
-        self.bad_lines += len(block.bad)
-        self.named_bad_lines += block.bad[: NAMED - len(self.named_bad_lines)]
+    total_file_bytes: int
+    file_bytes: int = 0
+    counts: Counts = field(default_factory=Counts)
+    resumed: Counts = field(default_factory=Counts)
+    resumed_file_bytes: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Since this run began."""
+        return time.perf_counter() - self.started
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of this run, in bytes of the records as they were read."""
+        return (self.counts.num_bytes - self.resumed.num_bytes) / self.seconds
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the share of the files that is read; ``None`` where it cannot be told."""
+        done = self.file_bytes - self.resumed_file_bytes
+        return None if done <= 0 else self.seconds * (self.total_file_bytes - self.file_bytes) / done
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What was made: the totals and each data set's manifest by its prefix."""
+
+    progress: Progress
+    manifests: dict[str, Manifest]
 
 
 def preprocess(
-    inputs: Sequence[Path],
-    output_prefix: str,
-    *,
+    settings: PreprocessSettings,
     tokenizer: Tokenizer,
-    keys: Sequence[str],
-    append_eod: bool,
-    workers: int,
-    skip_bad_lines: bool,
+    *,
     report: Callable[[Progress], None],
-) -> Progress:
-    """Tokenize files into ``<output_prefix>_<key>_document.bin`` and ``.idx``, in order, in bounded memory.
+    say: Callable[[str], None],
+) -> Done:
+    """Tokenize a corpus into ``PREFIX_KEY_document.bin``, ``.idx`` and ``.manifest.json``, in bounded memory.
 
-    The output does not depend on ``workers``, and appears under its final names only when all of it is written. A
-    manifest beside each pair then says what made it.
-    ``report`` is called after each block, of about a megabyte of lines.
+    All appears under its final names only when the whole is written. What was begun is kept in ``PREFIX.partial``, and
+    the same settings go on from there. ``report`` is called from any thread, one call at a time, about once a megabyte;
+    ``say`` gets lines for the user.
 
     Raises:
-        ConfigError: the keys repeat, ``workers`` is not positive, or the tokenizer has no end-of-document token.
+        ConfigError: settings that make no sense, a data set that is there already, or an unfinished run with others.
         DataError: a file cannot be read or written, a line is bad and ``skip_bad_lines`` is not set, there is no
-            document at all, or a worker died. Nothing is left under the final names then.
+            document at all, or a worker died.
     """
-    _check(tokenizer, keys, append_eod, workers)
-    done = Progress()
+    _check(settings, tokenizer)
+    pieces = _share(_plan(settings), settings.shard)
+    chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
+    say(f"tokenizer backend: {chosen.why}")
     dtype = token_dtype(tokenizer.vocab_size)
-    encoder = Encoder(tokenizer=tokenizer, keys=tuple(keys), append_eod=append_eod, dtype=dtype)
-    with ExitStack() as stack:
-        prefixes = document_prefixes(output_prefix, keys)
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in prefixes]
-        for block in ordered_map(encoder, _all_blocks(inputs), workers=workers):
-            if block.bad and not skip_bad_lines:
-                raise DataError(f"{block.bad[0]}; mend the line, or leave such lines out with --on-bad-line skip")
-            for writer, tokens, lengths in zip(writers, block.tokens, block.lengths, strict=True):
-                writer.add_documents(tokens, lengths)
-            done.add(block)
-            report(done)
-        if done.documents == 0:
-            raise DataError(f"{', '.join(map(str, inputs))}: no document found, {done.bad_lines} bad lines")
-        for key, writer in zip(keys, writers, strict=True):
-            writer.origin = Origin(
-                tokenizer=tokenizer_facts(tokenizer),
-                sources=tuple(SourceFile(path=str(path), size=path.stat().st_size) for path in inputs),
-                options={"json_key": key, "append_eod": append_eod, "bad_lines_skipped": done.bad_lines},
-                versions=package_versions("numpy", "tokenizers"),
-            )
-    return done
+    writer = ShardWriter(
+        folder=Path(f"{settings.prefix}.partial").absolute(),
+        names=settings.names,
+        encoder=chosen.encoder,
+        read=settings.read,
+        end=tokenizer.eod if settings.append_eod else None,
+        dtype=dtype,
+        skip_bad_records=settings.skip_bad_lines,
+    )
+    facts = tokenizer_facts(tokenizer)
+    output = Output(
+        settings.prefix,
+        names=settings.names,
+        streams=writer.streams,
+        dtype=dtype,
+        plan=_identity(settings, facts, tokenizer.allow_special_tokens, pieces),
+        overwrite=settings.overwrite,
+    )
+    try:
+        return _run(
+            settings,
+            writer,
+            output,
+            pieces,
+            _origin(settings, facts, tokenizer.allow_special_tokens, pieces),
+            report,
+            say,
+        )
+    finally:
+        output.close()
 
 
 def document_prefixes(output_prefix: str, keys: Sequence[str]) -> list[str]:
@@ -130,19 +165,141 @@ def document_prefixes(output_prefix: str, keys: Sequence[str]) -> list[str]:
     return [f"{output_prefix}_{key}_document" for key in keys]
 
 
-def _check(tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool, workers: int) -> None:
+def _run(
+    settings: PreprocessSettings,
+    writer: ShardWriter,
+    output: Output,
+    pieces: Sequence[Piece],
+    origin: Origin,
+    report: Callable[[Progress], None],
+    say: Callable[[str], None],
+) -> Done:
+    done = sum(piece.num_bytes for piece in pieces[: output.num_shards])
+    total = sum(piece.num_bytes for piece in pieces)
+    progress = Progress(total, done, output.counts, output.counts, done)
+    if output.num_shards > 0:
+        say(f"going on in {output.folder}: {output.num_shards:,} of {len(pieces):,} shards were done")
+    lock = threading.Lock()
+
+    def tell(step: Step) -> None:
+        with lock:
+            progress.counts += step.counts
+            progress.file_bytes += step.file_bytes
+            report(progress)
+
+    for shard in _shards(settings, writer, pieces[output.num_shards :], tell):
+        output.append(shard)
+    if output.counts.documents == 0 and settings.shard is None:
+        bad = output.counts.bad_records
+        raise DataError(f"{', '.join(settings.inputs)}: no document found, {bad} bad lines")
+    manifests = output.finish(origin)
+    progress.counts = output.counts
+    return Done(progress, {output.document_prefix(name): manifest for name, manifest in manifests.items()})
+
+
+def _shards(
+    settings: PreprocessSettings, writer: ShardWriter, pieces: Sequence[Piece], tell: Callable[[Step], None]
+) -> Iterator[Shard]:
+    if settings.engine == "ray":
+        from megatron_aquila.data.ray_engine import ray_map
+
+        return ray_map(writer, pieces, tell=tell)
+    here = any(piece.path == STDIN for piece in pieces)  # a worker has another standard input
+    return ordered_map(writer, pieces, workers=1 if here else min(settings.workers, max(len(pieces), 1)), tell=tell)
+
+
+def _plan(settings: PreprocessSettings) -> list[Piece]:
+    """Pieces of a size that depends on the corpus only."""
+    kinds: dict[str, Any] = {"input_format": settings.input_format, "text_documents": settings.text_documents}
+    total = sum(piece.num_bytes for piece in plan_pieces(settings.inputs, piece_bytes=1 << 62, **kinds))
+    size = min(max(total // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
+    return plan_pieces(settings.inputs, piece_bytes=size, **kinds)
+
+
+def _share(pieces: Sequence[Piece], shard: tuple[int, int] | None) -> list[Piece]:
+    """The pieces whose middle lies in the i-th of n equal parts of all bytes, numbered from 0; each is somebody's."""
+    if shard is None:
+        return list(pieces)
+    index, count = shard
+    total, before = sum(piece.num_bytes for piece in pieces), 0
+    mine: list[Piece] = []
+    for piece in pieces:
+        part = (2 * before + piece.num_bytes) * count // max(2 * total, 1)
+        if min(part, count - 1) == index:  # at the end of all bytes, a pipe, whose bytes are not known, would be N-th
+            mine.append(replace(piece, index=len(mine)))
+        before += piece.num_bytes
+    return mine
+
+
+def _sample(pieces: Sequence[Piece], read: ReadOptions) -> Iterator[str]:
+    """The beginnings of the first documents of a few pieces spread over the corpus."""
+    readable = [piece for piece in pieces if _can_be_read_twice(piece.path)]
+    for piece in readable[:: max(len(readable) // SAMPLED_PIECES, 1)][:SAMPLED_PIECES]:
+        characters = 0
+        for record in islice(read_piece(piece, read), SAMPLED_RECORDS):
+            if not isinstance(record, BadRecord) and characters < SAMPLED_CHARACTERS:
+                yield from (text[:SAMPLED_CHARACTERS] for text in record.texts)
+                characters += sum(map(len, record.texts))
+
+
+def _can_be_read_twice(path: Path) -> bool:
+    """Standard input and pipes, as the shell's ``<(...)`` makes, give their bytes once."""
+    return path != STDIN and path.is_file()
+
+
+def _identity(
+    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, pieces: Sequence[Piece]
+) -> dict[str, Any]:
+    """What decides the bytes, and the cuts."""
+    paths = list(dict.fromkeys(piece.path for piece in pieces))
+    stats = [(str(path), path.stat()) for path in paths if path != STDIN]
+    read = asdict(settings.read)
+    return {
+        "is_resumable": all(map(_can_be_read_twice, paths)),
+        "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "pieces": len(pieces),
+        "tokenizer": tokenizer.fingerprint,
+        "allow_special_tokens": allow_special_tokens,
+        "append_eod": settings.append_eod,
+        "format": [settings.input_format, settings.text_documents],
+        "reading": read,
+        "shard": settings.shard,
+    }
+
+
+def _origin(
+    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, pieces: Sequence[Piece]
+) -> Origin:
+    sizes: dict[Path, int] = {}
+    for piece in pieces:
+        sizes[piece.path] = 0 if piece.path == STDIN else piece.path.stat().st_size
+    return Origin(
+        tokenizer=tokenizer,
+        sources=tuple(SourceFile(path=str(path), size=size) for path, size in sizes.items()),
+        options={
+            "append_eod": settings.append_eod,
+            "allow_special_tokens": allow_special_tokens,
+            "skip_bad_lines": settings.skip_bad_lines,
+            "reading": asdict(settings.read),
+            "shard": settings.shard,
+        },
+        versions=package_versions("numpy", "tokenizers"),
+    )
+
+
+def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     problems = []
+    keys = settings.read.keys
     if len(keys) == 0 or len(set(keys)) < len(keys):
         problems.append(Problem("--json-keys", " ".join(keys), "each key makes a data set", "name each key once"))
-    if workers < 1:
-        problems.append(Problem("--workers", workers, "somebody has to work", "use 1 or more"))
-    if append_eod and tokenizer.eod is None:
+    if settings.workers < 1:
+        problems.append(Problem("--workers", settings.workers, "somebody has to work", "use 1 or more"))
+    if settings.append_eod and tokenizer.eod is None:
         why = "the tokenizer has no end-of-document token"
         problems.append(Problem("--append-eod", "", why, "name an eos_token in tokenizer_config.json"))
+    if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
+        index, count = settings.shard
+        why = f"shards are numbered from 0 to {max(count - 1, 0)}"
+        problems.append(Problem("--shard", f"{index}/{count}", why, "use I/N with 0 <= I < N"))
     if problems:
         raise ConfigError(problems)
-
-
-def _all_blocks(inputs: Sequence[Path]) -> Iterator[LineBlock]:
-    for path in inputs:
-        yield from read_blocks(path)

@@ -93,3 +93,18 @@ def _blend(
         dataset[i], sample[i] = chosen, taken[chosen]
         taken[chosen] += 1
     return dataset, sample
+
+
+def insert_breaks(text: bytes, table: NDArray[np.uint8], mark: int) -> bytes:
+    """``text`` with the byte ``mark`` between two Han characters whose pair is not in the table of ``han_breaks``."""
+    out, before = [], 0
+    for character in text.decode("utf-8"):
+        code = ord(character)
+        is_han = 0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF
+        if is_han and before:
+            bit = ((before * 0x9E3779B1 ^ code * 0x85EBCA6B) & 0xFFFFFFFF) >> 10
+            if not table[bit >> 3] >> (bit & 7) & 1:
+                out.append(chr(mark))
+        out.append(character)
+        before = code if is_han else 0
+    return "".join(out).encode("utf-8")

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
 
@@ -72,7 +73,7 @@ class Tokenizer:
         """The text of ids, special tokens included."""
         return self.model.decode(ids, skip_special_tokens=False)
 
-    @property
+    @cached_property  # the library makes a whole dict to answer
     def vocab_size(self) -> int:
         """Ids run from 0 to one below this; special tokens are among them."""
         return max(self.model.get_vocab().values(), default=-1) + 1

@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -15,28 +16,39 @@ from megatron_aquila.errors import DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Tell = Callable[[Any], None]
 AHEAD: Final = 2  # items under way per worker
+QUIET: Final = "TOKENIZERS_PARALLELISM"  # one core a worker: the tokenizers library would take them all
+_DONE, _FAILED, _TOLD = range(3)
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
-    """``map(function, items)``; with more than one worker, each is a process that is sent ``function`` once.
+def ordered_map(
+    function: Callable[[Item, Tell], Result], items: Iterable[Item], *, workers: int, tell: Tell
+) -> Iterator[Result]:
+    """``function`` of each item and ``tell``; with more than one worker, each is a process that gets it once.
+
+    ``tell`` brings what the function has to say while it works; it is called in any thread, at once or not in order.
+    An error ends the whole as soon as it is known, although earlier items may be under way.
 
     Raises:
         DataError: a worker died, with its exit status.
         Exception: whatever ``function`` raised.
     """
     if workers == 1:
-        yield from map(function, items)
+        for item in items:
+            yield function(item, tell)
         return
-    crew = [_Worker(function) for _ in range(workers)]
+    crew: list[_Worker[Item, Result]] = []
     idle: queue.SimpleQueue[_Worker[Item, Result]] = queue.SimpleQueue()
-    for worker in crew:
-        idle.put(worker)
+    with _single_threaded_tokenizers():
+        for _ in range(workers):
+            crew.append(_Worker(function, crew))
+            idle.put(crew[-1])
 
     def call(item: Item) -> Result:
         worker = idle.get()
         try:
-            return worker.call(item)
+            return worker.call(item, tell)
         finally:
             idle.put(worker)
 
@@ -45,58 +57,96 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
     try:
         for item in items:
             if len(pending) >= AHEAD * workers:
-                yield pending.popleft().result()
+                yield _oldest(pending)
             pending.append(threads.submit(call, item))
         while pending:
-            yield pending.popleft().result()
+            yield _oldest(pending)
     finally:
         for worker in crew:
             worker.stop()
         threads.shutdown(wait=True, cancel_futures=True)
 
 
-class _Worker(Generic[Item, Result]):
-    """A process and the pipe to it."""
+def _oldest(pending: deque[Future[Result]]) -> Result:
+    """The result of the first, or the error of whichever fails before it is there."""
+    while not pending[0].done():
+        unfinished = [future for future in pending if not future.done()]
+        done, _ = wait([pending[0], *unfinished], return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+    return pending.popleft().result()
 
-    def __init__(self, function: Callable[[Item], Result]) -> None:
-        # spawn: nothing is inherited, so a worker sees the end of its pipe when this process is killed.
-        context = multiprocessing.get_context("spawn")
+
+@contextmanager
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """What is forked here inherits the switch; this process keeps what it had."""
+    before = os.environ.get(QUIET)
+    os.environ[QUIET] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[QUIET]
+        if before is not None:
+            os.environ[QUIET] = before
+
+
+class _Worker(Generic[Item, Result]):
+    """A process and the pipe to it. Forked where that is sound: a tokenizer is then there at once and held once."""
+
+    def __init__(self, function: Callable[[Item, Tell], Result], older: Sequence["_Worker[Item, Result]"]) -> None:
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._pipe, remote = context.Pipe()
-        self._process = context.Process(target=_serve, args=(function, remote), daemon=True)
+        # A forked one holds our ends of the older ones' pipes, and would keep these open when this process is killed.
+        inherited = [worker._pipe for worker in (*older, self)] if sys.platform == "linux" else []
+        self._process = context.Process(target=_serve, args=(function, remote, inherited), daemon=True)
         self._process.start()
         remote.close()
 
-    def call(self, item: Item) -> Result:
-        try:
+    def call(self, item: Item, tell: Tell) -> Result:
+        with self._death_told():
             self._pipe.send(item)
-            result, error = self._pipe.recv()
+            kind, value = self._pipe.recv()
+        while kind == _TOLD:
+            tell(value)  # whose own error, as of a closed terminal, is no death
+            with self._death_told():
+                kind, value = self._pipe.recv()
+        if kind == _FAILED:
+            raise value
+        return cast(Result, value)
+
+    @contextmanager
+    def _death_told(self) -> Iterator[None]:
+        """A pipe without its other end is a DataError with the worker's exit status."""
+        try:
+            yield
         except (EOFError, OSError) as broken:
             self._process.join()
             raise DataError(
                 f"worker {self._process.pid} died, {_status(self._process.exitcode)}; if memory ran out, "
-                "take fewer --workers; nothing was published"
+                "take fewer --workers; what was finished is kept"
             ) from broken
-        if error is not None:
-            raise error
-        return cast(Result, result)
 
     def stop(self) -> None:
-        self._process.terminate()
+        self._process.kill()
         self._process.join()
 
 
-def _serve(function: Callable[[Any], object], pipe: "Connection[Any, Any]") -> None:
+def _serve(function: Callable[[Any, Tell], object], pipe: "Connection[Any, Any]", inherited: Sequence[Any]) -> None:
     """Answer calls until the other end is gone. Control-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker: the tokenizers library would take them all
+    os.environ[QUIET] = "false"
+    for connection in inherited:
+        connection.close()
     with suppress(EOFError, OSError):
         while True:
             item = pipe.recv()
             try:
-                result, failure = function(item), None
+                answer = (_DONE, function(item, lambda told: pipe.send((_TOLD, told))))
+            except BrokenPipeError:
+                raise
             except Exception as error:
-                result, failure = None, error
-            pipe.send((result, failure))
+                answer = (_FAILED, error)
+            pipe.send(answer)
 
 
 def _status(exitcode: int | None) -> str:

@@ -1,10 +1,23 @@
-"""One AdamW update of a flat tensor, in place: torch.optim.AdamW's formula."""
+"""One AdamW update of a flat tensor, in place: torch.optim.AdamW's formula.
+
+What a step knows only on the device stays there, in 0-dim tensors: ``step`` counts the updates, this one included;
+``factor`` is what the gradient is multiplied with as it is read; where ``applies`` is False nothing changes. No kernel
+waits for them.
+
+Moments may be bfloat16, and a bfloat16 ``param`` with a ``remainder`` stands for a float32 one (``kernels.remainder``);
+what is computed is the same, in the gradient's type, and rounded where it is stored.
+"""
 
 import importlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+
+from megatron_aquila.kernels.remainder import join, split
+
+BLOCK = 2**18  # elements at a time: what one operation leaves in a CPU's cache the next one finds there
+WIDENED = 2**24  # elements at a time for kernels that get copies of what is not float32
 
 
 def adamw_(
@@ -18,21 +31,29 @@ def adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
+    step: Tensor,
+    factor: Tensor,
+    applies: Tensor,
     publish: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:
-    """Update ``param``, ``exp_avg`` and ``exp_avg_sq``; all four are alike in shape and type.
+    """Update ``param``, ``exp_avg`` and ``exp_avg_sq``; all four are flat and of one size.
 
     ``publish``, where given, gets the new ``param`` rounded to its own type: the 16-bit weights of a float32 master.
-    ``step`` counts updates, this one included: the first is 1. Element by element, so that the result does not depend
-    on how a parameter is split. Decay is decoupled: ``param`` first shrinks by ``lr * weight_decay``.
+    Element by element, so that the result does not depend on how a parameter is split. Decay is decoupled: ``param``
+    first shrinks by ``lr * weight_decay``.
     """
-    assert step >= 1, f"the first update is step 1, not {step}"
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    count = step.double()
+    rate = torch.full_like(count, -lr) / (1 - beta1**count)  # a float divided by a tensor would be rounded twice
+    correction = (1 - beta2**count).sqrt()
+    for master, g, mean, square in _opened(BLOCK, param, grad, exp_avg, exp_avg_sq, remainder):
+        g = g * factor
+        new_mean = mean.lerp(g, 1 - beta1)
+        new_square = (square * beta2).addcmul_(g, g, value=1 - beta2)
+        change = (new_mean * rate).div_(new_square.sqrt().div_(correction).add_(eps))
+        new_master = (master * (1 - lr * weight_decay)).add_(change)
+        for old, new in ((master, new_master), (mean, new_mean), (square, new_square)):
+            torch.where(applies, new, old, out=old)
     _publish(param, publish)
 
 
@@ -47,31 +68,35 @@ def adamw_torch_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
+    step: Tensor,
+    factor: Tensor,
+    applies: Tensor,
     publish: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:
-    """``adamw_`` by torch's fused kernel: one pass over memory instead of ten. Roundings differ in the last bit.
+    """``adamw_`` by torch's fused kernel: two passes over memory, not fifteen. Roundings differ in the last bit.
 
-    For GPUs. On a CPU the last elements of a tensor are rounded unlike the others, so that a split would show.
+    For GPUs. On a CPU the last elements of a tensor are rounded unlike the others, so that a split would show. The
+    kernel's own ``grad_scale`` is float32, divides, and is written back into the gradient: multiplied here instead.
     """
-    assert step >= 1, f"the first update is step 1, not {step}"
-    before = torch.tensor(float(step - 1), device=param.device)  # the kernel counts it up itself
-    adamw(
-        [param],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [before],
-        fused=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-    )
+    count, found_inf = step.float(), (~applies).float()
+    for weight, g, mean, square in _opened(WIDENED, param, grad, exp_avg, exp_avg_sq, remainder):
+        torch._fused_adamw_(
+            [weight],
+            [g * factor],
+            [mean],
+            [square],
+            [],
+            [count],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=found_inf,
+        )
     _publish(param, publish)
 
 
@@ -86,29 +111,35 @@ def adamw_apex_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
+    step: Tensor,
+    factor: Tensor,
+    applies: Tensor,
     publish: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:
-    """``adamw_`` by the kernel behind NVIDIA apex's FusedAdam; float32 on a GPU only."""
+    """``adamw_`` by the kernel behind NVIDIA apex's FusedAdam with ``capturable``; float32 on a GPU only.
+
+    It leaves the multiplied gradient in ``grad``.
+    """
     from apex.multi_tensor_apply import multi_tensor_applier
 
-    assert step >= 1, f"the first update is step 1, not {step}"
-    overflow = torch.zeros(1, dtype=torch.int, device=param.device)  # asked for by the kernel, never set by Adam
-    tensors = [[grad], [param], [exp_avg], [exp_avg_sq]]
+    rate, noop, count = torch.full_like(factor, lr).float(), (~applies).int(), step.int()
     decoupled, bias_correction = 1, 1
-    multi_tensor_applier(
-        importlib.import_module("amp_C").multi_tensor_adam,
-        overflow,
-        tensors,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        step,
-        decoupled,
-        bias_correction,
-        weight_decay,
-    )
+    for weight, g, mean, square in _opened(WIDENED, param, grad, exp_avg, exp_avg_sq, remainder):
+        multi_tensor_applier(
+            importlib.import_module("amp_C").multi_tensor_adam_capturable,
+            noop,
+            [[g], [weight], [mean], [square]],
+            rate,
+            beta1,
+            beta2,
+            eps,
+            count,
+            decoupled,
+            bias_correction,
+            weight_decay,
+            factor.float(),
+        )
     _publish(param, publish)
 
 
@@ -123,13 +154,15 @@ def adamw_triton_(
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
+    step: Tensor,
+    factor: Tensor,
+    applies: Tensor,
     publish: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:
-    """``adamw_`` by our Triton kernel, ``publish`` in the same pass; float32 only. A split changes no bit."""
+    """``adamw_`` by our Triton kernel, in one pass; gradients in float32 only. A split changes no bit."""
     from megatron_aquila.kernels.triton.adamw import update_
 
-    assert step >= 1, f"the first update is step 1, not {step}"
     update_(
         param,
         grad,
@@ -141,10 +174,34 @@ def adamw_triton_(
         eps=eps,
         weight_decay=weight_decay,
         step=step,
+        factor=factor,
+        applies=applies,
         publish=publish,
+        remainder=remainder,
     )
 
 
 def _publish(param: Tensor, publish: Tensor | None) -> None:
     if publish is not None:
         publish.copy_(param)
+
+
+def _opened(
+    size: int, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, remainder: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Blocks of ``size`` elements of master, gradient and moments, all in the gradient's type, to be changed in place.
+
+    What is kept in another way is a copy, and stored behind each turn of the loop: bit by bit where nothing changed.
+    """
+    for start in range(0, param.numel(), size):
+        weight, g, mean, square = (x[start : start + size] for x in (param, grad, exp_avg, exp_avg_sq))
+        rest = None if remainder is None else remainder[start : start + size]
+        master = weight if rest is None else join(weight, rest)
+        wide = mean.to(g.dtype), square.to(g.dtype)  # no copies if the type is the same
+        yield master, g, *wide
+        if rest is not None:
+            for kept, half in zip((weight, rest), split(master), strict=True):
+                kept.copy_(half)
+        for kept, moment in zip((mean, square), wide, strict=True):
+            if kept.dtype is not moment.dtype:
+                kept.copy_(moment)

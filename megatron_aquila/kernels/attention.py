@@ -3,12 +3,19 @@
 Every kernel keeps documents apart where it is given them: a token then sees the earlier ones of its document only.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.precision import compute_dtype, multiplies_widened
+
+# torch's kernels that never hold all scores; its plain one does, and is not among them
+FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def causal_attention_reference(
@@ -32,42 +39,134 @@ def causal_attention_reference(
 
 
 def causal_attention(q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-    """``causal_attention_reference`` by torch's scaled_dot_product_attention, which picks flash, cuDNN or plain itself.
+    """``causal_attention_reference`` by whichever of torch's fused kernels torch prefers; an error where none fits.
 
-    All of them sum in float32 or wider. On a CPU bfloat16 is widened first: its backward is 5 times faster so. On a GPU
-    float32 with grouped heads has only the plain one, which holds all S x S scores: use it for small checks.
+    All of them sum in float32 or wider. On a CPU bfloat16 is widened first: its backward is 5 times faster so.
+    Documents are attended one by one: a mask would cost the fused kernels and the S x S scores.
+    """
+    return _one_by_one(FUSED, q_SBND, k_SBKD, v_SBKD, documents)
 
-    Documents are attended one by one: a mask would cost the flash kernels and the S x S scores.
+
+def causal_attention_cudnn(
+    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None
+) -> Tensor:
+    """``causal_attention_reference`` by torch's cuDNN kernel and no other; half precision on a GPU only.
+
+    Documents are attended one by one, and cuDNN plans each length anew: a varlen kernel is better for them.
+    """
+    return _one_by_one((SDPBackend.CUDNN_ATTENTION,), q_SBND, k_SBKD, v_SBKD, documents)
+
+
+def causal_attention_efficient(
+    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None
+) -> Tensor:
+    """``causal_attention_reference`` by torch's memory-efficient kernel and no other; on a GPU, in float32 too.
+
+    It knows no grouped heads, so that keys and values are repeated. Documents are attended one by one.
+    """
+    group = _heads_per_group(q_SBND, k_SBKD)
+    k_SBND, v_SBND = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (k_SBKD, v_SBKD))
+    return _one_by_one((SDPBackend.EFFICIENT_ATTENTION,), q_SBND, k_SBND, v_SBND, documents)
+
+
+def causal_attention_torch_flash(
+    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None
+) -> Tensor:
+    """``causal_attention_reference`` by torch's own flash attention 2 and no other; half precision on a GPU only.
+
+    All documents are one call of its varlen form.
     """
     if documents is None:
-        return _sdpa(q_SBND, k_SBKD, v_SBKD)
+        return _sdpa((SDPBackend.FLASH_ATTENTION,), q_SBND, k_SBKD, v_SBKD)
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped heads without being told, and cannot be told
+    can_be_told = "enable_gqa" in (varlen_attn.__kwdefaults__ or {})
+    told: dict[str, Any] = {"enable_gqa": _heads_per_group(q_SBND, k_SBKD) > 1} if can_be_told else {}
+    q, k, v = (_packed(x) for x in (q_SBND, k_SBKD, v_SBKD))
+    bounds, longest = documents.bounds_device, max(documents.lengths)
+    # a window of all earlier tokens and no later one is the causal mask
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **told)
+    return _unpacked(_output(out), q_SBND)
+
+
+def _one_by_one(
+    backends: tuple[SDPBackend, ...], q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None
+) -> Tensor:
+    if documents is None:
+        return _sdpa(backends, q_SBND, k_SBKD, v_SBKD)
     apart = zip(*(torch.split_with_sizes(_packed(x), documents.lengths) for x in (q_SBND, k_SBKD, v_SBKD)), strict=True)
-    return _unpacked(torch.cat([_sdpa(*(x.unsqueeze(1) for x in qkv)).squeeze(1) for qkv in apart]), q_SBND)
+    each = [_sdpa(backends, *(x.unsqueeze(1) for x in qkv)).squeeze(1) for qkv in apart]
+    return _unpacked(torch.cat(each), q_SBND)
 
 
-def _sdpa(q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
+def _sdpa(backends: tuple[SDPBackend, ...], q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> Tensor:
+    """Attention by one of ``backends``: where none of them can, torch raises, and never takes another."""
     grouped = _heads_per_group(q_SBND, k_SBKD) > 1
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBKD, v_SBKD))
     if multiplies_widened(q):
         q, k, v = (x.to(compute_dtype(x.dtype)) for x in (q, k, v))
-    o_BNSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    with sdpa_kernel(list(backends)):
+        o_BNSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return o_BNSD.permute(2, 0, 1, 3).to(q_SBND.dtype)
 
 
 def causal_attention_flash(
     q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None
 ) -> Tensor:
-    """``causal_attention_reference`` by the optional package flash_attn; half precision on a GPU only."""
+    """``causal_attention_reference`` by flash attention 2, the package flash_attn; half precision on a GPU only."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    return _flash(flash_attn_func, flash_attn_varlen_func, q_SBND, k_SBKD, v_SBKD, documents)
+
+
+def causal_attention_flash_3(
+    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None
+) -> Tensor:
+    """``causal_attention_reference`` by flash attention 3, flash_attn_interface; half precision on Hopper."""
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    return _flash(flash_attn_func, flash_attn_varlen_func, q_SBND, k_SBKD, v_SBKD, documents)
+
+
+def causal_attention_flash_4(
+    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None
+) -> Tensor:
+    """``causal_attention_reference`` by flash attention 4, flash_attn.cute; half precision on Hopper and Blackwell."""
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    return _flash(flash_attn_func, flash_attn_varlen_func, q_SBND, k_SBKD, v_SBKD, documents)
+
+
+def _flash(
+    dense: Callable[..., Any],
+    varlen: Callable[..., Any],
+    q_SBND: Tensor,
+    k_SBKD: Tensor,
+    v_SBKD: Tensor,
+    documents: Documents | None,
+) -> Tensor:
+    """The call that the flash attention packages share; ``dispatch`` has seen that they take these keywords."""
     _heads_per_group(q_SBND, k_SBKD)
-    if documents is not None:
-        bounds, longest = documents.bounds_device, max(documents.lengths)
-        packed = (_packed(x) for x in (q_SBND, k_SBKD, v_SBKD))
-        return _unpacked(flash_attn_varlen_func(*packed, bounds, bounds, longest, longest, causal=True), q_SBND)
-    q, k, v = (x.transpose(0, 1) for x in (q_SBND, k_SBKD, v_SBKD))
-    o_BSND: Tensor = flash_attn_func(q, k, v, causal=True)
-    return o_BSND.transpose(0, 1)
+    if documents is None:
+        q, k, v = (x.transpose(0, 1) for x in (q_SBND, k_SBKD, v_SBKD))
+        return _output(dense(q, k, v, causal=True)).transpose(0, 1)
+    bounds, longest = documents.bounds_device, max(documents.lengths)
+    out = varlen(
+        *(_packed(x) for x in (q_SBND, k_SBKD, v_SBKD)),
+        cu_seqlens_q=bounds,
+        cu_seqlens_k=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        causal=True,
+    )
+    return _unpacked(_output(out), q_SBND)
+
+
+def _output(result: Any) -> Tensor:
+    """What a package returned, less the logarithms that some versions of flash attention add."""
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
 
 
 def _packed(x_SBND: Tensor) -> Tensor:

@@ -1,22 +1,33 @@
 """Which kernel runs where, and why. Chosen once at start and logged; nothing falls back later in silence."""
 
 import importlib
+import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_, adamw_triton_
-from megatron_aquila.kernels.attention import causal_attention, causal_attention_flash, causal_attention_reference
-from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.attention import (
+    causal_attention,
+    causal_attention_cudnn,
+    causal_attention_efficient,
+    causal_attention_flash,
+    causal_attention_flash_3,
+    causal_attention_flash_4,
+    causal_attention_reference,
+    causal_attention_torch_flash,
+)
+from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
+from megatron_aquila.kernels.compiled import compiled
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.rms_norm import (
-    Order,
     add_rms_norm,
     add_rms_norm_reference,
     add_rms_norm_torch,
@@ -26,97 +37,11 @@ from megatron_aquila.kernels.rms_norm import (
     rms_norm_torch,
     rms_norm_triton,
 )
-from megatron_aquila.kernels.rope import apply_rope, apply_rope_triton, rope_qkv_, rope_qkv_triton_
+from megatron_aquila.kernels.rope import rope_qkv_, rope_qkv_triton_
 from megatron_aquila.kernels.self_check import Sizes, why_refused
 from megatron_aquila.kernels.swiglu import swiglu, swiglu_reference, swiglu_triton
 
-
-class RmsNorm(Protocol):
-    """The signature of ``rms_norm``."""
-
-    def __call__(self, x: Tensor, weight: Tensor, *, eps: float, order: Order) -> Tensor:
-        """``x / rms(x) * weight``."""
-        ...
-
-
-class AddRmsNorm(Protocol):
-    """The signature of ``add_rms_norm``."""
-
-    def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, order: Order
-    ) -> tuple[Tensor, Tensor]:
-        """``(x + residual, its norm)``."""
-        ...
-
-
-class ApplyRope(Protocol):
-    """The signature of ``apply_rope``."""
-
-    def __call__(self, x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved: bool = False) -> Tensor:
-        """``x_SBND`` turned by the angles of its tokens."""
-        ...
-
-
-class RopeQkv(Protocol):
-    """The signature of ``rope_qkv_``."""
-
-    def __call__(
-        self,
-        qkv_SBP: Tensor,
-        cos_SBD: Tensor,
-        sin_SBD: Tensor,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        interleaved: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of a projection, which may be written into; q and k turned."""
-        ...
-
-
-class CausalAttention(Protocol):
-    """The signature of ``causal_attention``."""
-
-    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-        """``softmax(q k^T / sqrt(D)) v`` over the earlier tokens, of the same document where documents are given."""
-        ...
-
-
-class AdamWUpdate(Protocol):
-    """The signature of ``adamw_``."""
-
-    def __call__(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: int,
-        publish: Tensor | None = None,
-    ) -> None:
-        """One update in place, and its result rounded into ``publish``."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kernels:
-    """The kernels of a run. ``reasons`` says for each op which one was chosen and why, in a line for the log."""
-
-    rms_norm: RmsNorm
-    add_rms_norm: AddRmsNorm
-    apply_rope: ApplyRope
-    rope_qkv: RopeQkv
-    swiglu: Callable[[Tensor], Tensor]
-    attention: CausalAttention
-    adamw: AdamWUpdate
-    reasons: Mapping[str, str]
-
+Share = Callable[[dict[str, str]], Sequence[Mapping[str, str]]]  # what this rank tells -> what each rank tells
 
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyType(
     {
@@ -124,20 +49,31 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "own": rms_norm,
             "torch": rms_norm_torch,
             "triton": rms_norm_triton,
+            "compiled": compiled(rms_norm_reference),
             "reference": rms_norm_reference,
         },
         "add_rms_norm": {
             "own": add_rms_norm,
             "torch": add_rms_norm_torch,
             "triton": add_rms_norm_triton,
+            "compiled": compiled(add_rms_norm_reference),
             "reference": add_rms_norm_reference,
         },
-        "apply_rope": {"own": apply_rope, "triton": apply_rope_triton},
-        "rope_qkv": {"own": rope_qkv_, "triton": rope_qkv_triton_},
-        "swiglu": {"own": swiglu, "triton": swiglu_triton, "reference": swiglu_reference},
+        "rope_qkv": {"own": rope_qkv_, "triton": rope_qkv_triton_, "compiled": compiled(rope_qkv_)},
+        "swiglu": {
+            "own": swiglu,
+            "triton": swiglu_triton,
+            "compiled": compiled(swiglu_reference),
+            "reference": swiglu_reference,
+        },
         "attention": {
             "sdpa": causal_attention,
+            "sdpa_cudnn": causal_attention_cudnn,
+            "sdpa_flash": causal_attention_torch_flash,
+            "sdpa_efficient": causal_attention_efficient,
             "flash_attn": causal_attention_flash,
+            "flash_attn_3": causal_attention_flash_3,
+            "flash_attn_4": causal_attention_flash_4,
             "reference": causal_attention_reference,
         },
         "adamw": {"own": adamw_, "torch_fused": adamw_torch_, "apex": adamw_apex_, "triton": adamw_triton_},
@@ -147,26 +83,46 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
 
 @dataclass(frozen=True, slots=True)
 class OptionalPackage:
-    """A package that is used where it is installed: the dtypes its kernel takes, and the names we import from it."""
+    """A package that is used where it is installed: the dtypes its kernel takes, and the names we import from it.
+
+    ``takes``: a function of those, and the keywords we give to it.
+    """
 
     title: str
     dtypes: frozenset[torch.dtype]
     needs: tuple[tuple[str, str], ...]
+    takes: tuple[tuple[str, str], ...] = ()
 
 
+HALF = frozenset((torch.bfloat16, torch.float16))
+FLASH_TAKES = (
+    ("flash_attn_func", "causal"),
+    ("flash_attn_varlen_func", "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k causal"),
+)
 TRUE = ("1", "on", "true", "y", "yes")  # what Triton takes for a yes in an environment variable
 
 OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
     {
-        "flash_attn": OptionalPackage(
-            "flash_attn",
-            frozenset((torch.bfloat16, torch.float16)),
-            (("flash_attn", "flash_attn_func"), ("flash_attn", "flash_attn_varlen_func")),
+        "sdpa_cudnn": OptionalPackage("cuDNN's attention", HALF, ()),
+        "sdpa_flash": OptionalPackage(
+            "torch's flash attention",
+            HALF,
+            (("torch.nn.attention.varlen", "varlen_attn"),),
+            (("varlen_attn", "window_size"),),
         ),
+        "sdpa_efficient": OptionalPackage("torch's memory-efficient attention", HALF | {torch.float32}, ()),
+        **{
+            name: OptionalPackage(title, HALF, tuple((module, function) for function, _ in FLASH_TAKES), FLASH_TAKES)
+            for name, title, module in (
+                ("flash_attn", "flash_attn", "flash_attn"),
+                ("flash_attn_3", "flash attention 3", "flash_attn_interface"),
+                ("flash_attn_4", "flash attention 4", "flash_attn.cute"),
+            )
+        },
         "apex": OptionalPackage(  # for weights of these types the optimizer's own tensors are float32
             "NVIDIA apex",
             frozenset((torch.bfloat16, torch.float16, torch.float32)),
-            (("apex.multi_tensor_apply", "multi_tensor_applier"), ("amp_C", "multi_tensor_adam")),
+            (("apex.multi_tensor_apply", "multi_tensor_applier"), ("amp_C", "multi_tensor_adam_capturable")),
         ),
         "triton": OptionalPackage(
             "Triton",
@@ -183,61 +139,120 @@ def choose_kernels(
     *,
     forced: Mapping[str, str] | None = None,
     sizes: Sizes = Sizes(),
+    share: Share = lambda mine: [mine],
 ) -> Kernels:
     """The kernels for activations of ``dtype`` on ``device``. ``forced`` maps an op to a name of ``IMPLEMENTATIONS``.
 
     The optional packages flash_attn, NVIDIA's apex and Triton are used where they fit and can be imported. Each of our
-    Triton kernels must first show on this device, at ``sizes``, that it computes what its reference does: one that does
-    not is refused with a warning. Raises ``ConfigError`` for a forced op or name that does not exist, cannot run here
-    or is refused.
+    Triton kernels, each compiled one, and on a GPU each attention, must first show on this device, at ``sizes``, that
+    it computes what its reference does: one that does not is refused with a warning. All ranks choose alike: what
+    cannot run on one, as ``share`` tells, runs on none. Raises ``ConfigError`` on every rank for a forced op or name
+    that does not exist, cannot run or is refused, and where no attention is left for ``sizes``.
     """
     forced = {} if forced is None else forced
-    problems = [problem for op, name in forced.items() for problem in _problems(op, name, device, dtype, sizes)]
+    problems = [problem for op, name in forced.items() for problem in _unknown(op, name)]
     if problems:
         raise ConfigError(problems)
+    candidates = {
+        op: {forced[op]: "asked for"} if op in forced else names for op, names in _preferences(device, sizes).items()
+    }
+    refusals = _survey(candidates, device, dtype, sizes, share)
+    choices = [f"{op}={name}" for op, name in forced.items()]
+    if problems := [_problem(choice, refusals[choice].why) for choice in choices if choice in refusals]:
+        raise ConfigError(problems)
     chosen, reasons = {}, {}
-    for op, candidates in _preferences(device).items():
-        name, why = (forced[op], "asked for") if op in forced else _first_fit(op, candidates, device, dtype, sizes)
+    for op, names in candidates.items():
+        name, why = _first_fit(op, names, refusals, device, sizes)
         chosen[op], reasons[op] = IMPLEMENTATIONS[op][name], f"{name}: {why}"
     return Kernels(**chosen, reasons=MappingProxyType(reasons))
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Why a kernel runs on no rank, in a line. ``is_news`` where that could not be expected of these machines."""
+
+    why: str
+    is_news: bool
+
+
+def _survey(
+    candidates: Mapping[str, Mapping[str, str]], device: torch.device, dtype: torch.dtype, sizes: Sizes, share: Share
+) -> dict[str, _Refusal]:
+    """What may not run on any rank, by ``op=name``. An op's candidates are tried in turn, until one fits all ranks.
+
+    Every rank takes the same number of rounds: the refusals known after each are the same everywhere.
+    """
+
+    @cache
+    def here(op: str, name: str) -> _Refusal | None:
+        if (why := _unfit(name, device, dtype)) is not None:
+            return _Refusal(why, is_news=False)
+        why = _refusal(op, name, device, dtype, sizes)
+        return None if why is None else _Refusal(why, is_news=True)
+
+    mine, everywhere = dict[str, _Refusal](), dict[str, _Refusal]()
+    while True:
+        for op, names in candidates.items():
+            for name in names:
+                if (choice := f"{op}={name}") in everywhere:
+                    continue
+                if (refusal := here(op, name)) is None:
+                    break
+                mine[choice] = refusal
+        everyone = share({choice: refusal.why for choice, refusal in mine.items()})
+        known, everywhere = everywhere, {choice: _joint(choice, mine, everyone) for one in everyone for choice in one}
+        if everywhere.keys() == known.keys():
+            return everywhere
+
+
+def _joint(choice: str, mine: Mapping[str, _Refusal], everyone: Sequence[Mapping[str, str]]) -> _Refusal:
+    """What is wrong with ``choice`` here, or on the first rank where something is. That ranks differ is news."""
+    if choice in mine:
+        return replace(mine[choice], is_news=mine[choice].is_news or any(choice not in one for one in everyone))
+    rank = next(rank for rank, one in enumerate(everyone) if choice in one)
+    return _Refusal(f"{choice} does not run on rank {rank}: {everyone[rank][choice]}", is_news=True)
+
+
 def _first_fit(
-    op: str, candidates: Mapping[str, str], device: torch.device, dtype: torch.dtype, sizes: Sizes
+    op: str, names: Mapping[str, str], refusals: Mapping[str, _Refusal], device: torch.device, sizes: Sizes
 ) -> tuple[str, str]:
-    """The first candidate that can run here, and why: its own reason, or what is wrong with those before it."""
-    unfit, refused = [], []
-    for name, why in candidates.items():
-        if (reason := _unfit(name, device, dtype)) is not None:
-            unfit.append(reason)
-        elif (reason := _refusal(op, name, device, dtype, sizes)) is not None:
-            refused.append(reason)
-        else:
-            for reason in refused:  # on every rank, in addition to the first rank's list of kernels
-                warnings.warn(f"kernels: {reason}; {op}={name} runs instead", RuntimeWarning, stacklevel=3)
-            return name, "; ".join([*refused, *unfit]) or why
-    raise AssertionError(f"no {op} kernel runs on {device}: {unfit + refused}")
+    """The first candidate that can run, and why: its own reason, or what is wrong with those before it."""
+    before: list[_Refusal] = []
+    for name, why in names.items():
+        if f"{op}={name}" not in refusals:
+            before.sort(key=lambda refusal: not refusal.is_news)
+            for refusal in before:
+                if refusal.is_news:  # on every rank, in addition to the first rank's list of kernels
+                    warnings.warn(f"kernels: {refusal.why}; {op}={name} runs instead", RuntimeWarning, stacklevel=3)
+            return name, "; ".join(refusal.why for refusal in before) or why
+        before.append(refusals[f"{op}={name}"])
+    why = f"no {op} kernel runs on {device}: {'; '.join(refusal.why for refusal in before)}"
+    assert op == "attention", why
+    way_out = f"use --precision bf16, or samples of at most {LONGEST_PLAIN} tokens"
+    raise ConfigError([Problem("--seq-len", sizes.seq_len, why, way_out)])
 
 
-def _problems(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Problem]:
-    """What is wrong with asking for kernel ``name`` of ``op``."""
-    way_out = "leave it out: without it the best kernel that runs here is chosen"
+def _unknown(op: str, name: str) -> list[Problem]:
+    """What is wrong with the words ``op=name``."""
     if op not in IMPLEMENTATIONS:
-        why, way_out = f"there is no op {op!r}", f"use one of {', '.join(IMPLEMENTATIONS)}"
-    elif name not in IMPLEMENTATIONS[op]:
-        why, way_out = f"there is no {op} kernel {name!r}", f"use one of {', '.join(IMPLEMENTATIONS[op])}"
-    elif (unfit := _unfit(name, device, dtype)) is not None:
-        why = unfit
-    elif (refusal := _refusal(op, name, device, dtype, sizes)) is not None:
-        why = refusal
-    else:
-        return []
-    return [Problem("--kernels", f"{op}={name}", why, way_out)]
+        return [_problem(f"{op}={name}", f"there is no op {op!r}", f"use one of {', '.join(IMPLEMENTATIONS)}")]
+    if name not in IMPLEMENTATIONS[op]:
+        way_out = f"use one of {', '.join(IMPLEMENTATIONS[op])}"
+        return [_problem(f"{op}={name}", f"there is no {op} kernel {name!r}", way_out)]
+    return []
+
+
+def _problem(
+    choice: str, why: str, way_out: str = "leave it out: without it the best kernel that runs here is chosen"
+) -> Problem:
+    return Problem("--kernels", choice, why, way_out)
 
 
 def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
-    """Why a kernel of ours that depends on compiler and driver is not trusted here, in a line; None if it is."""
-    if name != "triton":
+    """Why a kernel that depends on compiler, driver or library is not trusted here, in a line; None if it is."""
+    if op == "attention" and (why := why_attention_refused(name, device=device, dtype=dtype, sizes=sizes)) is not None:
+        return f"attention={name} is refused, {why}"
+    if name == "reference" or (name not in ("triton", "compiled") and (op, device.type) != ("attention", "cuda")):
         return None
     why = why_refused(op, IMPLEMENTATIONS[op][name], device=device, dtype=dtype, sizes=sizes)
     return None if why is None else f"{op}={name} is refused, here it does not do what its reference does: {why}"
@@ -260,28 +275,37 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"{optional.title} has no {str(dtype).removeprefix('torch.')}"
     for module, attribute in optional.needs:
         try:
-            getattr(importlib.import_module(module), attribute)
+            found = getattr(importlib.import_module(module), attribute)
+            words = dict(optional.takes).get(attribute, "").split()
+            missing = [word for word in words if word not in inspect.signature(found).parameters]
         except Exception as error:  # a package that does not fit its surroundings may raise anything
             return f"{optional.title} cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+        if missing:
+            return f"{optional.title} is of another version: {attribute} does not take {' '.join(missing)}"
     return None
 
 
-def _preferences(device: torch.device) -> dict[str, dict[str, str]]:
+def _preferences(device: torch.device, sizes: Sizes) -> dict[str, dict[str, str]]:
     """For each op the kernels to try in turn, the last of which always runs, and why."""
     only, lean = {"own": "the only one"}, {"own": "keeps no float32 copy for backward"}
+    attention = attention_preferences(device, sizes)
     if device.type != "cuda":
-        attention = {"sdpa": "torch's flash attention for CPUs"}
         adamw = {"own": "on a CPU torch's fused kernel rounds differently when shards change"}
-        rope = {"apply_rope": only, "rope_qkv": only}
-        return {"rms_norm": lean, "add_rms_norm": lean, **rope, "swiglu": lean, "attention": attention, "adamw": adamw}
+        return {
+            "rms_norm": lean,
+            "add_rms_norm": lean,
+            "rope_qkv": only,
+            "swiglu": lean,
+            "attention": attention,
+            "adamw": adamw,
+        }
     triton = {"triton": "one pass over memory, and it agrees with its reference on this device"}
     norm = {**triton, "torch": "one fused pass on a GPU"}
     return {
         "rms_norm": norm,
         "add_rms_norm": norm,
-        "apply_rope": {**triton, **only},
         "rope_qkv": {**triton, **only},
         "swiglu": {**triton, **lean},
-        "attention": {"flash_attn": "flash_attn is installed", "sdpa": "torch's own"},
+        "attention": attention,
         "adamw": {**triton, "apex": "NVIDIA apex is installed", "torch_fused": "one pass over memory"},
     }

@@ -3,6 +3,7 @@
 A trial runs it forward and backward on random data, at the run's own sizes, against the reference in float64.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_aquila.kernels.adamw import adamw_
+from megatron_aquila.kernels.attention import causal_attention_reference
+from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.precision import compute_dtype
+from megatron_aquila.kernels.remainder import join, split
 from megatron_aquila.kernels.rms_norm import Order, add_rms_norm_reference, rms_norm_reference
-from megatron_aquila.kernels.rope import apply_rope, rope_qkv_, rope_tables
+from megatron_aquila.kernels.rope import rope_qkv_, rope_tables
 from megatron_aquila.kernels.swiglu import swiglu_reference
 
 EPS = 1e-5
@@ -27,6 +31,10 @@ class Sizes:
     hidden_size: int = 96
     ffn_size: int = 80
     head_dim: int = 16
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    seq_len: int = 256
+    has_documents: bool = False
     norm_order: Order = "aquila"
 
 
@@ -34,13 +42,16 @@ class Sizes:
 class Trial:
     """``call(kernel, **inputs)`` gives outputs by name, ``inputs`` have gradients where the outputs do.
 
-    Inputs that optimizers keep in float32 are ``always_wide``.
+    Inputs that optimizers keep in float32 are ``always_wide``. An error is allowed ``sums`` roundings to float32 and is
+    measured against its row, or where a row may cancel to nothing, as softmax's gradient does, the ``whole`` tensor.
     """
 
     reference: Callable[..., Any]
     inputs: Mapping[str, Tensor]
     call: Callable[..., Mapping[str, Tensor]]
     always_wide: bool = False
+    sums: int = 32
+    whole: bool = False
 
 
 class _Draw:
@@ -49,7 +60,7 @@ class _Draw:
     def __init__(self, device: torch.device) -> None:
         self._generator, self._device = torch.Generator().manual_seed(0), device
         # on a GPU more rows than programs, so that each takes several; the interpreter needs few and is slow
-        self.tokens = (111, 7) if device.type == "cuda" else (7, 3)
+        self.tokens = (111, 7) if device.type == "cuda" else (4, 2)
 
     def __call__(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator, dtype=torch.float64).to(self._device)
@@ -93,13 +104,6 @@ def _tables(x: Tensor, sizes: Sizes, tokens: tuple[int, int]) -> tuple[Tensor, T
     return cos, sin
 
 
-def _apply_rope(sizes: Sizes, draw: _Draw) -> Trial:
-    def call(kernel: Callable[..., Tensor], x: Tensor) -> Mapping[str, Tensor]:
-        return {"the turned x": kernel(x, *_tables(x, sizes, draw.tokens))}
-
-    return Trial(apply_rope, {"x": draw(*draw.tokens, 5, sizes.head_dim)}, call)
-
-
 def _rope_qkv(sizes: Sizes, draw: _Draw) -> Trial:
     def call(kernel: Callable[..., Any], qkv: Tensor) -> Mapping[str, Tensor]:
         projection = qkv.clone()  # it may be written into
@@ -109,26 +113,73 @@ def _rope_qkv(sizes: Sizes, draw: _Draw) -> Trial:
     return Trial(rope_qkv_, {"qkv": draw(*draw.tokens, 8 * sizes.head_dim)}, call)
 
 
+def _attention(sizes: Sizes, draw: _Draw) -> Trial:
+    """Of two samples, no longer than shows every kind of block; the reference holds all scores."""
+    length = min(sizes.seq_len, 256)
+    bounds = sorted({0, 1, length // 3, length, length + length // 2, 2 * length})
+
+    def call(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Mapping[str, Tensor]:
+        documents = None
+        if sizes.has_documents:
+            documents = Documents(tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=q.device))
+        return {"the output": kernel(q, k, v, documents)}
+
+    heads = {"q": sizes.num_heads, "k": sizes.num_kv_heads, "v": sizes.num_kv_heads}
+    inputs = {name: draw(length, 2, count, sizes.head_dim) for name, count in heads.items()}
+    inputs["q"] *= 2  # sharper weights: a token too many or too few shows
+    return Trial(causal_attention_reference, inputs, call, sums=1024, whole=True)
+
+
 def _adamw(sizes: Sizes, draw: _Draw) -> Trial:
-    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
     def call(kernel: Callable[..., None], **tensors: Tensor) -> Mapping[str, Tensor]:
         new = {name: x.detach().clone() for name, x in tensors.items()}
-        kernel(*new.values(), **settings)
-        return new
+        for factor, applies in ((0.7, True), (math.nan, False)):
+            scalars = {"step": torch.tensor(3), "factor": torch.tensor(factor), "applies": torch.tensor(applies)}
+            now = settings | {name: x.to(new["param"].device) for name, x in scalars.items()}
+            kernel(*new.values(), **now)
+            if applies:
+                narrow = _narrow_adamw(kernel, {name: x.detach() for name, x in tensors.items()}, new, now)
+        return new | narrow
 
     size = 64 * sizes.hidden_size + 3  # no multiple of a block
     inputs = {name: draw(size) for name in ("param", "grad", "exp_avg")}
     return Trial(adamw_, {**inputs, "exp_avg_sq": draw(size).square()}, call, always_wide=True)
 
 
+def _narrow_adamw(
+    kernel: Callable[..., None], tensors: Mapping[str, Tensor], wide: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The same update of a master with a remainder and of moments in bfloat16, from values that these hold exactly.
+
+    The reference in float64 has no such masters; its moments are rounded before. Rounded after, they may be a bfloat16
+    apart from those of the ``wide`` update: which are further is told, so that the right answer is zeros.
+    """
+    param, grad, mean, square = tensors.values()
+    rounded = [moment.bfloat16() for moment in (mean, square)]
+    if param.dtype is not torch.float32:
+        master, moments = param.clone(), [moment.to(param.dtype) for moment in rounded]
+        kernel(master, grad, *moments, **settings)
+    else:
+        weight, remainder = split(param)
+        moments = [moment.clone() for moment in rounded]
+        kernel(weight, grad, *moments, **settings, remainder=remainder)
+        master = join(weight, remainder)
+    apart = [
+        (new.to(grad.dtype) - wide[name]).abs() > wide[name].abs() / 32 + 0.01
+        for name, new in zip(("exp_avg", "exp_avg_sq"), moments, strict=True)
+    ]
+    return {"the joined master": master, "what is apart": torch.stack(apart).to(grad.dtype)}
+
+
 TRIALS: Mapping[str, Callable[[Sizes, _Draw], Trial]] = MappingProxyType(
     {
         "rms_norm": _rms_norm,
         "add_rms_norm": _add_rms_norm,
-        "apply_rope": _apply_rope,
         "rope_qkv": _rope_qkv,
         "swiglu": _swiglu,
+        "attention": _attention,
         "adamw": _adamw,
     }
 )
@@ -139,8 +190,8 @@ def why_refused(
 ) -> str | None:
     """Why ``kernel`` must not run as ``op`` here, in a line: it fails, or errs by more than roundings; else None.
 
-    A value may be off by four roundings to ``dtype`` and 32 to float32 (sums, the GPU's exp) of itself and of the
-    root mean square of its row.
+    A value may be off by four roundings to ``dtype`` and the trial's to float32 (sums, the GPU's exp) of itself and of
+    the root mean square of what the trial measures it against.
     """
     try:
         trial = TRIALS[op](sizes, _Draw(device))
@@ -148,11 +199,12 @@ def why_refused(
         exact, ours = _outcomes(trial, kernel, dtype)
     except Exception as error:  # compilers and drivers raise anything
         return f"it fails: {' '.join(f'{type(error).__name__}: {error}'.split())}"
-    allowed = 4 * torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
+    allowed = 4 * torch.finfo(dtype).eps + trial.sums * torch.finfo(torch.float32).eps
     for name, value in exact.items():
         if ours[name].shape != value.shape:
             return f"{name} has the shape {tuple(ours[name].shape)}, not {tuple(value.shape)}"
-        bound = allowed * (value.abs() + value.square().mean(-1, keepdim=True).sqrt())
+        square = value.square().mean() if trial.whole else value.square().mean(-1, keepdim=True)
+        bound = allowed * (value.abs() + square.sqrt())
         error_of = (ours[name].double() - value).abs()
         wrong = ~(error_of <= bound)  # also what is not a number
         if wrong.any():

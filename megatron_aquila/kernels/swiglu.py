@@ -27,11 +27,12 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         wide = compute_dtype(gate_up.dtype)
-        gate, up = gate_up.to(wide).chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        grad_gate = grad.to(wide) * up * (sigmoid + silu * (1 - sigmoid))
-        return torch.cat((grad_gate, grad.to(wide) * silu), dim=-1).to(gate_up.dtype)
+        (gate, up), grad = gate_up.to(wide).chunk(2, dim=-1), grad.to(wide)
+        result = torch.empty_like(gate_up)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return result
 
 
 def swiglu(gate_up_SB2F: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.rope import rope_tables
 from megatron_aquila.model.block import Block, recomputed

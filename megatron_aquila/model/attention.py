@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.norm import RMSNorm
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -46,15 +45,11 @@ class Attention(nn.Module):
 
         The outputs of ``modules`` are not kept for backward.
         """
-        q_size, kv_size = self.shape.attention_size // self.tp.size, self.shape.kv_size // self.tp.size
-        qkv = feed(norm, self.qkv, x, recompute="norms" in modules)
-        q, k, v = (
-            torch.unflatten(part, -1, (-1, self.shape.head_dim))
-            for part in torch.split_with_sizes(qkv, [q_size, kv_size, kv_size], dim=-1)
+        num_heads, num_kv_heads = (n // self.tp.size for n in (self.shape.num_heads, self.shape.num_kv_heads))
+        qkv = feed(norm, self.qkv, x, recompute="norms" in modules)  # nobody but the rotation needs it
+        q_SBNtD, k_SBKtD, v_SBKtD = self.kernels.rope_qkv(
+            qkv, cos_SBD, sin_SBD, num_heads=num_heads, num_kv_heads=num_kv_heads
         )
-        q_SBNtD = self.kernels.apply_rope(q, cos_SBD, sin_SBD)
-        k_SBKtD = self.kernels.apply_rope(k, cos_SBD, sin_SBD)
-        v_SBKtD = v.contiguous()  # a view would keep the whole projection alive until backward
 
         def heads(q_SBNtD: Tensor, k_SBKtD: Tensor, v_SBKtD: Tensor) -> Tensor:
             return self.kernels.attention(q_SBNtD, k_SBKtD, v_SBKtD, documents).flatten(-2)

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.attention import Attention
 from megatron_aquila.model.mlp import MLP
-from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.norm import AddRMSNorm, RMSNorm
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.placement import Placement
@@ -40,17 +40,9 @@ class Block(nn.Module):
     def __init__(self, shape: ModelShape, *, placement: Placement, kernels: Kernels) -> None:
         super().__init__()
         self.shape = shape
-
-        def norm() -> RMSNorm:
-            return RMSNorm(
-                shape.hidden_size,
-                eps=shape.norm_eps,
-                order=shape.norm_order,
-                kernels=kernels,
-                placement=placement,
-            )
-
-        self.attention_norm, self.mlp_norm = norm(), norm()
+        size, eps, order = shape.hidden_size, shape.norm_eps, shape.norm_order
+        self.attention_norm = RMSNorm(size, eps=eps, order=order, kernels=kernels, placement=placement)
+        self.mlp_norm = AddRMSNorm(size, eps=eps, order=order, kernels=kernels, placement=placement)
         self.attention = Attention(shape, placement=placement, kernels=kernels)
         self.mlp = MLP(shape, placement=placement, kernels=kernels)
 
@@ -63,16 +55,20 @@ class Block(nn.Module):
         modules: frozenset[Module] = NO_MODULES,
     ) -> Tensor:
         """x_StBH | x_SBH -> the same. The outputs of ``modules`` are not kept for backward."""
-        x = x + self.attention(x, self.attention_norm, cos_SBD, sin_SBD, documents, modules)
-        out: Tensor = x + self.mlp(x, self.mlp_norm, modules)
-        return out
+
+        def add_mlp(x: Tensor, normed: Tensor) -> Tensor:
+            out: Tensor = x + self.mlp(normed, modules)
+            return out
+
+        attended = self.attention(x, self.attention_norm, cos_SBD, sin_SBD, documents, modules)
+        return feed(self.mlp_norm, add_mlp, attended, x, recompute="norms" in modules)
 
     def until_down(
         self, x: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         """``forward`` up to its last linear: what ``down`` takes."""
-        x = x + self.attention(x, self.attention_norm, cos_SBD, sin_SBD, documents)
-        return x, self.mlp.product(self.mlp_norm(x))
+        x, normed = self.mlp_norm(self.attention(x, self.attention_norm, cos_SBD, sin_SBD, documents), x)
+        return x, self.mlp.product(normed)
 
     def down(self, x: Tensor, product_SBFt: Tensor) -> Tensor:
         """The rest of ``forward``."""

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
-from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
@@ -27,13 +26,12 @@ class MLP(nn.Module):
         )
         self.down = RowParallelLinear(shape.ffn_size, shape.hidden_size, placement=placement)
 
-    def forward(self, x: Tensor, norm: RMSNorm, modules: frozenset[Module] = NO_MODULES) -> Tensor:
-        """x_StBH | x_SBH, before its ``norm`` -> the same. Communicates only inside its two linears.
+    def forward(self, normed: Tensor, modules: frozenset[Module] = NO_MODULES) -> Tensor:
+        """x_StBH | x_SBH, normed -> the same. Communicates only inside its two linears.
 
         The outputs of ``modules`` are not kept for backward.
         """
-        gate_up_SB2Ft = feed(norm, self.gate_up, x, recompute="norms" in modules)
-        return feed(self.kernels.swiglu, self.down, gate_up_SB2Ft, recompute="swiglu" in modules)
+        return feed(self.kernels.swiglu, self.down, self.gate_up(normed), recompute="swiglu" in modules)
 
     def product(self, normed: Tensor) -> Tensor:
         """x_StBH | x_SBH, normed -> what ``down`` takes, SBFt. Communicates only in ``gate_up``."""

@@ -1,17 +1,17 @@
-"""RMSNorm as a module: the weight and its row in the parameter table."""
+"""RMSNorm as a module, alone or of a sum: the weight and its row in the parameter table."""
 
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.dispatch import Kernels
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.parallel.params import Constant, ParamInfo, replicated_part
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.shape import NormOrder
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim. Local: each rank normalises the rows it holds.
+class _Norm(nn.Module):
+    """Local: each rank normalises the rows it holds.
 
     Under sequence parallel a rank sees only its shard of the rows, so the weight's gradient is a partial sum over tp.
     """
@@ -20,10 +20,6 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.order, self.kernels, self.placement = eps, order, kernels, placement
         self.weight = placement.weight(size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., H) -> (..., H), in x's dtype."""
-        return self.kernels.rms_norm(x, self.weight, eps=self.eps, order=self.order)
 
     def param_infos(self, prefix: str, *, stage: int, init: float) -> Iterator[ParamInfo]:
         """The weight's row in the parameter table: no decay, constant ``init``, replicated over tp."""
@@ -35,3 +31,19 @@ class RMSNorm(nn.Module):
             parts=(replicated_part(f"{prefix}.weight", tuple(self.weight.shape), self.placement.tp),),
             sums_over_tp=self.placement.sequence_parallel,
         )
+
+
+class RMSNorm(_Norm):
+    """x / rms(x) * weight over the last dim."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., H) -> (..., H), in x's dtype."""
+        return self.kernels.rms_norm(x, self.weight, eps=self.eps, order=self.order)
+
+
+class AddRMSNorm(_Norm):
+    """A sum and its RMSNorm: where a layer's output joins the residual stream and the next layer takes its norm."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x, residual (..., H) -> (x + residual, its norm), each (..., H), in x's dtype."""
+        return self.kernels.add_rms_norm(x, residual, self.weight, eps=self.eps, order=self.order)

@@ -82,6 +82,7 @@ def step_line(row: Mapping[str, Value], total_samples: int) -> str:
         *part("tokens_per_second_per_device", "{:,.0f} tok/s/device"),
         *part("tflops_per_device", "{:.3g} TFLOP/s/device"),
         *part("mfu", "MFU {:.1f} % (causal)", 100),
+        *part("bf16_equivalent", "{:.1f} % of the bf16 peak (fp8 products; no MFU)", 100),
         *part("hfu", "HFU {:.1f} % (counting recomputation)", 100),
         *part("mfu_full_attention", "{:.1f} % (counting full attention)", 100),
         *part("gemm_share", "{:.1f} % of this CPU's measured GEMM rate", 100),

@@ -21,7 +21,8 @@ class ThroughputMeter:
     ``flops_per_token_full`` counts all of S x S, as PaLM's convention does, and gives ``mfu_full_attention``. Both
     count forward and backward once. ``recomputed_flops_per_token``, and attention's part of them, are what is computed
     a second time: where there are any, ``hfu`` counts them too. ``peak_flops`` is the dense data-sheet peak of one
-    device, in FLOP/s; without it there is no MFU. ``gemm_flops`` is the rate measured for one rank of a CPU run: it
+    device, in FLOP/s; without it there is no MFU. With ``multiplies_in_fp8`` the share of that peak is not one: it is
+    ``bf16_equivalent``. ``gemm_flops`` is the rate measured for one rank of a CPU run: it
     gives ``gemm_share``, which is not an MFU and never called one.
 
     ``total_samples`` is where this run ends. The time left follows the wall clock of this process only, validation and
@@ -39,6 +40,7 @@ class ThroughputMeter:
         num_devices: int,
         total_samples: int,
         peak_flops: float | None = None,
+        multiplies_in_fp8: bool = False,
         gemm_flops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -50,9 +52,17 @@ class ThroughputMeter:
         self._num_devices = num_devices
         self._total_samples = total_samples
         self._peak_flops = peak_flops
+        self._multiplies_in_fp8 = multiplies_in_fp8
         self._gemm_flops = gemm_flops
         self._clock = clock
         self._seen: deque[tuple[float, int]] = deque(maxlen=WINDOW_STEPS + 1)  # (clock, consumed samples)
+
+    def pass_over(self, report: StepReport) -> None:
+        """Take note of a step that gets no row: only the time left needs it."""
+        now = self._clock()
+        if not self._seen:  # the step itself is the only evidence; start-up before it is not the rate of the run
+            self._seen.append((now - report.seconds, report.consumed_samples - report.global_batch))
+        self._seen.append((now, report.consumed_samples))
 
     def row(self, report: StepReport) -> Row:
         """The figures of one step. Times are in seconds, memory in GiB, shares between 0 and 1."""
@@ -79,7 +89,9 @@ class ThroughputMeter:
             "memory_gib": report.memory_bytes / GIB,
             "seconds_left": self._seconds_left(report),
         }
-        if self._peak_flops is not None:
+        if self._peak_flops is not None and self._multiplies_in_fp8:
+            row["bf16_equivalent"] = device_tokens * flops_per_token / self._peak_flops
+        elif self._peak_flops is not None:
             row["mfu"] = device_tokens * flops_per_token / self._peak_flops
             if recomputed > 0:
                 row["hfu"] = device_tokens * (flops_per_token + recomputed) / self._peak_flops
@@ -89,10 +101,7 @@ class ThroughputMeter:
         return row | {f"loss/{source}": loss for source, loss in report.source_loss.items()}
 
     def _seconds_left(self, report: StepReport) -> float:
-        now = self._clock()
-        if not self._seen:  # the step itself is the only evidence; start-up before it is not the rate of the run
-            self._seen.append((now - report.seconds, report.consumed_samples - report.global_batch))
-        self._seen.append((now, report.consumed_samples))
+        self.pass_over(report)
         (first, first_samples), (last, last_samples) = self._seen[0], self._seen[-1]
         rate = (last - first) / (last_samples - first_samples)
         return rate * max(0, self._total_samples - report.consumed_samples)

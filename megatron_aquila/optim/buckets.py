@@ -1,11 +1,12 @@
 """Flat buffers behind the parameters: one collective moves a whole bucket, in place."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_aquila.optim.groups import BucketLayout, Piece, main_dtype
 from megatron_aquila.parallel.collectives import Pending, begin_all_gather_flat_, begin_reduce_scatter_flat_
@@ -32,13 +33,26 @@ class Reduction:
         return None if not has_copies else 2 if self.overlap else 1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """How an optimizer keeps what it needs between steps.
+
+    ``moments``: their type, None for that of the gradients' sums. ``has_remainders``: of the float32 master of a
+    bfloat16 weight only the 16 bits that the weight lacks (``kernels.remainder``), else all of it.
+    """
+
+    moments: torch.dtype | None = None
+    has_remainders: bool = False
+
+
 class Bucket:
     """The weights and gradient sums of a layout, and this rank's shard of both.
 
     The parameters become views of ``weights``, the sums of their gradients (``main_grads``) views of ``grads``. Each
     gradient that autograd produces is added there at once, in ``main_dtype``, and dropped, so that 16-bit gradients of
-    many microbatches are summed in float32. ``master`` is this rank's shard in ``main_dtype``: a copy for 16-bit
-    weights, else the weights' own shard. ``on_complete`` is called when the last gradient of a step has been added.
+    many microbatches are summed in float32. ``master`` is this rank's shard as updates change it: a copy in
+    ``main_dtype`` for 16-bit weights, else the weights' own shard, then with a ``remainder`` where ``storage`` says so.
+    ``on_complete`` is called when the last gradient of a step has been added.
     """
 
     def __init__(
@@ -47,6 +61,7 @@ class Bucket:
         group: Group,
         *,
         reduction: Reduction = Reduction(),
+        storage: Storage = Storage(),
         on_complete: Callable[[], None] = lambda: None,
     ) -> None:
         device = layout.slots[0].info.param.device
@@ -62,13 +77,23 @@ class Bucket:
             self._adopt(slot.info.param, slice(slot.offset, slot.offset + slot.info.param.numel()))
         own = slice(group.rank * layout.shard_size, (group.rank + 1) * layout.shard_size)
         self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
-        self.master = self.weight_shard.to(self.grads.dtype)  # no copy if the type is the same
+        self.remainder: Tensor | None = None
+        self.master = self.weight_shard
+        if storage.has_remainders and layout.dtype is torch.bfloat16:
+            self.remainder = torch.zeros_like(self.weight_shard, dtype=torch.int16)
+        else:
+            self.master = self.weight_shard.to(self.grads.dtype)  # no copy if the type is the same
         self.pieces: list[Piece] = layout.pieces(group.rank)
 
     @property
     def keeps_master(self) -> bool:
         """Whether ``master`` is a tensor of its own."""
         return self.master.dtype is not self.weights.dtype
+
+    @property
+    def publish(self) -> Tensor | None:
+        """Where an update leaves the weights to be published, rounded; None where it updates the weights themselves."""
+        return self.weight_shard if self.keeps_master else None
 
     @property
     def is_complete(self) -> bool:
@@ -103,8 +128,7 @@ class Bucket:
         self._reducing = self._missing = None
 
     def begin_publish(self) -> None:
-        """Begin to give this rank's updated shard to every replica. Communicates: one all-gather, in place."""
-        self.weight_shard.copy_(self.master)
+        """Begin to give ``weight_shard`` to every replica. Communicates: one all-gather, in place."""
         self._gathering = begin_all_gather_flat_(
             self.weights, self.weight_shard, self._group, overlap=self._reduction.overlap
         )
@@ -120,7 +144,8 @@ class Bucket:
         weight.copy_(param.detach())
         param.data = weight
         main = self.main_grads[param] = MainGrad(grad, self._count)
-        hook = partial(_accumulate, main)
+        # torch keeps hooks where Python's garbage collector does not look: a strong reference would keep all for ever
+        hook = partial(_accumulate, weakref.ref(main))
         param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def _count(self) -> None:
@@ -133,8 +158,10 @@ class Bucket:
                 self._on_complete()
 
 
-def _accumulate(main: MainGrad, param: nn.Parameter) -> None:
+def _accumulate(reference: weakref.ref[MainGrad], param: nn.Parameter) -> None:
     """What autograd runs after each of its gradients; there is none where a linear's is owed, or added elsewhere."""
+    main = reference()
+    assert main is not None, "a gradient came for an optimizer that is gone"
     if param.grad is None:
         return
     main.total.add_(param.grad)

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_aquila.optim.buckets import Bucket, Reduction
-from megatron_aquila.optim.clip import clip_factor, counted, squared_norm
+from megatron_aquila.optim.buckets import Bucket, Reduction, Storage
+from megatron_aquila.optim.clip import Clip, counted_spans, squared_norm
 from megatron_aquila.optim.groups import plan_buckets
 from megatron_aquila.optim.rules import Rule
 from megatron_aquila.parallel.collectives import all_reduce_
@@ -18,9 +18,9 @@ from megatron_aquila.parallel.weight_grads import MainGrad
 class DistributedOptimizer:
     """Owns the parameters of ``infos`` and updates them by ``rule``; every rank of ``ctx.dp_cp`` updates its shard.
 
-    A step is ``begin_step``, backward of every microbatch, ``reduce_gradients``, ``clip_``, ``step``. Gradients are
-    summed over replicas, not averaged: the loss was divided by the token count of the whole step. A parameter that
-    backward did not reach has the gradient 0. ``applied_steps`` counts updates; a resumed run sets it.
+    A step is ``begin_step``, backward of every microbatch, ``reduce_gradients``, ``clip``, ``step``; none of them waits
+    for the device. Gradients are summed over replicas, not averaged: the loss was divided by the token count of the
+    whole step. A parameter that backward did not reach has the gradient 0.
 
     ``infos`` are in forward order. Each bucket costs one reduce-scatter and one all-gather a step. With
     ``reduction.overlap`` the reduce-scatter is begun within the backward that completes the bucket, and the all-gather
@@ -40,18 +40,34 @@ class DistributedOptimizer:
         rule: Rule,
         bucket_bytes: int,
         reduction: Reduction = Reduction(),
+        storage: Storage = Storage(),
     ) -> None:
         layouts = plan_buckets(infos, bucket_bytes=bucket_bytes, num_shards=ctx.dp_cp.size)
         self._ctx = ctx
         self._rule = rule
         self._buckets = [
-            Bucket(layout, ctx.dp_cp, reduction=reduction, on_complete=self._reduce_complete) for layout in layouts
+            Bucket(layout, ctx.dp_cp, reduction=reduction, storage=storage, on_complete=self._reduce_complete)
+            for layout in layouts
         ]
         self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.main_grads}
-        self._states = [{name: torch.zeros_like(bucket.master) for name in rule.state} for bucket in self._buckets]
+        self._states = [
+            {name: torch.zeros_like(bucket.grad_shard, dtype=storage.moments) for name in rule.state}
+            for bucket in self._buckets
+        ]
         self._reduces_early, self._most_under_way = reduction.overlap, reduction.most_under_way
         self._num_begun = 0  # buckets whose reduction was begun in this step
-        self.applied_steps = 0
+        self._counted = [bucket.grad_shard[s] for bucket in self._buckets for s in counted_spans(bucket.pieces)]
+        self._applied_steps = torch.zeros((), dtype=torch.int64, device=ctx.device)
+
+    @property
+    def applied_steps(self) -> int:
+        """How many updates there were; a resumed run sets it. Counted on the device: reading it waits for that."""
+        return int(self._applied_steps)
+
+    @applied_steps.setter
+    def applied_steps(self, count: int) -> None:
+        """As of a checkpoint."""
+        self._applied_steps.fill_(count)
 
     def main_grads(self) -> Mapping[nn.Parameter, MainGrad]:
         """The gradient sums, for who adds to them without autograd."""
@@ -80,43 +96,35 @@ class DistributedOptimizer:
             bucket.finish_reduce()
         self._num_begun = 0
 
-    def grad_norm(self) -> float:
-        """Norm of the whole model's reduced gradients, each logical parameter counted once; the same on every rank.
+    def clip(self, max_norm: float, *, loss_scale: float = 1.0) -> Clip:
+        """How ``step`` is to use the reduced gradients: divided by ``loss_scale``, clipped to ``max_norm`` (0: not).
 
-        Communicates: one all-reduce of a float64 over all ranks. The optimizer's only wait for the device.
+        Their norm is the whole model's, each logical parameter counted once. They themselves are left as they are.
+        Communicates: one all-reduce of a float64 over all ranks.
         """
-        grads = [
-            bucket.grad_shard[piece.start + start - piece.flat.start : piece.start + stop - piece.flat.start]
-            for bucket in self._buckets
-            for piece in bucket.pieces
-            for start, stop in counted(piece.flat)
-        ]
-        total = squared_norm(grads).to(self._ctx.device)
-        return all_reduce_(total, self._ctx.world).sqrt().item()
+        squares = all_reduce_(squared_norm(self._counted, self._ctx.device), self._ctx.world)
+        return Clip.at(squares.sqrt(), max_norm, loss_scale=loss_scale)
 
-    def clip_(self, max_norm: float, *, loss_scale: float = 1.0) -> float:
-        """Divide the reduced gradients by ``loss_scale`` and clip them to the global norm ``max_norm``, in one pass.
-
-        0 means no clipping. Returns the norm after the division and before the clipping. Where it is not finite the
-        gradients are of no use, and the caller decides what becomes of the step. Communicates as ``grad_norm``.
-        """
-        norm = self.grad_norm() / loss_scale
-        factor = clip_factor(norm, max_norm) / loss_scale
-        if factor != 1:
-            for bucket in self._buckets:
-                bucket.grad_shard.mul_(factor)
-        return norm
-
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, clip: Clip) -> None:
         """Update this rank's shards and share the new weights, those that forward reads first before the others.
 
-        Communicates: one all-gather a bucket, under way on return where collectives overlap.
+        Gradients that are not finite change nothing: no weight, no state, not the count; the weights are shared all the
+        same. Communicates: one all-gather a bucket, under way on return where collectives overlap.
         """
         self.wait_for_weights()
-        self.applied_steps += 1
+        self._applied_steps += clip.is_finite
         for bucket, state in reversed([*zip(self._buckets, self._states, strict=True)]):
-            decays = bucket.layout.weight_decay
-            self._rule.update_(bucket.master, bucket.grad_shard, state, lr=lr, decays=decays, step=self.applied_steps)
+            self._rule.update_(
+                bucket.master,
+                bucket.grad_shard,
+                state,
+                lr=lr,
+                decays=bucket.layout.weight_decay,
+                step=self._applied_steps,
+                clip=clip,
+                publish=bucket.publish,
+                remainder=bucket.remainder,
+            )
             bucket.begin_publish()
 
     def wait_for_weights(self, params: Iterable[nn.Parameter] | None = None) -> None:
@@ -128,8 +136,9 @@ class DistributedOptimizer:
     def ranges(self) -> list[tuple[str, FlatRange, Tensor]]:
         """This rank's share of everything, as ``(kind, range of a parameter, flat view)``; the replicas cover it once.
 
-        Kinds: "grad", "weight", the rule's own ("exp_avg", "exp_avg_sq"), and "master" where weights are narrower than
-        their masters. Views are of the optimizer's memory: reading into them restores it. Waits for the weights.
+        Kinds: "grad", "weight", the rule's own ("exp_avg", "exp_avg_sq"), and where weights are narrower than their
+        masters "master", or "remainder" for what the weights lack of it. Views are of the optimizer's memory: reading
+        into them restores it. Waits for the weights.
         """
         self.wait_for_weights()
         shares = []
@@ -137,6 +146,8 @@ class DistributedOptimizer:
             kinds = {"grad": bucket.grad_shard, "weight": bucket.weight_shard, **state}
             if bucket.keeps_master:
                 kinds["master"] = bucket.master
+            if bucket.remainder is not None:
+                kinds["remainder"] = bucket.remainder
             for piece in bucket.pieces:
                 shares += [(kind, piece.flat, flat[piece.start : piece.stop]) for kind, flat in kinds.items()]
         return shares
@@ -146,6 +157,8 @@ class DistributedOptimizer:
         self.wait_for_weights()
         for bucket in self._buckets:
             bucket.master.copy_(bucket.weight_shard)
+            if bucket.remainder is not None:
+                bucket.remainder.zero_()
 
     def _reduce_complete(self) -> None:
         """Begin to reduce what is complete, as far as nothing before it is missing."""

@@ -4,20 +4,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_aquila.kernels.adamw import adamw_
+from megatron_aquila.optim.clip import Clip
 
 
 class Rule(Protocol):
     """How weights follow from gradients."""
 
-    state: ClassVar[tuple[str, ...]]  # names of the tensors it keeps, each like the weight and 0 at first
+    state: ClassVar[tuple[str, ...]]  # names of the tensors it keeps, each as large as the weight and 0 at first
 
     def update_(
-        self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, lr: float, decays: bool, step: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        lr: float,
+        decays: bool,
+        step: Tensor,
+        clip: Clip,
+        publish: Tensor | None = None,
+        remainder: Tensor | None = None,
     ) -> None:
-        """Change ``weight`` and ``state`` in place. All are flat and of one type; the first ``step`` is 1."""
+        """Change ``weight`` and ``state`` in place, by ``grad`` times ``clip.factor``; not where it is not finite.
+
+        All are flat and of one size. ``step`` is 0-dim on the device; the first is 1. ``publish`` gets the new weight
+        in its own type; with a ``remainder`` it is the weight, of which they are the missing bits. Waits for nothing.
+        """
         ...
 
 
@@ -34,7 +50,17 @@ class AdamW:
     kernel: Callable[..., None] = adamw_
 
     def update_(
-        self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, lr: float, decays: bool, step: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        lr: float,
+        decays: bool,
+        step: Tensor,
+        clip: Clip,
+        publish: Tensor | None = None,
+        remainder: Tensor | None = None,
     ) -> None:
         """Local."""
         self.kernel(
@@ -48,6 +74,10 @@ class AdamW:
             eps=self.eps,
             weight_decay=self.weight_decay if decays else 0.0,
             step=step,
+            factor=clip.factor,
+            applies=clip.is_finite,
+            publish=publish,
+            remainder=remainder,
         )
 
 
@@ -60,9 +90,21 @@ class Sgd:
     weight_decay: float = 0.0
 
     def update_(
-        self, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, lr: float, decays: bool, step: int
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        *,
+        lr: float,
+        decays: bool,
+        step: Tensor,
+        clip: Clip,
+        publish: Tensor | None = None,
+        remainder: Tensor | None = None,
     ) -> None:
         """Local."""
-        if decays:
-            weight.mul_(1 - lr * self.weight_decay)
-        weight.add_(grad, alpha=-lr)
+        assert remainder is None, "SGD keeps masters in float32"
+        shrunk = weight * (1 - lr * self.weight_decay) if decays else weight
+        torch.where(clip.is_finite, shrunk.add(grad * clip.factor, alpha=-lr), weight, out=weight)
+        if publish is not None:
+            publish.copy_(weight)

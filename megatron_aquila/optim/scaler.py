@@ -33,13 +33,18 @@ class LossScaling:
         """A scale that never moves."""
         return cls(initial=scale, minimum=scale)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether the scale never moves, whatever the gradients are."""
+        return self.window is None
+
     def start(self) -> LossScale:
         """The state before the first step."""
         return LossScale(self.initial, hysteresis_left=self.hysteresis)
 
     def resumed(self, saved: LossScale) -> LossScale:
         """The state of a run that continues: the saved one, unless the scale is set to a constant."""
-        return self.start() if self.window is None else saved
+        return self.start() if self.is_constant else saved
 
     def after(self, state: LossScale, *, found_inf: bool) -> LossScale:
         """The state after a step: ``found_inf`` says that its gradients were not finite."""

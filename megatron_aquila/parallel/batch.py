@@ -1,7 +1,9 @@
-"""One microbatch on the device."""
+"""One microbatch, on the host as it was read or on the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_aquila.kernels.documents import Documents
@@ -25,3 +27,17 @@ class Batch:
     documents: Documents | None = None
     microbatch: int = 0
     loss_weight: float | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on ``device``. From pinned memory to a GPU its tensors are on their way on return: no host waits."""
+        moved: Batch = _moved(self, device)
+        return moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it, however deep in dataclasses, sent to ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})

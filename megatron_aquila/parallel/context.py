@@ -1,7 +1,7 @@
 """This process's place in the grid and the groups it talks through. Built once, passed everywhere."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -32,8 +32,9 @@ class ParallelContext:
     """Where this process stands and whom it talks to.
 
     ``pp`` joins the ranks of one pipeline, ``pp_links`` carry its messages: see ``pp_link``. ``dp_cp`` joins the
-    replicas of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all. Groups of
-    the same ranks share a communicator, links excepted: each one costs memory on every GPU, and time at the start.
+    replicas of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all, and so
+    does ``host_world``, which carries tensors on the CPU. Groups of the same ranks share a communicator, links
+    excepted: each one costs memory on every GPU, and time at the start.
     """
 
     grid: RankGrid
@@ -46,6 +47,7 @@ class ParallelContext:
     pp_links: Mapping[Link, Group]
     dp_cp: Group
     world: Group
+    host_world: Group
 
     @classmethod
     def create(
@@ -88,6 +90,7 @@ class ParallelContext:
             for op in ("F", "B")
             for up in ((True, False) if pp_turns_back else (op == "F",))
         ]
+        world_group = group("world", "tp", "cp", "dp", "pp")
         return cls(
             grid=grid,
             rank=rank,
@@ -98,7 +101,8 @@ class ParallelContext:
             pp=group("pp", "pp"),
             pp_links={link: group("pp_link", "pp", own=link if index else None) for index, link in enumerate(kinds)},
             dp_cp=group("dp_cp", "dp", "cp", own="dp_cp" if len(grid.groups("dp", "cp")) == 1 else None),
-            world=group("world", "tp", "cp", "dp", "pp"),
+            world=world_group,
+            host_world=_on_host(world_group, timeout),
         )
 
     def pp_link(self, op: str, source: int, target: int) -> Group:
@@ -116,3 +120,13 @@ class ParallelContext:
     def single(cls, device: torch.device | None = None) -> "ParallelContext":
         """The world of one: no process group, the same code path."""
         return cls.create(RankGrid(), device if device is not None else torch.device("cpu"))
+
+
+def _on_host(world: Group, timeout: timedelta | None) -> Group:
+    """The same ranks over a backend that carries tensors on the CPU: of the usual ones only NCCL does not. Collective.
+
+    What ranks agree on there waits for their hosts and for no GPU.
+    """
+    if world.handle is None or dist.get_backend(world.handle) != "nccl":
+        return world
+    return replace(world, handle=dist.new_group(list(world.ranks), timeout=timeout, backend="gloo"))

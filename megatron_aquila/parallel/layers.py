@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.precision import apply, matmul
+from megatron_aquila.kernels.precision import apply
 from megatron_aquila.parallel.collectives import (
     Pending,
     all_gather,
@@ -29,7 +29,7 @@ class _ColumnParallel(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.placement = weight, placement
         x_SBH = all_gather(x, placement.tp) if placement.sequence_parallel else x
-        return matmul(x_SBH, weight.T)
+        return placement.products.output(x_SBH, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -39,11 +39,11 @@ class _ColumnParallel(torch.autograd.Function):
         # Each collective runs beside the product that does not need it: the gathered x is for the weight's gradient
         # alone, the sum of grad_x for nothing here. Where the weight's gradient is owed, that sum is simply awaited.
         gathering = begin_all_gather(x, tp, overlap=overlap) if sequence_parallel else Pending(x)
-        grad_x = matmul(grad_y, weight)  # this rank's partial sum
+        grad_x = placement.products.grad_x(grad_y, weight)  # this rank's partial sum
         x_SBH = gathering.wait()
         begin_sum = begin_reduce_scatter if sequence_parallel else begin_all_reduce_
         summing = begin_sum(grad_x, tp, overlap=overlap)
-        grad_weight = placement.weight_grads.gradient(weight, grad_y, x_SBH)
+        grad_weight = placement.weight_grads.gradient(weight, grad_y, x_SBH, placement.products)
         return summing.wait(), grad_weight, None
 
 
@@ -52,7 +52,7 @@ class _RowParallel(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, placement: Placement) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.placement = weight, placement
-        y = matmul(x, weight.T)  # this rank's partial sum
+        y = placement.products.output(x, weight)  # this rank's partial sum
         tp = placement.tp
         return reduce_scatter(y, tp) if placement.sequence_parallel else all_reduce_(y, tp)
 
@@ -62,7 +62,8 @@ class _RowParallel(torch.autograd.Function):
         tp, sequence_parallel = placement.tp, placement.sequence_parallel
         (x,), weight = ctx.saved_tensors, ctx.weight
         grad_y = all_gather(grad_y, tp) if sequence_parallel else grad_y
-        return matmul(grad_y, weight), placement.weight_grads.gradient(weight, grad_y, x), None
+        grad_weight = placement.weight_grads.gradient(weight, grad_y, x, placement.products)
+        return placement.products.grad_x(grad_y, weight), grad_weight, None
 
 
 class ColumnParallelLinear(nn.Module):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from megatron_aquila.kernels.products import NATIVE, Products
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.weight_grads import WeightGradQueue
 
@@ -15,6 +16,7 @@ class Placement:
 
     ``sequence_parallel``: between the parallel layers, activations are split along the sequence over ``tp``.
     ``overlap``: collectives run beside products that do not need them. It changes no bit.
+    ``products``: how the linears multiply.
     """
 
     tp: Group
@@ -22,6 +24,7 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     overlap: bool = False
+    products: Products = NATIVE
     weight_grads: WeightGradQueue = field(default_factory=WeightGradQueue)
 
     def weight(self, *shape: int) -> nn.Parameter:

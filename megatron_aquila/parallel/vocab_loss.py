@@ -6,6 +6,7 @@ hands over what is there. The other ways to keep no logits cost more: computing 
 in four, 1.9 % of the 7B's FLOPs; keeping them in 16 bits is 1.5 GiB for the 7B's 8,192 tokens.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_aquila.kernels.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron_aquila.kernels.precision import apply, matmul
+from megatron_aquila.kernels.products import NATIVE
 from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_
 from megatron_aquila.parallel.collectives import all_gather, all_reduce_, reduce_scatter
 from megatron_aquila.parallel.context import Group
@@ -40,7 +42,8 @@ class VocabParallelOutput(ColumnParallelLinear):
         placement: Placement,
         chunk_tokens: int | None = None,
     ) -> None:
-        super().__init__(hidden_size, padded_vocab_size, placement=placement)
+        # Logits are what the loss is taken of: their product stays in the type of the activations.
+        super().__init__(hidden_size, padded_vocab_size, placement=replace(placement, products=NATIVE))
         self.vocab_size, self.chunk_tokens = vocab_size, chunk_tokens
 
     def forward(self, x: Tensor, labels_SB: Tensor | None = None, token_weights_SB: Tensor | None = None) -> Tensor:

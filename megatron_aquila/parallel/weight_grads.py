@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.precision import compute_dtype
-from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_, weight_gradient
+from megatron_aquila.kernels.products import NATIVE, Products
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class MainGrad:
     """The sum of a parameter's gradients over the microbatches, in the parameter's shape.
 
@@ -52,18 +52,18 @@ class WeightGradQueue:
         finally:
             self._open = None
 
-    def gradient(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor) -> Tensor | None:
+    def gradient(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor, products: Products = NATIVE) -> Tensor | None:
         """The gradient of ``weight`` for autograd to accumulate, or None where it was added to its sum or is owed.
 
         Local, unless a sum that is now complete sends itself on.
         """
         if self._open is not None:
-            self._open.append(lambda: self._accumulate(weight, grad_y, x))
+            self._open.append(lambda: self._accumulate(weight, grad_y, x, products))
             return None
         if weight in self._main_grads:
-            self._accumulate(weight, grad_y, x)
+            self._accumulate(weight, grad_y, x, products)
             return None
-        return weight_gradient(grad_y, x)
+        return products.grad_weight(grad_y, x)
 
     def begin_sum(self, weight: nn.Parameter) -> Tensor:
         """Where pieces of a gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local."""
@@ -98,11 +98,11 @@ class WeightGradQueue:
         return list(self._owed)
 
     @torch.no_grad()
-    def _accumulate(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor) -> None:
+    def _accumulate(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor, products: Products) -> None:
         """As inside a backward, where autograd records nothing."""
         main = self._main_grads.get(weight)
         if main is None:
-            torch.autograd.backward(weight, weight_gradient(grad_y, x))  # runs the parameter's hooks, too
+            torch.autograd.backward(weight, products.grad_weight(grad_y, x))  # runs the parameter's hooks, too
         else:
-            accumulate_weight_gradient_(main.total, grad_y, x)
+            products.add_grad_weight_(main.total, grad_y, x)
             main.added()

@@ -42,6 +42,14 @@ class BatchPlan:
         steps = max(0, -(-(target - consumed_samples) // self.global_batch))
         return consumed_samples + steps * self.global_batch
 
+    def num_steps(self, target: int) -> int:
+        """Steps until at least ``target`` samples are consumed, from the first."""
+        steps = consumed_samples = 0
+        while consumed_samples < target and self.global_batch_at(consumed_samples) < self.global_batch:
+            consumed_samples += self.global_batch_at(consumed_samples)
+            steps += 1
+        return steps + max(0, -(-(target - consumed_samples) // self.global_batch))
+
     def sizes(self) -> tuple[int, ...]:
         """Every global batch the run passes through, ascending."""
         if self.ramp is None:

@@ -95,12 +95,13 @@ _PEAKS: tuple[tuple[tuple[str, ...], dict[Precision, float]], ...] = (
 def peak_flops(device_name: str, precision: Precision = "bf16") -> float | None:
     """Dense FLOP/s of a device such as ``"NVIDIA H100 80GB HBM3"``; ``None`` where no figure is known.
 
-    Names match by whole words, so that an A10 is not an A100. Never the sparse figure.
+    Names match by whole words, so that an A10 is not an A100. Never the sparse figure. For fp8 it is the peak of bf16:
+    some products stay in bf16, and shares are given as what bf16 would have had to reach.
     """
     words = set(device_name.upper().replace("-", " ").replace("/", " ").split())
     for name, peaks in _PEAKS:
         if words.issuperset(name):
-            peak = peaks.get("bf16" if precision == "fp16" else precision)
+            peak = peaks.get("bf16" if precision in ("fp16", "fp8") else precision)
             return None if peak is None else peak * 1e12
     return None
 

@@ -15,8 +15,8 @@ from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompu
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
 
-ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp16": 4, "fp32": 4, "fp64": 8}
+ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 2}
+GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp16": 4, "fp32": 4, "fp64": 8, "fp8": 4}
 MOMENTS = {"adamw": 2, "sgd": 0}
 
 
@@ -51,6 +51,8 @@ class MemoryPlan:
     sequence_parallel: bool = False
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    master_weights: Literal["fp32", "remainder"] = "fp32"
     bucket_bytes: int = 128 * 2**20
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     deterministic_reduce: bool = False
@@ -70,8 +72,8 @@ class MemoryPlan:
         return Memory(
             weights=params * self._item,
             main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
-            master_weights=shard * 4 if ITEM_BYTES[self.precision] < 4 else 0,
-            optimizer_states=shard * gradient * MOMENTS[self.optimizer],
+            master_weights=shard * (2 if self.master_weights == "remainder" else 4) if self._item < 4 else 0,
+            optimizer_states=shard * (2 if self.moments_dtype == "bf16" else gradient) * MOMENTS[self.optimizer],
             activations=self._kept(rank),
             logits=sum(max(1, count) * self._logits(stage) for stage, count in self._by_stage(rank).items()),
             temporaries=max(self._temporaries(stage) + self._recomputed(stage) for stage in stages)
@@ -221,7 +223,8 @@ class MemoryPlan:
 
     def _norm(self, modules: frozenset[Module]) -> int:
         """Bytes that autograd keeps of a norm: its input and output 2 H, whole where the sequence is not split, and its
-        scale in at least four bytes; recomputed, its input alone.
+        scale in at least four bytes; recomputed, its input alone. A layer's second norm is of a sum: recomputed, it
+        keeps the attention's output, and the other term is what the first norm keeps.
         """
         output = "norms" not in modules
         return (self._item * (1 + output) * self.shape.hidden_size + self._wide * output) * self._residual_tokens
@@ -265,12 +268,13 @@ class MemoryPlan:
     def _temporaries(self, stage: int) -> int:
         """Bytes of the widest moment of a backward: the widest of three.
 
-        SwiGLU's: in at least four bytes gate and up, sigmoid, SiLU, two gradients, and the two joined, 8 F; the
-        gradient that came, F. A linear's: gradients of gate, up and their product, x gathered twice, and the largest
-        weight's gradient, which lives until it is added to the main gradient. And the loss's.
+        SwiGLU's: the gradient that came, F, those that leave, 2 F, and a product in at least four bytes, F; where that
+        is wider than the type, gate, up and the gradient in it, too, 3 F. A linear's: gradients of gate, up and their
+        product, x gathered twice, and the largest weight's gradient, which lives until it is added to the main
+        gradient. And the loss's.
         """
         shape, ffn = self.shape, self._tokens * self.shape.ffn_size // self.grid.tp
-        swiglu = ffn * (8 * self._wide + self._item)
+        swiglu = ffn * (3 * self._item + self._wide * (4 if self._wide > self._item else 1))
         largest = max(2 * shape.ffn_size, shape.padded_vocab_size) * shape.hidden_size // self.grid.tp
         linear = self._item * (3 * ffn + 2 * self._tokens * shape.hidden_size + largest)
         return max(swiglu, linear, self._loss() if self.stages.has_head(stage) else 0)

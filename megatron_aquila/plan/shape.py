@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 NormOrder = Literal["aquila", "llama"]
-Precision = Literal["bf16", "fp16", "fp32", "fp64"]
+Precision = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: of the linears' products, the rest is bf16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

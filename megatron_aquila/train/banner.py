@@ -76,5 +76,15 @@ def ways_to_save(config: RunConfig) -> str:
         ways.append("turn on --recompute selective, or full")
     elif config.train.recompute == "selective":
         ways.append("use --recompute full")
+    ways += narrower_states(config)
     ways += [f"raise --tp (now {config.parallel.tensor})", f"raise --pp (now {config.parallel.pipeline})"]
     return ", ".join([*ways, "or use more data-parallel ranks: optimizer states are sharded over them"])
+
+
+def narrower_states(config: RunConfig) -> list[str]:
+    """Which settings keep optimizer states in fewer bytes, where these can be."""
+    optim = config.optim
+    if config.train.precision not in ("bf16", "fp8") or optim.optimizer != "adamw":
+        return []
+    now = {"--master-weights remainder": optim.master_weights, "--moments-dtype bf16": optim.moments_dtype}
+    return [f"use {flag}" for flag, value in now.items() if value == "fp32"]

@@ -3,23 +3,29 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
-from megatron_aquila.data.loader import BatchLoader, MicroBatch
-from megatron_aquila.kernels.dispatch import Kernels, choose_kernels
+from megatron_aquila.data.loader import MicroBatch
+from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.ops import Kernels
+from megatron_aquila.kernels.products import NATIVE, Products, fp8_products
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
-from megatron_aquila.optim.buckets import Reduction
+from megatron_aquila.optim.buckets import Reduction, Storage
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.collectives import gather_objects
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.placement import Placement
@@ -36,6 +42,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
+    "fp8": torch.bfloat16,
 }
 
 
@@ -80,24 +87,20 @@ def create_context(config: RunConfig, derived: Derived, device: torch.device) ->
 def build_machine(
     config: RunConfig, derived: Derived, ctx: ParallelContext, *, kernels: Kernels | None = None
 ) -> Machine:
-    """Kernels, stages, optimizer, wire and programs. Local. Weights are allocated, not filled.
+    """Kernels, stages, optimizer, wire and programs. Weights are allocated, not filled.
 
-    ``kernels`` are by default the best that run on the context's device, or those that the settings name.
+    ``kernels`` are by default the best that run on every rank's device, or those that the settings name: chosen with an
+    all-gather over the world, so that replicas round alike. All else is local.
     """
-    dtype = DTYPES[config.train.precision]
     if kernels is None:
-        kernels = choose_kernels(
-            ctx.device,
-            dtype,
-            forced=dict(split_choice(word) for word in config.train.kernels),
-            sizes=kernel_sizes(derived.shape, ctx),
-        )
+        kernels = run_kernels(config, derived.shape, ctx)
     placement = Placement(
         tp=ctx.tp,
         sequence_parallel=config.parallel.sequence,
-        dtype=dtype,
+        dtype=DTYPES[config.train.precision],
         device=ctx.device,
         overlap=config.parallel.overlap,
+        products=run_products(config, ctx),
     )
     stages = build_stages(
         derived.shape,
@@ -115,6 +118,7 @@ def build_machine(
         rule=update_rule(config.optim, kernels),
         bucket_bytes=bucket_bytes(config),
         reduction=reduction(config.parallel),
+        storage=storage(config.optim),
     )
     if config.parallel.fuse_main_grads:
         placement.weight_grads.accumulate_into(optimizer.main_grads())
@@ -136,12 +140,34 @@ def build_machine(
     )
 
 
-def kernel_sizes(shape: ModelShape, ctx: ParallelContext) -> Sizes:
+def run_kernels(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Kernels:
+    """The best kernels that run on every rank, or those that the settings name. All-gathers over the world."""
+    return choose_kernels(
+        ctx.device,
+        DTYPES[config.train.precision],
+        forced=dict(split_choice(word) for word in config.train.kernels),
+        sizes=kernel_sizes(config, shape, ctx),
+        share=lambda mine: gather_objects(mine, ctx.world),
+    )
+
+
+def run_products(config: RunConfig, ctx: ParallelContext) -> Products:
+    """How the blocks' linears multiply. What one rank's device cannot do is refused on all, by two all-gathers."""
+    if config.train.precision != "fp8":
+        return NATIVE
+    return agreed(lambda: fp8_products(ctx.device), ctx.world)
+
+
+def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Sizes:
     """What this rank's kernels are tried at."""
     return Sizes(
         hidden_size=shape.hidden_size,
         ffn_size=shape.ffn_size // ctx.tp.size,
         head_dim=shape.head_dim,
+        num_heads=shape.num_heads // ctx.tp.size,
+        num_kv_heads=shape.num_kv_heads // ctx.tp.size,
+        seq_len=shape.seq_len,
+        has_documents=config.data.reset_attention_mask,
         norm_order=shape.norm_order,
     )
 
@@ -165,6 +191,14 @@ def reduction(parallel: ParallelConfig) -> Reduction:
         dtype=torch.bfloat16 if parallel.grad_reduce == "bf16" else None,
         in_rank_order=parallel.deterministic_reduce,
         overlap=parallel.overlap,
+    )
+
+
+def storage(optim: OptimConfig) -> Storage:
+    """How masters and moments are kept between steps."""
+    return Storage(
+        moments=torch.bfloat16 if optim.moments_dtype == "bf16" else None,
+        has_remainders=optim.master_weights == "remainder",
     )
 
 
@@ -254,20 +288,24 @@ def loss_scaling(config: RunConfig) -> LossScaling:
     )
 
 
-def load_batches(loader: BatchLoader, consumed: int, global_batch: int, device: torch.device) -> list[Batch]:
-    """This rank's microbatches of the global batch that starts at sample ``consumed``, on the device."""
-    return [to_device(micro, device, number) for number, micro in enumerate(loader.fetch(consumed, global_batch))]
+def host_batch(micro: MicroBatch, number: int = 0, *, pinned: bool = False) -> Batch:
+    """A microbatch, the step's ``number``-th, as tensors on the host.
 
+    ``pinned``: in memory that a GPU reads by itself. This copies, and may wait for the driver, so a loader's thread
+    does it.
+    """
 
-def to_device(micro: MicroBatch, device: torch.device, number: int = 0) -> Batch:
-    """A microbatch, the step's ``number``-th, as tensors on ``device``."""
+    def tensor(values: NDArray[Any]) -> Tensor:
+        found = torch.from_numpy(values)
+        return found.pin_memory() if pinned else found
+
     bounds = micro.document_bounds
     return Batch(
-        tokens_BS=torch.from_numpy(micro.tokens_BS).to(device),
-        labels_BS=torch.from_numpy(micro.labels_BS).to(device),
-        loss_mask_BS=torch.from_numpy(micro.loss_mask_BS).to(device),
-        positions_BS=torch.from_numpy(micro.positions_BS).to(device),
-        source_B=torch.from_numpy(micro.source_B).to(device),
-        documents=None if bounds is None else Documents(tuple(bounds.tolist()), torch.from_numpy(bounds).to(device)),
+        tokens_BS=tensor(micro.tokens_BS),
+        labels_BS=tensor(micro.labels_BS),
+        loss_mask_BS=tensor(micro.loss_mask_BS),
+        positions_BS=tensor(micro.positions_BS),
+        source_B=tensor(micro.source_B),
+        documents=None if bounds is None else Documents(tuple(bounds.tolist()), tensor(bounds)),
         microbatch=number,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from megatron_aquila.checkpoint.agree import agreed, together
@@ -21,7 +22,9 @@ from megatron_aquila.data.segments import SegmentedSource
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.verify import check_largest_token
 from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.train.build import host_batch
 from megatron_aquila.train.launcher import Launch
 
 
@@ -84,15 +87,18 @@ class Validation:
     """
 
     name: str | None
-    loader: BatchLoader
+    loader: BatchLoader[Batch]
     num_samples: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """Loaders of this rank. ``valid`` is empty where there is nothing to validate on, or no validation is wanted."""
+    """Loaders of this rank, of batches on the host.
 
-    train: BatchLoader
+    ``valid`` is empty where there is nothing to validate on, or no validation is wanted.
+    """
+
+    train: BatchLoader[Batch]
     valid: tuple[Validation, ...]
     course: str  # what the run reads, in words
     identity: Identity | None  # on rank 0
@@ -274,13 +280,14 @@ def build_corpus(
 
     def loader(
         source: SampleSource, batch_at: Callable[[int], int] | None, num_counted: int | None = None
-    ) -> BatchLoader:
+    ) -> BatchLoader[Batch]:
         return BatchLoader(
             source,
             dp_rank=ctx.dp.rank,
             dp_size=ctx.dp.size,
             micro_batch=config.train.micro_batch,
             vocab_size=derived.shape.vocab_size,
+            prepare=partial(host_batch, pinned=ctx.device.type == "cuda"),
             prefetch=config.data.prefetch,
             batch_at=batch_at,
             documents=documents,

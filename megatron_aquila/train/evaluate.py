@@ -24,12 +24,13 @@ def _validate(machine: Machine, validation: Validation) -> LossMeans:
     """Mean loss over one set of samples, in whole batches of which those beyond the last sample do not count."""
     global_batch, loader = machine.config.train.global_batch, validation.loader
     starts = range(0, validation.num_samples, global_batch)
-    reads = [read_batches(loader, start, global_batch, machine.ctx) for start in starts]
+    reads = [read_batches(loader, start, global_batch) for start in starts]
     batches = [batch for found, _ in reads for batch in found]
     failure = next((failure for _, failure in reads if failure is not None), None)
     counts = agree(machine.ctx, batches, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
     sums = LossSums(loader.source.names, num_tokens=counts.num_tokens, device=machine.ctx.device)
+    batches = [batch.to(machine.ctx.device) for batch in batches]
     machine.engine(sums.loss).evaluate(machine.forward_program(len(batches)), sums.weigh(batches))
     return sums.means(machine.ctx)

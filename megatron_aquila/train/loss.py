@@ -48,12 +48,20 @@ class LossSums:
         return (masked_SB * batch.loss_weight).sum()
 
     def means(self, ctx: ParallelContext) -> LossMeans:
-        """Means over the global batch, equal on every rank. One all-reduce over the world.
+        """Means over the global batch, equal on every rank. Waits for the device. One all-reduce over the world."""
+        return self.means_of(self.total(ctx).tolist())
+
+    def total(self, ctx: ParallelContext) -> Tensor:
+        """What ``means_of`` takes, as a float64 vector on the device. One all-reduce over the world; waits for nothing.
 
         The last pipeline stage has the sums; its tp ranks hold equal ones, of which the first's count.
         """
         counts_here = ctx.tp.rank == 0
-        loss_sums, counts = all_reduce_(self._sums * counts_here, ctx.world).tolist()
+        return all_reduce_(self._sums * counts_here, ctx.world).flatten()
+
+    def means_of(self, total: Sequence[float]) -> LossMeans:
+        """The means, from the values of ``total``. Local."""
+        loss_sums, counts = total[: len(self.source_names)], total[len(self.source_names) :]
         by_source = {
             name: total / count
             for name, total, count in zip(self.source_names, loss_sums, counts, strict=True)

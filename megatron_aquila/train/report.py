@@ -30,9 +30,10 @@ class RankZeroReporter:
 
     def step(self, report: StepReport) -> None:
         """Write the step's row; a step that was not applied is always written."""
-        row = self._meter.row(report)
         if report.step % self._log_interval == 0 or not report.applied:
-            self._writers.write(row)
+            self._writers.write(self._meter.row(report))
+        else:
+            self._meter.pass_over(report)
 
     def validation(self, state: TrainState, means: LossMeans) -> None:
         """Write the validation's row, at the step it followed."""
@@ -66,6 +67,7 @@ def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
         num_devices=machine.ctx.world.size,
         total_samples=config.train.train_samples,
         peak_flops=device_peak(config, machine.ctx.device, log),
+        multiplies_in_fp8=config.train.precision == "fp8",
         gemm_flops=cpu_rate(machine) if machine.ctx.device.type == "cpu" else None,
     )
     writers = agreed(
@@ -87,7 +89,7 @@ def rank_writers(config: RunConfig, log: Log) -> Writers:
         return open_writers(
             log,
             total_samples=config.train.train_samples,
-            log_dir=observe.log_dir if observe.log_dir is not None else config.checkpoint.save,
+            log_dir=log_folder(config),
             tensorboard_dir=observe.tensorboard_dir,
             wandb_project=project,
             wandb_dir=observe.wandb_dir if observe.wandb_dir is not None else Path("wandb"),
@@ -96,6 +98,11 @@ def rank_writers(config: RunConfig, log: Log) -> Writers:
         raise AquilaError(
             f"--log-dir, --save or --tensorboard-dir: {error.filename}: {error.strerror}; name writable folders"
         ) from error
+
+
+def log_folder(config: RunConfig) -> Path | None:
+    """The folder of the run's log and profiles: as set, or that of the checkpoints."""
+    return config.observe.log_dir if config.observe.log_dir is not None else config.checkpoint.save
 
 
 def device_peak(config: RunConfig, device: torch.device, log: Log) -> float | None:

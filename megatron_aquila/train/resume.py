@@ -1,6 +1,6 @@
 """Saving and restoring a run: joins the parameter table, the optimizer's ranges and the training state."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from megatron_aquila.model.init import initialize_
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import Machine, lr_schedule
 from megatron_aquila.train.corpus import Identity
+from megatron_aquila.train.masters import conversions, read_states, read_weights
 from megatron_aquila.train.start import Start
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.traced import reads
 
-OPTIMIZER_KINDS = ("master", "exp_avg", "exp_avg_sq")
+OPTIMIZER_KINDS = ("master", "remainder", "exp_avg", "exp_avg_sq")
 
 
 def save(machine: Machine, state: TrainState, identity: Identity | None) -> Path:
@@ -70,11 +71,12 @@ def tokenizer_files(data: DataConfig) -> dict[str, str | None]:
     return {"tokenizer_type": data.tokenizer_type, **named}
 
 
-def load_weights(machine: Machine, start: Start) -> None:
+def load_weights(machine: Machine, start: Start) -> list[str]:
     """Fill parameters and optimizer from the checkpoint, the Hugging Face folder, or the seed.
 
-    Collective over the world: each file is hashed once, and what fails on one rank fails on all. Raises
-    ``CheckpointError`` where a tensor is missing or of another shape; weights are never left random.
+    Returns what is kept in another way there than here, a line each. Collective over the world: each file is hashed
+    once, and what fails on one rank fails on all. Raises ``CheckpointError`` where a tensor is missing or of another
+    shape; weights are never left random.
     """
     world, init_from_hf = machine.ctx.world, machine.config.checkpoint.init_from_hf
     machine.optimizer.wait_for_weights()  # or what is under way would overwrite what is loaded
@@ -84,24 +86,21 @@ def load_weights(machine: Machine, start: Start) -> None:
         path = start.checkpoint
         reader = agreed(lambda: CheckpointReader(path), world)
         reader.verify_files(world)
-        chunks = [widest(reader, chunk) for info in machine.infos for chunk in param_chunks(info)]
-        agreed(lambda: reader.read_into(chunks, cast=not start.with_optimizer), world)
+        chunks = [chunk for info in machine.infos for chunk in param_chunks(info)]
+        split = start.with_optimizer and machine.config.optim.master_weights == "remainder"
+        cast = not start.with_optimizer
+        agreed(lambda: read_weights(reader, chunks, with_remainders=split, cast=cast), world)
     elif init_from_hf is not None:
         chunks = [chunk for info in machine.infos for chunk in param_chunks(info)]
         agreed(lambda: open_published(init_from_hf, machine.derived.shape).read_into(chunks, cast=True), world)
     else:
         initialize_(machine.infos, seed=machine.config.seed)
     machine.optimizer.refresh_masters()  # also where masters are read next: padded rows are in no file of theirs either
-    if start.with_optimizer:
-        agreed(lambda: reader.read_into(optimizer_chunks(machine)), world)
-        machine.optimizer.applied_steps = start.state.applied_steps
-
-
-def widest(reader: CheckpointReader, chunk: Chunk) -> Chunk:
-    """``chunk``, to be read from the fp32 master where that is there and the stored weight is narrower than wanted."""
-    master, stored = _prefix("master") + chunk.name, reader.tensors.get(chunk.name)
-    narrow = stored is not None and stored.dtype.itemsize < chunk.tensor.dtype.itemsize
-    return replace(chunk, name=master) if narrow and master in reader.tensors else chunk
+    if not start.with_optimizer:
+        return []
+    agreed(lambda: read_states(reader, optimizer_chunks(machine)), world)
+    machine.optimizer.applied_steps = start.state.applied_steps
+    return conversions(reader, machine.config.optim)
 
 
 def open_published(folder: Path, shape: ModelShape) -> HuggingFaceReader:

@@ -34,7 +34,8 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
     if (line := without_manifest(corpus.source_names)) is not None:
         log.line(line)
     log.line(begins(start.state, checkpoint))
-    load_weights(machine, start)
+    for line in load_weights(machine, start):
+        log.line(line)
     try:
         with open_reporter(machine, log) as reporter:
             return train(machine, corpus, start.state, reporter)

@@ -10,7 +10,11 @@ from megatron_aquila.optim.scaler import LossScale
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """Frozen: a step returns the next one.
+    """Frozen: a step returns the next one, in two parts, as the host comes to know them.
+
+    Where the next step begins is known as soon as one is launched: ``moved_on``. Whether it was applied, and what
+    follows from that, is known once the device says so: ``settled``. The two touch no field in common, so that a step
+    may be launched before the one ahead of it is settled; a state is whole when all its steps are.
 
     The position in the data and every random number follow from it: nothing in a run draws from a generator that has a
     state. ``index_segments`` are lengths in samples: the first is that of the index the run was started with, extending
@@ -27,17 +31,21 @@ class TrainState:
     skipped_samples: tuple[tuple[int, int], ...] = ()
     loss_scale: LossScale = field(default_factory=LossScale)
 
-    def advance(self, *, samples: int, tokens: int, applied: bool, loss_scale: LossScale) -> "TrainState":
-        """The state after a step over ``samples`` samples; one that was not applied is remembered as skipped."""
-        stop = self.consumed_samples + samples
-        skipped = () if applied else ((self.consumed_samples, stop),)
+    def moved_on(self, *, samples: int, tokens: int) -> "TrainState":
+        """The state once a step over the next ``samples`` samples is launched."""
         return replace(
             self,
             step=self.step + 1,
-            applied_steps=self.applied_steps + applied,
-            consumed_samples=stop,
+            consumed_samples=self.consumed_samples + samples,
             consumed_tokens=self.consumed_tokens + tokens,
-            skipped_samples=self.skipped_samples + skipped,
+        )
+
+    def settled(self, samples: tuple[int, int], *, applied: bool, loss_scale: LossScale) -> "TrainState":
+        """The state once the step over ``samples``, a half-open range, is known; one not applied is remembered."""
+        return replace(
+            self,
+            applied_steps=self.applied_steps + applied,
+            skipped_samples=self.skipped_samples + (() if applied else (samples,)),
             loss_scale=loss_scale,
         )
 

@@ -1,80 +1,116 @@
 """One optimizer step: the top of the machine."""
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.profiler import record_function
 
 from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.errors import AquilaError, DataError
+from megatron_aquila.observe.profile import OPTIMIZER
 from megatron_aquila.observe.report import StepReport
+from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import all_reduce_
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.train.build import Machine, load_batches
+from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.env import memory_bytes
 from megatron_aquila.train.loss import LossSums
+from megatron_aquila.train.readback import Moment, Readback
 from megatron_aquila.train.state import TrainState
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """The state after a step, its row of the log, and whether any rank had asked to stop before it."""
+    """What became of a step, once the device has told: the state after it, and its row of the log."""
 
     state: TrainState
     report: StepReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A step that was launched: the device may still be at work on it.
+
+    ``state`` is the one after it but for what only the device knows, ``stop_requested`` whether any rank had asked to
+    stop before it. ``figures``: the loss sums, the gradient norm, and whether that is finite.
+    """
+
+    state: TrainState
     stop_requested: bool
+    samples: tuple[int, int]
+    began: Moment
+    figures: Readback
+    sums: LossSums
+    report: Callable[..., StepReport]  # what is known of it, but for the figures
+
+    def outcome(self, state: TrainState, scaling: LossScaling) -> StepOutcome:
+        """Settle the step in ``state``, which may be a later one's. Waits until the figures are here. Local."""
+        *total, norm, is_finite = self.figures.read()
+        applied, means = is_finite != 0, self.sums.means_of(total)
+        report = self.report(
+            loss=means.loss,
+            source_loss=means.by_source,
+            grad_norm=norm,
+            applied=applied,
+            seconds=self.figures.sent.seconds_since(self.began),
+        )
+        loss_scale = scaling.after(state.loss_scale, found_inf=not applied)
+        return StepOutcome(state.settled(self.samples, applied=applied, loss_scale=loss_scale), report)
 
 
-def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requested: bool) -> StepOutcome:
+def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requested: bool) -> Step:
     """Read, forward, backward, reduce, clip, update: one global batch. Communicates over every group.
 
-    The learning rate is that of the samples consumed before the step, as in Megatron-LM. A step whose gradient norm is
-    not finite is not applied; its samples count as consumed and it does not count for Adam's bias correction. In fp16
-    it may lower the loss scale.
+    Waits for the loader and for what the hosts agree on, never for the device. The learning rate is that of the samples
+    consumed before the step, as in Megatron-LM. A step whose gradient norm is not finite is not applied; its samples
+    count as consumed and it does not count for Adam's bias correction. In fp16 it may lower the loss scale.
     """
-    started = time.perf_counter()
     ctx, derived, scale = machine.ctx, machine.derived, state.loss_scale.scale
+    began, reading = Moment(ctx.device), time.perf_counter()
     global_batch, _ = derived.batch_at(state.consumed_samples)
-    batches, failure = read_batches(corpus.train, state.consumed_samples, global_batch, ctx)
-    data_seconds = time.perf_counter() - started
+    batches, failure = read_batches(corpus.train, state.consumed_samples, global_batch)
+    data_seconds = time.perf_counter() - reading
 
     counts = agree(ctx, batches, stop_requested=stop_requested, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
     sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
-    compute_gradients(machine, batches, sums)
-    grad_norm = machine.optimizer.clip_(machine.config.optim.clip_grad, loss_scale=scale)
-    lr = machine.lr.at(state.consumed_samples)
-    applied = math.isfinite(grad_norm)
-    if applied:
-        machine.optimizer.step(lr)
+    compute_gradients(machine, [batch.to(ctx.device) for batch in batches], sums)
+    total, lr = sums.total(ctx), machine.lr.at(state.consumed_samples)
+    with record_function(OPTIMIZER):
+        clip = machine.optimizer.clip(machine.config.optim.clip_grad, loss_scale=scale)
+        machine.optimizer.step(lr, clip)
 
-    means = sums.means(ctx)
+    figures = Readback(torch.cat([total, torch.stack([clip.norm, clip.is_finite.to(clip.norm.dtype)])]))
     computed_tokens = global_batch * derived.shape.seq_len
-    loss_scale = machine.scaling.after(state.loss_scale, found_inf=not applied)
-    state = state.advance(samples=global_batch, tokens=computed_tokens, applied=applied, loss_scale=loss_scale)
-    report = StepReport(
-        step=state.step,
-        consumed_samples=state.consumed_samples,
+    after = state.moved_on(samples=global_batch, tokens=computed_tokens)
+    report = partial(
+        StepReport,
+        step=after.step,
+        consumed_samples=after.consumed_samples,
         global_batch=global_batch,
         num_tokens=counts.num_tokens,
         computed_tokens=computed_tokens,
-        loss=means.loss,
-        grad_norm=grad_norm,
         lr=lr,
         attention_share=counts.attended / (computed_tokens * derived.shape.seq_len),
         loss_scale=scale,
-        applied=applied,
-        seconds=time.perf_counter() - started,
         data_seconds=data_seconds,
         memory_bytes=memory_bytes(ctx.device),
-        source_loss=means.by_source,
     )
-    return StepOutcome(state, report, counts.stop_requested)
+    return Step(
+        state=after,
+        stop_requested=counts.stop_requested,
+        samples=(state.consumed_samples, after.consumed_samples),
+        began=began,
+        figures=figures,
+        sums=sums,
+        report=report,
+    )
 
 
 def compute_gradients(machine: Machine, batches: Sequence[Batch], sums: LossSums) -> None:
@@ -84,12 +120,10 @@ def compute_gradients(machine: Machine, batches: Sequence[Batch], sums: LossSums
     machine.optimizer.reduce_gradients()
 
 
-def read_batches(
-    loader: BatchLoader, consumed: int, global_batch: int, ctx: ParallelContext
-) -> tuple[list[Batch], DataError | None]:
+def read_batches(loader: BatchLoader[Batch], consumed: int, global_batch: int) -> tuple[list[Batch], DataError | None]:
     """This rank's microbatches, or none and why: a rank must not leave while the others go on into a collective."""
     try:
-        return load_batches(loader, consumed, global_batch, ctx.device), None
+        return loader.fetch(consumed, global_batch), None
     except DataError as error:
         return [], error
 
@@ -114,18 +148,20 @@ class Agreement:
 def agree(
     ctx: ParallelContext, batches: Sequence[Batch], *, stop_requested: bool = False, failed: bool = False
 ) -> Agreement:
-    """Count the labels of the global batch; ask whether any rank wants to stop or has failed. One all-reduce over all.
+    """Count the labels of the global batch; ask whether any rank wants to stop or has failed.
 
-    The ranks of a tp or pp group hold the same microbatches: only the first of each counts them.
+    ``batches`` are on the host, and so is what the ranks say: one all-reduce over all of them that waits for no GPU,
+    which may still be at work on the step before. The ranks of a tp or pp group hold the same microbatches: only the
+    first of each counts them.
     """
     counts_here = ctx.tp.rank == 0 and ctx.pp.rank == 0
-    counts = torch.zeros(4, dtype=torch.float64, device=ctx.device)
+    counts = torch.zeros(4, dtype=torch.float64)
     if counts_here:
         for batch in batches:
             counts[0] += batch.loss_mask_BS.sum(dtype=torch.float64)
             counts[1] += attended(batch)
     counts[2:] = torch.tensor([stop_requested, failed])
-    num_tokens, pairs, stops, failures = all_reduce_(counts, ctx.world).tolist()
+    num_tokens, pairs, stops, failures = all_reduce_(counts, ctx.host_world).tolist()
     return Agreement(num_tokens=round(num_tokens), attended=round(pairs), stop_requested=stops > 0, failed=failures > 0)
 
 

@@ -4,7 +4,8 @@ import itertools
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Protocol
 
@@ -17,9 +18,10 @@ from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.evaluate import evaluate
 from megatron_aquila.train.loss import LossMeans
+from megatron_aquila.train.profile import StepProfiler
 from megatron_aquila.train.resume import prune_old, save
 from megatron_aquila.train.state import TrainState
-from megatron_aquila.train.step import train_step
+from megatron_aquila.train.step import Step, train_step
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -62,33 +64,82 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+class Steps:
+    """Takes steps, and tells of each once its figures are here.
+
+    On a GPU that is one step late, so that the device has work while the host reads, writes the log and prepares the
+    next step; a CPU has the figures at once. A dynamic loss scale has to wait for them: the next step's loss is
+    multiplied with what follows from this one. On which device the run is decides, never which figures happen to be
+    here, so that all ranks tell of a step, and find a run that is lost, at the same place. Nothing is communicated.
+    """
+
+    def __init__(self, machine: Machine, corpus: Corpus, reporter: Reporter) -> None:
+        self._machine, self._corpus, self._reporter = machine, corpus, reporter
+        self._runs_ahead = runs_ahead(machine)
+        self._under_way: Step | None = None
+
+    def take(self, state: TrainState, *, stop_requested: bool) -> Step:
+        """Launch the step after ``state`` and settle the one before it; go on from its ``state``. Collective."""
+        try:
+            step = train_step(self._machine, self._corpus, state, stop_requested=stop_requested)
+        except AquilaError:  # raised on every rank, before the step began
+            self.settle(state)
+            raise
+        state = self.settle(step.state)
+        self._under_way = step
+        return replace(step, state=state if self._runs_ahead else self.settle(state))
+
+    def settle(self, state: TrainState) -> TrainState:
+        """``state`` with all steps settled and told of. Waits for the step under way, if there is one.
+
+        Raises ``AquilaError`` where the run is lost.
+        """
+        step, self._under_way = self._under_way, None
+        if step is None:
+            return state
+        outcome = step.outcome(state, self._machine.scaling)
+        self._reporter.step(outcome.report)
+        check_progress(outcome.state, outcome.report, self._machine.scaling)
+        return outcome.state
+
+
+def runs_ahead(machine: Machine) -> bool:
+    """Whether the next step may be launched before it is known what became of this one."""
+    return machine.ctx.device.type == "cuda" and machine.scaling.is_constant
+
+
 def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter) -> TrainState:
     """Run from ``state`` to the end of the run, or until asked to stop. Collective; returns the last state.
 
     Stopping is agreed at the beginning of a step, takes effect after it, and saves.
     """
     config = machine.config
-    started = time.monotonic()
-    last_saved = state.step
-    with stop_on_signals() as request:
+    started, last_saved = time.monotonic(), state.step
+    profiler = StepProfiler(config, machine.ctx.rank, machine.ctx.device)
+    steps = Steps(machine, corpus, reporter)
+    with stop_on_signals() as request, closing(profiler):
         why = end_of_run(config, state)
         while why is None:
             late = config.train.exit_minutes is not None and time.monotonic() - started > 60 * config.train.exit_minutes
-            outcome = train_step(machine, corpus, state, stop_requested=late or request.signal_name is not None)
-            state = outcome.state
-            reporter.step(outcome.report)
-            check_progress(state, outcome.report, machine.scaling)
-            if is_due(state.step, config.train.check_replicas, last=False):
+            profiler.before(state.step + 1)
+            step = steps.take(state, stop_requested=late or request.signal_name is not None)
+            state = step.state
+            why = end_of_run(config, state)
+            if why is None and step.stop_requested:
+                why = stop_reason(request, late=late)
+            last = why is not None
+            checks = is_due(state.step, config.train.check_replicas, last=False)
+            validates = bool(corpus.valid) and is_due(state.step, config.train.eval_interval, last=last)
+            saves = config.checkpoint.save is not None and is_due(state.step, save_interval(config, state), last=last)
+            if last or checks or validates or saves:
+                state = steps.settle(state)
+            reporter.note(profiler.after(state.step, last=last))
+            if checks:
                 machine.optimizer.wait_for_weights()
                 check_replicated(machine.infos, machine.ctx)
-            why = end_of_run(config, state)
-            if why is None and outcome.stop_requested:
-                why = stop_reason(request, late=late)
-            if corpus.valid and is_due(state.step, config.train.eval_interval, last=why is not None):
+            if validates:
                 reporter.validation(state, evaluate(machine, corpus))
-            if config.checkpoint.save is not None and is_due(
-                state.step, save_interval(config, state), last=why is not None
-            ):
+            if saves:
                 reporter.note(f"saved {save(machine, state, corpus.identity)}")
                 reporter.note(prune_old(machine))
                 last_saved = state.step
@@ -139,7 +190,7 @@ def check_progress(state: TrainState, report: StepReport, scaling: LossScaling) 
     in_a_row = all(before[1] == after[0] for before, after in itertools.pairwise(recent))
     if in_a_row:
         error = AquilaError(
-            f"step {state.step}: the gradient norm was not finite for {MAX_SKIPPED_IN_A_ROW} steps, samples "
+            f"step {report.step}: the gradient norm was not finite for {MAX_SKIPPED_IN_A_ROW} steps, samples "
             f"{recent[0][0]} to {recent[-1][1]}; resume from an earlier checkpoint with a lower --lr"
         )
         error.is_shared = True

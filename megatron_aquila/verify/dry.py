@@ -176,9 +176,9 @@ def dry_batch(shape: ModelShape, micro_batch: int) -> Batch:
 
 def dry_step(machine: Machine, batches: Sequence[Batch], source_names: Sequence[str] = ("data",)) -> None:
     """One step as ``train.step.train_step`` takes it, without a loader. Communicates over every group."""
-    counts = agree(machine.ctx, batches)
-    sums = LossSums(source_names, num_tokens=counts.num_tokens, device=machine.ctx.device)
+    agree(machine.ctx, [])  # the call alone: in a fake world only this rank would count
+    num_tokens = sum(batch.loss_mask_BS.numel() for batch in batches)
+    sums = LossSums(source_names, num_tokens=num_tokens, device=machine.ctx.device)
     compute_gradients(machine, batches, sums)
-    machine.optimizer.clip_(machine.config.optim.clip_grad)
-    machine.optimizer.step(machine.config.optim.lr)
-    sums.means(machine.ctx)
+    machine.optimizer.step(machine.config.optim.lr, machine.optimizer.clip(machine.config.optim.clip_grad))
+    sums.total(machine.ctx)

@@ -138,8 +138,8 @@ def _observe_rule(config: RunConfig) -> RankObservation:
     with recording(machine) as outputs:
         compute_gradients(machine, batches, first)
     gradients = gradient_chunks(machine, scale=scale)
-    norm = optimizer.clip_(config.optim.clip_grad, loss_scale=scale)
-    optimizer.step(config.optim.lr)
+    clip = optimizer.clip(config.optim.clip_grad, loss_scale=scale)
+    optimizer.step(config.optim.lr, clip)
     if rule == "sgd":
         compute_gradients(machine, batches, second)
     else:
@@ -150,7 +150,7 @@ def _observe_rule(config: RunConfig) -> RankObservation:
         outputs=outputs,
         loss=first.means(ctx).loss,
         gradients=gradients,
-        grad_norm=norm,
+        grad_norm=clip.norm.item(),
         updated={rule: updated},
         next_loss={rule: second.means(ctx).loss},
         next_gradients=gradient_chunks(machine, scale=scale) if rule == "sgd" else [],

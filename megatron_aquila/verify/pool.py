@@ -1,5 +1,6 @@
 """Gloo workers that stay up: a proof that needs 4 processes costs milliseconds, not the seconds of starting them."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -55,6 +56,7 @@ def _work(rank: int, world: int, connection: Connection, store_path: str) -> Non
     dist.init_process_group(
         "gloo", init_method=f"file://{store_path}", rank=rank, world_size=world, timeout=GROUP_TIMEOUT
     )
+    gc.freeze()  # what was imported stays: collecting between calls is quick
     while True:
         try:
             request = connection.recv_bytes()
@@ -72,11 +74,17 @@ def _work(rank: int, world: int, connection: Connection, store_path: str) -> Non
 
 
 def _leave_groups() -> None:
-    """End the groups that the last call made. Each has a thread of gloo's that wakes up a hundred times a second."""
+    """End the groups that the last call made. Each has a thread of gloo's that wakes up a hundred times a second.
+
+    It ends when nothing refers to the group any more, a machine that is a cycle of references included.
+    """
     dist.barrier()  # a rank that left early would close a connection that another still reads
-    for group in list(_world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    groups = [group for group in _world.pg_map if group is not dist.group.WORLD]
+    for group in groups:
+        dist.destroy_process_group(group)
+    if groups:
+        del groups, group
+        gc.collect()
 
 
 class WorkerPool:

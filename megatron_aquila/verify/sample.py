@@ -8,7 +8,7 @@ from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import microbatch
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.plan.shape import ModelShape
-from megatron_aquila.train.build import to_device
+from megatron_aquila.train.build import host_batch
 from megatron_aquila.verify.shrink import EOD
 
 
@@ -28,7 +28,7 @@ def sample_batch(shape: ModelShape, samples: range, *, seed: int, documents: Doc
         rows.append(row)
     source_B = torch.tensor([sample % 2 for sample in samples])
     micro = microbatch(torch.stack(rows).numpy(), source_B.numpy(), documents)
-    batch = to_device(micro, torch.device("cpu"))
+    batch = host_batch(micro)
     position = torch.arange(shape.seq_len).expand(len(samples), -1)
     masked = torch.tensor([(3 * sample) % (shape.seq_len // 2) for sample in samples])[:, None]
     return replace(batch, loss_mask_BS=batch.loss_mask_BS * (position >= masked))

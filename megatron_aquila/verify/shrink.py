@@ -47,7 +47,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             config.parallel, stage_layers=stage_layers, pipeline_layout=None, chunks=num_chunks(config.parallel)
         ),
         data=replace(config.data, eod_token_id=EOD),
-        optim=replace(config.optim, lr_warmup_samples=0),
+        optim=replace(config.optim, lr_warmup_samples=0, moments_dtype="fp32", master_weights="fp32"),
         train=replace(
             config.train,
             precision="fp64",

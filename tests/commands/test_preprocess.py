@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +36,7 @@ def test_megatrons_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert [dataset[i].tolist()[-1] for i in range(len(dataset))] == [264, 264]
     assert dataset.document_indices.tolist() == [0, 1, 1, 2]
     progress, summary, wrote = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"3 documents, 0\.0 M tokens, 0\.0 MB \([\d.]+ MB/s\)", progress)
+    assert re.fullmatch(r"3 documents, 0\.0 M tokens, 0\.0 MB \([\d.]+ MB/s(, [\d:]+ left)?\)", progress)
     assert re.fullmatch(r"3 documents, .* in [\d.]+ s", summary)
     assert wrote == f"wrote {tmp_path}/out_text_document.bin/.idx/.manifest.json (uint16)"
 
@@ -46,12 +44,13 @@ def test_megatrons_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_bad_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*flags(folder, "a.jsonl", "b.jsonl"), "--output-prefix", str(tmp_path / "out")]
     assert preprocess.main(arguments) == 2
-    assert re.search(r"^error: .*b.jsonl:2: 'text' is not a string but a int; mend", capsys.readouterr().err)
-    assert list(tmp_path.iterdir()) == []
+    assert re.search(r"\nerror: .*b.jsonl:2: 'text' is not a string but a int; mend", capsys.readouterr().err)
+    assert not list(tmp_path.glob("out_*"))
     assert preprocess.main([*arguments, "--on-bad-line", "skip"]) == 0
-    printed = capsys.readouterr()
-    assert re.search(r"5 documents, .*; 1 bad lines skipped", printed.out)
-    assert re.search(r"skipped .*b.jsonl:2: 'text' is not", printed.err)
+    report = tmp_path / "out.bad.jsonl"
+    assert re.search(rf"5 documents, .*; 1 bad lines skipped, named in {report}", capsys.readouterr().out)
+    (bad,) = map(json.loads, report.read_text().splitlines())
+    assert (bad["file"], bad["line"]) == (str(folder / "b.jsonl"), 2)
 
 
 def test_settings_are_refused_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,17 +73,21 @@ def test_an_interval_of_nothing_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_a_dead_process_are_removed(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
-        dead.wait()
-    names = [f"out_text_document.{end}.{dead.pid}.tmp" for end in ("bin", "idx")]
-    for name in names:
-        (tmp_path / name).write_text("")
-    assert preprocess.main([*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out")]) == 0
-    assert f"removed what a dead process left: {', '.join(names)}\n" in capsys.readouterr().err
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".bin", ".idx", ".json"]
+@pytest.mark.parametrize("shard", ["1", "a/b", "-1/2", "3/3"])
+def test_a_shard_that_is_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shard: str) -> None:
+    arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--shard", shard]
+    assert preprocess.main(arguments) == 2
+    assert f"--shard {shard}: " in capsys.readouterr().err
+
+
+def test_shards_and_fields(folder: Path, tmp_path: Path) -> None:
+    arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--shard", "0/1"]
+    assert preprocess.main([*arguments, "--text-template", "{text}{text}", "--keep-meta", "text"]) == 0
+    dataset = IndexedDataset(tmp_path / "out_shard00000of00001_text_document")
+    assert len(dataset[0]) == len("oneone") + 1
+    assert (
+        tmp_path / "out_shard00000of00001.meta.jsonl"
+    ).read_text() == '{"text": "one"}\n{"text": ""}\n{"text": "二"}\n'
 
 
 def test_help_says_what_a_bad_line_is(capsys: pytest.CaptureFixture[str]) -> None:

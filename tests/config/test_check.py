@@ -11,6 +11,7 @@ from megatron_aquila.config.schema import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
+    ObserveConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
@@ -25,6 +26,7 @@ SECTIONS = {
     "optim": OptimConfig,
     "train": TrainConfig,
     "checkpoint": CheckpointConfig,
+    "observe": ObserveConfig,
 }
 
 
@@ -121,12 +123,33 @@ CASES = [
      "--lr-wsd-decay-samples 90: after the warm-up only 80 samples are left; use 80 or less"),
     (None, {"precision": "fp64", "device": "cuda"}, "--precision fp64: fp64 is for proofs on the CPU; attention on "
      "CUDA has no fp64; use bf16 or fp32, or --device cpu"),
+    (None, {"precision": "fp8", "hidden_size": 72, "num_heads": 4, "num_kv_heads": 1, "seq_len": 8, "micro_batch": 1},
+     "--precision fp8: hidden_size 72, num_heads x head_dim / tp 72, num_kv_heads x head_dim / tp 18 and micro_batch x "
+     "seq_len 8 are no multiples of 16; change the sizes, or use bf16"),
+    (None, {"moments_dtype": "bf16", "precision": "fp32"}, "--moments-dtype bf16: fp32 has no use for it: only bf16 "
+     "weights are as narrow; use fp32, or --precision bf16"),
+    (None, {"master_weights": "remainder", "precision": "fp16"}, "--master-weights remainder: fp16 has no use for it: "
+     "only bf16 weights are as narrow; use fp32, or --precision bf16"),
+    (None, {"master_weights": "remainder", "optimizer": "sgd"}, "--master-weights remainder: sgd is for proofs and "
+     "keeps nothing narrow; use --optimizer adamw"),
+    (None, {"moments_dtype": "bf16", "beta2": 0.999}, "--moments-dtype bf16: with --beta2 0.999 a moment could not "
+     "shrink: a step's 0.001 of it is rounded away; use fp32, or --beta2 0.99 or less"),
     (None, {"grad_reduce": "bf16", "precision": "fp64"}, "--grad-reduce bf16: it would round the gradients of fp64 "
      "weights to 8 bits; use fp32, or --precision bf16"),
     (None, {"loss_scale": 8.0}, "--loss-scale 8.0: bf16 needs no loss scale; leave it out"),
     (None, {"precision": "fp16", "initial_loss_scale": 0.5}, "--initial-loss-scale 0.5: is below min_loss_scale 1.0; "
      "use 1.0 or more"),
     (None, {"load": "a", "init_from_hf": "b"}, "--init-from-hf b: --load brings weights of its own; give one of them"),
+    (None, {"profile_steps": "12", "save": "a"}, "--profile-steps 12: is no range FIRST-LAST; use e.g. 11-12"),
+    (None, {"profile_steps": "12-11", "save": "a"}, "--profile-steps 12-11: no step is in this range, and the first "
+     "step is 1; use e.g. 11-12"),
+    (None, {"profile_steps": "0-1", "log_dir": "a"}, "--profile-steps 0-1: no step is in this range, and the first "
+     "step is 1; use e.g. 11-12"),
+    (None, {"profile_steps": "13-16", "save": "a", "train_samples": 100, "global_batch": 8, "rampup_batch": (4, 4, 8)},
+     "--profile-steps 13-16: the run has 14 steps; use 11-14"),
+    (None, {"profile_steps": "1-1"}, "--profile-steps 1-1: there is no folder for the trace; give --log-dir or --save"),
+    (2, {"profile_steps": "1-1", "save": "a", "global_batch": 2, "profile_ranks": (0, 2)}, "--profile-ranks 0 2: the "
+     "world has 2 ranks, the first is 0; leave out 2"),
 ]  # fmt: skip
 
 

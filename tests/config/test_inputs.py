@@ -180,9 +180,9 @@ def test_continuations_are_presets():
 
 
 def test_they_come_with_all_other_problems():
-    found = flaws("--tp 3 --split x --no-load-optim --fp8-hybrid", to_train=True)
+    found = flaws("--tp 3 --split x --no-load-optim --mup", to_train=True)
     assert [line.split(":")[0].split()[0] for line in found] == [
-        "--fp8-hybrid",
+        "--mup",
         "--tp",
         "--split",
         "--no-load-optim",

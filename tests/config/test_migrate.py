@@ -148,8 +148,8 @@ def test_what_gradients_travel_in_may_be_said_as_megatron_does():
 
 
 def test_a_refusal_in_a_list_is_independent_of_the_settings():
-    parsed = parse(["--fp8-hybrid", "--mup", "apply"])
-    assert [problem.flag for problem in migration_problems(parsed.foreign, RunConfig())] == ["--fp8-hybrid", "--mup"]
+    parsed = parse(["--fp8-e4m3", "--mup", "apply"])
+    assert [problem.flag for problem in migration_problems(parsed.foreign, RunConfig())] == ["--fp8-e4m3", "--mup"]
     with pytest.raises(ConfigError, match="muP is not offered"):
         resolve(parsed)
 

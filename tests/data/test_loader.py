@@ -1,6 +1,8 @@
 """The order of samples is Megatron-LM's under any dp, depends on nothing but the position, and survives a resume."""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +34,12 @@ class Counting:
         return f"{self.length} from {self.offset}"
 
 
-def loader(source: Counting, dp_rank: int = 0, **settings: object) -> BatchLoader:
-    given = {"dp_size": 1, "micro_batch": 1, "vocab_size": 1000} | settings
+def as_read(batch: MicroBatch, number: int) -> MicroBatch:
+    return batch
+
+
+def loader(source: Counting, dp_rank: int = 0, **settings: object) -> BatchLoader[Any]:
+    given = {"dp_size": 1, "micro_batch": 1, "vocab_size": 1000, "prepare": as_read} | settings
     return BatchLoader(source, dp_rank=dp_rank, **given)  # type: ignore[arg-type]
 
 
@@ -89,6 +95,21 @@ def test_reading_ahead_changes_nothing() -> None:
     assert source.reads == list(range(14)), "each sample once, none beyond the last whole step"
 
 
+def test_the_reading_thread_makes_a_step_s_microbatches_ready() -> None:
+    made: list[tuple[str, int]] = []
+
+    def prepare(batch: MicroBatch, number: int) -> str:
+        made.append((threading.current_thread().name, number))
+        return f"{batch.tokens_BS[0, 0]} is number {number}"
+
+    ahead = loader(Counting(20), batch_at=lambda _: 2, prefetch=1, prepare=prepare)
+    assert ahead.fetch(0, 2) == ["0 is number 0", "1 is number 1"]
+    assert ahead.fetch(2, 2) == ["2 is number 0", "3 is number 1"]
+    ahead.close()
+    assert all(name.startswith("data") for name, _ in made[2:]), "the step itself would have to wait for it"
+    assert [number for _, number in made[2:4]] == [0, 1]
+
+
 def test_a_jump_is_read_afresh() -> None:
     ahead = loader(Counting(20), batch_at=lambda _: 2, prefetch=2)
     assert numbers(ahead.fetch(0, 2)) == [[0], [1]]
@@ -126,7 +147,7 @@ def test_a_last_batch_is_filled_up_with_samples_that_do_not_count() -> None:
 def test_real_samples_through_the_loader(megatron_fixtures: Path, tmp_path: Path) -> None:
     source = build_case(megatron_fixtures, load_case(megatron_fixtures, "blend_weighted"), tmp_path).train
     assert source is not None
-    (first, second) = BatchLoader(source, dp_rank=1, dp_size=2, micro_batch=2, vocab_size=160_000).fetch(8, 8)
+    first, second = loader(source, dp_rank=1, dp_size=2, micro_batch=2, vocab_size=160_000).fetch(8, 8)
     assert first.tokens_BS.tolist() == [source[10].tokens[:-1].tolist(), source[11].tokens[:-1].tolist()]
     assert second.labels_BS.tolist() == [source[14].tokens[1:].tolist(), source[15].tokens[1:].tolist()]
     assert second.source_B.tolist() == [source[14].source, source[15].source]

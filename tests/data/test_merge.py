@@ -91,3 +91,17 @@ def test_what_cannot_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not list(tmp_path.glob("*.tmp"))
     merge([a, a], out, overwrite=True)
     assert len(IndexedDataset(out)) == 2
+
+
+@pytest.mark.parametrize("end", ["bin", "idx"])
+def test_damage_is_not_given_a_manifest_that_vouches_for_it(tmp_path: Path, end: str) -> None:
+    a, b, out = write(tmp_path / "a", 1, 2, modes=True), write(tmp_path / "b", 3, 4, modes=True), str(tmp_path / "out")
+    path = Path(f"{b}.{end}")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # a token, or a mode: both can be opened
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"b.{end}: its SHA-256 is .* bytes were changed since it was written"):
+        merge([a, b], out)
+    assert not list(tmp_path.glob("out*"))
+    Path(f"{b}.manifest.json").unlink()
+    merge([a, b], out)

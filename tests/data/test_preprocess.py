@@ -1,10 +1,16 @@
-"""Megatron-LM's own output byte for byte, whatever the number of workers; and nothing half-written on any error."""
+"""Megatron-LM's own output byte for byte, however the work is cut, stopped and shared; nothing half-written."""
 
+import datetime
+import hashlib
 import json
+import multiprocessing
 import os
+import random
 import resource
 import signal
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +18,30 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_aquila.data import preprocess as module
+from megatron_aquila.data.encoders import Encoded, ReferenceEncoder
 from megatron_aquila.data.indexed import IndexedDataset
-from megatron_aquila.data.jsonl import LineBlock
-from megatron_aquila.data.manifest import SourceFile, manifest_path, read_manifest
-from megatron_aquila.data.preprocess import NAMED, EncodedBlock, Encoder, Progress, preprocess
-from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
+from megatron_aquila.data.manifest import read_manifest
+from megatron_aquila.data.preprocess import Done, PreprocessSettings, Progress, document_prefixes, preprocess
+from megatron_aquila.data.records import ReadOptions, parse_template
+from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, DataError
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer(tokenizer_files: dict[str, Path]) -> Tokenizer:
     return load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tokenizer_files["tokenizer_model"])
+
+
+@pytest.fixture(scope="module")
+def texts(megatron_fixtures: Path) -> list[str]:
+    found: list[str] = json.loads((megatron_fixtures / "tool_input_docs.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 1 << 14)
 
 
 def write_jsonl(path: Path, texts: Sequence[object], key: str = "text") -> Path:
@@ -30,118 +49,198 @@ def write_jsonl(path: Path, texts: Sequence[object], key: str = "text") -> Path:
     return path
 
 
-def run(inputs: Sequence[Path], prefix: Path, tokenizer: Tokenizer, **settings: Any) -> Progress:
-    arguments: dict[str, Any] = {
-        "keys": ["text"],
-        "append_eod": False,
-        "workers": 1,
-        "skip_bad_lines": False,
-        "report": lambda _: None,
-    }
-    return preprocess(inputs, str(prefix), tokenizer=tokenizer, **(arguments | settings))
+def silent(_: object) -> None:
+    pass
 
 
+def run(
+    inputs: Sequence[Path],
+    prefix: Path,
+    tokenizer: Tokenizer,
+    *,
+    report: Callable[[Progress], None] = silent,
+    say: Callable[[str], None] = silent,
+    **settings: Any,
+) -> Done:
+    made = PreprocessSettings(inputs=tuple(map(str, inputs)), output_prefix=str(prefix), **settings)
+    return preprocess(made, tokenizer, report=report, say=say)
+
+
+def files(prefix: Path, key: str = "text") -> tuple[bytes, bytes]:
+    path = Path(f"{prefix}_{key}_document")
+    return path.with_name(f"{path.name}.bin").read_bytes(), path.with_name(f"{path.name}.idx").read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["gigatoken", "tokenizers"])
 @pytest.mark.parametrize(("name", "append_eod"), [("tool_u16_noeod", False), ("tool_u16", True)])
 def test_megatrons_output_byte_for_byte(
-    megatron_fixtures: Path, tmp_path: Path, tokenizer: Tokenizer, name: str, append_eod: bool
+    megatron_fixtures: Path,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    name: str,
+    append_eod: bool,
+    backend: str,
 ) -> None:
-    texts = json.loads((megatron_fixtures / "tool_input_docs.json").read_text(encoding="utf-8"))
+    if backend == "gigatoken":
+        pytest.importorskip("gigatoken")
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     allowed = replace(tokenizer, allow_special_tokens=True)
-    done = run([source], tmp_path / "out", allowed, append_eod=append_eod)
-    for end in ("bin", "idx"):
-        ours = (tmp_path / f"out_text_document.{end}").read_bytes()
-        assert ours == (megatron_fixtures / f"{name}.{end}").read_bytes()
-    assert (done.documents, done.num_bytes) == (135, source.stat().st_size)
+    done = run([source], tmp_path / "out", allowed, append_eod=append_eod, backend=backend)
+    theirs = tuple((megatron_fixtures / f"{name}.{end}").read_bytes() for end in ("bin", "idx"))
+    assert files(tmp_path / "out") == theirs
+    counts = done.progress.counts
+    assert (counts.documents, counts.num_bytes) == (135, source.stat().st_size)
     # By default a document cannot end itself.
-    run([source], tmp_path / "safe", tokenizer, append_eod=append_eod)
+    run([source], tmp_path / "safe", tokenizer, append_eod=append_eod, backend=backend)
     assert any("<|endoftext|>" in text for text in texts)
     ends = np.count_nonzero(IndexedDataset(tmp_path / "safe_text_document").tokens == 0)
     assert ends == (134 if append_eod else 0)
     assert np.count_nonzero(IndexedDataset(tmp_path / "out_text_document").tokens == 0) > ends
 
 
-def test_workers_do_not_change_the_output(
-    megatron_fixtures: Path, tmp_path: Path, tokenizer_files: dict[str, Path]
+def test_neither_workers_nor_cuts_nor_backends_change_the_output(
+    tmp_path: Path, tokenizer_files: dict[str, Path], texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = json.loads((megatron_fixtures / "tool_input_docs.json").read_text(encoding="utf-8"))
-    sources = [write_jsonl(tmp_path / "a.jsonl", texts * 25), write_jsonl(tmp_path / "b.jsonl", texts[::-1])]
+    sources = [write_jsonl(tmp_path / "a.jsonl", texts * 8), write_jsonl(tmp_path / "b.jsonl", texts[::-1])]
     aquila = load_tokenizer("AquilaTokenizer", **tokenizer_files, allow_special_tokens=True)
-    reports: list[tuple[str, int]] = []
-    for workers in (1, 2):
+    made = set()
+    for workers, piece, backend in ((1, 1 << 20, "tokenizers"), (2, 1 << 15, "auto"), (3, 999, "auto")):
+        monkeypatch.setattr(module, "SMALLEST_PIECE", piece)
+        seen: list[int] = []
         done = run(
             sources,
-            tmp_path / f"out{workers}",
+            tmp_path / "out",
             aquila,
             workers=workers,
+            backend=backend,
             append_eod=True,
-            report=lambda progress: reports.append((progress.path.name, progress.position)),
+            overwrite=True,
+            report=lambda progress, seen=seen: seen.append(progress.file_bytes),  # type: ignore[misc]
         )
-    assert reports[: len(reports) // 2] == reports[len(reports) // 2 :]
-    assert len(reports) > 4
-    assert reports[-1] == ("b.jsonl", sources[1].stat().st_size)
-    for end in ("bin", "idx"):
-        one, two = ((tmp_path / f"out{workers}_text_document.{end}").read_bytes() for workers in (1, 2))
-        assert one == two
-    dataset = IndexedDataset(tmp_path / "out2_text_document")
-    assert len(dataset.tokens) == done.tokens
-    assert len(dataset.document_indices) - 1 == done.documents == 135 * 26
+        assert seen == sorted(seen)
+        assert seen[-1] == sum(path.stat().st_size for path in sources)
+        made.add(files(tmp_path / "out"))
+    assert len(made) == 1
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    counts = done.progress.counts
+    assert len(dataset.tokens) == counts.tokens
+    assert len(dataset.document_indices) - 1 == counts.documents == 135 * 9
     assert dataset.dtype == np.uint16
     assert dataset[len(dataset) - 1].tolist() == [*aquila.encode(texts[0]), aquila.eod]
 
 
 def test_every_key_makes_a_data_set(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text('{"q": "one", "a": "two"}\n{"q": "", "a": "three"}\n{"q": "four"}\n')
-    done = run([source], tmp_path / "out", tokenizer, keys=["q", "a"], append_eod=True, skip_bad_lines=True)
-    assert (done.documents, done.bad_lines) == (2, 1)
-    assert str(done.named_bad_lines[0]).startswith(f"{source}:3: no key 'a'")
+    source.write_text('{"q": "one", "a": "two", "id": 7}\n{"q": "", "a": "three"}\n{"q": "four"}\n')
+    read = ReadOptions(keys=("q", "a"), keep_meta=("id",))
+    done = run([source], tmp_path / "out", tokenizer, read=read, append_eod=True, skip_bad_lines=True)
+    assert (done.progress.counts.documents, done.progress.counts.bad_records) == (2, 1)
+    (bad,) = map(json.loads, (tmp_path / "out.bad.jsonl").read_text().splitlines())
+    assert (bad["file"], bad["line"], bad["kind"]) == (str(source), 3, "missing key")
+    assert bad["why"].startswith("no key 'a'")
+    assert (tmp_path / "out.meta.jsonl").read_text() == '{"id": 7}\n{}\n'
     questions, answers = IndexedDataset(tmp_path / "out_q_document"), IndexedDataset(tmp_path / "out_a_document")
     assert questions.document_indices.tolist() == [0, 1, 1]  # an empty text is an empty document, as in Megatron-LM
     assert answers.document_indices.tolist() == [0, 1, 2]
     assert answers[1].tolist() == [*tokenizer.encode("three"), 0]
+    assert list(done.manifests) == document_prefixes(str(tmp_path / "out"), ["q", "a"])
+
+
+def test_a_template_makes_one_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"q": "one", "a": "two"}\n')
+    run([source], tmp_path / "out", tokenizer, read=ReadOptions(template=parse_template(r"{q}\n{a}")))
+    assert IndexedDataset(tmp_path / "out_text_document")[0].tolist() == tokenizer.encode("one\ntwo")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.usefixtures("_small_pieces")
 def test_a_bad_line_stops_or_is_skipped(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", ["a", None, "b", *[3] * NAMED])
-    with pytest.raises(DataError, match=r"in.jsonl:2: 'text' is not a string.*--on-bad-line skip"):
+    good = ["a" * 1000] * 40
+    source = write_jsonl(tmp_path / "in.jsonl", [*good, None, "b"])
+    with pytest.raises(DataError, match=r"in.jsonl:41: 'text' is null; .*--on-bad-line skip"):
         run([source], tmp_path / "out", tokenizer, workers=workers)
-    assert list(tmp_path.iterdir()) == [source]
-    done = run([source], tmp_path / "out", tokenizer, workers=workers, skip_bad_lines=True)
-    assert (done.documents, done.bad_lines, len(done.named_bad_lines)) == (2, NAMED + 1, NAMED)
-    assert IndexedDataset(tmp_path / "out_text_document")[1].tolist() == tokenizer.encode("b")
+    assert {path.name for path in tmp_path.iterdir()} <= {"in.jsonl", "out.partial"}
+    said: list[str] = []
+    done = run([source], tmp_path / "out", tokenizer, workers=workers, skip_bad_lines=True, say=said.append)
+    assert (done.progress.counts.documents, done.progress.counts.bad_records) == (41, 1)
+    assert any("going on in" in line for line in said) == (done.progress.resumed.documents > 0)
+    assert IndexedDataset(tmp_path / "out_text_document")[40].tolist() == tokenizer.encode("b")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_each_data_set_says_how_it_was_made(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    source = tmp_path / "in.jsonl"
-    source.write_text('{"q": "one", "a": "two, three"}\n{"q": "", "a": "four"}\n')
-    run([source], tmp_path / "out", tokenizer, keys=["q", "a"])
-    for key in ("q", "a"):
-        said, dataset = (kind(f"{tmp_path}/out_{key}_document") for kind in (read_manifest, IndexedDataset))
-        assert (said.contents.documents, said.contents.tokens) == (2, len(dataset.tokens))
-        assert said.origin.tokenizer == tokenizer_facts(tokenizer)
-        assert said.origin.options == {"json_key": key, "append_eod": False, "bad_lines_skipped": 0}
-        assert said.origin.sources == (SourceFile(path=str(source), size=source.stat().st_size),)
+    source = write_jsonl(tmp_path / "in.jsonl", ["one", "", "two, three"])
+    run([source], tmp_path / "out", tokenizer)
+    manifest = read_manifest(tmp_path / "out_text_document")
+    assert manifest is not None
+    contents, origin = manifest.contents, manifest.origin
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert (contents.documents, contents.sequences, contents.tokens) == (3, 2, len(dataset.tokens))
+    assert (contents.dtype, contents.largest_token) == ("uint16", dataset.tokens.max())
+    for facts, data in zip((contents.bin, contents.idx), files(tmp_path / "out"), strict=True):
+        assert (facts.size, facts.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert origin.tokenizer is not None
+    assert origin.tokenizer.fingerprint == fingerprint(tokenizer)
+    assert [(one.path, one.size) for one in origin.sources] == [(str(source), source.stat().st_size)]
 
 
-def test_an_old_manifest_never_stands_beside_new_data(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_a_data_set_is_replaced_only_when_asked_and_when_the_new_one_is_whole(
+    tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["a"])
-    manifest = manifest_path(tmp_path / "out_text_document")
-    manifest.write_text("old")
-    with pytest.raises(DataError):
-        run([write_jsonl(tmp_path / "bad.jsonl", [1])], tmp_path / "out", tokenizer)
-    assert manifest.read_text() == "old", "the old data set was not replaced"
-
-    def fail(*_: object, **__: object) -> None:
-        raise DataError("no room")
-
-    monkeypatch.setattr("megatron_aquila.data.indexed.write_manifest", fail)
-    with pytest.raises(DataError, match="no room"):
+    run([source], tmp_path / "out", tokenizer)
+    before = files(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"out_text_document.bin is there already; give --overwrite"):
         run([source], tmp_path / "out", tokenizer)
-    assert not manifest.exists()
+    with pytest.raises(DataError, match="is null"):
+        run([write_jsonl(tmp_path / "bad.jsonl", [None])], tmp_path / "out", tokenizer, overwrite=True)
+    assert files(tmp_path / "out") == before
+    run([write_jsonl(source, ["a", "b"])], tmp_path / "out", tokenizer, overwrite=True)
+    assert files(tmp_path / "out") != before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_lies_beside_a_data_set_is_replaced_only_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for end in ("meta", "bad"):
+        source = write_jsonl(tmp_path / f"out.{end}.jsonl", ["an input, or of the data set of another key"])
+        before = source.read_bytes()
+        with pytest.raises(ConfigError, match=rf"out.{end}.jsonl is there already; give --overwrite"):
+            run([source], tmp_path / "out", tokenizer)
+        assert source.read_bytes() == before
+        source.unlink()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_an_unfinished_run_neither_replaces_nor_is_thrown_away_unasked(
+    tmp_path: Path, tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [*texts * 3, None])
+    with pytest.raises(DataError, match="is null"):
+        run([source], tmp_path / "out", tokenizer)
+    begun = (tmp_path / "out.partial" / "text.bin").read_bytes()
+    with source.open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        with pytest.raises(ConfigError, match="unfinished run with other is_resumable, inputs"):
+            run([Path("-")], tmp_path / "out", tokenizer)
+    made_meanwhile = tmp_path / "out_text_document.bin"
+    made_meanwhile.write_bytes(b"of another tool")
+    with pytest.raises(ConfigError, match=r"out_text_document.bin is there already; give --overwrite"):
+        run([source], tmp_path / "out", tokenizer, skip_bad_lines=True)
+    assert made_meanwhile.read_bytes() == b"of another tool"
+    assert (tmp_path / "out.partial" / "text.bin").read_bytes() == begun != b""
+    done = run([source], tmp_path / "out", tokenizer, skip_bad_lines=True, overwrite=True)
+    assert done.progress.resumed.documents > 0
+
+
+def test_kept_fields_that_json_does_not_know_become_strings(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    source = tmp_path / "in.parquet"
+    parquet.write_table(arrow.table({"text": ["a"], "date": [datetime.date(2020, 2, 29)]}), source)
+    run([source], tmp_path / "out", tokenizer, read=ReadOptions(keep_meta=("date",)))
+    assert json.loads((tmp_path / "out.meta.jsonl").read_text()) == {"date": "2020-02-29"}
 
 
 def test_nothing_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -150,39 +249,195 @@ def test_nothing_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
         run([source], tmp_path / "out", tokenizer, skip_bad_lines=True)
     with pytest.raises(DataError, match="nowhere: cannot be read"):
         run([source, tmp_path / "nowhere"], tmp_path / "out", tokenizer, skip_bad_lines=True)
-    assert list(tmp_path.iterdir()) == [source]
+    assert not list(tmp_path.glob("out_*"))
 
 
 def test_settings_that_make_no_sense(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    without = replace(tokenizer, eod_token=None)
     with pytest.raises(ConfigError) as caught:
-        run([], tmp_path / "out", replace(tokenizer, eod_token=None), keys=["a", "a"], workers=0, append_eod=True)
-    assert [problem.flag for problem in caught.value.problems] == ["--json-keys", "--workers", "--append-eod"]
+        run([], tmp_path / "out", without, read=ReadOptions(keys=("a", "a")), workers=0, append_eod=True, shard=(2, 2))
+    flags = [problem.flag for problem in caught.value.problems]
+    assert flags == ["--json-keys", "--workers", "--append-eod", "--shard"]
 
 
+@pytest.mark.usefixtures("_small_pieces")
 def test_a_full_disk(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 4000] * 20)
+    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 1000] * 20)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # a shard fits, the growing file does not
     try:
-        with pytest.raises(DataError, match=r"out_text_document.bin: cannot be written: File too large"):
+        with pytest.raises(DataError, match=r"cannot be written: File too large.*the same command goes on from there"):
             run([source], tmp_path / "out", tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(tmp_path.iterdir()) == [source]
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.partial"}
+    done = run([source], tmp_path / "out", tokenizer)
+    assert 0 < done.progress.resumed.documents < 20
+    assert done.progress.counts.documents == 20
+    run([source], tmp_path / "again", tokenizer)
+    assert files(tmp_path / "out") == files(tmp_path / "again")
 
 
-class Killed(Encoder):
-    """Dies in the second block, as a worker does that takes too much memory."""
+class Killed(ReferenceEncoder):
+    """Dies, as a worker does that takes too much memory."""
 
-    def __call__(self, block: LineBlock) -> EncodedBlock:
-        if block.first > 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(block)
+    def encode(self, texts: Sequence[str], end: int | None) -> Encoded:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(texts, end)
 
 
+@pytest.mark.usefixtures("_small_pieces")
 def test_a_killed_worker(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 1000] * 300)
-    monkeypatch.setattr("megatron_aquila.data.preprocess.Encoder", Killed)
-    with pytest.raises(DataError, match=r"killed by SIGKILL.*nothing was published"):
-        run([source], tmp_path / "out", tokenizer, workers=2)
+    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 1000] * 20)
+    monkeypatch.setattr("megatron_aquila.data.encoders.ReferenceEncoder", Killed)
+    with pytest.raises(DataError, match=r"killed by SIGKILL.*what was finished is kept"):
+        run([source], tmp_path / "out", tokenizer, workers=2, backend="tokenizers")
     assert list(tmp_path.iterdir()) == [source]
+
+
+class DiesAt:
+    """Kills its own process at the n-th call."""
+
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def __call__(self, *_: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_run(source: Path, prefix: Path, tokenizer: Tokenizer, report: int, rename: int, workers: int) -> None:
+    die = DiesAt(rename)
+    true_replace = Path.replace
+
+    def dying(self: Path, target: Path) -> Path:
+        die()
+        return true_replace(self, target)
+
+    Path.replace = dying  # type: ignore[method-assign,assignment]
+    run([source], prefix, tokenizer, report=DiesAt(report), workers=workers, append_eod=True)
+    os._exit(0)
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", texts * 6)
+    run([source], tmp_path / "whole", tokenizer, append_eod=True)
+    draw = random.Random(5)
+    moments = [(draw.randrange(2, 40), 99) for _ in range(3)] + [(999, rename) for rename in (1, 2, 3)]
+    redone = []
+    for number, (report, rename) in enumerate(moments):
+        prefix = tmp_path / f"out{number}"
+        process = multiprocessing.get_context("fork").Process(
+            target=_killed_run, args=(source, prefix, tokenizer, report, rename, 1 + number % 2)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert read_manifest(Path(f"{prefix}_text_document")) is None
+        done = run([source], prefix, tokenizer, append_eod=True, workers=2)
+        redone.append(done.progress.counts.documents - done.progress.resumed.documents)
+        assert files(prefix) == files(tmp_path / "whole"), (report, rename)
+        assert not Path(f"{prefix}.partial").exists()
+    assert redone[3:] == [0, 0, 0], "killed while the files got their names: nothing is left to tokenize"
+    assert min(redone[:3]) < 135 * 6
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [*texts * 3, None])
+    with pytest.raises(DataError, match="is null"):
+        run([source], tmp_path / "out", tokenizer)
+    with pytest.raises(ConfigError, match=r"unfinished run with other append_eod; give the same settings to go on"):
+        run([source], tmp_path / "out", tokenizer, append_eod=True)
+    grown = tmp_path / "out.partial" / "text.bin"
+    grown.write_bytes(bytes(len(grown.read_bytes())))
+    with pytest.raises(DataError, match=r"text.bin: was changed since it was written"):
+        run([source], tmp_path / "out", tokenizer)
+    write_jsonl(source, texts)
+    with pytest.raises(ConfigError, match="with other inputs, pieces;"):
+        run([source], tmp_path / "out", tokenizer)
+    run([source], tmp_path / "out", tokenizer, overwrite=True)
+    assert IndexedDataset(tmp_path / "out_text_document").document_indices[-1] > 0
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_shards_are_the_whole_cut(tmp_path: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
+    sources = [write_jsonl(tmp_path / "a.jsonl", texts * 4), write_jsonl(tmp_path / "b.jsonl", texts)]
+    run(sources, tmp_path / "out", tokenizer, backend="tokenizers")
+    whole = IndexedDataset(tmp_path / "out_text_document")
+    for count in (1, 3):
+        parts = []
+        for index in range(count):
+            run(sources, tmp_path / "out", tokenizer, backend="tokenizers", shard=(index, count))
+            parts.append(IndexedDataset(tmp_path / f"out_shard{index:05d}of{count:05d}_text_document"))
+        assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
+        assert sum(len(part.document_indices) - 1 for part in parts) == len(whole.document_indices) - 1
+    few = write_jsonl(tmp_path / "few.jsonl", ["one piece"])
+    done = [run([few], tmp_path / "few", tokenizer, backend="tokenizers", shard=(index, 3)) for index in range(3)]
+    assert sorted(one.progress.counts.documents for one in done) == [0, 0, 1], "a shard may have nothing to do"
+
+
+def test_standard_input(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["a", "b"])
+    with source.open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        done = run([Path("-")], tmp_path / "out", tokenizer, workers=2)
+    assert done.progress.counts.documents == 2
+    assert done.progress.seconds_left is None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_a_pipe_nothing_is_lost(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
+    """As of the shell's <(zcat ...): what the choice of an encoder would read of it is gone."""
+    source = write_jsonl(tmp_path / "in.jsonl", [f"document {number}" for number in range(500)])
+    run([source], tmp_path / "file", tokenizer)
+    ours, theirs = os.pipe()
+    with subprocess.Popen(["cat", str(source)], stdout=theirs):
+        os.close(theirs)
+        pipe = Path(f"/dev/fd/{ours}")
+        run([pipe], tmp_path / "pipe", tokenizer, input_format="jsonl", workers=workers)
+    os.close(ours)
+    assert files(tmp_path / "pipe") == files(tmp_path / "file")
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_every_piece_is_of_one_shard(tmp_path: Path) -> None:
+    """A pipe behind all files, too, of which no bytes are known beforehand."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 1000] * 20)
+    pieces = module._plan(PreprocessSettings(inputs=(str(source), "-"), output_prefix=""))
+    for count in (1, 2, 3, 50):
+        shared = [piece for index in range(count) for piece in module._share(pieces, (index, count))]
+        assert [replace(piece, index=0) for piece in shared] == [replace(piece, index=0) for piece in pieces]
+
+
+@pytest.mark.usefixtures("_small_pieces")
+@pytest.mark.parametrize("emptied", ["text.bin", "text.lengths"])
+def test_a_shard_that_a_power_cut_emptied_is_made_again(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, emptied: str
+) -> None:
+    """Its name can be on the disk before what it stands for."""
+    source = write_jsonl(tmp_path / "in.jsonl", ["some words " * 1000] * 20)
+    run([source], tmp_path / "whole", tokenizer)
+
+    def stop(*_: object) -> None:
+        raise DataError("stopped with a finished shard that is not appended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_aquila.data.output.Output.append", stop)
+        patch.setattr("megatron_aquila.data.output.Output.close", lambda self: self._journal.close())
+        with pytest.raises(DataError, match="stopped"):
+            run([source], tmp_path / "out", tokenizer)
+    (tmp_path / "out.partial" / "000000" / emptied).write_bytes(b"")
+    run([source], tmp_path / "out", tokenizer)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_it_starts_without_torch_and_transformers() -> None:
+    code = (
+        "import sys, megatron_aquila.commands.preprocess, megatron_aquila.data.ray_engine\n"
+        "print(sorted({'torch', 'transformers', 'ray', 'pandas', 'awkward'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

@@ -31,7 +31,7 @@ def test_aquilas_own_ids(aquila_tokenizer_dir: Path) -> None:
     for text, ids in AQUILA_GOLDEN_IDS.items():
         assert tokenizer.decode(ids) == text
     assert max(tokenizer.encode("[CLS]你好</s>")) < 100000
-    allowed = Tokenizer(**(vars(tokenizer) | {"allow_special_tokens": True}))
+    allowed = replace(tokenizer, allow_special_tokens=True)
     assert allowed.encode("[CLS]你好</s>") == [100006, 34856, 100007]
     assert [allowed.encode(token) for token in AQUILA_SPECIAL_TOKENS] == [[number] for number in range(100000, 100008)]
 

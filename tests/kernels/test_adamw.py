@@ -7,10 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_aquila.kernels import adamw
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
+from megatron_aquila.kernels.remainder import join, split
 
 SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SIZE, STEPS = 203, 4
+NOW = {"factor": torch.tensor(1.0, dtype=torch.float64), "applies": torch.tensor(True)}
+UPDATES = {"own": adamw_, "torch_fused": adamw_torch_}
 
 
 def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -18,13 +22,14 @@ def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(SIZE, generator=generator, dtype=dtype) for _ in range(STEPS)]
 
 
-def ours(update, dtype: torch.dtype, cuts: tuple[int, ...] = (0, SIZE)) -> list[torch.Tensor]:
+def ours(update, dtype: torch.dtype, cuts: tuple[int, ...] = (0, SIZE), **now: torch.Tensor) -> list[torch.Tensor]:
     """Parameter and moments after some steps, each update made piece by piece."""
     state = [torch.linspace(-1, 1, SIZE, dtype=dtype), torch.zeros(SIZE, dtype=dtype), torch.zeros(SIZE, dtype=dtype)]
     for step, grad in enumerate(gradients(dtype), start=1):
         for start, stop in pairwise(cuts):
             param, exp_avg, exp_avg_sq = (x[start:stop] for x in state)
-            update(param, grad[start:stop], exp_avg, exp_avg_sq, step=step, **SETTINGS)
+            count = torch.tensor(step)
+            update(param, grad[start:stop], exp_avg, exp_avg_sq, step=count, **SETTINGS, **(NOW | now))
     return state
 
 
@@ -63,23 +68,107 @@ def test_wrong_steps_would_show() -> None:
         ours(lambda *a, step, **k: adamw_(*a, step=step + 1, **k), torch.float64),
     )
     assert (right[0] - wrong[0]).norm() > 1e-11 * right[0].norm()
-    with pytest.raises(AssertionError, match="the first update is step 1, not 0"):
-        adamw_(*(torch.zeros(1) for _ in range(4)), step=0, **SETTINGS)
+
+
+def literal(param, grad, exp_avg, exp_avg_sq, *, lr, beta1, beta2, eps, weight_decay, step: int, factor: float) -> None:
+    """The formula with numbers of the host, on gradients that were multiplied before."""
+    grad = grad.clone().mul_(factor)
+    param.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+
+
+@given(step=st.integers(1, 10**6), factor=st.floats(1e-6, 1), seed=st.integers(0, 99), size=st.integers(1, 99))
+def test_scalars_of_the_device_change_no_bit(step: int, factor: float, seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    before = [torch.randn(size, generator=generator) for _ in range(4)]
+    before[3].square_()
+    found, right = ([x.clone() for x in before] for _ in range(2))
+    scalars = {"step": torch.tensor(step), "factor": torch.tensor(factor, dtype=torch.float64)}
+    adamw_(*found, **SETTINGS, **scalars, applies=torch.tensor(True))
+    literal(*right, **SETTINGS, step=step, factor=factor)
+    assert all(map(torch.equal, found, right))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_an_update_that_does_not_apply_changes_nothing(update, bad: float) -> None:
+    before = [torch.full((SIZE,), value) for value in (-0.0, bad, 0.3, 0.2)]
+    after, published = [x.clone() for x in before], torch.full((SIZE,), -0.0).bfloat16()
+    scalars = {"step": torch.tensor(0), "factor": torch.tensor(bad), "applies": torch.tensor(False)}
+    update(*after, **SETTINGS, **scalars, publish=published)
+    same = [torch.equal(x.view(torch.int32), y.view(torch.int32)) for x, y in zip(after, before, strict=True)]
+    assert same == [True] * 4
+    assert torch.equal(published.view(torch.int16), before[0].bfloat16().view(torch.int16))
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_gradients_are_multiplied_as_they_are_read(update) -> None:
+    half = {"factor": torch.tensor(0.5, dtype=torch.float64)}
+    halved = ours(lambda p, g, *moments, **k: update(p, g * 0.5, *moments, **k), torch.float64)
+    assert all(map(torch.equal, ours(update, torch.float64, **half), halved))
+    assert not torch.equal(ours(update, torch.float64)[1], halved[1])
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_a_remainder_gives_the_bits_of_a_whole_master(update, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over many steps, in several blocks. Weights differ from a cast where the master is half-way between two."""
+    monkeypatch.setattr(adamw, "BLOCK", 64)
+    monkeypatch.setattr(adamw, "WIDENED", 64)
+    master = torch.linspace(-1, 1, SIZE)
+    master[::7] = from_half_way = torch.tensor(0x3F808000, dtype=torch.int32).view(torch.float32)
+    weight, remainder = split(master)
+    assert (weight != master.bfloat16()).sum() == (master == from_half_way).sum()
+    moments, same = (([torch.zeros(SIZE) for _ in range(2)]) for _ in range(2))
+    for step in range(1, 30):
+        grad = torch.randn(SIZE, generator=torch.Generator().manual_seed(step))
+        now = {"step": torch.tensor(step), "factor": torch.tensor(0.3), "applies": torch.tensor(step % 5 != 0)}
+        update(master, grad.clone(), *moments, **SETTINGS, **now)
+        update(weight, grad.clone(), *same, **SETTINGS, **now, remainder=remainder)
+        assert torch.equal(join(weight, remainder), master)
+        assert all(map(torch.equal, moments, same))
+        is_half_way = master.view(torch.int32) & 0xFFFF == 0x8000
+        assert torch.equal(weight[~is_half_way], master.bfloat16()[~is_half_way])
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_moments_in_bf16_are_those_in_fp32_rounded_each_step(update) -> None:
+    param, other = torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE)
+    narrow, wide = ([torch.zeros(SIZE, dtype=dtype) for _ in range(2)] for dtype in (torch.bfloat16, torch.float32))
+    for step, grad in enumerate(gradients(torch.float32), start=1):
+        update(param, grad.clone(), *narrow, step=torch.tensor(step), **SETTINGS, **NOW)
+        update(other, grad.clone(), *wide, step=torch.tensor(step), **SETTINGS, **NOW)
+        assert torch.equal(param, other)
+        assert all(map(torch.equal, narrow, [moment.bfloat16() for moment in wide]))
+        wide = [moment.bfloat16().float() for moment in wide]
+    unrounded = ours(update, torch.float32)
+    assert not torch.equal(unrounded[0], param)
 
 
 def test_apex_is_called_as_fused_adam_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package runs on GPUs only; a stand-in with FusedAdam's calling convention checks the order of arguments."""
 
-    def multi_tensor_adam(chunk_size, overflow, tensors, lr, beta1, beta2, eps, step, mode, bias_correction, decay):
-        assert (mode, bias_correction, overflow.dtype) == (1, 1, torch.int32)
+    def capturable(chunk_size, noop, tensors, lr, beta1, beta2, eps, step, mode, bias_correction, decay, inv_scale):
+        assert (mode, bias_correction) == (1, 1)
+        assert [x.dtype for x in (noop, lr, step, inv_scale)] == [torch.int32, torch.float32] * 2
         ((grad,), (param,), (exp_avg,), (exp_avg_sq,)) = tensors
-        adamw_(
-            param, grad, exp_avg, exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay, step=step
-        )
+        settings = {"lr": SETTINGS["lr"], "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
+        assert lr == torch.tensor(SETTINGS["lr"])
+        adamw_(param, grad, exp_avg, exp_avg_sq, **settings, step=step, factor=inv_scale, applies=noop != 1)
 
     stand_ins = {name: types.ModuleType(name) for name in ("apex", "apex.multi_tensor_apply", "amp_C")}
     stand_ins["apex.multi_tensor_apply"].multi_tensor_applier = lambda op, *args: op(65536, *args)
-    stand_ins["amp_C"].multi_tensor_adam = multi_tensor_adam
+    stand_ins["amp_C"].multi_tensor_adam_capturable = capturable
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
     assert all(map(torch.equal, ours(adamw_apex_, torch.float32), ours(adamw_, torch.float32)))
+    outcomes = []
+    for update in (adamw_apex_, adamw_):
+        halves = split(torch.linspace(-1, 1, SIZE))
+        moments = [torch.zeros(SIZE, dtype=torch.bfloat16) for _ in range(2)]
+        grad, now = torch.ones(SIZE), NOW | {"step": torch.tensor(1)}
+        update(halves[0], grad, *moments, **SETTINGS, **now, remainder=halves[1])
+        outcomes.append([*halves, *moments])
+    assert all(map(torch.equal, *outcomes))

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_aquila.errors import ConfigError
+from megatron_aquila.kernels import dispatch
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
-from megatron_aquila.kernels.attention import causal_attention, causal_attention_flash, causal_attention_reference
+from megatron_aquila.kernels.attention import causal_attention, causal_attention_reference
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm, rms_norm_torch
 
@@ -21,6 +22,13 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether or not it is installed: its kernels are tried in triton/test_self_check.py."""
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def every_attention_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the GPU that is not here; which one is chosen, and why, is tried in test_attention_choice.py."""
+    monkeypatch.setattr(dispatch, "attention_preferences", lambda device, sizes: {"sdpa": "as on a CPU"})
+    monkeypatch.setattr(dispatch, "why_refused", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
@@ -45,36 +53,32 @@ def test_on_a_cpu_all_are_ours_and_every_op_has_a_reason() -> None:
 
 def test_on_a_gpu_without_optional_packages() -> None:
     kernels = choose_kernels(CUDA, torch.bfloat16)
-    assert (kernels.rms_norm, kernels.attention, kernels.adamw) == (rms_norm_torch, causal_attention, adamw_torch_)
+    assert (kernels.rms_norm, kernels.adamw) == (rms_norm_torch, adamw_torch_)
     missing = "cannot be imported: ModuleNotFoundError: No module named"
-    assert kernels.reasons["attention"] == f"sdpa: flash_attn {missing} 'flash_attn'"
     assert kernels.reasons["rms_norm"] == f"torch: {NO_TRITON}"
     assert kernels.reasons["adamw"] == f"torch_fused: {NO_TRITON}; NVIDIA apex {missing} 'apex'"
 
 
 def test_optional_packages_are_used_where_they_fit(install) -> None:
-    install("flash_attn", flash_attn_func=object, flash_attn_varlen_func=object)
     install("apex")
     install("apex.multi_tensor_apply", multi_tensor_applier=object)
-    install("amp_C", multi_tensor_adam=object)
-    kernels = choose_kernels(CUDA, torch.bfloat16)
-    assert (kernels.attention, kernels.adamw) == (causal_attention_flash, adamw_apex_)
+    install("amp_C", multi_tensor_adam_capturable=object)
+    assert choose_kernels(CUDA, torch.bfloat16).adamw is adamw_apex_
     kernels = choose_kernels(CUDA, torch.float64)
-    assert (kernels.attention, kernels.adamw) == (causal_attention, adamw_torch_)
-    assert kernels.reasons["attention"] == "sdpa: flash_attn has no float64"
+    assert kernels.adamw is adamw_torch_
     assert kernels.reasons["adamw"] == "torch_fused: Triton has no float64; NVIDIA apex has no float64"
-    assert choose_kernels(CPU, torch.bfloat16).attention is causal_attention
+    assert choose_kernels(CPU, torch.bfloat16).adamw is adamw_
 
 
 def test_a_package_without_the_kernel_is_not_used(install) -> None:
     """flash-attn-4 alone has only flash_attn.cute; PyPI's apex is another project; apex can be built without CUDA."""
     install("flash_attn")
+    why = "flash_attn cannot be imported: AttributeError: module 'flash_attn' has no attribute 'flash_attn_func'"
+    with pytest.raises(ConfigError, match=f"--kernels attention=flash_attn: {why}; "):
+        choose_kernels(CUDA, torch.bfloat16, forced={"attention": "flash_attn"})
     install("apex")
     kernels = choose_kernels(CUDA, torch.bfloat16)
-    assert (kernels.attention, kernels.adamw) == (causal_attention, adamw_torch_)
-    assert kernels.reasons["attention"] == (
-        "sdpa: flash_attn cannot be imported: AttributeError: module 'flash_attn' has no attribute 'flash_attn_func'"
-    )
+    assert kernels.adamw is adamw_torch_
     assert "No module named 'apex.multi_tensor_apply'" in kernels.reasons["adamw"]
     install("apex.multi_tensor_apply", multi_tensor_applier=object)
     kernels = choose_kernels(CUDA, torch.bfloat16)
@@ -85,11 +89,9 @@ def test_a_package_without_the_kernel_is_not_used(install) -> None:
 def test_a_package_built_for_another_torch_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn.py").write_text("raise ImportError('flash_attn_2_cuda.so:\\n undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
-    kernels = choose_kernels(CUDA, torch.bfloat16)
-    assert kernels.attention is causal_attention
-    assert kernels.reasons["attention"] == (
-        "sdpa: flash_attn cannot be imported: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c10"
-    )
+    why = "flash_attn cannot be imported: ImportError: flash_attn_2_cuda.so: undefined symbol: _ZN3c10; "
+    with pytest.raises(ConfigError, match=f"--kernels attention=flash_attn: {why}"):
+        choose_kernels(CUDA, torch.bfloat16, forced={"attention": "flash_attn"})
 
 
 def test_a_kernel_can_be_asked_for() -> None:
@@ -102,7 +104,7 @@ def test_a_kernel_can_be_asked_for() -> None:
     ("device", "op", "name", "message"),
     [
         (CPU, "attn", "sdpa", f"there is no op 'attn'; use one of {', '.join(IMPLEMENTATIONS)}"),
-        (CPU, "attention", "fast", "there is no attention kernel 'fast'; use one of sdpa, flash_attn, reference"),
+        (CPU, "attention", "fast", "there is no attention kernel 'fast'; use one of sdpa, sdpa_cudnn, sdpa_flash, "),
         (CPU, "attention", "flash_attn", "flash_attn needs a GPU; leave it out"),
         (CUDA, "adamw", "apex", "NVIDIA apex cannot be imported: ModuleNotFoundError"),
         (CUDA, "rms_norm", "triton", NO_TRITON),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_aquila.kernels.weight_gradient import (
     accumulate_weight_gradient_,
@@ -53,3 +54,34 @@ def test_is_the_gradient_autograd_computes() -> None:
     torch.nn.functional.linear(x, weight).backward(grad_y)
     assert weight.grad is not None
     torch.testing.assert_close(weight_gradient(grad_y, x), weight.grad, rtol=1e-14, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_torch_compile_passes_over_it(dtype: torch.dtype) -> None:
+    total, grad_y, x = operands(dtype)
+    torch.library.opcheck(torch.ops.megatron_aquila.accumulate_weight_gradient_.default, (total.clone(), grad_y, x))
+
+    def twice(total: torch.Tensor, grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        accumulate_weight_gradient_(total, grad_y, x)
+        accumulate_weight_gradient_(total, 2 * grad_y, x)
+        return total.sum()
+
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    compiled, eager = total.clone(), total.clone()
+    sums = torch.compile(twice, backend=backend, fullgraph=True)(compiled, grad_y, x), twice(eager, grad_y, x)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(*sums)
+    assert not torch.equal(eager, total)
+    (graph,) = graphs
+    assert graph.count(torch.ops.megatron_aquila.accumulate_weight_gradient_) == 2, "it stays one op"
+
+
+def test_without_values_the_shape_is_still_checked() -> None:
+    total, grad_y, x = (tensor.to("meta") for tensor in operands(torch.float32))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(AssertionError, match=r"is \(5, 7\), not \(7, 5\)"):
+        torch.ops.megatron_aquila.accumulate_weight_gradient_(total.T, grad_y, x)

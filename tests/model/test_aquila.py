@@ -66,6 +66,7 @@ def paper_context(grid: RankGrid, rank: int, device: torch.device) -> ParallelCo
         pp_links={},
         dp_cp=group("dp_cp", "dp", "cp"),
         world=group("world", "tp", "cp", "dp", "pp"),
+        host_world=group("world", "tp", "cp", "dp", "pp"),
     )
 
 

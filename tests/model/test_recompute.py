@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 from megatron_aquila.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.kernels.attention import causal_attention
 from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.aquila import AquilaStage
 from megatron_aquila.model.init import initialize_
 from megatron_aquila.model.recompute import _Run, feed
@@ -25,7 +26,9 @@ from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.recompute import KEEP_ALL, MODULES, Kind, RecomputePlan, plan_recompute
-from megatron_aquila.plan.stages import plan_stages
+from megatron_aquila.plan.shape import ModelShape, Precision
+from megatron_aquila.plan.stages import StagePlan, plan_stages
+from megatron_aquila.train.build import DTYPES
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
 from megatron_aquila.verify.observe import build_small, machine_batches
@@ -225,17 +228,23 @@ class Living(TorchDispatchMode):
         self.num_bytes -= num_bytes
 
 
+Collect = Callable[[], object]
 WIDE = replace(SHAPE, hidden_size=64, head_dim=16, ffn_size=160, seq_len=32)
 
 
-def kept(num_layers: int, dtype: torch.dtype, recompute: RecomputePlan) -> tuple[int, int]:
-    """Bytes that live after the forward of a stage without head, in its middle, and after its backward."""
-    shape = replace(WIDE, num_layers=num_layers)
-    plan = plan_stages(replace(shape, num_layers=num_layers + 2), 3, (1, num_layers, 1))
+def kept(
+    shape: ModelShape,
+    plan: StagePlan,
+    recompute: RecomputePlan,
+    kernels: Kernels,
+    precision: Precision,
+    collect: Collect,
+) -> tuple[int, int]:
+    """Bytes that live after the forward of the middle one of three stages, and after its backward."""
+    dtype = DTYPES[precision]
     placement = Placement(
         tp=ParallelContext.single().tp, sequence_parallel=False, dtype=dtype, device=torch.device("cpu")
     )
-    kernels = choose_kernels(torch.device("cpu"), dtype)
     stage = AquilaStage(shape, plan, 1, placement=placement, kernels=kernels, recompute=recompute)
     initialize_(stage.param_infos(), seed=3)
     for weight in stage.parameters():
@@ -251,7 +260,36 @@ def kept(num_layers: int, dtype: torch.dtype, recompute: RecomputePlan) -> tuple
         torch.autograd.backward(edge, grad)
         del edge, grad
         x.grad = None
+        collect()
         return after_forward, living.num_bytes
+
+
+def kept_of_two_layers(
+    shape: ModelShape, kernels: Kernels, precision: Precision, *, collect: Collect = lambda: None, **settings: Any
+) -> tuple[int, int]:
+    """Bytes by which a stage of four layers keeps more than one of two: measured, and as planned for ``settings``.
+
+    Nothing may be left after backward and ``collect``.
+    """
+    measured, planned = [], []
+    for num_layers in (2, 4):
+        whole = replace(shape, num_layers=num_layers + 2)
+        plan = plan_stages(whole, 3, (1, num_layers, 1))
+        recompute = plan_recompute(plan, **settings)
+        after_forward, after_backward = kept(whole, plan, recompute, kernels, precision, collect)
+        assert after_backward == 0
+        measured.append(after_forward)
+        memory = MemoryPlan(
+            shape=whole,
+            grid=RankGrid(pp=3),
+            stages=plan,
+            micro_batch=2,
+            num_microbatches=1,
+            precision=precision,
+            recompute=recompute,
+        )
+        planned.append(memory.of_rank(1).activations)
+    return measured[1] - measured[0], planned[1] - planned[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
@@ -267,27 +305,11 @@ def kept(num_layers: int, dtype: torch.dtype, recompute: RecomputePlan) -> tuple
     ],
     ids=str,
 )
-def test_what_is_kept_is_what_the_plan_says(kind: Kind, settings: dict[str, Any], precision: Any) -> None:
-    """Byte for byte between a stage of two layers and one of four; nothing is left after backward."""
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}[precision]
-    measured, planned = [], []
-    for num_layers in (2, 4):
-        plan = plan_stages(replace(WIDE, num_layers=num_layers + 2), 3, (1, num_layers, 1))
-        recompute = plan_recompute(plan, kind=kind, **settings)
-        after_forward, after_backward = kept(num_layers, dtype, recompute)
-        assert after_backward == 0
-        measured.append(after_forward)
-        memory = MemoryPlan(
-            shape=replace(WIDE, num_layers=num_layers + 2),
-            grid=RankGrid(pp=3),
-            stages=plan,
-            micro_batch=2,
-            num_microbatches=1,
-            precision=precision,
-            recompute=recompute,
-        )
-        planned.append(memory.of_rank(1).activations)
-    assert measured[1] - measured[0] == planned[1] - planned[0]
+def test_what_is_kept_is_what_the_plan_says(kind: Kind, settings: dict[str, Any], precision: Precision) -> None:
+    """Byte for byte."""
+    kernels = choose_kernels(torch.device("cpu"), DTYPES[precision])
+    measured, planned = kept_of_two_layers(WIDE, kernels, precision, kind=kind, **settings)
+    assert measured == planned
 
 
 def test_without_gradients_nothing_is_recomputed() -> None:

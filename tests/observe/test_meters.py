@@ -73,6 +73,12 @@ def test_mfu_of_a_published_pair():
     assert row["mfu"] == pytest.approx(0.625, abs=1e-3)
 
 
+def test_8_bit_products_have_no_mfu():
+    row = meter(peak_flops=312e12, multiplies_in_fp8=True).row(REPORT)
+    assert row["bf16_equivalent"] == meter(peak_flops=312e12).row(REPORT)["mfu"]
+    assert not [name for name in row if "mfu" in name or "hfu" in name]
+
+
 def test_a_cpu_shows_its_share_of_the_gemm_rate_and_no_mfu():
     row = meter(gemm_flops=12.288e12).row(REPORT)
     assert row["gemm_share"] == pytest.approx(0.5)

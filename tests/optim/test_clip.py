@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron_aquila.optim.clip import clip_factor, counted, squared_norm
+from megatron_aquila.optim.clip import Clip, counted, counted_spans, squared_norm
+from megatron_aquila.optim.groups import plan_buckets
 from megatron_aquila.parallel.params import Constant, FlatRange, ParamInfo, Part
 
 
@@ -49,20 +50,72 @@ def test_a_vector_is_counted_by_elements() -> None:
 
 
 def test_squared_norm() -> None:
-    assert squared_norm([torch.tensor([3.0]), torch.tensor([0.0, 4.0])]).item() == pytest.approx(25.0, rel=1e-7)
-    assert squared_norm([torch.ones(2), torch.ones(2, dtype=torch.float64)]).dtype is torch.float64
-    assert squared_norm([]).item() == 0.0  # a rank whose whole shard is padding
+    cpu = torch.device("cpu")
+    assert squared_norm([torch.tensor([3.0]), torch.tensor([0.0, 4.0])], cpu).item() == pytest.approx(25.0, rel=1e-7)
+    assert squared_norm([torch.ones(2), torch.ones(2, dtype=torch.float64)], cpu).dtype is torch.float64
+    nothing = squared_norm([], torch.device("meta"))  # a rank whose whole shard is padding
+    assert (nothing.dtype, nothing.device.type) == (torch.float64, "meta")
+    assert squared_norm([], cpu).item() == 0.0
 
 
-def test_clip_factor_is_torchs() -> None:
+def test_a_long_sum_keeps_its_digits() -> None:
+    """Added one after the other in float32, the last squares would hardly count."""
+    grad = torch.randn(2**22, generator=torch.Generator().manual_seed(0))
+    exact = grad.double().square().sum().item()
+    assert squared_norm([grad], grad.device).item() == pytest.approx(exact, rel=1e-5)
+
+
+def norm(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 522893.0])
+def test_clip_factor_is_torchs(loss_scale: float) -> None:
     grads = torch.tensor([3.0, 4.0], dtype=torch.float64)
     param = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     for max_norm in (1.0, 4.9, 5.0, 7.0):
         param.grad = grads.clone()
         torch.nn.utils.clip_grad_norm_([param], max_norm)
-        torch.testing.assert_close(grads * clip_factor(5.0, max_norm), param.grad, rtol=1e-15, atol=0)
+        clip = Clip.at(norm(5.0 * loss_scale), max_norm, loss_scale=loss_scale)
+        assert (clip.norm, clip.is_finite) == (5.0, True)
+        assert clip.factor.item() == min(1.0, max_norm / (5.0 + 1e-6)) / loss_scale
+        torch.testing.assert_close(grads * loss_scale * clip.factor, param.grad, rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize(("norm", "max_norm"), [(5.0, 0.0), (math.inf, 1.0), (math.nan, 1.0), (0.0, 1.0)])
-def test_nothing_is_scaled(norm: float, max_norm: float) -> None:
-    assert clip_factor(norm, max_norm) == 1.0
+def test_nothing_is_scaled() -> None:
+    assert Clip.at(norm(5.0), 0.0).factor == Clip.at(norm(0.0), 1.0).factor == 1.0
+    assert Clip.at(norm(5.0), 0.0, loss_scale=8.0).factor == 0.125
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_what_is_not_finite_is_told(bad: float) -> None:
+    clip = Clip.at(norm(bad), 1.0)
+    assert not clip.is_finite
+    assert not clip.norm.isfinite()
+
+
+@given(shards=st.integers(1, 5), replicas=st.lists(st.integers(0, 1), min_size=1, max_size=4))
+def test_spans_count_what_counted_says_and_padding(shards: int, replicas: list[int]) -> None:
+    infos = [fused(replica) for replica in replicas]
+    for info in infos:
+        info.param.data.fill_(1.0)  # a gradient of ones; the padding of the bucket is 0
+    (layout,) = plan_buckets(infos, bucket_bytes=10**6, num_shards=shards)
+    flat = torch.zeros(layout.size)
+    for slot in layout.slots:
+        flat[slot.offset : slot.offset + 40] = slot.info.param.detach().flatten()
+    total = 0.0
+    for shard in range(shards):
+        own = flat[shard * layout.shard_size : (shard + 1) * layout.shard_size]
+        total += sum(own[span].sum().item() for span in counted_spans(layout.pieces(shard)))
+    assert total == sum(32 - 8 * replica for replica in replicas)
+
+
+def test_a_bucket_without_replicas_is_one_span() -> None:
+    part = Part(name="whole", global_shape=(5, 3), offset=(0, 0), shape=(5, 3))
+    infos = [replace(fused(), param=nn.Parameter(torch.zeros(5, 3)), parts=(part,)) for _ in range(7)]
+    (layout,) = plan_buckets(infos, bucket_bytes=10**6, num_shards=1)
+    assert counted_spans(layout.pieces(0)) == [slice(0, 6 * 64 + 15)]
+    infos[3] = replace(infos[3], parts=(replace(part, replica=1),))
+    (layout,) = plan_buckets(infos, bucket_bytes=10**6, num_shards=1)
+    assert counted_spans(layout.pieces(0)) == [slice(0, 2 * 64 + 15), slice(4 * 64, 6 * 64 + 15)]
+    assert counted_spans([]) == []

@@ -8,8 +8,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megatron_aquila.optim import buckets, distributed
+from megatron_aquila.kernels.remainder import join, split
+from megatron_aquila.optim import buckets, clip, distributed
+from megatron_aquila.optim.buckets import Storage
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.parallel.context import ParallelContext
@@ -51,8 +55,9 @@ def train(
         for microbatch in range(ctx.rank, MICROBATCHES, dp):
             give_gradients(infos, step, microbatch, skip=UNUSED)
         optimizer.reduce_gradients()
-        norms.append(optimizer.clip_(max_norm))
-        optimizer.step(lr_of(step))
+        how = optimizer.clip(max_norm)
+        optimizer.step(lr_of(step), how)
+        norms.append(how.norm.item())
     assert optimizer.applied_steps == STEPS
     return {info.name: info.param.detach().clone() for info in infos}, norms
 
@@ -147,12 +152,90 @@ def test_bf16_weights_are_rounded_float32_masters(pool: Callable[[int], WorkerPo
     assert not torch.equal(without_masters + 1e-4, without_masters.float() + 1e-4), "bf16 loses small updates"
 
 
+NARROW = Storage(moments=torch.bfloat16, has_remainders=True)
+STORAGES = {"whole": Storage(), "remainders": Storage(has_remainders=True), "narrow": NARROW}
+
+
+def stored(dp: int, storage: str, bucket_bytes: int) -> list[tuple[str, str, int, Tensor]]:
+    """Kind, parameter, place and values of what a rank keeps after some steps whose gradients are given."""
+    ctx = ParallelContext.create(RankGrid(dp=dp), torch.device("cpu"))
+    infos = toy_infos(torch.bfloat16)
+    rule, how = RULES["adamw"], STORAGES[storage]
+    optimizer = DistributedOptimizer(infos, ctx, rule=rule, bucket_bytes=bucket_bytes, storage=how)
+    for step in range(STEPS):
+        optimizer.begin_step(1)
+        if ctx.rank == 0:  # the sum over replicas has no order then
+            give_gradients(infos, step)
+        optimizer.reduce_gradients()
+        optimizer.step(lr_of(step), optimizer.clip(0.0))
+    return [(kind, flat.info.name, flat.start, view.clone()) for kind, flat, view in optimizer.ranges()]
+
+
+def assembled(ranks: list[list[tuple[str, str, int, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+    whole: dict[str, dict[str, Tensor]] = {}
+    for kind, name, start, view in (share for shares in ranks for share in shares):
+        size = torch.Size(SHAPES[name]).numel()
+        target = whole.setdefault(kind, {}).setdefault(name, torch.zeros(size, dtype=view.dtype))
+        target[start : start + view.numel()] = view
+    return whole
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
+
+
+def test_remainders_keep_the_masters_bits_and_shards_change_none(pool: Callable[[int], WorkerPool]) -> None:
+    (alone,) = pool(1).run(stored, 1, "whole", ONE_BUCKET)
+    whole = assembled([alone])
+    halves = {name: split(master) for name, master in whole["master"].items()}
+    for dp, size in ((1, ONE_BUCKET), (2, MANY_BUCKETS), (4, ONE_BUCKET)):
+        found = assembled(pool(dp).run(stored, dp, "remainders", size))
+        assert found.keys() == {"grad", "weight", "remainder", "exp_avg", "exp_avg_sq"}
+        masters = {name: join(found["weight"][name], found["remainder"][name]) for name in SHAPES}
+        assert equal(masters, whole["master"])
+        assert equal(found["weight"], {name: weight for name, (weight, _) in halves.items()})
+        assert all(equal(found[moment], whole[moment]) for moment in ("exp_avg", "exp_avg_sq"))
+
+
+def test_narrow_states_depend_on_no_shard(pool: Callable[[int], WorkerPool]) -> None:
+    outcomes = [
+        assembled(pool(dp).run(stored, dp, "narrow", size)) for dp, size in ((1, ONE_BUCKET), (2, MANY_BUCKETS))
+    ]
+    for kind in ("weight", "remainder", "exp_avg", "exp_avg_sq"):
+        assert equal(outcomes[0][kind], outcomes[1][kind])
+    assert {x.dtype for kind in ("exp_avg", "exp_avg_sq") for x in outcomes[0][kind].values()} == {torch.bfloat16}
+
+
+def test_sgd_has_no_remainders() -> None:
+    infos, ctx = toy_infos(torch.bfloat16), ParallelContext.single()
+    optimizer = DistributedOptimizer(infos, ctx, rule=RULES["sgd"], bucket_bytes=ONE_BUCKET, storage=NARROW)
+    with pytest.raises(AssertionError, match="SGD keeps masters in float32"):
+        optimizer.step(0.1, optimizer.clip(0.0))
+
+
+def test_only_bf16_weights_have_remainders() -> None:
+    for dtype, kinds in ((torch.float32, {"weight"}), (torch.float16, {"weight", "master"})):
+        infos, ctx = toy_infos(dtype), ParallelContext.single()
+        optimizer = DistributedOptimizer(infos, ctx, rule=RULES["sgd"], bucket_bytes=ONE_BUCKET, storage=NARROW)
+        assert {kind for kind, _, _ in optimizer.ranges()} == {"grad", *kinds}
+
+
+def test_refreshed_remainders_are_of_the_weights() -> None:
+    infos, ctx = toy_infos(torch.bfloat16), ParallelContext.single()
+    optimizer = DistributedOptimizer(infos, ctx, rule=RULES["adamw"], bucket_bytes=ONE_BUCKET, storage=NARROW)
+    for kind, _, view in optimizer.ranges():
+        if kind == "remainder":
+            view.fill_(5)
+    optimizer.refresh_masters()
+    assert not any(view.any() for kind, _, view in optimizer.ranges() if kind == "remainder")
+
+
 def share(dp: int) -> list[tuple[str, str, int, int, Tensor, bool]]:
     """This rank's ranges after a step, and whether each weight range shares memory with its parameter."""
     infos, optimizer, ctx = make(dp, dtype=torch.bfloat16, bucket_bytes=MANY_BUCKETS)
     give_gradients(infos, 0, ctx.rank)
     optimizer.reduce_gradients()
-    optimizer.step(0.01)
+    optimizer.step(0.01, optimizer.clip(0.0))
     return [
         (kind, flat.info.name, flat.start, flat.stop, view.clone(), is_own(kind, flat, view))
         for kind, flat, view in optimizer.ranges()
@@ -189,7 +272,7 @@ def test_state_restored_through_ranges_continues_bit_equal() -> None:
     infos, optimizer, _ = make(dtype=torch.bfloat16, bucket_bytes=MANY_BUCKETS)
     give_gradients(infos, 1)
     optimizer.reduce_gradients()
-    optimizer.step(0.01)
+    optimizer.step(0.01, optimizer.clip(0.0))
     fresh_infos, fresh, _ = make(dtype=torch.bfloat16, bucket_bytes=MANY_BUCKETS)
     for (_, _, target), (_, _, source) in zip(fresh.ranges(), optimizer.ranges(), strict=True):
         target.copy_(source)
@@ -198,7 +281,7 @@ def test_state_restored_through_ranges_continues_bit_equal() -> None:
         it.begin_step(1)
         give_gradients(those, 2)
         it.reduce_gradients()
-        it.step(0.01)
+        it.step(0.01, it.clip(0.0))
     for ours, theirs in zip(infos, fresh_infos, strict=True):
         assert torch.equal(ours.param, theirs.param)
 
@@ -211,7 +294,7 @@ def test_refresh_masters_takes_weights_loaded_from_outside() -> None:
     stale = [view.clone() for kind, _, view in optimizer.ranges() if kind == "master"]
     assert not any((view == 3.0).any() for view in stale), "without a refresh the next step would undo the load"
     optimizer.refresh_masters()
-    optimizer.step(0.0)
+    optimizer.step(0.0, optimizer.clip(0.0))
     assert all(bool((info.param == 3.0).all()) for info in infos)
 
 
@@ -220,19 +303,73 @@ def test_begin_step_forgets() -> None:
     give_gradients(infos, 1)
     optimizer.begin_step(1)
     optimizer.reduce_gradients()
-    assert optimizer.grad_norm() == 0.0
+    assert optimizer.clip(1.0).norm == 0.0
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_norm_that_is_not_finite_is_returned_and_scales_nothing(bad: float) -> None:
-    infos, optimizer, _ = make()
-    grads = give_gradients(infos, 1)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_that_are_not_finite_change_nothing(dtype: torch.dtype, rule: str, bad: float) -> None:
+    infos, optimizer, _ = make(rule=rule, dtype=dtype)
+    gradients_of_step(optimizer, infos, 1)
+    optimizer.step(0.1, optimizer.clip(1.0))
+    before = [view.clone() for kind, _, view in optimizer.ranges() if kind != "grad"]
+    gradients_of_step(optimizer, infos, 2)
     infos[0].param.backward(torch.full_like(infos[0].param, bad))
     optimizer.reduce_gradients()
-    norm = optimizer.clip_(1.0)
-    assert norm == bad or norm != norm
+    how = optimizer.clip(1.0)
+    assert how.norm == bad or how.norm.isnan()
+    optimizer.step(0.1, how)
+    assert optimizer.applied_steps == 1
+    assert all(map(torch.equal, [view for kind, _, view in optimizer.ranges() if kind != "grad"], before))
+    gradients_of_step(optimizer, infos, 3)
+    optimizer.step(0.1, optimizer.clip(1.0))
+    assert optimizer.applied_steps == 2
+    assert not any(map(torch.equal, [view for kind, _, view in optimizer.ranges() if kind == "weight"], before))
+
+
+def gradients_of_step(optimizer: DistributedOptimizer, infos: list[ParamInfo], seed: int) -> None:
+    optimizer.begin_step(1)
+    give_gradients(infos, seed)
+    optimizer.reduce_gradients()
+
+
+def test_clipping_leaves_gradients_as_they_are() -> None:
+    infos, optimizer, _ = make()
+    grads = give_gradients(infos, 1)
+    optimizer.reduce_gradients()
+    how = optimizer.clip(1e-3, loss_scale=4.0)
+    optimizer.step(0.1, how)
     (norm_grad,) = [view for kind, flat, view in optimizer.ranges() if kind == "grad" and flat.info.name == "norm"]
     assert torch.equal(norm_grad, grads["norm"])
+    assert how.factor < 1e-3
+
+
+class NoWait(TorchDispatchMode):
+    """On ``meta`` there is no value to wait for; what would ask for one raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+        assert devices <= {"meta"}, f"{func} copies between host and device"
+        return out
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_waits_for_nothing(rule: str) -> None:
+    ctx = replace(ParallelContext.single(), device=torch.device("meta"))
+    infos = [replace(info, param=nn.Parameter(info.param.to("meta"))) for info in toy_infos(torch.bfloat16)]
+    optimizer = DistributedOptimizer(infos, ctx, rule=RULES[rule], bucket_bytes=MANY_BUCKETS)
+    with NoWait():
+        gradients = [torch.empty_like(info.param) for info in infos]
+        optimizer.begin_step(1)
+        torch.autograd.backward([info.param for info in infos], gradients)
+        optimizer.reduce_gradients()
+        optimizer.step(0.1, optimizer.clip(1.0, loss_scale=2.0))
+        optimizer.wait_for_weights()
+        with pytest.raises(AssertionError, match="the host waits"):
+            assert optimizer.applied_steps
 
 
 def test_collectives_of_a_step_can_be_counted() -> None:
@@ -255,8 +392,7 @@ def test_collectives_of_a_step_can_be_counted() -> None:
     ):
         give_gradients(infos, 1)
         optimizer.reduce_gradients()
-        optimizer.clip_(1.0)
-        optimizer.step(0.1)
+        optimizer.step(0.1, optimizer.clip(1.0))
     reduce = ["all_reduce_"] + ["begin_reduce_scatter_flat_"] * num_buckets  # two partial sums over tp, one all-reduce
     assert calls == [*reduce, "all_reduce_"] + ["begin_all_gather_flat_"] * num_buckets
 
@@ -330,15 +466,15 @@ def split_norm(grid: RankGrid, mutant: str | None) -> tuple[float, Tensor]:
     """The norm, and the reduced gradient of the stage's norm weight as far as this rank owns it."""
     ctx = ParallelContext.create(grid, torch.device("cpu"))
     infos = split_infos(ctx, sums_over_tp=mutant != "no all-reduce over tp")
-    optimizer = DistributedOptimizer(infos, ctx, rule=Sgd(), bucket_bytes=300)
+    counting = {"every element": every_element, "no replica": no_replica}.get(mutant or "", clip.counted)
+    with patch.object(clip, "counted", counting):
+        optimizer = DistributedOptimizer(infos, ctx, rule=Sgd(), bucket_bytes=300)
     whole = logical_gradients(ctx.pp.rank, ctx.dp_cp.rank)
     torch.autograd.backward(
         [info.param for info in infos], [local_gradient(name, whole[name], ctx.tp.rank) for name in GLOBAL]
     )
     optimizer.reduce_gradients()
-    counting = {"every element": every_element, "no replica": no_replica}.get(mutant or "", distributed.counted)
-    with patch.object(distributed, "counted", counting):
-        norm = optimizer.grad_norm()
+    norm = optimizer.clip(0.0).norm.item()
     owned = [v for kind, flat, v in optimizer.ranges() if kind == "grad" and flat.info.parts[0].name.endswith("norm")]
     return norm, torch.cat([torch.empty(0, dtype=torch.float64), *owned])
 

@@ -46,8 +46,7 @@ def train(dp: int, reduction: Reduction, bucket_bytes: int, dtype: torch.dtype =
         for microbatch in range(rank * share, rank * share + share):
             give_gradients(infos, step, microbatch)
         optimizer.reduce_gradients()
-        optimizer.clip_(0.0)
-        optimizer.step(0.1)
+        optimizer.step(0.1, optimizer.clip(0.0))
     optimizer.wait_for_weights()
     return {info.name: info.param.detach().clone() for info in infos}
 
@@ -150,7 +149,7 @@ def test_a_bucket_is_reduced_as_soon_as_its_last_gradient_is_there() -> None:
         optimizer.reduce_gradients()
         assert events == [f"reduced {name}" for name in backward], "nothing was left to begin"
         events.clear()
-        optimizer.step(0.1)
+        optimizer.step(0.1, optimizer.clip(0.0))
         assert events == [f"gather {name}" for name in NAMES], "what forward reads first comes first"
         events.clear()
         optimizer.wait_for_weights([infos[1].param])
@@ -232,7 +231,7 @@ def train_once(dp: int, reduction: Reduction, *, waits: bool = True) -> dict[str
     optimizer.begin_step(1)
     give_gradients(infos, 0, rank)
     optimizer.reduce_gradients()
-    optimizer.step(0.1)
+    optimizer.step(0.1, optimizer.clip(0.0))
     if waits:
         optimizer.wait_for_weights()
     return {info.name: info.param.detach().clone() for info in infos}

@@ -13,6 +13,7 @@ def test_a_world_of_one_has_groups_of_one_and_no_process_group() -> None:
     assert ctx.device == torch.device("cpu")
     for name in ("tp", "cp", "dp", "pp", "dp_cp", "world"):
         assert getattr(ctx, name) == Group(name, 0, 1, (0,), None)
+    assert ctx.host_world is ctx.world
     assert ctx.pp_links == {}
 
 
@@ -79,3 +80,18 @@ def test_a_link_that_was_not_made_is_our_mistake() -> None:
 def test_a_grid_of_another_world_is_refused() -> None:
     with pytest.raises(AssertionError, match="needs 4 processes, there are 1"):
         groups(2)
+
+
+def agreed_beside_nccl() -> tuple[bool, bool, str, float]:
+    """What the host's world is where the world's backend carries no tensors of the host."""
+    plain = ParallelContext.create(RankGrid(dp=2), torch.device("cpu"))
+    with mock.patch.object(dist, "get_backend", return_value="nccl"):
+        ctx = ParallelContext.create(RankGrid(dp=2), torch.device("cpu"))
+    host, total = ctx.host_world, torch.tensor(ctx.rank + 1.0)
+    dist.all_reduce(total, group=host.handle)
+    own = host.handle is not ctx.world.handle and host.ranks == ctx.world.ranks
+    return plain.host_world is plain.world, own, dist.get_backend(host.handle), total.item()
+
+
+def test_hosts_agree_over_a_backend_of_their_own_where_the_world_has_none_for_them(pool) -> None:
+    assert pool(2).run(agreed_beside_nccl) == [(True, True, "gloo", 3.0)] * 2

@@ -5,7 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_aquila.parallel import layers, weight_grads
+from megatron_aquila.kernels import products
+from megatron_aquila.parallel import layers
 from megatron_aquila.parallel.collectives import Pending
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.placement import Placement
@@ -184,8 +185,8 @@ def column_backward(size: int, sp: bool, overlap: bool, deferred: bool) -> tuple
         logged(layers, "begin_all_gather", "gather"),
         logged(layers, "begin_reduce_scatter", "sum"),
         logged(layers, "begin_all_reduce_", "sum"),
-        logged(layers, "matmul", "product for x"),
-        logged(weight_grads, "weight_gradient", "product for the weight"),
+        logged(products.NativeProducts, "grad_x", "product for x"),
+        logged(products.NativeProducts, "grad_weight", "product for the weight"),
         logged(layers.Pending, "wait", "wait"),
         queue.deferring("W") if deferred else nullcontext(),
     ):

@@ -56,8 +56,9 @@ def test_a_batch_that_does_not_divide_is_our_own_mistake():
 @given(batch=st.integers(1, 8), start=st.integers(1, 8), samples=st.integers(1, 60), target=st.integers(0, 200))
 def test_a_run_ends_with_a_whole_batch(batch: int, start: int, samples: int, target: int) -> None:
     plan = BatchPlan(global_batch=start + 2 * batch, micro_batch=1, dp=1, ramp=(start, batch, samples))
-    consumed = 0
+    consumed = steps = 0
     while consumed < target:
-        consumed += plan.batch_at(consumed)[0]
+        consumed, steps = consumed + plan.batch_at(consumed)[0], steps + 1
     assert plan.end_of_run(0, target) == consumed
+    assert plan.num_steps(target) == steps
     assert plan.end_of_run(consumed, target) == consumed

@@ -22,6 +22,7 @@ from megatron_aquila.plan.flops import (
     num_params,
     peak_flops,
 )
+from megatron_aquila.plan.recompute import MODULES, plan_recompute, recomputed_flops
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import plan_stages
 from megatron_aquila.train.loss import LossSums
@@ -148,18 +149,28 @@ SMALL = replace(llama(2, 32, 4, 2, 48, 64, 16), head_dim=8)
 APART = DocumentRules(eod=EOD, reset_positions=True, reset_attention=True, mask_loss=True)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("loss_chunk_tokens", [None, 5, 0])
-@pytest.mark.parametrize("documents", [None, APART])
-def test_flops_by_formula_are_those_of_a_traced_step(documents, loss_chunk_tokens, fused):
+STAGES = plan_stages(SMALL, 1)
+AGAIN = {  # what is recomputed -> by formula
+    "none": plan_recompute(STAGES, kind="none"),
+    "norms and swiglu": plan_recompute(STAGES, kind="selective", modules=("norms", "swiglu")),
+    "attention": plan_recompute(STAGES, kind="selective", modules=MODULES),
+    "full, layer by layer": plan_recompute(STAGES, kind="full"),
+    "full, in one group": plan_recompute(STAGES, kind="full", num_layers=2),
+    "full, the first layer": plan_recompute(STAGES, kind="full", method="block"),
+}
+
+
+def counted_flops(batch, losses, *, loss_chunk_tokens=None, fused=False, recompute=AGAIN["none"]):
+    """FLOPs of the products that forward and backward of one microbatch really run."""
     ctx = ParallelContext.single()
     placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=torch.float32, device=ctx.device)
     (stage,) = build_stages(
         SMALL,
-        plan_stages(SMALL, 1),
+        STAGES,
         pp_rank=0,
         placement=placement,
         kernels=choose_kernels(ctx.device, torch.float32),
+        recompute=recompute,
         loss_chunk_tokens=loss_chunk_tokens,
     ).values()
     for weight in stage.parameters():
@@ -167,12 +178,39 @@ def test_flops_by_formula_are_those_of_a_traced_step(documents, loss_chunk_token
     if fused:
         sums = {weight: MainGrad(torch.zeros_like(weight), lambda: None) for weight in stage.parameters()}
         placement.weight_grads.accumulate_into(sums)
-    losses = LossSums(["a", "b"], num_tokens=32, device=ctx.device)
-    (batch,) = losses.weigh([sample_batch(SMALL, range(2, 4), seed=1, documents=documents)])
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counted:
         losses.loss(stage(None, batch), batch).backward()
+    return counted.get_total_flops()
 
-    tokens, attention = 2 * SMALL.seq_len, SMALL.num_layers * attention_flops(SMALL.attention_size, SMALL.seq_len)
-    share = attended(batch) / (tokens * SMALL.seq_len)
+
+def weighed_batch(documents=None):
+    """A microbatch of two samples, its losses, and the share of S x S pairs that its attention works on."""
+    losses = LossSums(["a", "b"], num_tokens=32, device=torch.device("cpu"))
+    (batch,) = losses.weigh([sample_batch(SMALL, range(2, 4), seed=1, documents=documents)])
+    return batch, losses, attended(batch) / (2 * SMALL.seq_len**2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("loss_chunk_tokens", [None, 5, 0])
+@pytest.mark.parametrize("documents", [None, APART])
+def test_flops_by_formula_are_those_of_a_traced_step(documents, loss_chunk_tokens, fused):
+    batch, losses, share = weighed_batch(documents)
     assert (share < 0.7) if documents else (share == 1)
-    assert counted.get_total_flops() == tokens * (flops_per_token(SMALL) - (1 - share) * attention)
+    attention = SMALL.num_layers * attention_flops(SMALL.attention_size, SMALL.seq_len)
+    expected = 2 * SMALL.seq_len * (flops_per_token(SMALL) - (1 - share) * attention)
+    assert counted_flops(batch, losses, loss_chunk_tokens=loss_chunk_tokens, fused=fused) == expected
+
+
+@pytest.mark.parametrize("loss_chunk_tokens", [None, 0])
+@pytest.mark.parametrize("documents", [None, APART])
+@pytest.mark.parametrize("again", AGAIN)
+def test_what_is_recomputed_is_counted_apart_from_the_model(again, documents, loss_chunk_tokens):
+    """A traced step runs the formula's FLOPs and the recomputed ones: HFU counts both, MFU the first alone."""
+    batch, losses, share = weighed_batch(documents)
+    recomputed = recomputed_flops(SMALL, STAGES, AGAIN[again], 1)
+    attention = SMALL.num_layers * attention_flops(SMALL.attention_size, SMALL.seq_len)
+    model = flops_per_token(SMALL) - (1 - share) * attention
+    executed = model + recomputed.linears + share * recomputed.attention
+    found = counted_flops(batch, losses, loss_chunk_tokens=loss_chunk_tokens, recompute=AGAIN[again])
+    assert found == pytest.approx(2 * SMALL.seq_len * executed, rel=1e-12)
+    assert (executed > model) == (again not in ("none", "norms and swiglu"))

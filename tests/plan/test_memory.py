@@ -91,6 +91,23 @@ def test_precision_and_rule():
     assert plan(AQUILA_7B, optimizer="sgd").of_rank(0).optimizer_states == 0
 
 
+@pytest.mark.parametrize(
+    ("moments", "masters", "each"),
+    [("fp32", "fp32", 18), ("fp32", "remainder", 16), ("bf16", "fp32", 14), ("bf16", "remainder", 12)],
+)
+def test_bytes_of_a_parameter(moments, masters, each):
+    memory = plan(AQUILA_7B, moments_dtype=moments, master_weights=masters).of_rank(0)
+    kept = memory.weights + memory.main_grads + memory.master_weights + memory.optimizer_states
+    assert kept == each * memory.weights // 2
+
+
+def test_only_with_12_bytes_a_parameter_four_samples_of_the_7b_are_far_from_an_h200s_end():
+    """Of its 139 GiB 2 to 4 are the device's own."""
+    narrow = plan(AQUILA_7B, micro_batch=4, moments_dtype="bf16", master_weights="remainder").of_rank(0).total
+    whole = plan(AQUILA_7B, micro_batch=4).of_rank(0).total
+    assert narrow < 125 * GIB < 139 * GIB < whole
+
+
 def test_tensor_and_sequence_parallel_shard_the_activations():
     whole = plan(AQUILA_34B, pp=4).of_rank(1)
     split = plan(AQUILA_34B, tp=4, pp=4, sequence_parallel=True).of_rank(1)

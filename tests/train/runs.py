@@ -43,8 +43,9 @@ def write_corpus(folder: Path, *, documents: int = 60) -> tuple[str, ...]:
 
 
 def tiny_config(folder: Path, **train: Any) -> RunConfig:
-    """A run of six steps in float64 on the corpus in ``folder``."""
-    settings = {"train_samples": 48, "micro_batch": 2, "global_batch": 8, "eval_interval": 3, "eval_iters": 1} | train
+    """A run of six steps, in float64 unless ``train`` says otherwise, on the corpus in ``folder``."""
+    settings = {"train_samples": 48, "micro_batch": 2, "global_batch": 8, "eval_interval": 3, "eval_iters": 1}
+    settings |= {"precision": "fp64", "device": "cpu"} | train
     return RunConfig(
         model=ModelConfig(
             num_layers=3,
@@ -59,7 +60,7 @@ def tiny_config(folder: Path, **train: Any) -> RunConfig:
         ),
         data=DataConfig(path=write_corpus(folder), split="90,10,0", cache_path=folder / "cache", prefetch=1),
         optim=OptimConfig(lr=1e-2, min_lr=1e-3, lr_warmup_samples=8),
-        train=TrainConfig(precision="fp64", device="cpu", **settings),  # type: ignore[arg-type]
+        train=TrainConfig(**settings),  # type: ignore[arg-type]
         checkpoint=CheckpointConfig(save=folder / "run", save_interval=2),
     )
 
@@ -96,12 +97,12 @@ class Recorder:
             self.notes.append(text)
 
 
-def run(config: RunConfig, kill_at: int | None = None) -> Recorder:
+def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None = None) -> Recorder:
     """Train from where the settings say to the end, in this worker's world."""
     launch = read_launch() if torch.distributed.is_initialized() else Launch()
-    recorder = Recorder(kill_at=kill_at)
+    recorder = Recorder(kill_at=kill_at) if recorder is None else recorder
     derived = derive(config, launch.world_size)
-    ctx = build.create_context(config, derived, torch.device("cpu"))
+    ctx = build.create_context(config, derived, torch.device(config.train.device))
     checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world)
     identity = corpus.identify(config) if ctx.rank == 0 else None
     begin = agreed(lambda: start.find_start(config, derived, checkpoint, identity), ctx.world)

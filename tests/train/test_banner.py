@@ -44,9 +44,9 @@ def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypa
         total_memory = 2**20
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small())
-    with pytest.raises(
-        ConfigError, match=r"turn on --sp, turn on --recompute selective, or full, raise --tp \(now 2\)"
-    ):
+    narrower = "use --master-weights remainder, use --moments-dtype bf16"
+    told = rf"turn on --sp, turn on --recompute selective, or full, {narrower}, raise --tp \(now 2\)"
+    with pytest.raises(ConfigError, match=told):
         banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0))
 
 
@@ -79,6 +79,13 @@ def test_running_out_of_memory_says_what_to_change() -> None:
         banner.explain_out_of_memory(CONFIG, derive(CONFIG, 8)),
     ):
         raise torch.OutOfMemoryError("tried to allocate")
+
+
+def test_states_can_be_narrower_in_bf16_until_they_are() -> None:
+    narrow = replace(CONFIG.optim, master_weights="remainder")
+    assert banner.narrower_states(replace(CONFIG, optim=narrow)) == ["use --moments-dtype bf16"]
+    assert banner.narrower_states(replace(CONFIG, optim=replace(narrow, moments_dtype="bf16"))) == []
+    assert banner.narrower_states(replace(CONFIG, train=replace(CONFIG.train, precision="fp32"))) == []
 
 
 def test_the_way_to_save_is_the_next_kind_of_recomputation() -> None:

@@ -1,9 +1,11 @@
 """Machines with several stages a rank: gradients to the bit, validation, checkpoints."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ import torch
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_aquila.train.build import plan_work
+from megatron_aquila.errors import ConfigError
+from megatron_aquila.kernels import dispatch
+from megatron_aquila.kernels.self_check import Sizes
+from megatron_aquila.train.build import build_machine, create_context, plan_work
 from megatron_aquila.verify.observe import observe_layout
 from megatron_aquila.verify.pool import WorkerPool
 from tests.train.runs import run, tiny_config
@@ -107,3 +112,49 @@ def test_every_size_of_the_ramp_has_a_program(parallel: dict[str, Any], sizes: t
     work = plan_work(config, derived, 0)
     assert (tuple(work.programs), work.link_depth) == (sizes, depth)
     assert {action.stage for action in work.programs[last]} == set(derived.stages.stages_of(0))
+
+
+def chosen(config: RunConfig, errs: list[tuple[int, str]]) -> tuple[str, list[str]]:
+    """The last word on adamw, and the warnings, where kernels err on some rank. Collective; runs in a worker."""
+    derived = derive(config, 2)
+    ctx = create_context(config, derived, torch.device("cpu"))
+    preferences = {
+        **dispatch._preferences(ctx.device, Sizes()),
+        "adamw": {"triton": "fast", "apex": "good", "own": "slow"},
+    }
+
+    def refusal(_op: str, name: str, *_: Any) -> str | None:
+        return f"{name} errs" if (ctx.rank, name) in errs else None
+
+    fakes = {"_preferences": lambda *_: preferences, "_unfit": lambda *_: None, "_refusal": refusal}
+    with mock.patch.multiple(dispatch, **fakes), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            kernels = build_machine(config, derived, ctx).kernels
+        except ConfigError as error:
+            return str(error), []
+    why = kernels.reasons["adamw"]
+    assert kernels.adamw is dispatch.IMPLEMENTATIONS["adamw"][why.split(":")[0]]
+    return why, [str(one.message) for one in told if "kernels:" in str(one.message)]
+
+
+@pytest.mark.parametrize("parallel", [{"data": 2}, {"pipeline": 2}], ids=str)
+def test_a_kernel_that_fails_on_one_rank_runs_on_none(pool: Pools, parallel: dict[str, Any]) -> None:
+    """Replicas would round differently, and who raises alone leaves the others waiting."""
+    config = small(2, **parallel)
+    assert pool(2).run(chosen, config, []) == [("triton: fast", [])] * 2
+    good, bad = pool(2).run(chosen, config, [(1, "triton")])
+    assert bad == ("apex: triton errs", ["kernels: triton errs; adamw=apex runs instead"])
+    why = "adamw=triton does not run on rank 1: triton errs"
+    assert good == (f"apex: {why}", [f"kernels: {why}; adamw=apex runs instead"])
+    forced = replace(config, train=replace(config.train, kernels=("adamw=triton",)))
+    good, bad = pool(2).run(chosen, forced, [(1, "triton")])
+    assert bad[0].startswith("--kernels adamw=triton: triton errs; leave it out")
+    assert good[0].startswith(f"--kernels adamw=triton: {why}; leave it out")
+
+
+def test_what_comes_next_must_run_everywhere_too(pool: Pools) -> None:
+    """Rank 1 would have kept its first kernel, and learns only in the second round that its next one errs."""
+    (first, _), (second, _) = pool(2).run(chosen, small(2, data=2), [(0, "triton"), (1, "apex")])
+    assert first == "own: triton errs; adamw=apex does not run on rank 1: apex errs"
+    assert second == "own: adamw=triton does not run on rank 0: triton errs; apex errs"

@@ -58,7 +58,7 @@ def two_steps(config: RunConfig) -> tuple[list[Chunk], list[Chunk]]:
     for _ in range(2):
         compute(machine)
         gradients = [replace(chunk, tensor=chunk.tensor.clone()) for chunk in gradient_chunks(machine)]
-        machine.optimizer.step(0.01)
+        machine.optimizer.step(0.01, machine.optimizer.clip(0.0))
     machine.optimizer.wait_for_weights()
     weights = [chunk for info in machine.infos for chunk in param_chunks(info)]
     return gradients, [replace(chunk, tensor=chunk.tensor.detach().clone()) for chunk in weights]
@@ -145,12 +145,12 @@ def events_of(config: RunConfig) -> tuple[list[str], int, dict[str, int]]:
     """What happened from a step's backward to the next one's, the number of buckets, and the collectives of a step."""
     machine = build_small(config)
     compute(machine)
-    machine.optimizer.step(0.01)
+    machine.optimizer.step(0.01, machine.optimizer.clip(0.0))
     machine.optimizer.wait_for_weights()
     events: list[str] = []
     with told(events), CountCollectives() as counted:
         compute(machine)
-        machine.optimizer.step(0.01)
+        machine.optimizer.step(0.01, machine.optimizer.clip(0.0))
     counts = dict(counted.counts)
     with told(events):
         compute(machine)

@@ -8,10 +8,15 @@ from megatron_aquila.train.state import TrainState
 
 
 def test_a_step_consumes_its_samples_and_a_skipped_one_does_not_count_for_adam() -> None:
-    state = TrainState(seed=1, index_segments=(100,))
-    state = state.advance(samples=8, tokens=80, applied=True, loss_scale=LossScale()).advance(
-        samples=8, tokens=80, applied=False, loss_scale=LossScale(8.0)
-    )
+    start = TrainState(seed=1, index_segments=(100,))
+    first = start.moved_on(samples=8, tokens=80)
+    second = first.moved_on(samples=8, tokens=80)
+    assert (second.step, second.consumed_samples, second.applied_steps, second.skipped_samples) == (2, 16, 0, ())
+    first = first.settled((0, 8), applied=True, loss_scale=LossScale())
+    state = second.settled((0, 8), applied=True, loss_scale=LossScale())
+    state = state.settled((8, 16), applied=False, loss_scale=LossScale(8.0))
+    at_once = first.moved_on(samples=8, tokens=80).settled((8, 16), applied=False, loss_scale=LossScale(8.0))
+    assert state == at_once, "when a step is settled changes nothing"
     assert (state.step, state.applied_steps, state.consumed_samples, state.consumed_tokens) == (2, 1, 16, 160)
     assert state.skipped_samples == ((8, 16),)
     assert state.loss_scale == LossScale(8.0)

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_aquila.config.schema import CheckpointConfig, RunConfig, TrainConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.report import StepReport
+from megatron_aquila.optim.clip import Clip
 from megatron_aquila.optim.scaler import LossScale, LossScaling
-from megatron_aquila.train import step, trainer
+from megatron_aquila.train import trainer
 from megatron_aquila.train.state import TrainState
 from tests.train.runs import run, tiny_config
 
@@ -78,7 +80,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_twenty_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "MAX_SKIPPED_IN_A_ROW", 3)
-    monkeypatch.setattr(step.math, "isfinite", lambda norm: False)
+    monkeypatch.setattr(Clip, "at", lambda norm, *_, **__: Clip(norm, norm, torch.tensor(False)))
     config = tiny_config(tmp_path)
     with pytest.raises(AquilaError, match=r"samples 0 to 24.*lower --lr"):
         run(config)

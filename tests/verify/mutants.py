@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.optim.clip import Clip
 from megatron_aquila.parallel.collectives import Pending
 from megatron_aquila.train import build
 from megatron_aquila.verify import observe
@@ -92,9 +93,9 @@ def within(owner: Any, name: str, patch: Callable[[], Any]) -> Any:
     """Patches only while the method ``owner.name`` runs."""
     right = getattr(owner, name)
 
-    def wrong(*args: Any) -> Any:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
         with patch():
-            return right(*args)
+            return right(*args, **kwargs)
 
     return patched(owner, name, staticmethod(wrong) if isinstance(owner.__dict__[name], staticmethod) else wrong)
 
@@ -178,8 +179,8 @@ def replicas_drift() -> Any:
 
     right = DistributedOptimizer.step
 
-    def wrong(self: DistributedOptimizer, lr: float) -> None:
-        right(self, lr)
+    def wrong(self: DistributedOptimizer, lr: float, clip: Clip) -> None:
+        right(self, lr, clip)
         for bucket in self._buckets:
             bucket.weights += 1e-15 * (self._ctx.tp.rank if not bucket.layout.weight_decay else 0)
 
@@ -430,19 +431,17 @@ def _other_inputs(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 @mutant("the clip norm misses a parameter", ONE, "world of one", "gradient norm")
 def parameter_missing_from_norm() -> Any:
-    from megatron_aquila.optim import distributed
+    from megatron_aquila.optim import clip
 
-    right = distributed.counted
-    return patched(
-        distributed, "counted", lambda flat: iter(()) if flat.info.name == "model.norm.weight" else right(flat)
-    )
+    right = clip.counted
+    return patched(clip, "counted", lambda flat: iter(()) if flat.info.name == "model.norm.weight" else right(flat))
 
 
 @mutant("the clip norm counts replicated parameters on every tp rank", TP, "tp", "gradient norm")
 def replicas_counted_in_norm() -> Any:
-    from megatron_aquila.optim import distributed
+    from megatron_aquila.optim import clip
 
-    return patched(distributed, "counted", lambda flat: iter([(flat.start, flat.stop)]))
+    return patched(clip, "counted", lambda flat: iter([(flat.start, flat.stop)]))
 
 
 @mutant("each rank clips by the norm of its own shard", DP, "dp (ZeRO-1)", "gradient norm")
@@ -450,7 +449,7 @@ def norm_of_own_shard() -> Any:
     from megatron_aquila.optim import distributed
     from megatron_aquila.optim.distributed import DistributedOptimizer
 
-    return within(DistributedOptimizer, "grad_norm", lambda: patched(distributed, "all_reduce_", unreduced))
+    return within(DistributedOptimizer, "clip", lambda: patched(distributed, "all_reduce_", unreduced))
 
 
 @mutant("gradients are averaged over the replicas", DP, "dp (ZeRO-1)", "gradient of lm_head.weight")
@@ -501,7 +500,7 @@ def shard_border_off_by_one() -> Any:
     right = Bucket.begin_publish
 
     def wrong(self: Bucket) -> None:
-        self.master.copy_(self.master.roll(1))
+        self.weight_shard.copy_(self.weight_shard.roll(1))
         right(self)
 
     return patched(Bucket, "begin_publish", wrong)

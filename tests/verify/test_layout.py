@@ -2,7 +2,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.verify.layout import NEEDS, WORDS, Layout, is_supported, requested_layout, with_layout
 from megatron_aquila.verify.shrink import shrink, small_stages
 
@@ -57,9 +57,12 @@ def test_the_settings_say_what_is_asked_for() -> None:
 
 def test_small_config_keeps_structure() -> None:
     config = RunConfig(
-        model=ModelConfig(num_layers=60, num_heads=8, num_kv_heads=4), parallel=ParallelConfig(stage_layers=(31, 29))
+        model=ModelConfig(num_layers=60, num_heads=8, num_kv_heads=4),
+        parallel=ParallelConfig(stage_layers=(31, 29)),
+        optim=OptimConfig(moments_dtype="bf16", master_weights="remainder"),
     )
     small = shrink(config, FULL)
+    assert (small.optim.moments_dtype, small.optim.master_weights) == ("fp32", "fp32"), "float64 keeps nothing narrow"
     assert small.model.num_heads // (small.model.num_kv_heads or 1) == 2
     assert small_stages((15, 16, 16, 13)) == (2, 2, 2, 1)
     assert with_layout(small, Layout(pp=2)).parallel.stage_layers == (2, 1)

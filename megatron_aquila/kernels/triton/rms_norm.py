@@ -75,7 +75,7 @@ def _stages(block: int, element_size: int, num_loads: int) -> int:
 
 
 def _programs(num_rows: int, block: int, device: torch.device) -> int:
-    """Two programs of 8 warps a processor or one of 16: more do not fit its registers (114 a thread at most)."""
+    """Two programs of 8 warps a processor or one of 16: more do not fit its registers (94 to 128 a thread)."""
     return num_programs(num_rows, device, per_processor=2 if num_warps(block) <= 8 else 1)
 
 

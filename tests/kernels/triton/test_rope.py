@@ -71,12 +71,12 @@ def test_the_bound_tells_wrong_answers() -> None:
 
 
 @pytest.mark.parametrize("interleaved", PAIRINGS)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2)])
 def test_a_projection_in_place(num_heads: int, num_kv_heads: int, interleaved: bool) -> None:
     """The bits of turning q and k one by one, forward and backward, through the linear that made the projection."""
-    heads, (cos, sin) = num_heads + 2 * num_kv_heads, tables(5, 2, 16, torch.float32)
-    x, weight = draw(5, 2, 12), draw(12, heads * 16)
-    grads = [draw(5, 2, n, 16) for n in (num_heads, num_kv_heads, num_kv_heads)]
+    heads, (cos, sin) = num_heads + 2 * num_kv_heads, tables(3, 2, 16, torch.float32)
+    x, weight = draw(3, 2, 12), draw(12, heads * 16)
+    grads = [draw(3, 2, n, 16) for n in (num_heads, num_kv_heads, num_kv_heads)]
     settings = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "interleaved": interleaved}
 
     def gradients(function, turn=None) -> list[Tensor]:

@@ -14,6 +14,7 @@ from megatron_aquila.kernels.self_check import TRIALS, Sizes, why_refused
 from tests.kernels.triton.common import DEVICE, DTYPES
 
 SIZES = Sizes(hidden_size=48, ffn_size=40, head_dim=20)
+OPS = [op for op, names in IMPLEMENTATIONS.items() if "triton" in names]
 
 # file of the kernel, op -> the right text, the wrong one
 MUTANTS = {
@@ -28,13 +29,18 @@ MUTANTS = {
     "gate and up change places": ("swiglu", "swiglu", "gate * tl.sigmoid(gate) * up", "up * tl.sigmoid(up) * gate"),
     "the slope of silu": ("swiglu", "swiglu", "silu * (1.0 - sigmoid)", "gate * (1.0 - sigmoid)"),
     "the gradient of up goes to gate": ("swiglu", "swiglu", "tl.store(to + SIZE,", "tl.store(to,"),
-    "backward turns forward": ("rope", "apply_rope", "t = -t", "t = t"),
-    "the second half turns the wrong way": ("rope", "apply_rope", "(second * c + first * t)", "(second * c - first * t)"),
+    "backward turns forward": ("rope", "rope_qkv", "t = -t", "t = t"),
+    "the second half turns the wrong way": ("rope", "rope_qkv", "(second * c + first * t)", "(second * c - first * t)"),
     "samples change places": ("rope", "rope_qkv", "token // num_samples, token % num_samples", "token // num_samples, 0 * token"),
     "k is not turned": ("rope", "rope_qkv", "turning, turning, cos_SBD", "q, q, cos_SBD"),
     "v is turned back": ("rope", "rope_qkv", "(True, True, False)", "(True, True, True)"),
-    "decay after the update": ("adamw", "adamw", "* decay\n", "\n"),
+    "decay after the update": ("adamw", "adamw", "weight *= decay\n", "weight *= 1.0\n"),
     "the second moment's correction": ("adamw", "adamw", "tl.div_rn(tl.sqrt_rn(square), correction2)", "tl.sqrt_rn(square)"),
+    "gradients are not clipped": ("adamw", "adamw", " * tl.load(factor).to(tl.float32)", ""),
+    "the remainder is not added": ("adamw", "adamw", "<< 16) + rest)", "<< 16))"),
+    "the weight is cut off": ("adamw", "adamw", "((bits - rest.to(tl.int32)) >> 16)", "(bits >> 16)"),
+    "moments of the wrong sign": ("adamw", "adamw", "mean.to(exp_avg.dtype.element_ty)", "(-mean).to(exp_avg.dtype.element_ty)"),
+    "what is not finite is applied": ("adamw", "adamw", "if tl.load(applies):", "if size > 0:"),
     "the tail of a flat tensor": ("adamw", "adamw", "inside = at < size", "inside = at < size // BLOCK * BLOCK"),
     "does not compile": ("swiglu", "swiglu", "sigmoid = tl.sigmoid(gate)", "sigmoid = tl.no_such_function(gate)"),
 }  # fmt: skip
@@ -66,11 +72,11 @@ def put_in(monkeypatch: pytest.MonkeyPatch, mutant: ModuleType, name: str) -> No
 
 
 def test_every_triton_kernel_has_a_trial() -> None:
-    assert set(TRIALS) == {op for op, names in IMPLEMENTATIONS.items() if "triton" in names}
+    assert set(TRIALS) == {"attention", *OPS}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", TRIALS)
+@pytest.mark.parametrize("op", OPS)
 def test_right_kernels_pass(op: str, dtype: torch.dtype) -> None:
     assert refusal(op, dtype=dtype) is None
 
@@ -94,11 +100,11 @@ def test_a_refused_kernel_is_named_loudly_and_another_runs(tmp_path: Path, monke
     """As on a GPU, with the interpreter in its place."""
     put_in(monkeypatch, mutated(tmp_path, "swiglu", "silu * (1.0 - sigmoid)", "gate * (1.0 - sigmoid)"), "swiglu")
     preferences = {
-        **dispatch._preferences(DEVICE),
+        **dispatch._preferences(DEVICE, SIZES),
         "swiglu": {"triton": "fast", "own": "lean"},
         "rms_norm": {"triton": "fast"},
     }
-    monkeypatch.setattr(dispatch, "_preferences", lambda device: preferences)
+    monkeypatch.setattr(dispatch, "_preferences", lambda device, sizes: preferences)
     told = r"swiglu=triton is refused, .*: the gradient of gate_up is wrong in \d+ of \d+ places.*; swiglu=own runs instead"
     with pytest.warns(RuntimeWarning, match=told):
         kernels = choose_kernels(DEVICE, torch.float32, sizes=SIZES)
@@ -110,7 +116,7 @@ def test_a_refused_kernel_is_named_loudly_and_another_runs(tmp_path: Path, monke
 
 
 def test_where_nothing_runs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_preferences", lambda device: {"rms_norm": {"triton": "fast"}})
+    monkeypatch.setattr(dispatch, "_preferences", lambda device, sizes: {"rms_norm": {"triton": "fast"}})
     with pytest.raises(AssertionError, match=f"no rms_norm kernel runs on {DEVICE}: .*Triton has no float64"):
         choose_kernels(DEVICE, torch.float64)
 
@@ -122,7 +128,7 @@ def test_the_runs_random_numbers_are_left_alone() -> None:
 
 
 def test_all_can_be_forced_at_once() -> None:
-    forced = dict.fromkeys(TRIALS, "triton")
+    forced = dict.fromkeys(OPS, "triton")
     kernels = choose_kernels(DEVICE, torch.bfloat16, forced=forced, sizes=SIZES)
-    assert all(getattr(kernels, op) is IMPLEMENTATIONS[op]["triton"] for op in TRIALS)
-    assert {kernels.reasons[op] for op in TRIALS} == {"triton: asked for"}
+    assert all(getattr(kernels, op) is IMPLEMENTATIONS[op]["triton"] for op in OPS)
+    assert {kernels.reasons[op] for op in OPS} == {"triton: asked for"}

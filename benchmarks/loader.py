@@ -1,0 +1,199 @@
+"""``python -m benchmarks.loader``: start-up and tokens a second of the data loader over ten million documents."""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks.common import RESULTS, Record, Row, in_turns, options_of, spread
+from megatron_aquila.data.blend import build_datasets
+from megatron_aquila.data.documents import DocumentRules
+from megatron_aquila.data.indexed import IndexedDatasetWriter
+from megatron_aquila.data.loader import BatchLoader
+from megatron_aquila.data.samples import SampleSource
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.train.build import host_batch
+
+CPU = torch.device("cpu")
+VOCAB_SIZE, EOD = 100008, 100007  # Aquila's; its tokens take 4 bytes
+BLOCK = 1 << 16  # documents written at once
+MICRO_BATCH = 4
+
+APART = DocumentRules(eod=EOD, reset_positions=True, reset_attention=True, mask_loss=True)
+RULES: Mapping[str, DocumentRules | None] = MappingProxyType(
+    {
+        "plain": None,
+        "--reset-position-ids": replace(APART, reset_attention=False, mask_loss=False),
+        "all three resets": APART,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Start-up and speed of the data loader over a synthetic data set, which is written to a temporary folder first."""
+
+    out: Path | None = None
+    """File of the results; default benchmarks/results/loader.json."""
+    documents: int = 10_000_000
+    """Documents of the data set."""
+    mean_tokens: int = 100
+    """Tokens of a document, end included, on average; their lengths are log-normal."""
+    seq_lens: tuple[int, ...] = (2048, 4096)
+    """Lengths of a sample."""
+    epochs: int = 1
+    """Times that the samples of a run pass over the data."""
+    rounds: int = 10
+    """Turns of reading that each way gets."""
+    batch: int = 64
+    """Samples read in a turn."""
+    folder: Path | None = None
+    """Where the temporary folder is made: 4 bytes a token are needed."""
+    tiny: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A thousand documents: figures that mean nothing, which are not written unless --out says where."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns its exit status."""
+    options = options_of(Options, "loader", argv)
+    if options.tiny:
+        options = replace(options, documents=1000, seq_lens=(64,), batch=8)
+    out = options.out if options.out is not None or options.tiny else RESULTS / "loader.json"
+    record = Record("loader", settings=options, device=CPU, out=out)
+    with tempfile.TemporaryDirectory(prefix="aquila_loader_", dir=options.folder) as name:
+        prefix = Path(name) / "synthetic"
+        started = time.perf_counter()
+        num_tokens = write_documents(prefix, options)
+        seconds = time.perf_counter() - started
+        record.add("data set", documents=options.documents, tokens=num_tokens, seconds_to_write=seconds)
+        for seq_len in options.seq_lens:
+            for start in ("first, builds the indices", "later"):
+                record.add("start-up", seq_len=seq_len, start=start, **apart(start_up, prefix, seq_len, options))
+            for row in apart(read, prefix, seq_len, options):
+                record.add("reading", seq_len=seq_len, **row)
+    return 0
+
+
+def write_documents(prefix: Path, options: Options) -> int:
+    """Write the data set: random tokens, each document ended by ``EOD``. Returns its number of tokens."""
+    random = np.random.default_rng(0)
+    sigma = 1.0  # of the lengths' logarithm: the longest in a million is some 70 times the mean
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        for start in range(0, options.documents, BLOCK):
+            count = min(BLOCK, options.documents - start)
+            drawn = random.lognormal(np.log(options.mean_tokens) - sigma**2 / 2, sigma, count)
+            lengths = np.maximum(1, np.rint(drawn)).astype(np.int64)
+            tokens = random.integers(EOD, size=int(lengths.sum()), dtype=np.int32)
+            tokens[np.cumsum(lengths) - 1] = EOD
+            writer.add_documents(tokens, lengths)
+        return writer.num_tokens
+
+
+def apart(measure: Callable[..., Any], *args: Any) -> Any:
+    """``measure(*args)`` in a process of its own, whose peak memory is then that of this alone."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(measure, *args).result()
+
+
+def samples_of(prefix: Path, seq_len: int, options: Options) -> SampleSource:
+    """The run's samples, their indices built where they are not there yet."""
+    size = None
+    if options.epochs > 1:
+        size = options.epochs * options.documents * options.mean_tokens // seq_len
+    source = build_datasets(
+        [str(prefix)],
+        sizes=(size, None, None),
+        split="1",
+        seq_len=seq_len,
+        seed=1234,
+        cache_path=None,
+    ).train
+    assert source is not None, "a split that is all training has training samples"
+    return source
+
+
+def start_up(prefix: Path, seq_len: int, options: Options) -> Row:
+    """Seconds until the first microbatch is there, imports left out, and what they took of memory."""
+    before = peak_bytes()
+    started = time.perf_counter()
+    source = samples_of(prefix, seq_len, options)
+    opened = time.perf_counter() - started
+    _loader(source, None).fetch(0, MICRO_BATCH)
+    return {
+        "samples": len(source),
+        "seconds": time.perf_counter() - started,
+        "seconds_to_open": opened,
+        "memory_before_gib": before / 2**30,
+        "peak_memory_gib": peak_bytes() / 2**30,
+    }
+
+
+def read(prefix: Path, seq_len: int, options: Options) -> list[Row]:
+    """A row a rule: tokens a second of one reading thread, in turns. The samples lie all over the data."""
+    source = samples_of(prefix, seq_len, options)
+    rounds = min(options.rounds, len(source) // options.batch - 1)
+    runs = {}
+    for name, rules in RULES.items():
+        positions = iter(range(0, len(source), options.batch))
+        runs[name] = _reading(source, rules, positions, options.batch)
+    times = in_turns(runs, device=CPU, warmup=1, rounds=rounds)
+    tokens = options.batch * seq_len
+    return [
+        {
+            "rules": name,
+            **spread(seconds),
+            "tokens_per_second": tokens / statistics.median(seconds),
+            "own_memory_gib": own_bytes() / 2**30,
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def _reading(
+    source: SampleSource, rules: DocumentRules | None, positions: Iterator[int], batch: int
+) -> Callable[[], object]:
+    loader = _loader(source, rules)
+    return lambda: loader.fetch(next(positions), batch)
+
+
+def _loader(source: SampleSource, rules: DocumentRules | None) -> BatchLoader[Batch]:
+    """A loader that reads in the calling thread, nothing ahead."""
+    return BatchLoader(
+        source,
+        dp_rank=0,
+        dp_size=1,
+        micro_batch=MICRO_BATCH,
+        vocab_size=VOCAB_SIZE,
+        prepare=host_batch,
+        documents=rules,
+    )
+
+
+def peak_bytes() -> int:
+    """The most resident memory this process ever had, the mapped files' pages that it touched included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def own_bytes() -> int:
+    """Resident memory of this process now without mapped files, whose pages the system may take back."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return peak_bytes()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

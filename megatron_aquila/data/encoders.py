@@ -1,0 +1,202 @@
+"""Texts to ids in bulk: the tokenizers library as the reference, gigatoken as the fast way that must prove equal."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_aquila.data.han_breaks import MARK, mark_id, pair_table
+from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks
+from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.errors import ConfigError, DataError, Problem
+
+Backend = Literal["auto", "gigatoken", "tokenizers"]
+BORDER: Final = "\x02"  # stands between documents on their way to gigatoken; a text that holds it goes another way
+PROBES: Final = (
+    "",
+    " ",
+    "It's  12,345 tests\n\t\u3000测试，这是一个很长的句子。ＡÀ e\u0301",
+    "<|endoftext|>[CLS] </s>",
+    "\x00\x01\x02\x7f\u2028\ufeff\U0001f600\U0001f468\u200d\U0001f469",
+    "def f(x):\n    return  x\r\n  trailing   \n\n",
+    "ｶﾀｶﾅ 한국어 עברית ١٢٣",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Documents end to end: ids (uint32) of all, and how many are each one's (int64)."""
+
+    tokens: NDArray[np.uint32]
+    lengths: NDArray[np.int64]
+
+
+class Encoder(Protocol):
+    """What a worker tokenizes with; it can be pickled."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The reference."""
+
+    def encode(self, texts: Sequence[str], end: int | None) -> Encoded:
+        """The ids of each text, with ``end`` after every text that has any."""
+
+
+@dataclass(frozen=True)
+class ReferenceEncoder:
+    """The tokenizers library, a batch at once."""
+
+    tokenizer: Tokenizer
+
+    def encode(self, texts: Sequence[str], end: int | None) -> Encoded:
+        """The ids of each text, with ``end`` after every text that has any."""
+        after = [] if end is None else [end]
+        encoded = [ids + after if ids else ids for ids in self.tokenizer.encode_batch(texts)]
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        arrays = [np.array(ids, dtype=np.uint32) for ids in encoded]
+        return Encoded(np.concatenate([np.empty(0, np.uint32), *arrays]), lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class _Breaks:
+    """Which runs of Han characters may be cut, and the id of the mark that cuts them."""
+
+    table: NDArray[np.uint8]
+    mark_id: int
+
+
+@dataclass(frozen=True)
+class GigatokenEncoder:
+    """gigatoken, with all texts of a batch as one that a special token of our own divides.
+
+    A special token divides a text before anything else is done to it, so that each part is encoded as if alone; one
+    call a batch gives one array, and no Python object a token is made.
+    """
+
+    tokenizer: Tokenizer
+
+    def encode(self, texts: Sequence[str], end: int | None) -> Encoded:
+        """The ids of each text, with ``end`` after every text that has any."""
+        joined = BORDER.join(texts)
+        if MARK in joined or joined.count(BORDER) != max(len(texts) - 1, 0):
+            return self._with_marks_inside(texts, end)
+        ids = self._ids((joined + BORDER if texts else "").encode())
+        borders = np.flatnonzero(ids == self.tokenizer.vocab_size)
+        lengths = np.diff(borders, prepend=-1) - 1
+        if end is None:
+            return Encoded(np.delete(ids, borders), lengths)
+        full = lengths > 0
+        ids[borders[full]] = end
+        return Encoded(ids if full.all() else np.delete(ids, borders[~full]), lengths + full)
+
+    def _ids(self, text: bytes) -> NDArray[np.uint32]:
+        backend, breaks = self._made
+        if breaks is None:
+            return np.array(backend.encode(text))
+        ids = backend.encode(insert_breaks(text, breaks.table, ord(MARK)))
+        kept: NDArray[np.uint32] = ids[ids != breaks.mark_id]
+        return kept
+
+    def _with_marks_inside(self, texts: Sequence[str], end: int | None) -> Encoded:
+        """Rare, so the reference does them one by one, and each run between them goes the fast way."""
+        parts: list[Encoded] = []
+        clean: list[str] = []
+        for text in texts:
+            if BORDER in text or MARK in text:
+                parts += [self.encode(clean, end)] if clean else []
+                parts.append(ReferenceEncoder(self.tokenizer).encode([text], end))
+                clean = []
+            else:
+                clean.append(text)
+        parts += [self.encode(clean, end)] if clean else []
+        return Encoded(np.concatenate([p.tokens for p in parts]), np.concatenate([p.lengths for p in parts]))
+
+    @cached_property
+    def _made(self) -> tuple[Any, "_Breaks | None"]:
+        return _gigatoken(self.tokenizer), _breaks(self.tokenizer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (GigatokenEncoder, (self.tokenizer,))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The encoder taken, and why it and no other, for the log."""
+
+    encoder: Encoder
+    why: str
+
+
+def choose_encoder(backend: Backend, tokenizer: Tokenizer, sample: Callable[[], Sequence[str]]) -> Choice:
+    """gigatoken where it is installed and gives the reference's ids for the sample and for our own probes.
+
+    Raises:
+        ConfigError: gigatoken was asked for by name and cannot be taken.
+    """
+    reference = ReferenceEncoder(tokenizer)
+    if backend == "tokenizers":
+        return Choice(reference, "tokenizers, as asked for")
+    why_not = None
+    if importlib.util.find_spec("gigatoken") is None:
+        why_not = "gigatoken is not installed: pip install 'megatron_aquila[fast]'"
+    else:
+        fast = GigatokenEncoder(tokenizer)
+        texts = [*PROBES, *sample()]
+        why_not = first_difference(fast, reference, texts)
+        if why_not is None:
+            return Choice(fast, f"gigatoken: equal to tokenizers on {len(texts):,} texts of the input and of ours")
+    if backend == "gigatoken":
+        raise ConfigError([Problem("--tokenizer-backend", "gigatoken", why_not, "use auto or tokenizers")])
+    return Choice(reference, f"tokenizers: {why_not}")
+
+
+def first_difference(fast: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
+    """Why the fast encoder may not be used, or ``None``."""
+    try:
+        ours = fast.encode(texts, None)
+    except Exception as error:  # the library refuses a tokenizer it does not know with any of several
+        return f"gigatoken cannot take this tokenizer: {error}"
+    theirs = reference.encode(texts, None)
+    if np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.tokens, theirs.tokens):
+        return None
+    ends, other_ends = np.cumsum(ours.lengths), np.cumsum(theirs.lengths)
+    for text, end, length, other_end, other in zip(texts, ends, ours.lengths, other_ends, theirs.lengths, strict=True):
+        if not np.array_equal(ours.tokens[end - length : end], theirs.tokens[other_end - other : other_end]):
+            return f"gigatoken gives other ids than tokenizers for the text {text[:40]!r}"
+    raise AssertionError(f"{len(ours.tokens)} and {len(theirs.tokens)} ids, but no text differs")
+
+
+def check_ids(encoded: Encoded, vocab_size: int) -> int:
+    """The largest id, -1 where there is none; ``DataError`` where it is outside the vocabulary."""
+    largest = int(encoded.tokens.max()) if len(encoded.tokens) > 0 else -1
+    if largest >= vocab_size:
+        raise DataError(f"the tokenizer made id {largest}, but its vocabulary has {vocab_size}; it is damaged")
+    return largest
+
+
+def _gigatoken(tokenizer: Tokenizer) -> Any:
+    """gigatoken's own object: special tokens are text unless allowed, nothing is put around a text."""
+    import gigatoken
+
+    model = json.loads(tokenizer.model.to_str())
+    specials = model["added_tokens"]
+    if not tokenizer.allow_special_tokens:
+        specials = [token for token in specials if not token["special"]]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    border = {"id": tokenizer.vocab_size, "content": BORDER, "special": True, **flags}
+    model.update(added_tokens=[*specials, border], post_processor=None, truncation=None, padding=None)
+    return gigatoken.Tokenizer.from_json(json.dumps(model)).backend
+
+
+def _breaks(tokenizer: Tokenizer) -> _Breaks | None:
+    """``None`` where text may not be cut, or only Python could, which is too slow."""
+    number = mark_id(tokenizer)
+    if number is None or INDEX_BUILDER != "C++ extension":
+        return None
+    table = pair_table(tokenizer)
+    return None if table is None else _Breaks(table, number)

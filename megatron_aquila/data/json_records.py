@@ -1,0 +1,105 @@
+"""From the bytes of a JSON object to its texts, or to what exactly is wrong with it."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from megatron_aquila.data.records import (
+    BadValue,
+    Found,
+    Kind,
+    Parse,
+    ReadOptions,
+    check_surrogates,
+    meta_of,
+    texts_of,
+    too_long,
+)
+from megatron_aquila.data.streams import BYTE_ORDER_MARK
+
+try:
+    from orjson import loads as _fast_loads
+except ImportError:
+    _fast_loads = None  # type: ignore[assignment]
+
+UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+
+
+def json_parser(options: ReadOptions) -> Callable[..., Found]:
+    """The function from a JSON object, and its value where it is known, to its texts and its fields to keep.
+
+    It raises BadValue. orjson, where it is installed, is only the fast way: an object that it refuses is judged by
+    Python's ``json``, which takes ``NaN`` and ``Infinity`` as its ``dump`` writes them.
+    """
+    texts, keep, fields = texts_of(options), options.keep_meta, options.fields
+    tokens = [json.dumps(key, ensure_ascii=False).encode() for key in dict.fromkeys(fields)]
+
+    def parse(line: bytes, record: Any = None) -> Found:
+        if len(line) > options.max_document_bytes:
+            raise BadValue(Kind.TOO_LONG, too_long(options.max_document_bytes))
+        try:
+            record = fast(line) if record is None else record
+            found = texts(record)
+        except ValueError:
+            record = _loads(line)
+            found = texts(record)
+            check_surrogates(found, fields)
+        for token in tokens:  # a quote inside a string is escaped, so that this is a key, or a whole string
+            if line.count(token) > 1:
+                _refuse_twice(line, fields)
+        return found, meta_of(record, keep) if keep else None
+
+    fast = _not_fast if _fast_loads is None else _fast_loads
+    return parse
+
+
+def element_parser(options: ReadOptions) -> Parse:
+    """``json_parser`` for an element of an array, of which the value may be known already."""
+    parse = json_parser(options)
+    return lambda element: parse(*element)
+
+
+def fast_loads(data: bytes) -> Any:
+    """The value, or None where orjson refuses it or is not installed."""
+    try:
+        return None if _fast_loads is None else _fast_loads(data)
+    except ValueError:
+        return None
+
+
+def _not_fast(line: bytes) -> Any:
+    raise ValueError("orjson is not installed")
+
+
+def _loads(line: bytes) -> Any:
+    if line.startswith(BYTE_ORDER_MARK):
+        raise BadValue(Kind.BYTE_ORDER_MARK, "a byte order mark within the file: were files joined that had one each?")
+    try:
+        return json.loads(utf8(line))
+    except (ValueError, RecursionError) as error:
+        raise BadValue(Kind.NOT_JSON, f"not JSON: {error}") from error
+
+
+def utf8(data: bytes) -> str:
+    """Decoded; BadValue names the first byte that is none."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        hint = "; it looks like UTF-16, which iconv makes UTF-8 of" if data.startswith(UTF16_MARKS) else ""
+        why = f"not UTF-8: byte {error.start + 1} of the record is 0x{data[error.start]:02x}{hint}"
+        raise BadValue(Kind.NOT_UTF8, why) from error
+
+
+def _refuse_twice(line: bytes, fields: Sequence[str]) -> None:
+    """BadValue where the line's object has one of the fields twice: one of the texts would be lost."""
+    pairs: list[tuple[str, Any]] = []
+
+    def last(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        pairs[:] = found  # the outermost object is finished last
+        return dict(found)
+
+    json.loads(line.decode("utf-8"), object_pairs_hook=last)
+    names = [name for name, _ in pairs]
+    for key in fields:
+        if names.count(key) > 1:
+            raise BadValue(Kind.DUPLICATE_KEY, f"the key {key!r} is there {names.count(key)} times")

@@ -1,0 +1,91 @@
+"""The ops that have kernels to choose from: their signatures, and the kernels of a run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.rms_norm import Order
+
+
+class RmsNorm(Protocol):
+    """The signature of ``rms_norm``."""
+
+    def __call__(self, x: Tensor, weight: Tensor, *, eps: float, order: Order) -> Tensor:
+        """``x / rms(x) * weight``."""
+        ...
+
+
+class AddRmsNorm(Protocol):
+    """The signature of ``add_rms_norm``."""
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, order: Order
+    ) -> tuple[Tensor, Tensor]:
+        """``(x + residual, its norm)``."""
+        ...
+
+
+class RopeQkv(Protocol):
+    """The signature of ``rope_qkv_``."""
+
+    def __call__(
+        self,
+        qkv_SBP: Tensor,
+        cos_SBD: Tensor,
+        sin_SBD: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        interleaved: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of a projection, which may be written into; q and k turned."""
+        ...
+
+
+class CausalAttention(Protocol):
+    """The signature of ``causal_attention``."""
+
+    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
+        """``softmax(q k^T / sqrt(D)) v`` over the earlier tokens, of the same document where documents are given."""
+        ...
+
+
+class AdamWUpdate(Protocol):
+    """The signature of ``adamw_``."""
+
+    def __call__(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        step: Tensor,
+        factor: Tensor,
+        applies: Tensor,
+        publish: Tensor | None = None,
+        remainder: Tensor | None = None,
+    ) -> None:
+        """One update in place, and its result rounded into ``publish``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """The kernels of a run. ``reasons`` says for each op which one was chosen and why, in a line for the log."""
+
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    rope_qkv: RopeQkv
+    swiglu: Callable[[Tensor], Tensor]
+    attention: CausalAttention
+    adamw: AdamWUpdate
+    reasons: Mapping[str, str]

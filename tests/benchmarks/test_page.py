@@ -1,0 +1,70 @@
+"""The page of benchmarks: current, made of the results alone, and plain about what was not measured."""
+
+import json
+
+import pytest
+
+from benchmarks.common import RESULTS
+from benchmarks.page import ABOUT, NOT_MEASURED, PAGE, TABLES, main, page, results, with_ratios
+
+RESULT = {
+    "benchmark": "step",
+    "date": "2000-01-02T03:04:05+00:00",
+    "machine": {"cpu": "C", "cores": 4, "threads": 2, "memory_gib": 8.0, "gpu": "G", "gpu_memory_gib": 79.6},
+    "versions": {"torch": "9.9"},
+    "commit": {"hash": "abc", "is_dirty": True},
+    "settings": {"out": "x", "tiny": False, "models": ["7b", "34b-8"]},
+    "load": {"before": 0.5, "after": 1.5},
+    "tables": {},
+}
+SHAPE = {"model": "7b", "seq_len": 2048, "micro_batch": 4, "recompute": "none"}
+STEPS = [
+    {**SHAPE, "name": "megatron_aquila", "seconds": 0.5, "calls": 20, "tokens_per_second": 300.0, "mfu": 0.625},
+    {**SHAPE, "name": "transformers, compiled", "seconds": 0.75, "calls": 20, "tokens_per_second": 200.0},
+    {**SHAPE, "name": "transformers", "tokens_per_second": 100.0, "seconds": 1.5, "calls": 20},
+    {**SHAPE, "seq_len": 4096, "name": "megatron_aquila", "error": "CUDA out of memory", "planned_gib": 130.0},
+]
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(results(RESULTS)), "run python -m benchmarks.page"
+
+
+def test_without_results_every_benchmark_is_not_measured_yet():
+    text = page([])
+    assert text.count(NOT_MEASURED) == len(ABOUT) == 6
+    assert ABOUT.keys() == TABLES.keys()
+
+
+def test_a_result_says_where_it_comes_from_and_how_ours_compares():
+    text = page([RESULT | {"tables": {"step": STEPS}}])
+    assert text.count(NOT_MEASURED) == 5
+    assert "- G, 79.6 GiB, C, 4 cores, 2 threads, 8.0 GiB; load 0.5 before, 1.5 after" in text
+    assert "- commit abc with changes, 2000-01-02T03:04:05+00:00" in text
+    assert "- tiny False, models 7b 34b-8" in text
+    assert "| 7b | 2,048 | 4 | none | megatron_aquila | 500.0 | 20 | 300 | 62.5 | – | 1.50 | – |" in text
+    assert "| CUDA out of memory |" in text
+
+
+def test_only_ours_has_a_ratio_and_only_where_both_ran():
+    ratios = [row.get("ratio") for row in with_ratios(STEPS)]
+    assert ratios == [1.5, None, None, None]
+    assert with_ratios(STEPS[:1]) == STEPS[:1]
+
+
+def test_results_of_tiny_shapes_are_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RESULT))
+    assert results(tmp_path) == [RESULT]
+    (tmp_path / "b.json").write_text(json.dumps(RESULT | {"settings": {"tiny": True}}))
+    with pytest.raises(AssertionError, match="tiny shapes are no figures"):
+        results(tmp_path)
+
+
+def test_the_command_writes_the_page(monkeypatch, tmp_path, capsys):
+    import benchmarks.page as command
+
+    monkeypatch.setattr(command, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    assert main([]) == 0
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+    assert "page.md is written" in capsys.readouterr().out

@@ -1,0 +1,59 @@
+"""A document's origin is found by its number, and shards put end to end say the same as one."""
+
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_aquila.data.provenance import find_provenance, provenance_line, renumbered
+from megatron_aquila.errors import DataError
+
+
+@given(numbers=st.sets(st.integers(0, 60)), widths=st.lists(st.integers(0, 90), min_size=61, max_size=61))
+@settings(max_examples=30)
+def test_every_document_is_found(
+    tmp_path_factory: pytest.TempPathFactory, numbers: set[int], widths: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("meta") / "x.meta.jsonl"
+    kept = sorted(numbers)
+    lines = [provenance_line(n, source="a.jsonl", line=n + 1, meta={"w": "w" * widths[n]}) for n in kept]
+    path.write_bytes(b"".join(lines))
+    for number in range(62):
+        found = find_provenance(path, number)
+        assert (found is not None) == (number in numbers)
+        if found is not None:
+            width = "w" * widths[number]
+            assert found == {"document": number, "source": "a.jsonl", "line": number + 1, "meta": {"w": width}}
+
+
+def test_shards_end_to_end() -> None:
+    lines = [provenance_line(n, source="书,\n.json", line=1, meta={"document": n}) for n in range(12)]
+    assert list(renumbered(lines[:2], 10)) == [
+        line.replace(b": %d," % n, b": 1%d," % n, 1) for n, line in enumerate(lines[:2])
+    ]
+    assert list(renumbered(lines, 0)) == lines
+    with pytest.raises(AssertionError, match="no line of provenance"):
+        list(renumbered([b'{"text": 1}'], 0))
+
+
+def test_values_that_json_does_not_know() -> None:
+    meta = {"date": datetime.date(2024, 1, 2), "half": "\ud83d", "书": "书"}
+    line = provenance_line(0, source="a", line=1, meta=meta)
+    assert json.loads(line)["meta"] == {"date": "2024-01-02", "half": "\ud83d", "书": "书"}
+    assert (
+        provenance_line(0, source="书", line=1, meta=None)
+        == '{"document": 0, "source": "书", "line": 1, "meta": {}}\n'.encode()
+    )
+
+
+@pytest.mark.parametrize("data", [b"oops\n", b"[1]\n", b'{"line": 1}\n', b'{"document": "1"}\n'])
+def test_files_that_are_something_else(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "x.meta.jsonl"
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        find_provenance(path, 0)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="byte 0 begins no line of provenance"):
+        find_provenance(path, 0)

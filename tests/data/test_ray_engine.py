@@ -1,0 +1,82 @@
+"""The same bytes from a Ray cluster; it is started here, in a process of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_aquila.data import ray_engine
+from megatron_aquila.data.encoders import ReferenceEncoder
+from megatron_aquila.data.preprocess import PreprocessSettings, preprocess
+from megatron_aquila.data.tokenizer import load_tokenizer
+from megatron_aquila.errors import DataError
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import ray
+from megatron_aquila.data import preprocess as module
+from megatron_aquila.data.encoders import ReferenceEncoder
+from megatron_aquila.data.preprocess import PreprocessSettings, preprocess
+from megatron_aquila.data.tokenizer import load_tokenizer
+from megatron_aquila.errors import DataError
+
+source, bad, prefix, model = sys.argv[1:]
+module.SMALLEST_PIECE = 1 << 15
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=Path(model))
+
+encode = ReferenceEncoder.encode
+class Dies(ReferenceEncoder):  # once, so that Ray tries again
+    def encode(self, texts, end):
+        try:
+            Path(prefix + ".died").open("x").close()
+        except FileExistsError:
+            return super().encode(texts, end)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+module.choose_encoder = lambda *_: type("Choice", (), {"encoder": Dies(tokenizer), "why": "it dies"})
+for path, end in ((source, ""), (bad, "bad")):
+    settings = PreprocessSettings(inputs=(path,), output_prefix=prefix + end, engine="ray", append_eod=True)
+    try:
+        done = preprocess(settings, tokenizer, report=lambda _: None, say=lambda _: None)
+        print(done.progress.counts.documents)
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_rays_bytes_are_one_processs(tmp_path: Path, tokenizer_files: dict[str, Path], megatron_fixtures: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'megatron_aquila[ray]'")
+    texts = json.loads((megatron_fixtures / "tool_input_docs.json").read_text(encoding="utf-8"))
+    source, bad = tmp_path / "in.jsonl", tmp_path / "bad.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 3), encoding="utf-8")
+    bad.write_text('{"text": 1}\n')
+    model = tokenizer_files["tokenizer_model"]
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=model)
+    settings = PreprocessSettings(inputs=(str(source),), output_prefix=str(tmp_path / "one"), append_eod=True)
+    preprocess(settings, tokenizer, report=lambda _: None, say=lambda _: None)
+    command = [sys.executable, "-c", SCRIPT, str(source), str(bad), str(tmp_path / "ray"), str(model)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert told.returncode == 0, told.stderr
+    count, error = [line for line in told.stdout.splitlines() if "(raylet)" not in line]
+    assert count == str(len(texts) * 3)
+    assert error.startswith(f"{bad}:1: 'text' is not a string but a int; mend the line")
+    assert (tmp_path / "ray.died").exists()
+    for ending in ("bin", "idx"):
+        name = f"_text_document.{ending}"
+        assert (tmp_path / f"ray{name}").read_bytes() == (tmp_path / f"one{name}").read_bytes()
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *_: object, **__: object) -> ModuleType:
+        raise ImportError(name)
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    no_pieces: Sequence[object] = []
+    with pytest.raises(DataError, match=r"--engine ray needs the ray package: pip install 'megatron_aquila\[ray\]'"):
+        list(ray_engine.ray_map(ReferenceEncoder, no_pieces, tell=refuse))  # type: ignore[arg-type]
