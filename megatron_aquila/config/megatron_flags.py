@@ -137,9 +137,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--embedding-weights-in-fp32": Refused(
             "the embedding is as narrow as every other weight and has an fp32 master, as they have", "leave it out"
         ),
-        "--apply-query-key-layer-scaling": Refused(
-            "it protects fp16 scores; softmax is computed in fp32 or wider", "leave it out"
-        ),
+        "--apply-query-key-layer-scaling": Refused("softmax is computed in fp32 or wider as it is", "leave it out"),
         "--no-query-key-layer-scaling": Always("attention's scores are not scaled by the layer"),
         "--fp32-residual-connection": Refused(
             "the residual stream is as wide as the activations", "use --precision fp32"
