@@ -17,7 +17,7 @@ def test_what_follows_from_the_34b_recipe():
     assert rows["pipeline bubble"].startswith("8.57 % ")
     assert [name for name in rows if name.startswith("memory")] == [f"memory, pp rank {stage}" for stage in range(4)]
     assert rows["memory, pp rank 0"].startswith(
-        "26.7 GiB: weights 4.1 GiB, main grads 8.1 GiB, master weights 260 MiB, "
+        "26.4 GiB: weights 4.1 GiB, main grads 8.1 GiB, master weights 260 MiB, "
     )
     assert rows["run"] == "488,281,250 samples = 2,000,000,000,000 tokens"
     whole = replace(config, train=replace(config.train, loss_chunk_tokens=0))

@@ -128,6 +128,7 @@ def test_the_order_does_not_depend_on_the_batches(folder: Path, dp: int, micro: 
             dp_size=dp,
             micro_batch=micro,
             vocab_size=1000,
+            prepare=lambda batch, _: batch,
             batch_at=lambda _: batch,
             prefetch=prefetch,
         )
