@@ -148,10 +148,12 @@ class Bucket:
         hook = partial(_accumulate, weakref.ref(main))
         param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
 
+    def _names(self) -> str:
+        return ", ".join(slot.info.name for slot in self.layout.slots)
+
     def _count(self) -> None:
         """A gradient has been added."""
-        names = ", ".join(slot.info.name for slot in self.layout.slots)
-        assert self._reducing is None, f"a gradient was added to a sum that is being reduced, of one of {names}"
+        assert self._reducing is None, f"a gradient was added to a sum that is being reduced, of one of {self._names()}"
         if self._missing is not None:
             self._missing -= 1
             if self._missing == 0:
