@@ -53,7 +53,7 @@ class HuggingFaceReader(TensorReader):
                 f"{self.folder / 'config.json'}: it has no entry {error}; not a Llama model"
             ) from error
 
-    def shape_problems(self, shape: ModelShape) -> list[str]:
+    def shape_problems(self, shape: ModelShape, *, same_positions: bool = True) -> list[str]:
         """Also what the model here does not offer, and tensors that have no place in it."""
         features = llama_feature_problems(self.config)
         if features:
@@ -61,7 +61,10 @@ class HuggingFaceReader(TensorReader):
         # Old exports carry rope's frequencies, which follow from its base.
         names = {name for name in self.tensors if not name.endswith("rotary_emb.inv_freq")}
         strangers = sorted(names - llama_tensors(shape).keys())
-        return [*super().shape_problems(shape), *(f"{name} has no place in the model" for name in strangers)]
+        return [
+            *super().shape_problems(shape, same_positions=same_positions),
+            *(f"{name} has no place in the model" for name in strangers),
+        ]
 
 
 def export_huggingface(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_aquila.checkpoint.llama_rope import rope_entries, rope_fields, rope_problems
 from megatron_aquila.plan.shape import ModelShape
 
 
@@ -63,8 +64,7 @@ def llama_config(shape: ModelShape, dtype: torch.dtype, ids: SpecialIds) -> dict
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": shape.num_kv_heads,
         "rms_norm_eps": shape.norm_eps,
-        "rope_scaling": None,
-        "rope_theta": shape.rope_base,
+        **rope_entries(shape),
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
@@ -88,7 +88,7 @@ def llama_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "head_dim": config["hidden_size"] // heads if head_dim is None else head_dim,
         "vocab_size": config["vocab_size"],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_base": _rope(config).get("rope_theta", 10000.0),
+        **rope_fields(config),
     }
 
 
@@ -106,16 +106,4 @@ def llama_feature_problems(config: Mapping[str, Any]) -> list[str]:
         for name, values in offered.items()
         if name in config and config[name] not in values
     ]
-    rope_type = _rope(config).get("rope_type", "default")
-    if rope_type != "default":
-        problems.append(f"rope scaling is {rope_type!r}; only plain rotary positions are supported")
-    return problems
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings: flat in transformers 4 (``rope_theta``, ``rope_scaling``), ``rope_parameters`` in 5."""
-    scaling = config.get("rope_scaling") or {}
-    rope = {"rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
-    if "rope_theta" in config:
-        rope["rope_theta"] = config["rope_theta"]
-    return rope | (config.get("rope_parameters") or {})
+    return [*problems, *rope_problems(config)]

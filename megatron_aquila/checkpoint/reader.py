@@ -21,8 +21,9 @@ from megatron_aquila.plan.shape import ModelShape
 # Two models that differ in one of these compute different functions; the others are layout, start or length of a run.
 _SAME_MODEL = (
     "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-    "norm_eps", "norm_order", "rope_base",
+    "norm_eps", "norm_order",
 )  # fmt: skip
+_SAME_POSITIONS = ("rope_base", "rope_scaling", "rope_factor", "rope_trained_len")
 
 
 class TensorReader(ABC):
@@ -41,12 +42,16 @@ class TensorReader(ABC):
     def shape_fields(self) -> Mapping[str, object]:
         """What the folder says of its model, under the names of ``ModelShape``'s fields."""
 
-    def shape_problems(self, shape: ModelShape) -> list[str]:
-        """Why its tensors are not those of a model of ``shape``, a line each; empty when they are."""
+    def shape_problems(self, shape: ModelShape, *, same_positions: bool = True) -> list[str]:
+        """Why its tensors are not those of a model of ``shape``, a line each; empty when they are.
+
+        Unless ``same_positions``, rotary positions may differ: to train on with longer samples.
+        """
         found = self.shape_fields()
+        compared = _SAME_MODEL + (_SAME_POSITIONS if same_positions else ())
         return [
             f"{name} is {found[name]} there, {getattr(shape, name)} in this run"
-            for name in _SAME_MODEL
+            for name in compared
             if name in found and found[name] != getattr(shape, name)
         ]
 

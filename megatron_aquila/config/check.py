@@ -16,6 +16,7 @@ from megatron_aquila.config.inputs import (
 )
 from megatron_aquila.config.profile import check_profile
 from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
+from megatron_aquila.config.rope import check_rope
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
@@ -287,6 +288,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _optimizer_storage: "optim.optimizer optim.moments_dtype optim.master_weights optim.beta1 optim.beta2 "
     "train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
+    check_rope: "model.rope_scaling model.rope_factor model.rope_trained_len",
     check_profile: f"{_BATCH} train.rampup_batch train.train_samples observe.profile_steps observe.profile_ranks "
     "observe.log_dir checkpoint.save",
     check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "
@@ -302,7 +304,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_documents: "data.reset_position_ids data.reset_attention_mask data.eod_mask_loss data.eod_token_id "
     "data.vocab_file data.merge_file data.special_tokens_file data.tokenizer_model model.vocab_size",
     check_start: "checkpoint.load checkpoint.init_from_hf checkpoint.resume checkpoint.save checkpoint.load_optim "
-    "checkpoint.override_lr_schedule checkpoint.override_data",
+    "checkpoint.override_lr_schedule checkpoint.override_data checkpoint.override_rope",
 }
 
 

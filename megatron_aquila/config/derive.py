@@ -10,7 +10,7 @@ from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.layout import layout_layers
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.recompute import MODULES, RecomputePlan, per_stage, plan_recompute
-from megatron_aquila.plan.shape import ModelShape, ffn_size, padded_vocab_size
+from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN, ModelShape, ffn_size, padded_vocab_size
 from megatron_aquila.plan.stages import FIXED_CHUNKS, StagePlan, plan_stages
 from megatron_aquila.plan.traffic import TrafficPlan
 
@@ -95,7 +95,17 @@ def model_shape(model: ModelConfig) -> ModelShape:
         norm_order=model.norm_order,
         init_std=model.init_std,
         rope_base=model.rope_base,
+        rope_scaling=model.rope_scaling,
+        rope_factor=model.rope_factor,
+        rope_trained_len=rope_trained_len(model),
     )
+
+
+def rope_trained_len(model: ModelConfig) -> int:
+    """Tokens of a sample before rope was stretched: as given, or what the factor leaves; 1 where no form reads it."""
+    if model.rope_scaling not in NEEDS_TRAINED_LEN:
+        return 1
+    return math.ceil(model.seq_len / model.rope_factor) if model.rope_trained_len is None else model.rope_trained_len
 
 
 def batch_plan(config: RunConfig, dp: int) -> BatchPlan:

@@ -186,6 +186,9 @@ def check_start(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--no-load-optim", "", why, "give --load FOLDER with it, or leave it out")
     if start.load is not None or start.resume:
         return
+    if start.override_rope and start.init_from_hf is None:
+        why = "no weights are loaded that could have been trained with other positions"
+        yield Problem("--override-rope", "", why, "give --load, --resume or --init-from-hf with it, or leave it out")
     overrides = {"--override-lr-schedule": start.override_lr_schedule, "--override-data": start.override_data}
     for flag in (flag for flag, given in overrides.items() if given):
         why = "no checkpoint is resumed that could differ"

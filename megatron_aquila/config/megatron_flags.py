@@ -166,7 +166,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--rotary-percent": Always("all of a head is rotated", ("1.0",)),
         "--max-position-embeddings": Follows("model.seq_len"),
         **_family(
-            Refused("angles follow from --rope-base alone", "use --rope-base"),
+            Refused("how positions are stretched has one name", "use --rope-scaling with --rope-factor"),
             "--use-rope-scaling --rope-scaling-factor --rotary-seq-len-interpolation-factor",
         ),
         "--rotary-interleaved": Refused(

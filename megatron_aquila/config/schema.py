@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 
 from megatron_aquila.plan.recompute import Kind, Method
-from megatron_aquila.plan.shape import NormOrder, Precision
+from megatron_aquila.plan.shape import NormOrder, Precision, RopeScaling
 from megatron_aquila.plan.stages import ScheduleName
 
 Count = Annotated[int, Ge(1)]
@@ -67,6 +67,13 @@ class ModelConfig:
     norm_order: NormOrder = setting("aquila", "where RMSNorm casts: aquila after the weight, llama before it")
     init_std: Positive = setting(0.02, "standard deviation of the initial weights", "--init-std", "--init-method-std")
     rope_base: Positive = setting(10000.0, "base of the rotary frequencies", "--rope-base", "--rotary-base")
+    rope_scaling: RopeScaling = setting(
+        "none", "how rotary positions reach beyond the lengths that the weights were trained on"
+    )
+    rope_factor: Annotated[float, Ge(1), Lt(math.inf)] = setting(1.0, "rope_scaling: how many times longer")
+    rope_trained_len: Count | None = setting(
+        None, "rope_scaling yarn, llama3: tokens of a sample before; default seq_len / rope_factor"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +302,9 @@ class CheckpointConfig:
     load_optim: bool = setting(True, "also load the optimizer and the position in the data", "--load-optim")
     override_data: bool = setting(
         False, "resume although data sets, weights, split or tokenizer differ from the checkpoint's", "--override-data"
+    )
+    override_rope: bool = setting(
+        False, "start from weights that were trained with other rotary positions: to reach longer samples"
     )
     override_lr_schedule: bool = setting(
         False,

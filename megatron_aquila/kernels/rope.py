@@ -6,19 +6,26 @@ import torch
 from torch import Tensor
 
 from megatron_aquila.kernels.precision import apply, compute_dtype
+from megatron_aquila.kernels.rope_scaling import UNSCALED, Scaling, rope_frequencies
 
 
-def rope_tables(positions_BS: Tensor, *, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions_BS: Tensor, *, head_dim: int, base: float, dtype: torch.dtype, scaling: Scaling = UNSCALED
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``(cos_SBD, sin_SBD)`` in ``compute_dtype(dtype)``, for tensors of ``dtype``.
 
-    Feature pair i of a token at position p turns by ``p / base^(2i / head_dim)`` radians.
+    Feature pair i of a token at position p turns by ``p / base^(2i / head_dim)`` radians, unless ``scaling`` says
+    otherwise.
     """
     assert head_dim % 2 == 0, f"rope turns pairs of features; head_dim {head_dim} is odd"
     wide = compute_dtype(dtype)
-    exponents = torch.arange(0, head_dim, 2, dtype=wide, device=positions_BS.device) / head_dim
-    angles = positions_BS.T.to(wide).unsqueeze(-1) * (1.0 / base**exponents)
+    frequencies = rope_frequencies(head_dim, base, scaling, dtype=wide, device=positions_BS.device)
+    angles = positions_BS.T.to(wide).unsqueeze(-1) * frequencies
     angles_SBD = torch.cat((angles, angles), dim=-1)
-    return angles_SBD.cos(), angles_SBD.sin()
+    amplitude = scaling.amplitude()
+    if amplitude == 1.0:
+        return angles_SBD.cos(), angles_SBD.sin()
+    return angles_SBD.cos() * amplitude, angles_SBD.sin() * amplitude
 
 
 def apply_rope(x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.rope import rope_tables
+from megatron_aquila.kernels.rope_scaling import Scaling
 from megatron_aquila.model.block import Block, recomputed
 from megatron_aquila.model.norm import RMSNorm
 from megatron_aquila.model.recompute import feed
@@ -86,7 +87,13 @@ class AquilaStage(nn.Module):
         if self.embedding is not None:
             x = self.embedding(tokens_BS)
         assert x is not None, "an embedding or an input is there"
-        cos, sin = rope_tables(positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype)
+        cos, sin = rope_tables(
+            positions_BS,
+            head_dim=self.shape.head_dim,
+            base=self.shape.stretched_rope_base,
+            dtype=x.dtype,
+            scaling=rope_scaling(self.shape),
+        )
         blocks = (cast(Block, block) for block in self.blocks)
         for size in recompute.groups:
             x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
@@ -104,6 +111,12 @@ class AquilaStage(nn.Module):
         if self.head is not None:
             yield from self.head.norm.param_infos("model.norm", stage=self.stage, init=self.shape.norm_init)
             yield vocab_info(self.head.output.weight, "lm_head.weight", self.shape, self)
+
+
+def rope_scaling(shape: ModelShape) -> Scaling:
+    """How the frequencies of the model's rotary positions are stretched, beside their base."""
+    kind = "none" if shape.rope_scaling == "ntk" else shape.rope_scaling
+    return Scaling(kind=kind, factor=shape.rope_factor, trained_len=shape.rope_trained_len)
 
 
 class Head(nn.Module):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 NormOrder = Literal["aquila", "llama"]
+RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
+NEEDS_TRAINED_LEN = ("yarn", "llama3")  # the forms that treat feature pairs by their turns within a trained length
 Precision = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: of the linears' products, the rest is bf16
 
 
@@ -14,7 +16,8 @@ class ModelShape:
 
     ``vocab_size`` rows are real; rows up to ``padded_vocab_size`` exist only so that shards are equal: they take no
     part in the softmax, get no gradient and are in no file. ``norm_order`` says where RMSNorm casts: Aquila multiplies
-    the weight in fp32 and casts once, Llama casts first.
+    the weight in fp32 and casts once, Llama casts first. ``rope_scaling`` stretches rotary positions ``rope_factor``
+    times beyond ``rope_trained_len``, the longest that the weights knew before (``NEEDS_TRAINED_LEN``).
     """
 
     num_layers: int
@@ -31,6 +34,18 @@ class ModelShape:
     norm_order: NormOrder = "aquila"
     init_std: float = 0.02
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling = "none"
+    rope_factor: float = 1.0
+    rope_trained_len: int = 1
+
+    @property
+    def stretched_rope_base(self) -> float:
+        """The base that rotary frequencies have: ntk's is larger by ``factor^(D / (D - 2))``, so that the fastest pair
+        stays and the slowest is interpolated (bloc97 2023, "NTK-aware scaled RoPE").
+        """
+        if self.rope_scaling != "ntk":
+            return self.rope_base
+        return float(self.rope_base * self.rope_factor ** (self.head_dim / (self.head_dim - 2)))
 
     @property
     def attention_size(self) -> int:

@@ -16,7 +16,7 @@ from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import Machine, lr_schedule
 from megatron_aquila.train.corpus import Identity
 from megatron_aquila.train.masters import conversions, read_states, read_weights
-from megatron_aquila.train.start import Start
+from megatron_aquila.train.start import Start, rope_way_out
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.traced import reads
 
@@ -92,7 +92,13 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
         agreed(lambda: read_weights(reader, chunks, with_remainders=split, cast=cast), world)
     elif init_from_hf is not None:
         chunks = [chunk for info in machine.infos for chunk in param_chunks(info)]
-        agreed(lambda: open_published(init_from_hf, machine.derived.shape).read_into(chunks, cast=True), world)
+        shape, same_positions = machine.derived.shape, not machine.config.checkpoint.override_rope
+
+        def fill() -> None:
+            published = open_published(init_from_hf, shape, same_positions=same_positions)
+            published.read_into(chunks, cast=True)
+
+        agreed(fill, world)
     else:
         initialize_(machine.infos, seed=machine.config.seed)
     machine.optimizer.refresh_masters()  # also where masters are read next: padded rows are in no file of theirs either
@@ -103,12 +109,12 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
     return conversions(reader, machine.config.optim)
 
 
-def open_published(folder: Path, shape: ModelShape) -> HuggingFaceReader:
+def open_published(folder: Path, shape: ModelShape, *, same_positions: bool = True) -> HuggingFaceReader:
     """A Hugging Face folder of a model of ``shape``. Raises ``CheckpointError`` naming every size that differs."""
     reader = HuggingFaceReader(folder)
-    problems = reader.shape_problems(shape)
+    problems = reader.shape_problems(shape, same_positions=same_positions)
     if problems:
-        raise CheckpointError(f"--init-from-hf {folder}: " + "; ".join(problems))
+        raise CheckpointError(f"--init-from-hf {folder}: " + "; ".join(problems) + rope_way_out(problems))
     return reader
 
 

@@ -1,6 +1,6 @@
 """Where a run starts, and whether what it continues is what the settings describe."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,12 @@ def resolve_checkpoint(settings: CheckpointConfig, world: Group) -> Path | None:
     return None if name is None else Path(name)
 
 
+def rope_way_out(problems: Sequence[str]) -> str:
+    """What else to do where only rotary positions differ."""
+    meant = all(problem.startswith("rope_") for problem in problems)
+    return ", or give --override-rope to reach longer samples" if meant else ""
+
+
 def find_start(config: RunConfig, derived: Derived, checkpoint: Path | None, identity: Identity | None) -> Start:
     """The state of the checkpoint, or a fresh one. Reads the manifest. Local.
 
@@ -60,9 +66,11 @@ def find_start(config: RunConfig, derived: Derived, checkpoint: Path | None, ide
     if checkpoint is None:
         return Start(state=fresh_state(config, derived))
     reader = CheckpointReader(checkpoint)
-    problems = reader.shape_problems(derived.shape)
+    problems = reader.shape_problems(derived.shape, same_positions=not config.checkpoint.override_rope)
     if problems:
-        raise CheckpointError(f"{checkpoint}: another model: {'; '.join(problems)}; use its settings")
+        raise CheckpointError(
+            f"{checkpoint}: another model: {'; '.join(problems)}; use its settings{rope_way_out(problems)}"
+        )
     if not config.checkpoint.load_optim:
         return Start(state=fresh_state(config, derived), checkpoint=checkpoint)
     saved: Mapping[str, Any] = reader.state

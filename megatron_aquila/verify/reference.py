@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_aquila.parallel.rng import normal_rectangle
 from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.verify.plain_rope import plain_rotate
 
 Weights = Mapping[str, Tensor]  # Hugging Face Llama's names -> full logical tensors
 
@@ -128,17 +129,6 @@ def plain_norm(x: Tensor, weight: Tensor, shape: ModelShape) -> Tensor:
     return (weight.to(wide.dtype) * normed).to(x.dtype)
 
 
-def _rotate(x_BSND: Tensor, positions_BS: Tensor, base: float) -> Tensor:
-    """Rotate pairs (i, i + D/2) by position * base^(-2i/D) (Su et al. 2021, half-split as in GPT-NeoX and Llama)."""
-    half = x_BSND.shape[-1] // 2
-    wide = torch.promote_types(x_BSND.dtype, torch.float32)
-    frequencies = base ** (-torch.arange(half, dtype=wide, device=x_BSND.device) / half)
-    angles = (positions_BS.to(wide)[..., None] * frequencies)[:, :, None, :]
-    first, second = x_BSND.to(wide).chunk(2, dim=-1)
-    rotated = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
-    return torch.cat(rotated, dim=-1).to(x_BSND.dtype)
-
-
 def _attention(
     weights: Weights, prefix: str, shape: ModelShape, x_BSH: Tensor, positions_BS: Tensor, documents_BS: Tensor
 ) -> Tensor:
@@ -147,7 +137,7 @@ def _attention(
         F.linear(x_BSH, weights[f"{prefix}.{name}_proj.weight"]).view(*x_BSH.shape[:2], -1, shape.head_dim)
         for name in "qkv"
     )
-    q, k = _rotate(q, positions_BS, shape.rope_base), _rotate(k, positions_BS, shape.rope_base)
+    q, k = plain_rotate(q, positions_BS, shape), plain_rotate(k, positions_BS, shape)
     group = shape.num_heads // shape.num_kv_heads
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bsnd,btnd->bnst", q, k) / shape.head_dim**0.5

@@ -41,6 +41,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             vocab_size=VOCAB_SIZE,
             vocab_multiple=8,
             seq_len=SEQ_LEN,
+            rope_trained_len=None,  # what the factor leaves
             init_std=0.2,  # a residual stream of order one: small weights would hide errors
         ),
         parallel=replace(

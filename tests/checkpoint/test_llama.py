@@ -18,10 +18,12 @@ CONFIG = llama_config(SHAPE, torch.bfloat16, IDS)
 
 def test_config_and_shape_are_inverse() -> None:
     odd = replace(SHAPE, rope_base=5e5, norm_eps=1e-6)
-    for shape in (SHAPE, odd):
+    linear = replace(SHAPE, rope_scaling="linear", rope_factor=4.0)
+    yarn, llama3 = (replace(linear, rope_scaling=kind, rope_trained_len=64) for kind in ("yarn", "llama3"))
+    for shape in (SHAPE, odd, linear, yarn, llama3):
         fields = llama_shape_fields(llama_config(shape, torch.float32, IDS))
         assert fields == {name: getattr(shape, name) for name in fields}
-        assert len(fields) == 9
+        assert len(fields) == 12
 
 
 def test_tensors_count_the_parameters() -> None:
@@ -59,9 +61,13 @@ def test_both_spellings_of_the_rope() -> None:
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope scaling is 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope scaling is 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope scaling is 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, None),
+        ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "rope scaling is 'dynamic'; only default, linear, yarn"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "high_freq_factor": 2.0}},
+            "high_freq_factor 2.0; only 4 is supported",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "mscale": 1.0}}, "mscale 1.0; only its default"),
     ],
 )
 def test_features_that_are_not_offered(change: dict[str, object], problem: str | None) -> None:

@@ -160,6 +160,13 @@ def test_published_weights_start_a_run_and_what_does_not_fit_is_refused(
     other = resumed(other, save=tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"--init-from-hf .*rope_base is 10000\.0 there, 500000\.0 in this run"):
         run(split(other))
+    trained_on = resumed(config, load=config.checkpoint.save, load_optim=False, save=tmp_path / "stretched")
+    stretched = replace(trained_on, model=replace(config.model, rope_scaling="linear", rope_factor=2.0))
+    with pytest.raises(CheckpointError, match=r"rope_scaling is none there, linear .* or give --override-rope"):
+        run(split(stretched))
+    first = run(split(resumed(stretched, override_rope=True))).reports[0]
+    plain = run(split(resumed(trained_on, save=tmp_path / "plain"))).reports[0]
+    assert first.loss != plain.loss, "positions were not stretched"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""What is wrong with the settings of rotary positions."""
+
+from collections.abc import Iterator
+
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.errors import Problem
+from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN
+
+
+def check_rope(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """A stretch has a form and a factor, and a trained length only where the form reads it."""
+    model = config.model
+    kind, factor, length = model.rope_scaling, model.rope_factor, model.rope_trained_len
+    if kind == "none" and factor != 1:
+        why = "positions are not stretched: --rope-scaling is none"
+        yield Problem("--rope-factor", factor, why, "give --rope-scaling linear, ntk, yarn or llama3, or use 1")
+    if kind != "none" and factor == 1:
+        yield Problem(
+            "--rope-scaling", kind, "--rope-factor is 1, which stretches nothing", "give e.g. --rope-factor 4"
+        )
+    if length is not None and kind not in NEEDS_TRAINED_LEN:
+        why = f"--rope-scaling {kind} does not read it"
+        yield Problem("--rope-trained-len", length, why, f"leave it out, or use {' or '.join(NEEDS_TRAINED_LEN)}")

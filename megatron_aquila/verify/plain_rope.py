@@ -1,0 +1,45 @@
+"""Rotary positions of the plain Aquila, worked out pair by pair from the papers; shares no code with the kernels."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_aquila.plan.shape import ModelShape
+
+
+def plain_rotate(x_BSND: Tensor, positions_BS: Tensor, shape: ModelShape) -> Tensor:
+    """Rotate pairs (i, i + D/2) by position * w_i (Su et al. 2021, half-split as in GPT-NeoX and Llama)."""
+    wide = torch.promote_types(x_BSND.dtype, torch.float32)
+    turns = [plain_frequency(shape, pair) for pair in range(shape.head_dim // 2)]
+    angles = (positions_BS.to(wide)[..., None] * torch.tensor(turns, dtype=wide, device=x_BSND.device))[:, :, None, :]
+    grown = 1 + 0.1 * math.log(shape.rope_factor) if shape.rope_scaling == "yarn" else 1.0
+    first, second = (grown * x_BSND.to(wide)).chunk(2, dim=-1)
+    rotated = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+    return torch.cat(rotated, dim=-1).to(x_BSND.dtype)
+
+
+def plain_frequency(shape: ModelShape, pair: int) -> float:
+    """Radians that a feature pair turns by from one position to the next, stretched as ``shape`` says.
+
+    base^(-2i/D), and of it: linear, Chen et al. 2023; ntk, bloc97 2023; yarn, Peng et al. 2023, eq. 17 to 23, with
+    whole numbers of pairs as ends of its ramp; llama3, as Llama 3.1 publishes it.
+    """
+    base, width, factor, length = shape.rope_base, shape.head_dim, shape.rope_factor, shape.rope_trained_len
+    turn = base ** (-2 * pair / width)
+    turns_in_length = length * turn / math.tau
+    match shape.rope_scaling:
+        case "none":
+            return turn
+        case "linear":
+            return turn / factor
+        case "ntk":
+            return float((base * factor ** (width / (width - 2))) ** (-2 * pair / width))
+        case "yarn":
+            ends = [width * math.log(length / (n * math.tau)) / (2 * math.log(base)) for n in (32, 1)]
+            start, stop = max(0, math.floor(ends[0])), min(width - 1, math.ceil(ends[1]))
+            share = float(pair > start) if start == stop else min(1.0, max(0.0, (pair - start) / (stop - start)))
+            return turn * (share / factor + 1 - share)
+        case "llama3":
+            share = min(1.0, max(0.0, (turns_in_length - 1) / 3))
+            return turn * (share + (1 - share) / factor)
