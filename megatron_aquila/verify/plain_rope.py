@@ -26,7 +26,7 @@ def plain_frequency(shape: ModelShape, pair: int) -> float:
     whole numbers of pairs as ends of its ramp; llama3, as Llama 3.1 publishes it.
     """
     base, width, factor, length = shape.rope_base, shape.head_dim, shape.rope_factor, shape.rope_trained_len
-    turn = base ** (-2 * pair / width)
+    turn = math.pow(base, -2 * pair / width)
     turns_in_length = length * turn / math.tau
     match shape.rope_scaling:
         case "none":
@@ -34,7 +34,7 @@ def plain_frequency(shape: ModelShape, pair: int) -> float:
         case "linear":
             return turn / factor
         case "ntk":
-            return float((base * factor ** (width / (width - 2))) ** (-2 * pair / width))
+            return math.pow(base * math.pow(factor, width / (width - 2)), -2 * pair / width)
         case "yarn":
             ends = [width * math.log(length / (n * math.tau)) / (2 * math.log(base)) for n in (32, 1)]
             start, stop = max(0, math.floor(ends[0])), min(width - 1, math.ceil(ends[1]))
