@@ -132,6 +132,39 @@ def begin_reduce_scatter_flat_(
     return Pending(shard_out, work, operand=sent, finish=None if out is shard_out else lambda: _copy(shard_out, out))
 
 
+def begin_pass_on(x: Tensor, group: Group, *, overlap: bool) -> Pending:
+    """Begin to send ``x`` to the next rank of the group, and to receive the one before's: a turn of the ring."""
+    if group.size == 1:
+        return Pending(x)
+    received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    after, before = (group.ranks[(group.rank + step) % group.size] for step in (1, -1))
+    # As one call: NCCL would finish the message that a rank sends before it begins the one that it receives.
+    turn = [
+        dist.P2POp(dist.isend, x, after, group=group.handle),
+        dist.P2POp(dist.irecv, received, before, group=group.handle),
+    ]
+    works = dist.batch_isend_irecv(turn)
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    turning = Pending(received, operand=x, finish=wait)
+    if not overlap:
+        turning.wait()
+    return turning
+
+
+def all_to_all(x: Tensor, group: Group) -> Tensor:
+    """The r-th equal slice along dim 0 goes to rank r; what came takes its place, in rank order."""
+    if group.size == 1:
+        return x
+    assert x.shape[0] % group.size == 0, f"shape {tuple(x.shape)} does not split over {group.size} ranks"
+    received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    dist.all_to_all_single(received, x, group=group.handle)
+    return received
+
+
 def _sum_in_order(out: Tensor, terms: Tensor) -> None:
     out.copy_(terms[0])
     for term in terms[1:]:
