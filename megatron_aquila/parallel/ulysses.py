@@ -3,7 +3,6 @@
 Every rank attends over whole samples with its share of the heads, by any attention there is.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_aquila.kernels.ops import CausalAttention
 from megatron_aquila.kernels.precision import apply
 from megatron_aquila.parallel.collectives import all_to_all
 from megatron_aquila.parallel.context import Group
+from megatron_aquila.plan.sequence import num_shared_heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +39,6 @@ class UlyssesAttention:
         qkv = torch.cat([x for share in shares for x in share], dim=2)
         q, k, v = apply(_ToHeads, qkv, self.cp).split_with_sizes(sizes, dim=2)
         return apply(_ToTokens, self.attention(q, k, v, documents), self.cp)
-
-
-def num_shared_heads(num_kv_heads: int, cp: int) -> int:
-    """Key/value heads, copies included, of which every one of ``cp`` ranks gets as many."""
-    return math.lcm(num_kv_heads, cp)
 
 
 class _ToHeads(torch.autograd.Function):

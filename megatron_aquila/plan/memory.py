@@ -12,6 +12,7 @@ from megatron_aquila.plan.buckets import rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
 from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
+from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
 
@@ -49,6 +50,7 @@ class MemoryPlan:
     num_microbatches: int
     schedule: ScheduleName = "1f1b"
     sequence_parallel: bool = False
+    context_method: ContextMethod = "ring"
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     moments_dtype: Literal["fp32", "bf16"] = "fp32"

@@ -1,5 +1,6 @@
 """How the tokens of a sample are dealt to the context-parallel ranks, and which of them meet in a step of the ring."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ def shard_pieces(seq_len: int, *, cp: int, rank: int, method: ContextMethod = "r
     assert rest == 0, f"{seq_len} tokens do not divide into {num_pieces} pieces"
     own = (rank,) if num_pieces == cp else (rank, num_pieces - 1 - rank)
     return tuple(range(piece * size, (piece + 1) * size) for piece in own)
+
+
+def num_shared_heads(num_kv_heads: int, cp: int) -> int:
+    """Key/value heads, copies included, of which each of ``cp`` ranks of Ulysses gets as many."""
+    return math.lcm(num_kv_heads, cp)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,14 +32,14 @@ from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.parallel.ring import RingAttention
-from megatron_aquila.parallel.ulysses import UlyssesAttention, num_shared_heads
+from megatron_aquila.parallel.ulysses import UlyssesAttention
 from megatron_aquila.parallel.weight_grads import WeightGradQueue
 from megatron_aquila.pipeline.action import Program
 from megatron_aquila.pipeline.checks import check, needed_link_depth
 from megatron_aquila.pipeline.engine import Engine, LossFn
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.wire import P2PWire, Wire
-from megatron_aquila.plan.sequence import shard_pieces
+from megatron_aquila.plan.sequence import num_shared_heads, shard_pieces
 from megatron_aquila.plan.shape import ModelShape, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {

@@ -12,9 +12,9 @@ from megatron_aquila.kernels.blocks import BLOCKS_CPU, BLOCKS_REFERENCE
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.parallel.ring import RingAttention
-from megatron_aquila.parallel.ulysses import UlyssesAttention, num_shared_heads
+from megatron_aquila.parallel.ulysses import UlyssesAttention
 from megatron_aquila.plan.grid import RankGrid
-from megatron_aquila.plan.sequence import shard_pieces
+from megatron_aquila.plan.sequence import num_shared_heads, shard_pieces
 from tests.parallel.worlds import CPU, distance, on_ranks
 
 BOUNDS = (0, 1, 5, 22, 24, 32, 64)  # of two samples of 32 tokens
