@@ -27,13 +27,14 @@ def check_sequence(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     yield Problem("--seq-len", seq_len, " and ".join(whys), f"use {', or '.join([' or '.join(near), *ways_out])}")
 
 
-def check_context_heads(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+def check_context_heads(config: RunConfig, world: int | None) -> Iterator[Problem]:
     """Ulysses deals each tensor rank's query heads to its context ranks; key/value heads are copied where too few."""
     layout, shape = config.parallel, model_shape(config.model)
     if layout.context_method != "ulysses" or shape.num_heads % layout.tensor:
         return
     heads = shape.num_heads // layout.tensor
     if heads % layout.context:
-        most = max(size for size in range(1, layout.context) if heads % size == 0)
+        possible = heads if world is None else math.gcd(heads, world // layout.tensor)
+        most = max(size for size in range(1, layout.context) if possible % size == 0)
         why = f"ulysses splits the {heads} query heads of a tensor rank, which {layout.context} does not divide"
         yield Problem("--cp", layout.context, why, f"use {most}, or --cp-method ring, which splits no heads")

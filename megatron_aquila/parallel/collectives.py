@@ -138,12 +138,12 @@ def begin_pass_on(x: Tensor, group: Group, *, overlap: bool) -> Pending:
         return Pending(x)
     received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
     after, before = (group.ranks[(group.rank + step) % group.size] for step in (1, -1))
-    # As one call: NCCL would finish the message that a rank sends before it begins the one that it receives.
-    turn = [
-        dist.P2POp(dist.isend, x, after, group=group.handle),
-        dist.P2POp(dist.irecv, received, before, group=group.handle),
-    ]
-    works = dist.batch_isend_irecv(turn)
+    turn = ((dist.isend, x, after), (dist.irecv, received, before))
+    works: list[Any]
+    if dist.get_backend(group.handle) == "nccl":  # one after the other, each would wait until its peer came to it
+        works = dist.batch_isend_irecv([dist.P2POp(begin, y, peer, group.handle) for begin, y, peer in turn])
+    else:
+        works = [begin(y, peer, group=group.handle) for begin, y, peer in turn]
 
     def wait() -> None:
         for work in works:
