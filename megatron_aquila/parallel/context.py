@@ -91,6 +91,7 @@ class ParallelContext:
             for up in ((True, False) if pp_turns_back else (op == "F",))
         ]
         world_group = group("world", "tp", "cp", "dp", "pp")
+        alone = len(grid.groups("dp", "cp")) == 1 or 1 == grid.dp < grid.cp  # nor may a ring wait for gradients
         return cls(
             grid=grid,
             rank=rank,
@@ -100,7 +101,7 @@ class ParallelContext:
             dp=group("dp", "dp"),
             pp=group("pp", "pp"),
             pp_links={link: group("pp_link", "pp", own=link if index else None) for index, link in enumerate(kinds)},
-            dp_cp=group("dp_cp", "dp", "cp", own="dp_cp" if len(grid.groups("dp", "cp")) == 1 else None),
+            dp_cp=group("dp_cp", "dp", "cp", own="dp_cp" if alone else None),
             world=world_group,
             host_world=_on_host(world_group, timeout),
         )

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.kernels.blocks import BLOCKS_FLASH
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.parallel.batch import Batch
@@ -158,13 +159,15 @@ def dry_machine(config: RunConfig, world_size: int) -> Machine:
     """The machine of this process's place in a world of ``world_size``, on ``meta``."""
     derived = derive(config, world_size)
     ctx = create_context(config, derived, META)
-    kernels = replace(choose_kernels(META, DTYPES[config.train.precision]), attention=flash_attention)
+    is_ring = derived.grid.cp > 1 and config.parallel.context_method == "ring"
+    attention = BLOCKS_FLASH if is_ring else flash_attention
+    kernels = replace(choose_kernels(META, DTYPES[config.train.precision]), attention=attention)
     return build_machine(config, derived, ctx, kernels=kernels)
 
 
-def dry_batch(shape: ModelShape, micro_batch: int) -> Batch:
-    """A microbatch without data."""
-    tokens_BS = torch.empty(micro_batch, shape.seq_len, dtype=torch.int64, device=META)
+def dry_batch(shape: ModelShape, micro_batch: int, *, cp: int = 1) -> Batch:
+    """A microbatch without data: one rank's tokens, where ``cp`` ranks share each sample."""
+    tokens_BS = torch.empty(micro_batch, shape.seq_len // cp, dtype=torch.int64, device=META)
     return Batch(
         tokens_BS=tokens_BS,
         labels_BS=torch.empty_like(tokens_BS),
