@@ -27,6 +27,7 @@ class Layout:
     schedule: str = "1f1b"
     chunks: int = 1
     dp: int = 1
+    zero: int = 1
     micro_batch: int = 1
     recompute: str = "none"
     overlap: bool = False
@@ -65,6 +66,7 @@ WORDS: Mapping[str, str] = {
     "schedule": "{}",
     "chunks": "chunks {}",
     "dp": "dp {}",
+    "zero": "ZeRO-{}",
     "micro_batch": "mbs {}",
     "recompute": "recompute {}",
     "overlap": "overlap",
@@ -74,6 +76,7 @@ WORDS: Mapping[str, str] = {
 }
 NEEDS: Mapping[str, str] = {  # without the second the first is nothing
     "sequence": "tp",
+    "zero": "dp",
     "small_buckets": "dp",
     "deterministic": "dp",
 }
@@ -98,6 +101,7 @@ def requested_layout(config: RunConfig) -> Layout:
         schedule=parallel.schedule,
         chunks=num_chunks(parallel),
         dp=dp,
+        zero=parallel.zero if dp > 1 else 1,
         micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
         recompute=config.train.recompute,
         overlap=parallel.overlap and parallel.tensor * parallel.pipeline * dp > 1,
@@ -128,6 +132,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             chunks=layout.chunks,
             stage_layers=parallel.stage_layers if by_hand and layout.pp * layout.chunks > 1 else None,
             data=layout.dp,
+            zero=layout.zero,
             overlap=layout.overlap,
             bucket_mib=BUCKET_MIB[layout.small_buckets],
             grad_reduce="fp32",  # rounding to bf16 on the way is not what float64 can prove

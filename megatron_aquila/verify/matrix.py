@@ -23,6 +23,7 @@ AXES: Mapping[str, Sequence[Any]] = {
     "tp": (1, 2, 4),
     "pp": (1, 2, 4),
     "dp": (1, 2),
+    "zero": (1, 2, 3),
     "micro_batch": (1, 2),
     "sequence": YES_OR_NO,
     "schedule": get_args(ScheduleName),

@@ -38,6 +38,7 @@ def _claims(requested: Layout) -> Iterator[Claim]:
             yield Claim(axis=axis, layout=layout)
             yield Claim(axis=axis, layout=layout, twin=one, bits="gradients")
     yield Claim(axis="dp (ZeRO-1)", layout=dp)
+    yield Claim(axis="ZeRO", layout=replace(dp, zero=requested.zero))
     yield Claim(axis="micro-batch size", layout=Layout(micro_batch=requested.micro_batch))
     yield Claim(axis="fused main grads", layout=Layout(fused=requested.fused))
     for option in ("recompute", "overlap"):
