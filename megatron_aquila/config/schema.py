@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_aquila.plan.recompute import Kind, Method
 from megatron_aquila.plan.sequence import ContextMethod
@@ -21,6 +21,7 @@ Positive = Annotated[float, Gt(0), Lt(math.inf)]
 NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Decay = Literal["cosine", "linear", "constant", "wsd"]
+ZeroLevel = Annotated[int, Ge(1), Le(3)]
 WsdDecay = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
 
@@ -112,6 +113,12 @@ class ParallelConfig:
     bucket_mib: Positive = setting(128.0, "gradients are reduced in buckets of about this many MiB")
     overlap: bool = setting(
         True, "communicate beside computation where neither needs the other; changes no bit", "--overlap"
+    )
+    zero: ZeroLevel = setting(
+        1,
+        "what replicas share out among them: 1 masters and optimizer states, 2 also gradients, 3 also weights",
+        "--zero",
+        "--zero-stage",
     )
     grad_reduce: Literal["fp32", "bf16"] = setting(
         "fp32", "what gradients travel in between replicas: the type they are summed up in, fp32 or wider, or bf16"

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from megatron_aquila.optim.flat import Flat
 from megatron_aquila.optim.groups import BucketLayout, Piece, main_dtype
 from megatron_aquila.parallel.collectives import Pending, begin_all_gather_flat_, begin_reduce_scatter_flat_
 from megatron_aquila.parallel.context import Group
@@ -45,6 +46,18 @@ class Storage:
     has_remainders: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharding:
+    """What a rank keeps only its shard of, beside the optimizer's states (Rajbhandari et al. 2020, ZeRO).
+
+    ``gradients``: a bucket is reduced after each microbatch, and its memory let go of. ``weights``: a bucket is gathered
+    before it is read, and let go of after that.
+    """
+
+    gradients: bool = False
+    weights: bool = False
+
+
 class Bucket:
     """The weights and gradient sums of a layout, and this rank's shard of both.
 
@@ -52,7 +65,8 @@ class Bucket:
     gradient that autograd produces is added there at once, in ``main_dtype``, and dropped, so that 16-bit gradients of
     many microbatches are summed in float32. ``master`` is this rank's shard as updates change it: a copy in
     ``main_dtype`` for 16-bit weights, else the weights' own shard, then with a ``remainder`` where ``storage`` says so.
-    ``on_complete`` is called when the last gradient of a step has been added.
+    ``on_complete`` is called when the last gradient of a step has been added; where gradients are sharded, when every
+    parameter has had one more, and then there is something to reduce.
     """
 
     def __init__(
@@ -62,28 +76,34 @@ class Bucket:
         *,
         reduction: Reduction = Reduction(),
         storage: Storage = Storage(),
-        on_complete: Callable[[], None] = lambda: None,
+        sharding: Sharding = Sharding(),
+        on_complete: Callable[["Bucket"], None] = lambda _bucket: None,
     ) -> None:
-        device = layout.slots[0].info.param.device
-        self.layout = layout
+        device, own_type = layout.slots[0].info.param.device, main_dtype(layout.dtype)
+        self.layout, self.sharding = layout, sharding
         self._group, self._reduction, self._on_complete = group, reduction, on_complete
-        self._missing: int | None = None  # gradients still to come in this step, None while they are not counted
+        self._missing: int | None = None  # gradients still to come before a reduction, None while they are not counted
         self._reducing: Pending | None = None
         self._gathering: Pending | None = None
-        self.weights = torch.zeros(layout.size, dtype=layout.dtype, device=device)
-        self.grads = torch.zeros(layout.size, dtype=main_dtype(layout.dtype), device=device)
+        self._weights = Flat(layout.size, layout.dtype, device)
+        self._grads = Flat(layout.size, own_type, device)
+        self.weights, self.grads = self._weights.tensor, self._grads.tensor
         self.main_grads: dict[nn.Parameter, MainGrad] = {}
         for slot in layout.slots:
             self._adopt(slot.info.param, slice(slot.offset, slot.offset + slot.info.param.numel()))
         own = slice(group.rank * layout.shard_size, (group.rank + 1) * layout.shard_size)
-        self.weight_shard, self.grad_shard = self.weights[own], self.grads[own]
+        self._own = self.weights[own]
+        self.weight_shard = self._own.clone() if sharding.weights else self._own
+        self.grad_shard = torch.zeros_like(self.grads[own]) if sharding.gradients else self.grads[own]
         self.remainder: Tensor | None = None
         self.master = self.weight_shard
         if storage.has_remainders and layout.dtype is torch.bfloat16:
             self.remainder = torch.zeros_like(self.weight_shard, dtype=torch.int16)
         else:
-            self.master = self.weight_shard.to(self.grads.dtype)  # no copy if the type is the same
+            self.master = self.weight_shard.to(own_type)  # no copy if the type is the same
         self.pieces: list[Piece] = layout.pieces(group.rank)
+        if sharding.gradients:
+            self._grads.let_go()
 
     @property
     def keeps_master(self) -> bool:
@@ -102,14 +122,14 @@ class Bucket:
 
     def begin_step(self, num_microbatches: int) -> None:
         """Forget the gradients of the last step; each parameter is to get one a microbatch."""
-        self.grads.zero_()
-        self._missing = num_microbatches * len(self.layout.slots)
+        self.grad_shard.zero_() if self.sharding.gradients else self.grads.zero_()
+        self._missing = (1 if self.sharding.gradients else num_microbatches) * len(self.layout.slots)
 
     def begin_reduce(self) -> None:
         """Begin to sum the gradients over the replicas into ``grad_shard``. Communicates: one reduce-scatter."""
         how = self._reduction
         self._reducing = begin_reduce_scatter_flat_(
-            self.grad_shard,
+            torch.empty_like(self.grad_shard) if self.sharding.gradients else self.grad_shard,
             self.grads,
             self._group,
             overlap=how.overlap,
@@ -127,11 +147,40 @@ class Bucket:
         self.await_reduce()
         self._reducing = self._missing = None
 
+    def bring_in(self) -> None:
+        """Add what is being reduced, if anything is, to ``grad_shard``, where gradients are sharded."""
+        if self._reducing is not None:
+            self.grad_shard.add_(self._reducing.wait())
+            self._reducing = None
+            self._grads.let_go()
+
+    def finish_sharded(self) -> None:
+        """Reduce what is left, where gradients are sharded: ``grad_shard`` holds the sums. One reduce-scatter, or none.
+
+        Something is left where a parameter got no gradient.
+        """
+        self.bring_in()
+        if self._grads.is_there:
+            self.begin_reduce()
+            self.bring_in()
+        self._missing = None
+
     def begin_publish(self) -> None:
-        """Begin to give ``weight_shard`` to every replica. Communicates: one all-gather, in place."""
-        self._gathering = begin_all_gather_flat_(
-            self.weights, self.weight_shard, self._group, overlap=self._reduction.overlap
-        )
+        """Begin to give ``weight_shard`` to every replica. Communicates: one all-gather, in place.
+
+        Where weights are sharded nothing is gathered before it is read: what was, is let go of.
+        """
+        if self.sharding.weights:
+            self.let_go()
+        else:
+            self.begin_gather()
+
+    def begin_gather(self) -> None:
+        """Begin to fill ``weights``, unless they are there or on their way. Communicates: one all-gather."""
+        if self.sharding.weights and self._weights.is_there:
+            return
+        out = self._weights.take()
+        self._gathering = begin_all_gather_flat_(out, self.weight_shard, self._group, overlap=self._reduction.overlap)
 
     def finish_publish(self) -> None:
         """Wait until ``weights`` holds what every rank has published, if that is under way."""
@@ -139,25 +188,61 @@ class Bucket:
             self._gathering.wait()
             self._gathering = None
 
+    def let_go(self) -> None:
+        """Of weights that are sharded, keep this rank's shard alone."""
+        self.finish_publish()
+        self._weights.let_go()
+
+    def take_weights(self) -> None:
+        """Of ``weights``, which were filled from outside, take this rank's shard, and the master from it. Local."""
+        if self.sharding.weights:
+            self.weight_shard.copy_(self._own)
+            self.let_go()
+        self.master.copy_(self.weight_shard)
+        if self.remainder is not None:
+            self.remainder.zero_()
+
     def _adopt(self, param: nn.Parameter, where: slice) -> None:
         weight, grad = (flat[where].view(param.shape) for flat in (self.weights, self.grads))
         weight.copy_(param.detach())
         param.data = weight
-        main = self.main_grads[param] = MainGrad(grad, self._count)
+        main = self.main_grads[param] = (
+            MainGrad(grad, self._count, self._make_room) if self.sharding.gradients else MainGrad(grad, self._count)
+        )
         # torch keeps hooks where Python's garbage collector does not look: a strong reference would keep all for ever
         hook = partial(_accumulate, weakref.ref(main))
         param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def _make_room(self) -> None:
+        """Before something is added to sharded gradients: what was added before is on its way, and must be gone."""
+        self.bring_in()
+        if not self._grads.is_there:
+            self._grads.take().zero_()
 
     def _names(self) -> str:
         return ", ".join(slot.info.name for slot in self.layout.slots)
 
     def _count(self) -> None:
         """A gradient has been added."""
+        if self.sharding.gradients:
+            self._count_sharded()
+            return
         assert self._reducing is None, f"a gradient was added to a sum that is being reduced, of one of {self._names()}"
         if self._missing is not None:
             self._missing -= 1
             if self._missing == 0:
-                self._on_complete()
+                self._on_complete(self)
+
+    def _count_sharded(self) -> None:
+        """A round of gradients is complete with one of each parameter; one whose sum went with an earlier round has none
+        left: a head adds pieces in forward, and several forwards may come before a backward.
+        """
+        assert self._missing is not None, f"a gradient came outside a step, of one of {self._names()}"
+        self._missing -= 1
+        if self._missing == 0:
+            self._missing = len(self.layout.slots)
+            if self._grads.is_there and self._reducing is None:
+                self._on_complete(self)
 
 
 def _accumulate(reference: weakref.ref[MainGrad], param: nn.Parameter) -> None:

@@ -1,12 +1,13 @@
-"""The optimizer: gradients summed, states and master weights sharded over the replicas (ZeRO-1)."""
+"""The optimizer: gradients summed, states, and as asked gradients and weights, sharded over the replicas (ZeRO)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from megatron_aquila.optim.buckets import Bucket, Reduction, Storage
+from megatron_aquila.optim.buckets import Bucket, Reduction, Sharding, Storage
 from megatron_aquila.optim.clip import Clip, counted_spans, squared_norm
+from megatron_aquila.optim.gathering import Gathering
 from megatron_aquila.optim.groups import plan_buckets
 from megatron_aquila.optim.rules import Rule
 from megatron_aquila.parallel.collectives import all_reduce_
@@ -27,6 +28,10 @@ class DistributedOptimizer:
     is awaited where weights are read next: whoever reads them calls ``wait_for_weights`` first. Reductions are begun in
     the one order of the buckets, whatever order backward completes them in, so that all replicas agree on it.
 
+    With ``sharding.gradients`` (ZeRO-2) a bucket is reduced once a microbatch, when all of its parameters have got theirs,
+    and has memory only until then. With ``sharding.weights`` (ZeRO-3) a bucket of matrices is gathered before it is read
+    and let go of after that. Both leave the buckets of vectors as they are: norms are small, and read everywhere.
+
     Bucket sizes and shard borders change nothing element by element; what differs between layouts is the order in which
     more than two replicas' gradients are summed (not with ``reduction.in_rank_order``), and in which the squares of the
     norm are.
@@ -41,20 +46,34 @@ class DistributedOptimizer:
         bucket_bytes: int,
         reduction: Reduction = Reduction(),
         storage: Storage = Storage(),
+        sharding: Sharding = Sharding(),
     ) -> None:
         layouts = plan_buckets(infos, bucket_bytes=bucket_bytes, num_shards=ctx.dp_cp.size)
         self._ctx = ctx
         self._rule = rule
         self._buckets = [
-            Bucket(layout, ctx.dp_cp, reduction=reduction, storage=storage, on_complete=self._reduce_complete)
+            Bucket(
+                layout,
+                ctx.dp_cp,
+                reduction=reduction,
+                storage=storage,
+                sharding=sharding if layout.weight_decay else Sharding(),
+                on_complete=self._reduce_round if layout.weight_decay and sharding.gradients else self._reduce_complete,
+            )
             for layout in layouts
         ]
+        self._whole_sums = [bucket for bucket in self._buckets if not bucket.sharding.gradients]
+        self._sharded_sums = [bucket for bucket in self._buckets if bucket.sharding.gradients]
+        self._gathering = Gathering(
+            [bucket for bucket in reversed(self._buckets) if bucket.sharding.weights], ahead=reduction.overlap
+        )
         self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.main_grads}
         self._states = [
             {name: torch.zeros_like(bucket.grad_shard, dtype=storage.moments) for name in rule.state}
             for bucket in self._buckets
         ]
         self._reduces_early, self._most_under_way = reduction.overlap, reduction.most_under_way
+        self._round: Bucket | None = None  # the sharded gradients whose reduction was begun last
         self._num_begun = 0  # buckets whose reduction was begun in this step
         self._counted = [bucket.grad_shard[s] for bucket in self._buckets for s in counted_spans(bucket.pieces)]
         self._applied_steps = torch.zeros((), dtype=torch.int64, device=ctx.device)
@@ -86,14 +105,16 @@ class DistributedOptimizer:
         """Complete the gradients: this rank's shard of every bucket holds the sum over all ranks that contributed.
 
         Communicates: one all-reduce over tp for the parameters whose gradients are partial sums there, one
-        reduce-scatter over the replicas a bucket, as far as backward has not begun it. The rest of the bucket is left
-        undefined.
+        reduce-scatter over the replicas a bucket, as far as backward has not begun it. The rest of a bucket that is not
+        sharded is left undefined.
         """
         self._sum_over_tp()
-        while self._num_begun < len(self._buckets):
+        while self._num_begun < len(self._whole_sums):
             self._begin_reduce()
-        for bucket in self._buckets:
+        for bucket in self._whole_sums:
             bucket.finish_reduce()
+        for bucket in self._sharded_sums:
+            bucket.finish_sharded()
         self._num_begun = 0
 
     def clip(self, max_norm: float, *, loss_scale: float = 1.0) -> Clip:
@@ -111,7 +132,7 @@ class DistributedOptimizer:
         Gradients that are not finite change nothing: no weight, no state, not the count; the weights are shared all the
         same. Communicates: one all-gather a bucket, under way on return where collectives overlap.
         """
-        self.wait_for_weights()
+        self._settle()
         self._applied_steps += clip.is_finite
         for bucket, state in reversed([*zip(self._buckets, self._states, strict=True)]):
             self._rule.update_(
@@ -128,9 +149,21 @@ class DistributedOptimizer:
             bucket.begin_publish()
 
     def wait_for_weights(self, params: Iterable[nn.Parameter] | None = None) -> None:
-        """Wait until ``params`` (None: all) are this step's on every replica. Local; nothing where they already are."""
-        buckets = self._buckets if params is None else [self._bucket_of[param] for param in params]
-        for bucket in buckets:
+        """Wait until ``params`` (None: all) are this step's on every replica. Local; nothing where they already are.
+
+        Sharded ones are gathered, and stay until others are read; all of them until the next ``step``, or reading.
+        """
+        if params is None:
+            self._gathering.gather_all()
+        for bucket in self._buckets if params is None else [self._bucket_of[param] for param in params]:
+            if bucket.sharding.weights and params is not None:
+                self._gathering.read(bucket)
+            bucket.finish_publish()
+
+    def _settle(self) -> None:
+        """Wait for what is under way; keep of sharded weights the shards alone."""
+        self._gathering.let_go()
+        for bucket in self._buckets:
             bucket.finish_publish()
 
     def ranges(self) -> list[tuple[str, FlatRange, Tensor]]:
@@ -140,7 +173,8 @@ class DistributedOptimizer:
         masters "master", or "remainder" for what the weights lack of it. Views are of the optimizer's memory: reading
         into them restores it. Waits for the weights.
         """
-        self.wait_for_weights()
+        for bucket in self._buckets:
+            bucket.finish_publish()
         shares = []
         for bucket, state in zip(self._buckets, self._states, strict=True):
             kinds = {"grad": bucket.grad_shard, "weight": bucket.weight_shard, **state}
@@ -153,18 +187,29 @@ class DistributedOptimizer:
         return shares
 
     def refresh_masters(self) -> None:
-        """Take the weights as they are now for the masters: after they were loaded or initialised from outside."""
-        self.wait_for_weights()
-        for bucket in self._buckets:
-            bucket.master.copy_(bucket.weight_shard)
-            if bucket.remainder is not None:
-                bucket.remainder.zero_()
+        """Take the weights as they are now for the masters: after they were loaded or initialised from outside.
 
-    def _reduce_complete(self) -> None:
+        Who fills sharded ones has called ``wait_for_weights``, so that there is something to fill.
+        """
+        for bucket in self._buckets:
+            bucket.finish_publish()
+            bucket.take_weights()
+        self._gathering.let_go()
+
+    def _reduce_round(self, bucket: Bucket) -> None:
+        """Reduce a round of sharded gradients; the one before it, if still under way, is brought in first."""
+        if self._round is not None:
+            self._round.bring_in()
+        self._round = bucket
+        bucket.begin_reduce()
+        if not self._reduces_early:
+            bucket.bring_in()
+
+    def _reduce_complete(self, _bucket: Bucket) -> None:
         """Begin to reduce what is complete, as far as nothing before it is missing."""
         if not self._reduces_early:
             return
-        for bucket in self._buckets[self._num_begun :]:
+        for bucket in self._whole_sums[self._num_begun :]:
             if not bucket.is_complete or bucket.layout.sums_over_tp:
                 return
             self._begin_reduce()
@@ -172,8 +217,8 @@ class DistributedOptimizer:
     def _begin_reduce(self) -> None:
         """Begin to reduce the next bucket, once no more copies of buckets are held than may be."""
         if self._most_under_way is not None and self._num_begun >= self._most_under_way:
-            self._buckets[self._num_begun - self._most_under_way].await_reduce()
-        self._buckets[self._num_begun].begin_reduce()
+            self._whole_sums[self._num_begun - self._most_under_way].await_reduce()
+        self._whole_sums[self._num_begun].begin_reduce()
         self._num_begun += 1
 
     def _sum_over_tp(self) -> None:

@@ -39,6 +39,7 @@ class _ColumnParallel(torch.autograd.Function):
         # Each collective runs beside the product that does not need it: the gathered x is for the weight's gradient
         # alone, the sum of grad_x for nothing here. Where the weight's gradient is owed, that sum is simply awaited.
         gathering = begin_all_gather(x, tp, overlap=overlap) if sequence_parallel else Pending(x)
+        placement.weight_reads.announce(weight)
         grad_x = placement.products.grad_x(grad_y, weight)  # this rank's partial sum
         x_SBH = gathering.wait()
         begin_sum = begin_reduce_scatter if sequence_parallel else begin_all_reduce_
@@ -63,6 +64,7 @@ class _RowParallel(torch.autograd.Function):
         (x,), weight = ctx.saved_tensors, ctx.weight
         grad_y = all_gather(grad_y, tp) if sequence_parallel else grad_y
         grad_weight = placement.weight_grads.gradient(weight, grad_y, x, placement.products)
+        placement.weight_reads.announce(weight)
         return placement.products.grad_x(grad_y, weight), grad_weight, None
 
 

@@ -8,11 +8,13 @@ from torch import nn
 from megatron_aquila.kernels.products import NATIVE, Products
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.weight_grads import WeightGradQueue
+from megatron_aquila.parallel.weight_reads import WeightReads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """How layers are split and stored. One for all layers of a rank, so that they share ``weight_grads``.
+    """How layers are split and stored. One for all layers of a rank, so that they share ``weight_grads`` and
+    ``weight_reads``.
 
     ``sequence_parallel``: between the parallel layers, activations are split along the sequence over ``tp``.
     ``overlap``: collectives run beside products that do not need them. It changes no bit.
@@ -26,6 +28,7 @@ class Placement:
     overlap: bool = False
     products: Products = NATIVE
     weight_grads: WeightGradQueue = field(default_factory=WeightGradQueue)
+    weight_reads: WeightReads = field(default_factory=WeightReads)
 
     def weight(self, *shape: int) -> nn.Parameter:
         """A parameter of this type on this device, for the initialisation or a checkpoint to fill."""

@@ -11,15 +11,27 @@ from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.products import NATIVE, Products
 
 
+def _nothing() -> None:
+    """Memory that is always there needs nothing."""
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class MainGrad:
     """The sum of a parameter's gradients over the microbatches, in the parameter's shape.
 
-    Whoever adds one to ``total`` says so by calling ``added``.
+    Whoever adds one to ``total`` says so by calling ``added``. ``ready`` is called first: it makes sure that ``memory``
+    is there to be added to, which may mean to wait for a reduction of what was added before.
     """
 
-    total: Tensor
+    memory: Tensor
     added: Callable[[], None]
+    ready: Callable[[], None] = _nothing
+
+    @property
+    def total(self) -> Tensor:
+        """The sum, to be added to."""
+        self.ready()
+        return self.memory
 
 
 class WeightGradQueue:

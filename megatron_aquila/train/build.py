@@ -21,7 +21,7 @@ from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.products import NATIVE, Products, fp8_products
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
-from megatron_aquila.optim.buckets import Reduction, Storage
+from megatron_aquila.optim.buckets import Reduction, Sharding, Storage
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
@@ -125,7 +125,10 @@ def build_machine(
         bucket_bytes=bucket_bytes(config),
         reduction=reduction(config.parallel),
         storage=storage(config.optim),
+        sharding=Sharding(gradients=config.parallel.zero >= 2, weights=config.parallel.zero >= 3),
     )
+    if config.parallel.zero >= 3:
+        placement.weight_reads.announce_to(lambda weight: optimizer.wait_for_weights([weight]))
     if config.parallel.fuse_main_grads:
         placement.weight_grads.accumulate_into(optimizer.main_grads())
     wait_before_forward(stages.values(), optimizer)

@@ -29,6 +29,7 @@ class Layout:
     dp: int = 1
     cp: int = 1
     cp_method: str = "ring"
+    zero: int = 1
     micro_batch: int = 1
     recompute: str = "none"
     overlap: bool = False
@@ -69,6 +70,7 @@ WORDS: Mapping[str, str] = {
     "dp": "dp {}",
     "cp": "cp {}",
     "cp_method": "{}",
+    "zero": "ZeRO-{}",
     "micro_batch": "mbs {}",
     "recompute": "recompute {}",
     "overlap": "overlap",
@@ -78,6 +80,7 @@ WORDS: Mapping[str, str] = {
 }
 NEEDS: Mapping[str, str] = {  # without the second the first is nothing
     "sequence": "tp",
+    "zero": "dp",
     "small_buckets": "dp",
     "deterministic": "dp",
     "cp_method": "cp",
@@ -105,6 +108,7 @@ def requested_layout(config: RunConfig) -> Layout:
         dp=dp,
         cp=parallel.context,
         cp_method=parallel.context_method if parallel.context > 1 else "ring",
+        zero=parallel.zero if dp > 1 else 1,
         micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
         recompute=config.train.recompute,
         overlap=parallel.overlap and parallel.tensor * parallel.context * parallel.pipeline * dp > 1,
@@ -138,6 +142,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             data=layout.dp,
             context=layout.cp,
             context_method=method,
+            zero=layout.zero,
             overlap=layout.overlap,
             bucket_mib=BUCKET_MIB[layout.small_buckets],
             grad_reduce="fp32",  # rounding to bf16 on the way is not what float64 can prove

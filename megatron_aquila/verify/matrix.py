@@ -26,6 +26,7 @@ AXES: Mapping[str, Sequence[Any]] = {
     "dp": (1, 2),
     "cp": (1, 2, 4),
     "cp_method": get_args(ContextMethod),
+    "zero": (1, 2, 3),
     "micro_batch": (1, 2),
     "sequence": YES_OR_NO,
     "schedule": get_args(ScheduleName),
