@@ -95,6 +95,10 @@ def model_shape(model: ModelConfig) -> ModelShape:
         norm_order=model.norm_order,
         init_std=model.init_std,
         rope_base=model.rope_base,
+        position_embedding=model.position_embedding,
+        score_clamp=model.score_clamp,
+        norm_head=model.norm_head,
+        max_z_loss=model.max_z_loss,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 
 from megatron_aquila.plan.recompute import Kind, Method
-from megatron_aquila.plan.shape import NormOrder, Precision
+from megatron_aquila.plan.shape import NormOrder, PositionEmbedding, Precision
 from megatron_aquila.plan.stages import ScheduleName
 
 Count = Annotated[int, Ge(1)]
@@ -67,6 +67,19 @@ class ModelConfig:
     norm_order: NormOrder = setting("aquila", "where RMSNorm casts: aquila after the weight, llama before it")
     init_std: Positive = setting(0.02, "standard deviation of the initial weights", "--init-std", "--init-method-std")
     rope_base: Positive = setting(10000.0, "base of the rotary frequencies", "--rope-base", "--rotary-base")
+    position_embedding: PositionEmbedding = setting(
+        "rope",
+        "rope turns pairs half a head apart, rope-interleaved neighbours; alibi turns none and lowers far scores",
+        "--position-embedding",
+        "--position-embedding-type",
+    )
+    score_clamp: Positive | None = setting(
+        None, "attention's scaled scores are held within plus and minus this, as in the Aquila of 2023"
+    )
+    norm_head: bool = setting(False, "every row of the head is used at length 1, as in Baichuan2")
+    max_z_loss: NotNegative = setting(
+        0.0, "in training a token's loss grows by this times its largest logit squared; logged apart"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from megatron_aquila.kernels.attention import (
     causal_attention_reference,
     causal_attention_torch_flash,
 )
+from megatron_aquila.kernels.attention_blocks import causal_attention_blocks
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
 from megatron_aquila.kernels.compiled import compiled
 from megatron_aquila.kernels.ops import Kernels
@@ -74,6 +75,7 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "flash_attn": causal_attention_flash,
             "flash_attn_3": causal_attention_flash_3,
             "flash_attn_4": causal_attention_flash_4,
+            "blocks": causal_attention_blocks,
             "reference": causal_attention_reference,
         },
         "adamw": {"own": adamw_, "torch_fused": adamw_torch_, "apex": adamw_apex_, "triton": adamw_triton_},

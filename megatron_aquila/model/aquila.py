@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.precision import compute_dtype
-from megatron_aquila.kernels.rope import rope_tables
 from megatron_aquila.model.block import Block, recomputed
 from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.position import position_tables
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.params import Normal, ParamInfo, vocab_part
@@ -60,7 +60,8 @@ class AquilaStage(nn.Module):
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
         """The previous stage's x_StBH | x_SBH (None on the first) -> this stage's, or the last one's loss_SB.
 
-        ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32.
+        ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32. With a max-z loss
+        the last stage gives (2, S, B): beside it what is added to each token's.
         """
         recompute = self.recompute.at(self.stage, batch.microbatch)
         x = self._blocks(x, batch.tokens_BS, batch.positions_BS, batch.documents, recompute)
@@ -86,7 +87,7 @@ class AquilaStage(nn.Module):
         if self.embedding is not None:
             x = self.embedding(tokens_BS)
         assert x is not None, "an embedding or an input is there"
-        cos, sin = rope_tables(positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype)
+        cos, sin = position_tables(self.shape, positions_BS, x.dtype)
         blocks = (cast(Block, block) for block in self.blocks)
         for size in recompute.groups:
             x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
@@ -126,6 +127,8 @@ class Head(nn.Module):
             shape.padded_vocab_size,
             placement=placement,
             chunk_tokens=loss_chunk_tokens,
+            unit_rows=shape.norm_head,
+            max_z_loss=shape.max_z_loss,
         )
 
     def logits(self, x: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class Head(nn.Module):
         return logits
 
     def forward(self, x: Tensor, batch: Batch, modules: frozenset[Module] = NO_MODULES) -> Tensor:
-        """x_StBH | x_SBH -> loss_SB, equal on all tp ranks.
+        """x_StBH | x_SBH -> loss_SB, or with a max-z loss (2, S, B), equal on all tp ranks.
 
         Where ``batch`` says what the losses will be multiplied with, no more than a chunk of the logits ever exists and
         the norm's output is not kept. Else it is not kept for backward if ``modules`` says so.

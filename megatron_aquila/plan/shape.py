@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 NormOrder = Literal["aquila", "llama"]
+PositionEmbedding = Literal["rope", "rope-interleaved", "alibi"]
 Precision = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: of the linears' products, the rest is bf16
 
 
@@ -15,6 +16,10 @@ class ModelShape:
     ``vocab_size`` rows are real; rows up to ``padded_vocab_size`` exist only so that shards are equal: they take no
     part in the softmax, get no gradient and are in no file. ``norm_order`` says where RMSNorm casts: Aquila multiplies
     the weight in fp32 and casts once, Llama casts first.
+
+    ``position_embedding``: rotary pairs (i, i + D/2) or, interleaved, (2i, 2i + 1); or none, and scores that sink with
+    distance. ``score_clamp`` holds attention's scaled scores. ``norm_head``: the head's rows have length 1 as they are
+    used. ``max_z_loss`` times the square of a token's largest logit is added to its loss in training.
     """
 
     num_layers: int
@@ -31,6 +36,10 @@ class ModelShape:
     norm_order: NormOrder = "aquila"
     init_std: float = 0.02
     rope_base: float = 10000.0
+    position_embedding: PositionEmbedding = "rope"
+    score_clamp: float | None = None
+    norm_head: bool = False
+    max_z_loss: float = 0.0
 
     @property
     def attention_size(self) -> int:
