@@ -21,7 +21,7 @@ from megatron_aquila.plan.shape import ModelShape
 # Two models that differ in one of these compute different functions; the others are layout, start or length of a run.
 _SAME_MODEL = (
     "num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
-    "norm_eps", "norm_order",
+    "norm_eps", "norm_order", "position_embedding", "score_clamp", "norm_head",
 )  # fmt: skip
 _SAME_POSITIONS = ("rope_base", "rope_scaling", "rope_factor", "rope_trained_len")
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-from megatron_aquila.config.context import check_context_heads, check_sequence
+from megatron_aquila.config.context import check_context_heads, check_context_scores, check_sequence
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.inputs import (
     check_data_path,
@@ -266,6 +266,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _batch: f"{_LAYOUT} {_BATCH}",
     _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
     check_sequence: "parallel.context parallel.context_method parallel.sequence parallel.tensor model.seq_len",
+    check_context_scores: "parallel.context model.position_embedding model.score_clamp",
     check_context_heads: f"{_SHAPE} {_WIDTHS} parallel.context parallel.context_method parallel.tensor",
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",

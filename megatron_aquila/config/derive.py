@@ -98,6 +98,10 @@ def model_shape(model: ModelConfig) -> ModelShape:
         rope_scaling=model.rope_scaling,
         rope_factor=model.rope_factor,
         rope_trained_len=rope_trained_len(model),
+        position_embedding=model.position_embedding,
+        score_clamp=model.score_clamp,
+        norm_head=model.norm_head,
+        max_z_loss=model.max_z_loss,
     )
 
 

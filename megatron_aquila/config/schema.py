@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_aquila.plan.recompute import Kind, Method
 from megatron_aquila.plan.sequence import ContextMethod
-from megatron_aquila.plan.shape import NormOrder, Precision, RopeScaling
+from megatron_aquila.plan.shape import NormOrder, PositionEmbedding, Precision, RopeScaling
 from megatron_aquila.plan.stages import ScheduleName
 
 Count = Annotated[int, Ge(1)]
@@ -75,6 +75,19 @@ class ModelConfig:
     rope_factor: Annotated[float, Ge(1), Lt(math.inf)] = setting(1.0, "rope_scaling: how many times longer")
     rope_trained_len: Count | None = setting(
         None, "rope_scaling yarn, llama3: tokens of a sample before; default seq_len / rope_factor"
+    )
+    position_embedding: PositionEmbedding = setting(
+        "rope",
+        "rope turns pairs half a head apart, rope-interleaved neighbours; alibi turns none and lowers far scores",
+        "--position-embedding",
+        "--position-embedding-type",
+    )
+    score_clamp: Positive | None = setting(
+        None, "attention's scaled scores are held within plus and minus this, as in the Aquila of 2023"
+    )
+    norm_head: bool = setting(False, "every row of the head is used at length 1, as in Baichuan2")
+    max_z_loss: NotNegative = setting(
+        0.0, "in training a token's loss grows by this times its largest logit squared; logged apart"
     )
 
 

@@ -13,13 +13,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.precision import compute_dtype, multiplies_widened
+from megatron_aquila.kernels.scores import Scores
 
 # torch's kernels that never hold all scores; its plain one does, and is not among them
 FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def causal_attention_reference(
-    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None
+    q_SBND: Tensor,
+    k_SBKD: Tensor,
+    v_SBKD: Tensor,
+    documents: Documents | None = None,
+    *,
+    scores: Scores = Scores(),
 ) -> Tensor:
     """Softmax of the scaled scores of all earlier tokens and oneself, times the values: ``o_SBND``.
 
@@ -30,6 +36,11 @@ def causal_attention_reference(
     k_SBND = k_SBKD.to(wide).repeat_interleave(heads_per_group, dim=2)
     v_SBND = v_SBKD.to(wide).repeat_interleave(heads_per_group, dim=2)
     scores_BNSS = torch.einsum("sbnd,tbnd->bnst", q_SBND.to(wide), k_SBND) * q_SBND.shape[-1] ** -0.5
+    if scores.clamp is not None:
+        scores_BNSS = scores_BNSS.clamp(-scores.clamp, scores.clamp)
+    bias_NSS = scores.bias(range(seq_len), range(seq_len), dtype=wide, device=q_SBND.device)
+    if bias_NSS is not None:
+        scores_BNSS = scores_BNSS + bias_NSS
     hidden = torch.ones(seq_len, seq_len, dtype=torch.bool, device=q_SBND.device).triu(1)
     if documents is not None:
         number_BS = documents.numbers_BS(q_SBND.shape[1])

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_aquila.kernels.self_check import Sizes
 
+CHANGE_SCORES = ("rows", "reference")
 LONGEST_PLAIN = 1024  # tokens of a sample, whose scores take 128 MiB a layer with 32 heads
 
 SDPA_BACKENDS: Mapping[str, SDPBackend] = MappingProxyType(
@@ -39,6 +40,8 @@ def attention_preferences(device: torch.device, sizes: Sizes) -> dict[str, str]:
     if sizes.is_ring:
         names = ("blocks_flash", "blocks_efficient", "blocks_reference") if device.type == "cuda" else ("blocks",)
         return {name: RING[name] for name in names}
+    if sizes.scores is not None:
+        return {"rows": "the only one that biases and clamps scores"}
     if device.type != "cuda":
         return {"sdpa": "torch's flash attention for CPUs"}
     generation, _ = torch.cuda.get_device_capability(device)
@@ -62,6 +65,8 @@ def why_attention_refused(name: str, *, device: torch.device, dtype: torch.dtype
         return "ring attention goes block by block: use one of " + ", ".join(RING)
     if name in ("reference", "blocks_reference") and sizes.seq_len > LONGEST_PLAIN:
         return f"it holds the scores of all pairs of {sizes.seq_len} tokens"
+    if sizes.scores is not None and name not in CHANGE_SCORES:
+        return "it neither biases nor clamps scores, and this model does"
     if name not in SDPA_BACKENDS:
         return None
     num_kv_heads = sizes.num_heads if name == "sdpa_efficient" else sizes.num_kv_heads  # it has them repeated

@@ -25,6 +25,7 @@ from megatron_aquila.kernels.attention import (
     causal_attention_torch_flash,
 )
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
+from megatron_aquila.kernels.attention_rows import causal_attention_rows
 from megatron_aquila.kernels.blocks import BLOCKS_CPU, BLOCKS_EFFICIENT, BLOCKS_FLASH, BLOCKS_REFERENCE
 from megatron_aquila.kernels.compiled import compiled
 from megatron_aquila.kernels.ops import Kernels
@@ -75,6 +76,7 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "flash_attn": causal_attention_flash,
             "flash_attn_3": causal_attention_flash_3,
             "flash_attn_4": causal_attention_flash_4,
+            "rows": causal_attention_rows,
             "reference": causal_attention_reference,
             "blocks": BLOCKS_CPU,
             "blocks_flash": BLOCKS_FLASH,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.rms_norm import Order
+from megatron_aquila.kernels.scores import Scores
 
 
 class RmsNorm(Protocol):
@@ -50,6 +51,16 @@ class CausalAttention(Protocol):
 
     def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
         """``softmax(q k^T / sqrt(D)) v`` over the earlier tokens, of the same document where documents are given."""
+        ...
+
+
+class ScoredAttention(Protocol):
+    """The signature of an attention that was chosen for scores which are changed: the others take no such keyword."""
+
+    def __call__(
+        self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None, *, scores: Scores
+    ) -> Tensor:
+        """``CausalAttention``, with ``scores`` done to ``q k^T / sqrt(D)``."""
         ...
 
 

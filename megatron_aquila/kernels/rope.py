@@ -51,6 +51,13 @@ def apply_rope_triton(x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, inter
     return apply(Rope, x_SBND, cos_SBD, sin_SBD, interleaved)
 
 
+def split_qkv(qkv_SBP: Tensor, *, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(q_SBND, k_SBKD, v_SBKD)``, views of a projection whose columns are [q heads; k heads; v heads]."""
+    heads = torch.unflatten(qkv_SBP, -1, (num_heads + 2 * num_kv_heads, -1))
+    q_SBND, k_SBKD, v_SBKD = torch.split_with_sizes(heads, [num_heads, num_kv_heads, num_kv_heads], dim=2)
+    return q_SBND, k_SBKD, v_SBKD
+
+
 def rope_qkv_(
     qkv_SBP: Tensor,
     cos_SBD: Tensor,
@@ -64,8 +71,7 @@ def rope_qkv_(
 
     ``qkv_SBP`` must not be used afterwards: a fast version writes into it.
     """
-    heads = torch.unflatten(qkv_SBP, -1, (num_heads + 2 * num_kv_heads, -1))
-    q, k, v = torch.split_with_sizes(heads, [num_heads, num_kv_heads, num_kv_heads], dim=2)
+    q, k, v = split_qkv(qkv_SBP, num_heads=num_heads, num_kv_heads=num_kv_heads)
     q_SBND, k_SBKD = (apply_rope(x, cos_SBD, sin_SBD, interleaved=interleaved) for x in (q, k))
     return q_SBND, k_SBKD, v.contiguous()  # a view would keep the whole projection alive until backward
 

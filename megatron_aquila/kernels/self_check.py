@@ -19,6 +19,7 @@ from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.remainder import join, split
 from megatron_aquila.kernels.rms_norm import Order, add_rms_norm_reference, rms_norm_reference
 from megatron_aquila.kernels.rope import rope_qkv_, rope_tables
+from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.kernels.swiglu import swiglu_reference
 
 EPS = 1e-5
@@ -37,6 +38,8 @@ class Sizes:
     has_documents: bool = False
     is_ring: bool = False
     norm_order: Order = "aquila"
+    interleaved: bool = False
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +109,11 @@ def _tables(x: Tensor, sizes: Sizes, tokens: tuple[int, int]) -> tuple[Tensor, T
 
 
 def _rope_qkv(sizes: Sizes, draw: _Draw) -> Trial:
+    form = {"interleaved": sizes.interleaved}
+
     def call(kernel: Callable[..., Any], qkv: Tensor) -> Mapping[str, Tensor]:
         projection = qkv.clone()  # it may be written into
-        q, k, v = kernel(projection, *_tables(qkv, sizes, draw.tokens), num_heads=4, num_kv_heads=2)
+        q, k, v = kernel(projection, *_tables(qkv, sizes, draw.tokens), num_heads=4, num_kv_heads=2, **form)
         return {"q": q, "k": k, "v": v}
 
     return Trial(rope_qkv_, {"qkv": draw(*draw.tokens, 8 * sizes.head_dim)}, call)
@@ -117,13 +122,14 @@ def _rope_qkv(sizes: Sizes, draw: _Draw) -> Trial:
 def _attention(sizes: Sizes, draw: _Draw) -> Trial:
     """Of two samples, no longer than shows every kind of block; the reference holds all scores."""
     length = min(sizes.seq_len, 256)
+    changes = {} if sizes.scores is None else {"scores": sizes.scores}
     bounds = sorted({0, 1, length // 3, length, length + length // 2, 2 * length})
 
     def call(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Mapping[str, Tensor]:
         documents = None
         if sizes.has_documents:
             documents = Documents(tuple(bounds), torch.tensor(bounds, dtype=torch.int32, device=q.device))
-        return {"the output": kernel(q, k, v, documents)}
+        return {"the output": kernel(q, k, v, documents, **changes)}
 
     heads = {"q": sizes.num_heads, "k": sizes.num_kv_heads, "v": sizes.num_kv_heads}
     inputs = {name: draw(length, 2, count, sizes.head_dim) for name, count in heads.items()}

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.precision import compute_dtype
-from megatron_aquila.kernels.rope import rope_tables
-from megatron_aquila.kernels.rope_scaling import Scaling
 from megatron_aquila.model.block import Block, recomputed
 from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.position import position_tables
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.params import Normal, ParamInfo, vocab_part
@@ -61,7 +60,8 @@ class AquilaStage(nn.Module):
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
         """The previous stage's x_StBH | x_SBH (None on the first) -> this stage's, or the last one's loss_SB.
 
-        ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32.
+        ``loss_SB`` holds every token's negative log-likelihood in nats, unmasked, in at least fp32. With a max-z loss
+        the last stage gives (2, S, B): beside it what is added to each token's.
         """
         recompute = self.recompute.at(self.stage, batch.microbatch)
         x = self._blocks(x, batch.tokens_BS, batch.positions_BS, batch.documents, recompute)
@@ -87,13 +87,7 @@ class AquilaStage(nn.Module):
         if self.embedding is not None:
             x = self.embedding(tokens_BS)
         assert x is not None, "an embedding or an input is there"
-        cos, sin = rope_tables(
-            positions_BS,
-            head_dim=self.shape.head_dim,
-            base=self.shape.stretched_rope_base,
-            dtype=x.dtype,
-            scaling=rope_scaling(self.shape),
-        )
+        cos, sin = position_tables(self.shape, positions_BS, x.dtype)
         blocks = (cast(Block, block) for block in self.blocks)
         for size in recompute.groups:
             x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
@@ -111,12 +105,6 @@ class AquilaStage(nn.Module):
         if self.head is not None:
             yield from self.head.norm.param_infos("model.norm", stage=self.stage, init=self.shape.norm_init)
             yield vocab_info(self.head.output.weight, "lm_head.weight", self.shape, self)
-
-
-def rope_scaling(shape: ModelShape) -> Scaling:
-    """How the frequencies of the model's rotary positions are stretched, beside their base."""
-    kind = "none" if shape.rope_scaling == "ntk" else shape.rope_scaling
-    return Scaling(kind=kind, factor=shape.rope_factor, trained_len=shape.rope_trained_len)
 
 
 class Head(nn.Module):
@@ -139,6 +127,8 @@ class Head(nn.Module):
             shape.padded_vocab_size,
             placement=placement,
             chunk_tokens=loss_chunk_tokens,
+            unit_rows=shape.norm_head,
+            max_z_loss=shape.max_z_loss,
         )
 
     def logits(self, x: Tensor) -> Tensor:
@@ -147,7 +137,7 @@ class Head(nn.Module):
         return logits
 
     def forward(self, x: Tensor, batch: Batch, modules: frozenset[Module] = NO_MODULES) -> Tensor:
-        """x_StBH | x_SBH -> loss_SB, equal on all tp ranks.
+        """x_StBH | x_SBH -> loss_SB, or with a max-z loss (2, S, B), equal on all tp ranks.
 
         Where ``batch`` says what the losses will be multiplied with, no more than a chunk of the logits ever exists and
         the norm's output is not kept. Else it is not kept for backward if ``modules`` says so.

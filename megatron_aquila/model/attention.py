@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions and grouped key/value heads, its heads split over tp."""
+"""Causal self-attention with grouped key/value heads, its heads split over tp."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.position import attention_of, head_splitter
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_aquila.parallel.params import Normal, ParamInfo, column_part, row_part
@@ -20,7 +21,8 @@ class Attention(nn.Module):
 
     def __init__(self, shape: ModelShape, *, placement: Placement, kernels: Kernels) -> None:
         super().__init__()
-        self.shape, self.tp, self.kernels = shape, placement.tp, kernels
+        self.shape, self.tp = shape, placement.tp
+        self.split, self.attend = head_splitter(shape, kernels), attention_of(shape, kernels, placement.tp)
         self.qkv = ColumnParallelLinear(
             shape.hidden_size,
             shape.attention_size + 2 * shape.kv_size,
@@ -47,12 +49,10 @@ class Attention(nn.Module):
         """
         num_heads, num_kv_heads = (n // self.tp.size for n in (self.shape.num_heads, self.shape.num_kv_heads))
         qkv = feed(norm, self.qkv, x, recompute="norms" in modules)  # nobody but the rotation needs it
-        q_SBNtD, k_SBKtD, v_SBKtD = self.kernels.rope_qkv(
-            qkv, cos_SBD, sin_SBD, num_heads=num_heads, num_kv_heads=num_kv_heads
-        )
+        q_SBNtD, k_SBKtD, v_SBKtD = self.split(qkv, cos_SBD, sin_SBD, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
         def heads(q_SBNtD: Tensor, k_SBKtD: Tensor, v_SBKtD: Tensor) -> Tensor:
-            return self.kernels.attention(q_SBNtD, k_SBKtD, v_SBKtD, documents).flatten(-2)
+            return self.attend(q_SBNtD, k_SBKtD, v_SBKtD, documents).flatten(-2)
 
         return feed(heads, self.out, q_SBNtD, k_SBKtD, v_SBKtD, recompute="attention" in modules)
 

@@ -89,6 +89,8 @@ class ThroughputMeter:
             "memory_gib": report.memory_bytes / GIB,
             "seconds_left": self._seconds_left(report),
         }
+        if report.z_loss is not None:
+            row["z_loss"] = report.z_loss
         if self._peak_flops is not None and self._multiplies_in_fp8:
             row["bf16_equivalent"] = device_tokens * flops_per_token / self._peak_flops
         elif self._peak_flops is not None:

@@ -50,8 +50,8 @@ class Storage:
 class Sharding:
     """What a rank keeps only its shard of, beside the optimizer's states (Rajbhandari et al. 2020, ZeRO).
 
-    ``gradients``: a bucket is reduced after each microbatch, and its memory let go of. ``weights``: a bucket is gathered
-    before it is read, and let go of after that.
+    ``gradients``: a bucket is reduced after each microbatch, and its memory let go of. ``weights``: a bucket is
+    gathered before it is read, and let go of after that.
     """
 
     gradients: bool = False
@@ -234,8 +234,10 @@ class Bucket:
                 self._on_complete(self)
 
     def _count_sharded(self) -> None:
-        """A round of gradients is complete with one of each parameter; one whose sum went with an earlier round has none
-        left: a head adds pieces in forward, and several forwards may come before a backward.
+        """A round of gradients is complete with one of each parameter.
+
+        One that went with an earlier round leaves nothing: a head adds pieces in forward, and several forwards may come
+        before a backward.
         """
         assert self._missing is not None, f"a gradient came outside a step, of one of {self._names()}"
         self._missing -= 1

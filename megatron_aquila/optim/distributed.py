@@ -28,8 +28,8 @@ class DistributedOptimizer:
     is awaited where weights are read next: whoever reads them calls ``wait_for_weights`` first. Reductions are begun in
     the one order of the buckets, whatever order backward completes them in, so that all replicas agree on it.
 
-    With ``sharding.gradients`` (ZeRO-2) a bucket is reduced once a microbatch, when all of its parameters have got theirs,
-    and has memory only until then. With ``sharding.weights`` (ZeRO-3) a bucket of matrices is gathered before it is read
+    With ``sharding.gradients`` (ZeRO-2) a bucket is reduced once a microbatch, when all of its parameters have got
+    theirs, and has memory only until then. With ``sharding.weights`` (ZeRO-3) a bucket is gathered before it is read
     and let go of after that. Both leave the buckets of vectors as they are: norms are small, and read everywhere.
 
     Bucket sizes and shard borders change nothing element by element; what differs between layouts is the order in which

@@ -10,10 +10,10 @@ MOST_WHOLE = 3  # the bucket that is read, the one before it, and the one that c
 class Gathering:
     """Gathers ``buckets``, which lie in the order of the model, as they are read, the next one ahead.
 
-    The next is the neighbour on the far side of the one that was read before: forward goes one way, backward the other.
-    A guess that fails costs a gather, nothing else. What is gathered follows from the order of reads alone, which is the
-    same on all replicas, as they run the same program. Of the others, what was read longest ago is let go of. At first
-    all are whole, to be filled.
+    The next is the neighbour on the far side of the one that was read before: forward goes one way, backward the
+    other. A guess that fails costs a gather, nothing else. What is gathered follows from the order of reads alone, which
+    is the same on all replicas, as they run the same program. Of the others, what was read longest ago is let go of. At
+    first all are whole, to be filled.
     """
 
     def __init__(self, buckets: Sequence[Bucket], *, ahead: bool) -> None:
@@ -37,7 +37,7 @@ class Gathering:
         bucket.finish_publish()
 
     def gather_all(self) -> None:
-        """Make all of them whole, until the next read or ``let_go``. Communicates: an all-gather of each that is not."""
+        """Make all of them whole, until the next read or ``let_go``. Communicates: one all-gather of each other one."""
         for bucket in self._buckets:
             bucket.begin_gather()
         for bucket in self._buckets:

@@ -7,6 +7,7 @@ from typing import Literal
 NormOrder = Literal["aquila", "llama"]
 RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 NEEDS_TRAINED_LEN = ("yarn", "llama3")  # the forms that treat feature pairs by their turns within a trained length
+PositionEmbedding = Literal["rope", "rope-interleaved", "alibi"]
 Precision = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: of the linears' products, the rest is bf16
 
 
@@ -16,8 +17,13 @@ class ModelShape:
 
     ``vocab_size`` rows are real; rows up to ``padded_vocab_size`` exist only so that shards are equal: they take no
     part in the softmax, get no gradient and are in no file. ``norm_order`` says where RMSNorm casts: Aquila multiplies
-    the weight in fp32 and casts once, Llama casts first. ``rope_scaling`` stretches rotary positions ``rope_factor``
-    times beyond ``rope_trained_len``, the longest that the weights knew before (``NEEDS_TRAINED_LEN``).
+    the weight in fp32 and casts once, Llama casts first.
+
+    ``rope_scaling`` stretches rotary positions ``rope_factor`` times beyond ``rope_trained_len``, the longest that the
+    weights knew before (``NEEDS_TRAINED_LEN``). ``position_embedding``: rotary pairs (i, i + D/2) or, interleaved,
+    (2i, 2i + 1); or none, and scores that sink with distance. ``score_clamp`` holds attention's scaled scores.
+    ``norm_head``: the head's rows have length 1 as they are used. ``max_z_loss`` times the square of a token's largest
+    logit is added to its loss in training.
     """
 
     num_layers: int
@@ -37,6 +43,10 @@ class ModelShape:
     rope_scaling: RopeScaling = "none"
     rope_factor: float = 1.0
     rope_trained_len: int = 1
+    position_embedding: PositionEmbedding = "rope"
+    score_clamp: float | None = None
+    norm_head: bool = False
+    max_z_loss: float = 0.0
 
     @property
     def stretched_rope_base(self) -> float:

@@ -21,6 +21,7 @@ from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.products import NATIVE, Products, fp8_products
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
+from megatron_aquila.model.position import rank_scores
 from megatron_aquila.optim.buckets import Reduction, Sharding, Storage
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
@@ -193,6 +194,8 @@ def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> 
         has_documents=config.data.reset_attention_mask,
         is_ring=is_ring,
         norm_order=shape.norm_order,
+        interleaved=shape.position_embedding == "rope-interleaved",
+        scores=rank_scores(shape, ctx.tp),
     )
 
 

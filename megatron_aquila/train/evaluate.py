@@ -30,7 +30,8 @@ def _validate(machine: Machine, validation: Validation) -> LossMeans:
     counts = agree(machine.ctx, batches, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
-    sums = LossSums(loader.source.names, num_tokens=counts.num_tokens, device=machine.ctx.device)
+    has_z_loss = machine.derived.shape.max_z_loss > 0
+    sums = LossSums(loader.source.names, num_tokens=counts.num_tokens, device=machine.ctx.device, has_z_loss=has_z_loss)
     batches = [batch.to(machine.ctx.device) for batch in batches]
     machine.engine(sums.loss).evaluate(machine.forward_program(len(batches)), sums.weigh(batches))
     return sums.means(machine.ctx)

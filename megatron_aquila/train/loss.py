@@ -13,10 +13,19 @@ from megatron_aquila.parallel.context import ParallelContext
 
 @dataclass(frozen=True, slots=True)
 class LossMeans:
-    """Mean loss in nats over all counted tokens, and over those of each source that had any."""
+    """Mean loss in nats over all counted tokens, and over those of each source that had any.
+
+    ``z_loss``: the mean of what the max-z loss added to it where it was differentiated, if the model has one.
+    """
 
     loss: float
     by_source: Mapping[str, float]
+    z_loss: float | None = None
+
+    @property
+    def differentiated(self) -> float:
+        """The mean of everything that was differentiated."""
+        return self.loss + (0.0 if self.z_loss is None else self.z_loss)
 
 
 class LossSums:
@@ -27,25 +36,35 @@ class LossSums:
     """
 
     def __init__(
-        self, source_names: Sequence[str], *, num_tokens: int, device: torch.device, loss_scale: float = 1.0
+        self,
+        source_names: Sequence[str],
+        *,
+        num_tokens: int,
+        device: torch.device,
+        loss_scale: float = 1.0,
+        has_z_loss: bool = False,
     ) -> None:
         assert num_tokens > 0, "a global batch without a single counted label has no loss"
         self.source_names, self.num_tokens, self.loss_scale = tuple(source_names), num_tokens, loss_scale
-        self._sums = torch.zeros(2, len(source_names), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(2 + has_z_loss, len(source_names), dtype=torch.float64, device=device)
 
     def weigh(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches, with what a counted token's loss is multiplied with in the scaled global mean."""
         return [replace(batch, loss_weight=self.loss_scale / self.num_tokens) for batch in batches]
 
     def loss(self, loss_SB: Tensor, batch: Batch) -> Tensor:
-        """loss_SB -> this weighed microbatch's share of the scaled global mean, a scalar. Local."""
+        """loss_SB, or (2, S, B) with the max-z loss -> this weighed microbatch's share of the scaled global mean of all
+        that is in it, a scalar. Local.
+        """
         assert batch.loss_weight is not None, "the batch was not weighed"
         mask_SB = batch.loss_mask_BS.t().to(loss_SB.dtype)
-        masked_SB = loss_SB * mask_SB
+        masked = loss_SB * mask_SB
+        assert masked.dim() == len(self._sums), f"a loss of shape {tuple(masked.shape)} for {len(self._sums)} sums"
         with torch.no_grad():
-            by_sample = torch.stack([masked_SB.sum(0), mask_SB.sum(0)]).to(torch.float64)
+            loss_B, *z_loss_B = masked.sum(-2).view(-1, mask_SB.shape[1])
+            by_sample = torch.stack([loss_B, mask_SB.sum(0), *z_loss_B]).to(torch.float64)
             self._sums.index_add_(1, batch.source_B, by_sample)
-        return (masked_SB * batch.loss_weight).sum()
+        return (masked * batch.loss_weight).sum()
 
     def means(self, ctx: ParallelContext) -> LossMeans:
         """Means over the global batch, equal on every rank. Waits for the device. One all-reduce over the world."""
@@ -61,10 +80,15 @@ class LossSums:
 
     def means_of(self, total: Sequence[float]) -> LossMeans:
         """The means, from the values of ``total``. Local."""
-        loss_sums, counts = total[: len(self.source_names)], total[len(self.source_names) :]
+        size = len(self.source_names)
+        loss_sums, counts, z_loss_sums = total[:size], total[size : 2 * size], total[2 * size :]
         by_source = {
             name: total / count
             for name, total, count in zip(self.source_names, loss_sums, counts, strict=True)
             if count > 0
         }
-        return LossMeans(loss=sum(loss_sums) / self.num_tokens, by_source=by_source)
+        return LossMeans(
+            loss=sum(loss_sums) / self.num_tokens,
+            by_source=by_source,
+            z_loss=sum(z_loss_sums) / self.num_tokens if z_loss_sums else None,
+        )

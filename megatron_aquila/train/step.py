@@ -55,6 +55,7 @@ class Step:
         report = self.report(
             loss=means.loss,
             source_loss=means.by_source,
+            z_loss=means.z_loss,
             grad_norm=norm,
             applied=applied,
             seconds=self.figures.sent.seconds_since(self.began),
@@ -79,7 +80,13 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     counts = agree(ctx, batches, stop_requested=stop_requested, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
-    sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
+    sums = LossSums(
+        corpus.source_names,
+        num_tokens=counts.num_tokens,
+        device=ctx.device,
+        loss_scale=scale,
+        has_z_loss=derived.shape.max_z_loss > 0,
+    )
     compute_gradients(machine, [batch.to(ctx.device) for batch in batches], sums)
     total, lr = sums.total(ctx), machine.lr.at(state.consumed_samples)
     with record_function(OPTIMIZER):

@@ -21,9 +21,10 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.kernels.blocks import BLOCKS_FLASH
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.plan.shape import ModelShape
-from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context
+from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context, kernel_sizes
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
 
@@ -147,8 +148,11 @@ def _leaves_meta(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device") is not None and torch.device(kwargs["device"]) != META
 
 
-def flash_attention(q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
+def flash_attention(
+    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None, **changes: Scores
+) -> Tensor:
     """Torch's flash kernel by name: on ``meta`` its front door takes the plain one, which would keep S x S scores."""
+    assert not changes, f"torch's flash kernel has no {changes}"
     assert documents is None, "documents do not change what is kept; leave them out of a dry run"
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBKD, v_SBKD))
     o_BNSD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
@@ -160,8 +164,10 @@ def dry_machine(config: RunConfig, world_size: int) -> Machine:
     derived = derive(config, world_size)
     ctx = create_context(config, derived, META)
     is_ring = derived.grid.cp > 1 and config.parallel.context_method == "ring"
-    attention = BLOCKS_FLASH if is_ring else flash_attention
-    kernels = replace(choose_kernels(META, DTYPES[config.train.precision]), attention=attention)
+    sizes = kernel_sizes(config, derived.shape, ctx)
+    kernels = choose_kernels(META, DTYPES[config.train.precision], sizes=sizes)
+    if sizes.scores is None:
+        kernels = replace(kernels, attention=BLOCKS_FLASH if is_ring else flash_attention)
     return build_machine(config, derived, ctx, kernels=kernels)
 
 
@@ -181,7 +187,8 @@ def dry_step(machine: Machine, batches: Sequence[Batch], source_names: Sequence[
     """One step as ``train.step.train_step`` takes it, without a loader. Communicates over every group."""
     agree(machine.ctx, [])  # the call alone: in a fake world only this rank would count
     num_tokens = sum(batch.loss_mask_BS.numel() for batch in batches)
-    sums = LossSums(source_names, num_tokens=num_tokens, device=machine.ctx.device)
+    has_z_loss = machine.derived.shape.max_z_loss > 0
+    sums = LossSums(source_names, num_tokens=num_tokens, device=machine.ctx.device, has_z_loss=has_z_loss)
     compute_gradients(machine, batches, sums)
     machine.optimizer.step(machine.config.optim.lr, machine.optimizer.clip(machine.config.optim.clip_grad))
     sums.total(machine.ctx)

@@ -31,7 +31,7 @@ PATIENCE = 300.0  # seconds, on a crowded machine; what hangs in a collective is
 class Observation:
     """Everything a layout may not change.
 
-    Of a first step what the layers give, loss, gradients, their norm, and parameters after an update by each rule. Of a
+    Of a first step what the layers give, loss (all that is differentiated), gradients, their norm, and parameters after an update by each rule. Of a
     second over the same batch the loss, and after SGD the gradients: what was kept from the first must not show.
     """
 
@@ -149,18 +149,19 @@ def _observe_rule(config: RunConfig) -> RankObservation:
     updated = [_copy(chunk) for info in machine.infos for chunk in param_chunks(info)]
     return RankObservation(
         outputs=outputs,
-        loss=first.means(ctx).loss,
+        loss=first.means(ctx).differentiated,
         gradients=gradients,
         grad_norm=clip.norm.item(),
         updated={rule: updated},
-        next_loss={rule: second.means(ctx).loss},
+        next_loss={rule: second.means(ctx).differentiated},
         next_gradients=gradient_chunks(machine, scale=scale) if rule == "sgd" else [],
     )
 
 
 def _loss_sums(machine: Machine, batches: list[Batch]) -> LossSums:
     ctx, scale = machine.ctx, machine.scaling.initial
-    return LossSums(SOURCES, num_tokens=agree(ctx, batches).num_tokens, device=ctx.device, loss_scale=scale)
+    num_tokens, has_z_loss = agree(ctx, batches).num_tokens, machine.derived.shape.max_z_loss > 0
+    return LossSums(SOURCES, num_tokens=num_tokens, device=ctx.device, loss_scale=scale, has_z_loss=has_z_loss)
 
 
 def gradient_chunks(machine: Machine, *, scale: float = 1.0) -> list[Chunk]:

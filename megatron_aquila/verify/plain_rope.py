@@ -9,7 +9,18 @@ from megatron_aquila.plan.shape import ModelShape
 
 
 def plain_rotate(x_BSND: Tensor, positions_BS: Tensor, shape: ModelShape) -> Tensor:
-    """Rotate pairs (i, i + D/2) by position * w_i (Su et al. 2021, half-split as in GPT-NeoX and Llama)."""
+    """Rotate pairs (i, i + D/2) by position * w_i (Su et al. 2021, half-split as in GPT-NeoX and Llama).
+
+    Interleaved, pairs (2i, 2i + 1) by the same angles.
+    """
+    if shape.position_embedding == "rope-interleaved":
+        halves = torch.cat((x_BSND[..., 0::2], x_BSND[..., 1::2]), dim=-1)
+        turned = _rotate_halves(halves, positions_BS, shape)
+        return torch.stack(turned.chunk(2, dim=-1), dim=-1).flatten(-2)
+    return _rotate_halves(x_BSND, positions_BS, shape)
+
+
+def _rotate_halves(x_BSND: Tensor, positions_BS: Tensor, shape: ModelShape) -> Tensor:
     wide = torch.promote_types(x_BSND.dtype, torch.float32)
     turns = [plain_frequency(shape, pair) for pair in range(shape.head_dim // 2)]
     angles = (positions_BS.to(wide)[..., None] * torch.tensor(turns, dtype=wide, device=x_BSND.device))[:, :, None, :]

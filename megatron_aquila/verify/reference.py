@@ -86,7 +86,8 @@ def plain_logits(
         down = F.linear(gate * torch.sigmoid(gate) * up, weights[f"{prefix}.mlp.down_proj.weight"])
         x = x + outputs.setdefault(f"{prefix}.mlp", down)
     x = outputs["model.norm"] = plain_norm(x, weights["model.norm.weight"], shape)
-    return F.linear(x, weights["lm_head.weight"])
+    head = weights["lm_head.weight"]
+    return F.linear(x, head / head.square().sum(1, keepdim=True).sqrt() if shape.norm_head else head)
 
 
 def plain_losses(
@@ -98,10 +99,14 @@ def plain_losses(
     documents_BS: Tensor | None = None,
     outputs: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """Every token's negative log-likelihood in nats, loss_BS, unmasked. ``outputs`` as of ``plain_logits``."""
+    """Every token's negative log-likelihood in nats, loss_BS, unmasked, and what the max-z loss adds to it.
+
+    ``outputs`` as of ``plain_logits``.
+    """
     logits = plain_logits(weights, shape, tokens_BS, positions_BS, documents_BS, outputs)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
+    loss_BS = F.cross_entropy(logits.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
+    return loss_BS + shape.max_z_loss * logits.amax(-1) ** 2
 
 
 def plain_losses_alone(
@@ -129,6 +134,17 @@ def plain_norm(x: Tensor, weight: Tensor, shape: ModelShape) -> Tensor:
     return (weight.to(wide.dtype) * normed).to(x.dtype)
 
 
+def plain_slopes(num_heads: int) -> list[float]:
+    """ALiBi's slopes, by the recursion of its authors' code: where n is no power of two, the power below it, and every
+    other slope of twice as many heads.
+    """
+    if num_heads & (num_heads - 1) == 0:
+        ratio = 2 ** (-8 / num_heads)
+        return [ratio ** (head + 1) for head in range(num_heads)]
+    below = 1 << (num_heads.bit_length() - 1)
+    return plain_slopes(below) + plain_slopes(2 * below)[::2][: num_heads - below]
+
+
 def _attention(
     weights: Weights, prefix: str, shape: ModelShape, x_BSH: Tensor, positions_BS: Tensor, documents_BS: Tensor
 ) -> Tensor:
@@ -137,10 +153,16 @@ def _attention(
         F.linear(x_BSH, weights[f"{prefix}.{name}_proj.weight"]).view(*x_BSH.shape[:2], -1, shape.head_dim)
         for name in "qkv"
     )
-    q, k = plain_rotate(q, positions_BS, shape), plain_rotate(k, positions_BS, shape)
+    if shape.position_embedding != "alibi":
+        q, k = plain_rotate(q, positions_BS, shape), plain_rotate(k, positions_BS, shape)
     group = shape.num_heads // shape.num_kv_heads
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bsnd,btnd->bnst", q, k) / shape.head_dim**0.5
+    if shape.score_clamp is not None:
+        scores = scores.minimum(scores.new_tensor(shape.score_clamp)).maximum(scores.new_tensor(-shape.score_clamp))
+    if shape.position_embedding == "alibi":
+        place = torch.arange(x_BSH.shape[1], dtype=scores.dtype, device=scores.device)
+        scores = scores - scores.new_tensor(plain_slopes(shape.num_heads))[:, None, None] * (place[:, None] - place)
     future = torch.ones(x_BSH.shape[1], x_BSH.shape[1], dtype=torch.bool, device=x_BSH.device).triu(1)
     foreign = documents_BS[:, None, :, None] != documents_BS[:, None, None, :]
     wide = torch.promote_types(scores.dtype, torch.float32)

@@ -12,6 +12,8 @@ SEQ_LEN = 16
 VOCAB_SIZE = 61  # prime, so that the last vocabulary shard is uneven at every tp > 1
 EOD = 7  # ends documents, where the settings keep them apart
 LOSS_CHUNK = 5  # tokens; a microbatch has several chunks, and the last one has fewer
+SCORE_CLAMP = 0.25  # some scores are beyond it
+MAX_Z_LOSS = 0.05
 MICROBATCHES = 2  # a rank's, where replicas and micro-batch size are as asked for; elsewhere more
 
 
@@ -23,7 +25,9 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
     """
     model, kv_heads = config.model, config.model.num_kv_heads
     group = max(1, model.num_heads // (model.num_heads if kv_heads is None else kv_heads))
-    small_kv = 2 * largest.tp  # two a rank: with one, a query head could not read the wrong one
+    alibi = model.position_embedding == "alibi"
+    # two a rank: with one, a query head could not read the wrong one; 3, 6 or 12 heads have slopes of both kinds
+    small_kv = (3 if alibi else 2) * largest.tp
     if largest.cp_method == "ulysses":
         group *= largest.cp // math.gcd(largest.cp, 2 * group)  # a tensor rank's query heads split over cp
     num_heads = small_kv * group
@@ -46,6 +50,8 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             seq_len=SEQ_LEN,
             rope_trained_len=None,  # what the factor leaves
             init_std=0.2,  # a residual stream of order one: small weights would hide errors
+            score_clamp=None if model.score_clamp is None else SCORE_CLAMP,
+            max_z_loss=MAX_Z_LOSS if model.max_z_loss > 0 else 0.0,
         ),
         parallel=replace(
             config.parallel, stage_layers=stage_layers, pipeline_layout=None, chunks=num_chunks(config.parallel)

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_aquila.checkpoint.llama import SpecialIds, llama_config
 from megatron_aquila.kernels.rope import apply_rope, rope_tables
 from megatron_aquila.kernels.rope_scaling import Scaling, rope_frequencies
-from megatron_aquila.model.aquila import rope_scaling
+from megatron_aquila.model.position import rope_scaling
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.verify.plain_rope import plain_frequency, plain_rotate
 

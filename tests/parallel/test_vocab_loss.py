@@ -164,9 +164,9 @@ def test_no_product_is_taken_twice() -> None:
 def without_own_part(size: int) -> list[float]:
     """Each rank takes its own part of the softmax for the whole."""
 
-    def own(logits, labels, tp, vocab_size):
+    def own(logits, labels, vocabulary):
         with mock.patch.object(vocab_loss, "all_gather", lambda x, group: x.repeat(group.size, 1)):
-            return right(logits, labels, tp, vocab_size)
+            return right(logits, labels, vocabulary)
 
     right = vocab_loss._statistics
     with mock.patch.object(vocab_loss, "_statistics", own):
@@ -220,3 +220,48 @@ def test_no_more_than_one_chunk_of_logits_exists_and_little_is_kept() -> None:
     logits = [rows for rows, columns in shapes if columns == PADDED]
     assert logits == [CHUNK, CHUNK, CHUNK, CHUNK, S * B - 4 * CHUNK]
     assert [t.shape for t in kept] == [ours.weight.shape, labels.shape], "and the gradient of x"
+
+
+Z = 0.03
+
+
+def family_errors(size: int, sp: bool, chunk: int, how: str, ties: bool) -> list[float]:
+    """``errors`` of a head with rows of length 1 and a max-z loss; with ``ties`` two columns of two ranks are equal."""
+    group = tp_group(size)
+    x, weight, labels, weights = tensors(13)
+    if ties:
+        weight[9] = weight[2]
+        x[0] = weight[2] * 3  # the largest logit is that of both
+    full = [value.clone().requires_grad_() for value in (x, weight)]
+    rows = full[1][:13] / full[1][:13].norm(dim=1, keepdim=True)
+    logits = full[0] @ rows.T
+    expected = torch.stack((cross_entropy(logits, labels, vocab_size=13), Z * logits.amax(-1) ** 2))
+    expected_grads = torch.autograd.grad((expected * weights).sum(), full)
+
+    ours = output(size, sp, 13, weight, chunk_tokens=chunk, unit_rows=True, max_z_loss=Z)
+    queue, total = ours.placement.weight_grads, torch.zeros(ours.weight.shape, dtype=torch.float64)
+    if "sum" in how:
+        queue.accumulate_into({ours.weight: MainGrad(total, lambda: None)})
+    mine = share(x, group) if sp else x.clone().requires_grad_()
+    loss = ours(mine, labels, weights)
+    with queue.deferring("W") if "owed" in how else nullcontext():
+        (loss * weights).sum().backward()
+    if "owed" in how:
+        queue.pay("W")
+    grad_weight = total if "sum" in how else ours.weight.grad
+    assert mine.grad is not None
+    with torch.no_grad():
+        assert torch.equal(ours(mine, labels), loss), "the same without gradients"
+    return [
+        distance(loss, expected),
+        distance(mine.grad, expected_grads[0].chunk(size)[group.rank] if sp else expected_grads[0]),
+        float((grad_weight - share(expected_grads[1], group)).detach().norm() / expected_grads[1].norm()),
+    ]
+
+
+@pytest.mark.parametrize(("size", "sp"), [(1, False), (2, True), (4, False)])
+@pytest.mark.parametrize("chunk", [0, CHUNK])
+@pytest.mark.parametrize("how", ["autograd", "owed", "sum", "owed sum"])
+def test_a_head_of_unit_rows_with_a_max_z_loss(pool, size: int, sp: bool, chunk: int, how: str) -> None:
+    for found in on_ranks(pool, size, family_errors, sp, chunk, how, how == "autograd"):
+        assert max(found) <= TOLERANCE

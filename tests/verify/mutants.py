@@ -6,9 +6,9 @@
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_aquila.verify.page import markdown, put, write
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.rows import Claim, claims
 from megatron_aquila.verify.shrink import LOSS_CHUNK
+from tests.families import AQUILA, BAICHUAN_7B, BAICHUAN_13B
 
 Inject = Callable[[], Any]
 
@@ -34,6 +35,7 @@ Inject = Callable[[], Any]
 class Mutant:
     """A bug: what it is in words, how to inject it, the layout that shows it, the row it turns red and the tensor that
     is named. ``documents``: what the samples' documents are to each other, as switches of the data's settings.
+    ``model``: settings of the model.
     """
 
     bug: str
@@ -42,6 +44,7 @@ class Mutant:
     axis: str
     tensor: str
     documents: tuple[str, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def claim(self) -> Claim:
@@ -52,12 +55,14 @@ class Mutant:
 MUTANTS: dict[str, Mutant] = {}
 
 
-def mutant(bug: str, layout: Layout, axis: str, tensor: str, *documents: str) -> Callable[[Inject], Inject]:
+def mutant(
+    bug: str, layout: Layout, axis: str, tensor: str, *documents: str, model: Mapping[str, Any] | None = None
+) -> Callable[[Inject], Inject]:
     """Put the decorated injection into the table."""
 
     def register(inject: Inject) -> Inject:
         MUTANTS[inject.__name__] = Mutant(
-            bug=bug, inject=inject, layout=layout, axis=axis, tensor=tensor, documents=documents
+            bug=bug, inject=inject, layout=layout, axis=axis, tensor=tensor, documents=documents, model=model or {}
         )
         return inject
 
@@ -195,9 +200,9 @@ def vocab_log_offset() -> Any:
 
     right = vocab_loss._statistics
 
-    def wrong(logits: torch.Tensor, labels: torch.Tensor, tp: Any, vocab_size: int) -> Any:
-        log_sum, label = right(logits, labels, tp, vocab_size)
-        return log_sum + math.log(tp.size), label
+    def wrong(logits: torch.Tensor, labels: torch.Tensor, vocabulary: Any) -> Any:
+        found, tp = right(logits, labels, vocabulary), vocabulary.tp
+        return replace(found, log_sum_R=found.log_sum_R + math.log(tp.size))
 
     return patched(vocab_loss, "_statistics", wrong)
 
@@ -596,10 +601,12 @@ def positions_not_reset() -> Any:
     *APART,
 )
 def positions_skip_one_after_a_start() -> Any:
-    from megatron_aquila.model import aquila
+    from megatron_aquila.model import position
 
-    right = aquila.rope_tables
-    return patched(aquila, "rope_tables", lambda positions, **settings: right(positions + (positions > 0), **settings))
+    right = position.rope_tables
+    return patched(
+        position, "rope_tables", lambda positions, **settings: right(positions + (positions > 0), **settings)
+    )
 
 
 @mutant("the loss counts what follows the end of a document", ONE, "world of one", "loss", *APART)
@@ -733,6 +740,107 @@ def no_sum_over_context_ranks() -> Any:
         return Pending(out.copy_(full.chunk(group.size)[group.rank]))
 
     return patched(buckets, "begin_reduce_scatter_flat_", own)
+
+
+# Families.
+
+
+@mutant(
+    "every tp rank takes the slopes of the first heads",
+    TP,
+    "tp",
+    "output of model.layers.0.self_attn",
+    model=BAICHUAN_13B,
+)
+def slopes_of_the_first_heads() -> Any:
+    from megatron_aquila.model import position
+
+    right = position.rank_scores
+    return patched(position, "rank_scores", lambda shape, tp: right(shape, replace(tp, rank=0)))
+
+
+@mutant(
+    "slopes go on where the power of two ends",
+    ONE,
+    "world of one",
+    "output of model.layers.0.self_attn",
+    model=BAICHUAN_13B,
+)
+def slopes_go_on() -> Any:
+    from megatron_aquila.model import position
+
+    return patched(position, "alibi_slopes", lambda n: tuple(2.0 ** (-8 * i / n) for i in range(1, n + 1)))
+
+
+@mutant("the max-z loss is counted once a tp rank", TP, "tp", "loss", model=BAICHUAN_7B)
+def max_z_loss_tp_times() -> Any:
+    from megatron_aquila.parallel.vocab_loss import _Vocabulary
+
+    right = _Vocabulary.losses
+
+    def wrong(self: Any, found: Any) -> Any:
+        return right(replace(self, max_z_loss=self.max_z_loss * self.tp.size), found)
+
+    return patched(_Vocabulary, "losses", wrong)
+
+
+@mutant(
+    "each tp rank's largest logit gets the max-z loss's gradient",
+    TP,
+    "tp",
+    "gradient of lm_head.weight",
+    model=BAICHUAN_7B,
+)
+def max_z_gradient_of_the_own_largest() -> Any:
+    from megatron_aquila.parallel import vocab_loss
+
+    right = vocab_loss.softmax_gradient_
+
+    def wrong(logits: torch.Tensor, *args: Any, top: Any, num_real: int, **settings: Any) -> None:
+        own = logits[:, :num_real].amax(-1)
+        right(logits, *args, top=(own, top[1]), num_real=num_real, **settings)
+
+    return patched(vocab_loss, "softmax_gradient_", wrong)
+
+
+@mutant(
+    "the head's gradient is not taken through the rows' length",
+    ONE,
+    "world of one",
+    "gradient of lm_head.weight",
+    model=BAICHUAN_7B,
+)
+def head_gradient_along_its_rows() -> Any:
+    from megatron_aquila.parallel import vocab_loss
+
+    return patched(vocab_loss, "through_unit_rows_", unreduced)
+
+
+@mutant("the head is used as it is stored", ONE, "world of one", "loss", model=BAICHUAN_7B)
+def head_of_any_length() -> Any:
+    from megatron_aquila.parallel import vocab_loss
+
+    return patched(vocab_loss, "rows_of_length_1", unreduced)
+
+
+@mutant(
+    "interleaved pairs are turned as halves",
+    ONE,
+    "world of one",
+    "output of model.layers.0.self_attn",
+    model=AQUILA,
+)
+def interleaved_turned_as_halves() -> Any:
+    from megatron_aquila.model import attention
+
+    return patched(attention, "head_splitter", lambda shape, kernels: kernels.rope_qkv)
+
+
+@mutant("scores are not clamped", ONE, "world of one", "output of model.layers.0.self_attn", model=AQUILA)
+def scores_not_clamped() -> Any:
+    from megatron_aquila.model import position
+
+    return patched(position, "rank_scores", lambda shape, tp: None)
 
 
 def mutants_table() -> str:

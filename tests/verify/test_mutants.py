@@ -10,6 +10,7 @@ from megatron_aquila.verify.compare import BOUND
 from megatron_aquila.verify.layout import Layout
 from megatron_aquila.verify.parity import Parity
 from megatron_aquila.verify.pool import WorkerPool
+from tests.families import of_family
 from tests.verify.mutants import MUTANTS, run_mutant, with_switches
 from tests.verify.test_parity import CONFIG
 
@@ -20,7 +21,7 @@ Pools = Callable[[int], WorkerPool]
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_seeded_bug_is_caught_and_named(name: str, pool: Pools) -> None:
     mutant = MUTANTS[name]
-    config, largest = with_switches(CONFIG, mutant.documents), LARGEST
+    config, largest = of_family(with_switches(CONFIG, mutant.documents), mutant.model), LARGEST
     if mutant.layout.chunks > 1:  # needs a layer for every stage
         config, largest = replace(config, parallel=ParallelConfig()), mutant.layout
     parity = Parity(config, largest, pool, run=run_mutant(name))

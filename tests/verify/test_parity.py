@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
+
 from megatron_aquila.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_aquila.verify.layout import Layout
 from megatron_aquila.verify.observe import Observation, observe_layout
 from megatron_aquila.verify.parity import Parity
 from megatron_aquila.verify.pool import WorkerError, WorkerPool
 from megatron_aquila.verify.rows import Claim
+from tests.families import BAICHUAN_13B, FAMILIES, of_family
 from tests.verify.mutants import run_mutant
 
 CONFIG = RunConfig(
@@ -32,6 +35,24 @@ def test_every_axis_and_all_together_hold(pool: Pools) -> None:
         ("bucket sizes", "dp 2 deterministic, bit for bit"),
     ]
     assert 0.0 not in {row.worst.error for row in rows if row.against == "plain"}, "compared with itself"
+
+
+TOGETHER = Layout(tp=2, sequence=True, pp=2, schedule="zb-h1", micro_batch=2, overlap=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", [TOGETHER, Layout(tp=2, dp=2), Layout(recompute="full")], ids=str)
+def test_every_family_holds(family: str, layout: Layout, pool: Pools) -> None:
+    parity = Parity(of_family(CONFIG, FAMILIES[family]), layout, pool)
+    row = parity.hold(Claim(axis="all together", layout=layout))
+    assert row.holds, row
+
+
+def test_alibi_holds_where_logits_are_kept_and_documents_apart(pool: Pools) -> None:
+    config = of_family(replace(APART, train=replace(APART.train, loss_chunk_tokens=0)), BAICHUAN_13B)
+    *_, together, documents = Parity(config, Layout(tp=2), pool).rows()
+    assert together.holds, together
+    assert documents.holds, documents
 
 
 def test_layouts_hold_with_documents_kept_apart(pool: Pools) -> None:

@@ -1,0 +1,54 @@
+"""A weight whose rows are used at length 1 (Baichuan2's NormHead): the weight itself is stored as it is trained."""
+
+import torch
+from torch import Tensor
+
+from megatron_aquila.kernels.precision import compute_dtype, matmul
+from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_, weight_gradient
+
+SHORTEST = 1e-12  # rows of zeros, as padding is, stay zeros
+
+
+def unit_rows(weight: Tensor) -> Tensor:
+    """Every row divided by its length, computed in ``compute_dtype`` and rounded once."""
+    wide = weight.to(compute_dtype(weight.dtype))
+    return (wide / _lengths(wide)).to(weight.dtype)
+
+
+def through_unit_rows_(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of ``unit_rows(weight)`` in place made that of ``weight``: only its part across each row, shorter."""
+    wide = weight.to(grad.dtype)
+    length = _lengths(wide)
+    unit = wide / length
+    return grad.addcmul_(unit, (grad * unit).sum(-1, keepdim=True), value=-1).div_(length)
+
+
+def _lengths(weight: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=-1, keepdim=True)
+    return lengths.clamp_min(SHORTEST)
+
+
+class UnitRowProducts:
+    """The products of ``y = x @ unit_rows(weight).T``, in the type of the operands."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x_...I, weight_OI -> y_...O."""
+        return matmul(x, unit_rows(weight).T)
+
+    def grad_x(self, grad_y: Tensor, weight: Tensor) -> Tensor:
+        """grad_y_...O, weight_OI -> grad_x_...I."""
+        return matmul(grad_y, unit_rows(weight))
+
+    def grad_weight(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        """grad_y_...O, x_...I -> grad_weight_OI."""
+        wide = weight_gradient(grad_y, x).to(compute_dtype(x.dtype))
+        return through_unit_rows_(wide, self._weight.detach()).to(x.dtype)
+
+    def add_grad_weight_(self, total: Tensor, grad_y: Tensor, x: Tensor) -> None:
+        """Add ``grad_weight`` to ``total``: in a pass of its own, as it is no product alone."""
+        wide = torch.zeros_like(total)
+        accumulate_weight_gradient_(wide, grad_y, x)
+        total.add_(through_unit_rows_(wide, self._weight.detach()))

@@ -1,0 +1,31 @@
+import torch
+
+from megatron_aquila.kernels.unit_rows import UnitRowProducts, through_unit_rows_, unit_rows
+
+
+def test_products_and_gradients_are_those_of_the_divided_weight() -> None:
+    weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    x, grad_y = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, 7, dtype=torch.float64)
+    y = x @ (weight / weight.norm(dim=1, keepdim=True)).T
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad_y)
+    products = UnitRowProducts(weight.detach())
+    total = torch.ones_like(weight)
+    products.add_grad_weight_(total, grad_y, x.detach())
+    for ours, expected in (
+        (products.output(x.detach(), weight.detach()), y),
+        (products.grad_x(grad_y, weight.detach()), grad_x),
+        (products.grad_weight(grad_y, x.detach()), grad_weight),
+        (total - 1, grad_weight),
+    ):
+        torch.testing.assert_close(ours, expected.detach(), rtol=0, atol=1e-13)
+
+
+def test_rows_of_zeros_stay_zeros() -> None:
+    weight = torch.zeros(2, 3, dtype=torch.bfloat16)
+    assert torch.equal(unit_rows(weight), weight)
+    assert torch.equal(through_unit_rows_(torch.zeros(2, 3), weight), torch.zeros(2, 3))
+
+
+def test_rounded_once() -> None:
+    weight = torch.randn(50, 40).bfloat16()
+    assert torch.equal(unit_rows(weight), (weight.float() / weight.float().norm(dim=1, keepdim=True)).bfloat16())
