@@ -31,6 +31,7 @@ class Group:
 class ParallelContext:
     """Where this process stands and whom it talks to.
 
+    ``cp`` joins the ranks that share the tokens of a sample.
     ``pp`` joins the ranks of one pipeline, ``pp_links`` carry its messages: see ``pp_link``. ``dp_cp`` joins the
     replicas of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all, and so
     does ``host_world``, which carries tensors on the CPU. Groups of the same ranks share a communicator, links

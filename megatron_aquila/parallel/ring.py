@@ -31,7 +31,7 @@ class RingAttention:
     overlap: bool
 
     def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-        """q_BScNtD, k, v -> o of the same tokens; S is this rank's share."""
+        """q_ScBND, k_ScBKD, v_ScBKD -> o_ScBND."""
         return apply(_Ring, q_SBND, k_SBKD, v_SBKD, self, documents)
 
     def blocks(self, q_SBND: Tensor, documents: Documents | None, owner: int) -> list[Block]:

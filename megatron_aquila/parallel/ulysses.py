@@ -29,12 +29,12 @@ class UlyssesAttention:
     attention: CausalAttention
 
     def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-        """q_BScNtD, k, v -> o of the same tokens; S is this rank's share."""
+        """q_ScBND, k_ScBKD, v_ScBKD -> o_ScBND. Inside, q_SBNcD, k and v of whole samples."""
         copies = num_shared_heads(k_SBKD.shape[2], self.cp.size) // k_SBKD.shape[2]
         if copies > 1:
             k_SBKD, v_SBKD = (x.repeat_interleave(copies, dim=2) for x in (k_SBKD, v_SBKD))
         sizes = [x.shape[2] // self.cp.size for x in (q_SBND, k_SBKD, v_SBKD)]
-        # The r-th ranks' q, k and v heads side by side.
+        # each rank's q, k and v heads side by side
         shares = zip(*(x.chunk(self.cp.size, dim=2) for x in (q_SBND, k_SBKD, v_SBKD)), strict=True)
         qkv = torch.cat([x for share in shares for x in share], dim=2)
         q, k, v = apply(_ToHeads, qkv, self.cp).split_with_sizes(sizes, dim=2)

@@ -41,7 +41,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """What the estimate needs beside the shape; every count of tokens is ``micro_batch * shape.seq_len``."""
+    """What the estimate needs beside the shape; every count of tokens is ``micro_batch * shape.seq_len / cp``."""
 
     shape: ModelShape
     grid: RankGrid

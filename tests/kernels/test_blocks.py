@@ -1,9 +1,20 @@
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from megatron_aquila.kernels.attention import causal_attention_reference
-from megatron_aquila.kernels.blocks import BLOCKS_CPU, BLOCKS_REFERENCE, BlockAttention, empty_sum, merge_
+from megatron_aquila.kernels.blocks import (
+    BLOCKS_CPU,
+    BLOCKS_EFFICIENT,
+    BLOCKS_FLASH,
+    BLOCKS_REFERENCE,
+    empty_sum,
+    merge_,
+)
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.self_check import Sizes, why_refused
 
 BOUNDS = (0, 1, 5, 12, 24)
 KERNELS = {"reference": BLOCKS_REFERENCE, "cpu": BLOCKS_CPU}
@@ -66,7 +77,32 @@ def test_a_part_without_keys_changes_nothing():
     assert torch.equal(total[1], part[1])
 
 
-def test_it_is_a_kernel_like_others():
-    assert isinstance(BLOCKS_CPU, BlockAttention)
-    q, k, v = qkv()
-    assert BLOCKS_CPU(q, k, v).shape == q.shape
+def not_merged(q, k, v, is_causal):
+    o, lse = BLOCKS_CPU.forward(q, k, v, is_causal)
+    return o, torch.zeros_like(lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("documents", [False, True])
+def test_self_checks_know_right_from_wrong(documents, dtype):
+    """What every such kernel must pass on a GPU before it is chosen there."""
+    check = partial(
+        why_refused, "attention", device=torch.device("cpu"), dtype=dtype, sizes=Sizes(has_documents=documents)
+    )
+    for kernel in KERNELS.values():
+        assert check(kernel) is None
+    assert "is wrong in" in check(replace(BLOCKS_CPU, forward=not_merged))
+    assert "is wrong in" in check(
+        replace(BLOCKS_CPU, backward=lambda *inputs: BLOCKS_CPU.backward(*inputs[:-1], False))
+    )
+
+
+@pytest.mark.parametrize("kernel", [BLOCKS_FLASH, BLOCKS_EFFICIENT], ids=["flash", "efficient"])
+def test_torch_takes_what_is_called_on_a_gpu(kernel):
+    """Without a GPU: shapes and arguments of the operators, whose values are for the self-check there."""
+    q, k, v = (torch.empty(10, 2, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (6, 2, 2))
+    for rows, is_causal in ((10, True), (7, False)):
+        o, lse = kernel.forward(q[:rows], k, v, is_causal)
+        assert (o.shape, lse.shape, lse.dtype) == (q[:rows].shape, q[:rows].shape[:-1], torch.float32)
+        grads = kernel.backward(o, q[:rows], k, v, o, lse, is_causal)
+        assert [grad.shape for grad in grads] == [q[:rows].shape, k.shape, v.shape]
