@@ -6,6 +6,7 @@ earlier step, comes to the same step again, and must not end there.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -41,13 +42,18 @@ class CheckpointReader(TensorReader):
     """A checkpoint on disk: ``path`` is one step's folder, or the root whose ``latest`` names it.
 
     ``step`` and ``state`` are what was saved beside the tensors; ``state["shape"]`` is the model's, as a mapping.
-    Raises CheckpointError when there is no checkpoint, when it is damaged, or when another format wrote it.
+    ``verified``: its files were hashed already. Raises CheckpointError when there is no checkpoint, when it is damaged,
+    or when another format wrote it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, verified: bool = False) -> None:
         folder = find_checkpoint(path)
         manifest = Manifest.read(folder / MANIFEST)
-        super().__init__(folder, manifest.tensors, manifest.files)
+        for file in manifest.files:
+            if (folder / file).is_symlink():
+                raise CheckpointError(f"{folder / file}: a link, which may lead anywhere; put the file itself there")
+        super().__init__(folder, manifest.tensors, {} if verified else manifest.files)
+        self.manifest = manifest
         self.step = manifest.step
         self.state = manifest.state
 
@@ -136,7 +142,9 @@ class Save:
             files = {
                 _file_name(rank): FileRecord(**record) for rank, record in enumerate(written) if record is not None
             }
-            manifest = Manifest(step=self._step, state=self._state, files=files, tensors=self._tensors)
+            manifest = Manifest(
+                step=self._step, state=self._state, files=files, tensors=self._tensors, saved=round(time.time(), 3)
+            )
             self._on_rank_0(lambda: _publish(manifest, self._temporary, self._final))
         return self._final
 

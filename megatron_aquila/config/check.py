@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+from megatron_aquila.config.checkpoints import check_retention
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.inputs import (
     check_data_path,
@@ -303,6 +304,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     "data.vocab_file data.merge_file data.special_tokens_file data.tokenizer_model model.vocab_size",
     check_start: "checkpoint.load checkpoint.init_from_hf checkpoint.resume checkpoint.save checkpoint.load_optim "
     "checkpoint.override_lr_schedule checkpoint.override_data",
+    check_retention: "checkpoint.keep checkpoint.keep_every",
 }
 
 

@@ -74,9 +74,9 @@ def tokenizer_files(data: DataConfig) -> dict[str, str | None]:
 def load_weights(machine: Machine, start: Start) -> list[str]:
     """Fill parameters and optimizer from the checkpoint, the Hugging Face folder, or the seed.
 
-    Returns what is kept in another way there than here, a line each. Collective over the world: each file is hashed
-    once, and what fails on one rank fails on all. Raises ``CheckpointError`` where a tensor is missing or of another
-    shape; weights are never left random.
+    Returns what is kept in another way there than here, a line each. Collective over the world: what fails on one rank
+    fails on all. The checkpoint's files were verified when it was chosen. Raises ``CheckpointError`` where a tensor is
+    missing or of another shape; weights are never left random.
     """
     world, init_from_hf = machine.ctx.world, machine.config.checkpoint.init_from_hf
     machine.optimizer.wait_for_weights()  # or what is under way would overwrite what is loaded
@@ -84,8 +84,7 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
         info.param.data.zero_()  # padded vocabulary rows are in no file
     if start.checkpoint is not None:
         path = start.checkpoint
-        reader = agreed(lambda: CheckpointReader(path), world)
-        reader.verify_files(world)
+        reader = agreed(lambda: CheckpointReader(path, verified=True), world)
         chunks = [chunk for info in machine.infos for chunk in param_chunks(info)]
         split = start.with_optimizer and machine.config.optim.master_weights == "remainder"
         cast = not start.with_optimizer

@@ -1,6 +1,8 @@
 """When a run's checkpoints are begun, published and thinned out: what the loop calls."""
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -28,19 +30,27 @@ class SaveReporter(Protocol):
 class Saver:
     """Saves a run, one checkpoint at a time; with ``--async-save`` training goes on while it is written.
 
-    All ranks call the same methods at the same places of the loop. Whether a checkpoint is published, and with which
-    step training goes on after a failure, is thereby the same on all of them.
+    All ranks call the same methods at the same places of the loop, so that a checkpoint is published, or has failed,
+    at the same step on all of them.
     """
 
-    def __init__(self, machine: Machine, identity: Identity | None, reporter: SaveReporter) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        identity: Identity | None,
+        reporter: SaveReporter,
+        on_saved: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """``on_saved`` is given the folder of each checkpoint that is published, on every rank."""
         settings = machine.config.checkpoint
         self._machine, self._identity, self._reporter = machine, identity, reporter
         self._staging: Staging | None = None
         if settings.async_save:
             limit = int(settings.save_staging_gib * 2**30)
             self._staging = Staging(machine.ctx.device, limit_bytes=limit)
+        self._on_saved = on_saved
         self._under_way: Save | None = None
-        self._began = 0.0
+        self._began = self._stall = 0.0
 
     def begin(self, state: TrainState) -> None:
         """Begin to save the run as it is now; on return it may go on. Collective.
@@ -53,15 +63,14 @@ class Saver:
                 f"the save of step {state.step} waits for the one before: they come faster than the disk"
             )
             self.finish()
-        waited = 0.0 if self._staging is None else self._staging.waited_seconds
+        waited_before = 0.0 if self._staging is None else self._staging.waited_seconds
         self._began = began
         self._under_way = begin_save(self._machine, state, self._identity, self._staging)
-        stall = time.perf_counter() - began
-        self._reporter.stall(state, stall)
-        line = f"saving step {state.step}: training stood still for {stall:.2f} s"
-        if self._staging is not None and (waited := self._staging.waited_seconds - waited) > 0.1:
-            line += f", {waited:.2f} s of it for the disk: a larger --save-staging-gib holds more of the copy"
-        self._reporter.note(line)
+        self._stall = time.perf_counter() - began
+        self._reporter.stall(state, self._stall)
+        if self._staging is not None and (waited := self._staging.waited_seconds - waited_before) > 0.1:
+            way_out = "a larger --save-staging-gib holds more of the copy"
+            self._reporter.note(f"{waited:.2f} s of it the copy waited for the disk: {way_out}")
         if self._staging is None:
             self.finish()
 
@@ -87,7 +96,9 @@ class Saver:
         if save is None:
             return
         folder = save.finish()
-        self._reporter.note(f"saved {folder} in {time.perf_counter() - self._began:.1f} s")
+        seconds = time.perf_counter() - self._began
+        self._reporter.note(f"saved {folder} in {seconds:.1f} s, of which training stood still for {self._stall:.2f} s")
+        self._on_saved(folder)
         self._reporter.note(self._prune())
 
     def _prune(self) -> str | None:
@@ -96,7 +107,7 @@ class Saver:
         if settings.keep is None or settings.save is None or self._machine.ctx.rank != 0:
             return None
         try:
-            prune(settings.save, settings.keep)
+            prune(settings.save, settings.keep, every=settings.keep_every)
         except OSError as error:
             return f"old checkpoints in {settings.save} were not removed: {error}"
         return None
