@@ -16,8 +16,9 @@ NOT_MEASURED = "*Not measured yet.*"
 HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.page` from the files in `benchmarks/results/`, each of which one command writes with the
-machine, the versions and the commit: `python -m benchmarks.ceilings`, `kernels`, `step`, `cpu`, `loader` or
-`index_build`, all with `--help`. The first three need a GPU. Figures of others, and of plans, are not on this page.
+machine, the versions and the commit: `python -m benchmarks.ceilings`, `kernels`, `step`, `cpu`, `loader`,
+`checkpoint` or `index_build`, all with `--help`. The first three need a GPU. Figures of others, and of plans, are not
+on this page.
 
 MFU is as in [numerics.md](numerics.md): the model's FLOPs, attention counted causally, over the dense peak. Seconds are
 medians of calls taken in turns with what they are compared with. "Load" is how many processes wanted a core before and
@@ -152,6 +153,17 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
                 Column("own memory, GiB", "own_memory_gib", 1, 2),
             ),
         },
+        "checkpoint": {
+            "saving": (
+                Column("written", "name"),
+                Column("MB", "num_bytes", 1e-6, 0),
+                Column("s that training stands still", "stall_seconds", 1, 2),
+                Column("longest", "longest_stall", 1, 2),
+                Column("in plain copies", "stall_in_copies", 1, 1),
+                Column("s until it is published", "seconds", 1, 2),
+                Column("saves", "calls"),
+            ),
+        },
         "index_build": {
             "building": (
                 Column("who", "name"),
@@ -180,6 +192,9 @@ say in a step of the same 32 samples: planned by `plan/traffic.py`, and counted 
         "loader": """\
 Start-up and reading of documents whose lengths are log-normal, in one thread: samples from all over the data, in
 microbatches of 4. Peak memory counts the mapped files' pages that were touched.""",
+        "checkpoint": """\
+One rank's state, saved to a local disk at once and from a copy in host memory while training goes on, in turns with
+plain copies of the same tensors.""",
         "index_build": """\
 Document order, sample index and sample order of a data set, built and written: ours, and Megatron-LM's way repeated in
 numpy (its sample index is C++ too, ours in both).""",

@@ -13,6 +13,7 @@ COMMANDS = {
     "data": "verify, merge, index and trace token files",
     "tokenizer": "train a byte-level BPE tokenizer",
     "convert": "convert checkpoints to Hugging Face folders, or inspect one",
+    "ckpt": "list, verify, compare, tag and prune checkpoints",
     "parity": "prove that a layout computes the same model as one process",
     "schedule": "simulate and draw a pipeline schedule",
     "config": "show the resolved settings and where each came from",

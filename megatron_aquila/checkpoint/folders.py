@@ -30,6 +30,17 @@ def complete_steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match is not None)
 
 
+def step_of(folder: Path) -> int | None:
+    """100 of ``step_0000100``, also while it is being replaced; ``None`` where the name is no step's."""
+    match = _STEP.fullmatch(folder.name.removesuffix(".old"))
+    return None if match is None else int(match[1])
+
+
+def holds_run(root: Path) -> bool:
+    """Whether a run has saved into ``root``; that may have lost its ``latest``."""
+    return (root / LATEST).exists() or (root.is_dir() and bool(complete_steps(root)))
+
+
 def find_checkpoint(path: Path) -> Path:
     """The step folder that ``path`` means: itself, or the one its ``latest`` names. Raises CheckpointError."""
     if not path.is_dir():

@@ -127,7 +127,7 @@ def _weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files: those of the index, or the single one."""
     if (folder / _INDEX).is_file():
         weight_map = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{folder / _INDEX}: it has no weight_map; download it again")
         return sorted({Path(file).name for file in weight_map.values()})
     if (folder / _SINGLE).is_file():

@@ -6,7 +6,10 @@ earlier step, comes to the same step again, and must not end there.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,7 +31,8 @@ from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.manifest import Json, Manifest, Piece, StoredTensor, piece_key
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.rectangles import Rectangle, cover_problem
-from megatron_aquila.checkpoint.tensorfile import DTYPE_NAMES, DTYPES, Entry, FileRecord, write_tensors
+from megatron_aquila.checkpoint.staging import Staging, write_at_once
+from megatron_aquila.checkpoint.tensorfile import DTYPE_NAMES, DTYPES, Entry, FileRecord
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.plan.shape import ModelShape
@@ -38,13 +42,18 @@ class CheckpointReader(TensorReader):
     """A checkpoint on disk: ``path`` is one step's folder, or the root whose ``latest`` names it.
 
     ``step`` and ``state`` are what was saved beside the tensors; ``state["shape"]`` is the model's, as a mapping.
-    Raises CheckpointError when there is no checkpoint, when it is damaged, or when another format wrote it.
+    ``verified``: its files were hashed already. Raises CheckpointError when there is no checkpoint, when it is damaged,
+    or when another format wrote it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, verified: bool = False) -> None:
         folder = find_checkpoint(path)
         manifest = Manifest.read(folder / MANIFEST)
-        super().__init__(folder, manifest.tensors, manifest.files)
+        for file in manifest.files:
+            if (folder / file).is_symlink():
+                raise CheckpointError(f"{folder / file}: a link, which may lead anywhere; put the file itself there")
+        super().__init__(folder, manifest.tensors, {} if verified else manifest.files)
+        self.manifest = manifest
         self.step = manifest.step
         self.state = manifest.state
 
@@ -67,34 +76,92 @@ class CheckpointReader(TensorReader):
 
 
 def save_checkpoint(
-    root: Path, step: int, chunks: Sequence[Chunk], state: Mapping[str, Json], ctx: ParallelContext
+    root: Path,
+    step: int,
+    chunks: Sequence[Chunk],
+    state: Mapping[str, Json],
+    ctx: ParallelContext,
+    staging: Staging | None = None,
 ) -> Path:
-    """Write ``chunks`` of all ranks and ``state`` (rank 0's) as ``root/step_<step>`` and point ``latest`` at it.
+    """A ``Save``, begun and finished. Collective; raises as it does."""
+    return Save(root, step, chunks, state, ctx, staging).finish()
 
-    Collective over the world: small tables are all-gathered, tensors are not communicated. Chunks with a replica other
-    than 0 are left out; of equal rectangles on several ranks (data-parallel replicas) the first rank's is written.
-    Before a byte is written all ranks check that the chunks cover each logical tensor exactly once. A failure on any
-    rank raises CheckpointError on every rank and leaves no final name.
+
+class Save:
+    """A checkpoint on its way to the disk: ``chunks`` of all ranks and ``state`` (rank 0's) as ``root/step_<step>``.
+
+    Chunks with a replica other than 0 are left out; of equal rectangles on several ranks (data-parallel replicas) the
+    first rank's is written. With ``staging`` a thread of each rank writes copies, so that the tensors may change as
+    soon as this is made; without it all is written then. Nothing has a final name before ``finish``.
     """
-    final = step_folder(root, step)
-    temporary = beside(final, "tmp")
-    mine = [chunk for chunk in chunks if chunk.replica == 0 and chunk.tensor.numel() > 0]
-    rank = ctx.world.rank
 
-    def on_rank_0(action: Callable[[], None]) -> None:
-        together(lambda: action() if rank == 0 else None, ctx.world)
+    def __init__(
+        self,
+        root: Path,
+        step: int,
+        chunks: Sequence[Chunk],
+        state: Mapping[str, Json],
+        ctx: ParallelContext,
+        staging: Staging | None = None,
+    ) -> None:
+        """Collective over the world: small tables are all-gathered, tensors are not communicated.
 
-    try:
-        tensors = _plan(together(lambda: [_describe(chunk) for chunk in mine], ctx.world))
-        on_rank_0(lambda: _fresh_folder(temporary))
-        written = together(lambda: _write_mine(temporary, mine, tensors, rank), ctx.world)
-        files = {_file_name(rank): FileRecord(**record) for rank, record in enumerate(written) if record is not None}
-        on_rank_0(lambda: _publish(Manifest(step=step, state=state, files=files, tensors=tensors), temporary, final))
-    except CheckpointError as error:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{final}: it could not be saved: {error}") from error
-    return final
+        Before a byte is written all ranks check that the chunks cover each logical tensor exactly once, else all raise
+        CheckpointError. What fails later is ``finish``'s to tell.
+        """
+        self._step, self._state, self._world = step, state, ctx.host_world
+        self._final = step_folder(root, step)
+        self._temporary = beside(self._final, "tmp")
+        mine = [chunk for chunk in chunks if chunk.replica == 0 and chunk.tensor.numel() > 0]
+        with self._failing():
+            self._tensors = _plan(together(lambda: [_describe(chunk) for chunk in mine], self._world))
+            self._on_rank_0(lambda: _fresh_folder(self._temporary))
+        entries = _entries(mine, self._tensors, ctx.rank)
+        path = self._temporary / _file_name(ctx.rank)
+        self._written: Future[FileRecord] | None = None
+        if entries:
+            self._written = write_at_once(path, entries) if staging is None else staging.write(path, entries)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has nothing left to write, or has failed."""
+        return self._written is None or self._written.done()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank could not write what it should have."""
+        return self._written is not None and self._written.done() and self._written.exception() is not None
+
+    def finish(self) -> Path:
+        """Wait until every rank has written, publish the checkpoint and point ``latest`` at it. Collective, once.
+
+        Returns its folder. A failure on any rank raises CheckpointError on every rank and leaves no final name.
+        """
+        with self._failing():
+            written = together(lambda: None if self._written is None else asdict(self._written.result()), self._world)
+            files = {
+                _file_name(rank): FileRecord(**record) for rank, record in enumerate(written) if record is not None
+            }
+            manifest = Manifest(
+                step=self._step, state=self._state, files=files, tensors=self._tensors, saved=round(time.time(), 3)
+            )
+            self._on_rank_0(lambda: _publish(manifest, self._temporary, self._final))
+        return self._final
+
+    def _on_rank_0(self, action: Callable[[], None]) -> None:
+        together(lambda: action() if self._world.rank == 0 else None, self._world)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Remove what was written, and say which save it was."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self._world.rank == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            failure = CheckpointError(f"{self._final}: it could not be saved: {error}")
+            failure.is_shared = True
+            raise failure from error
 
 
 def _describe(chunk: Chunk) -> list[Any]:
@@ -131,17 +198,15 @@ def _fresh_folder(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _write_mine(
-    temporary: Path, mine: Sequence[Chunk], tensors: Mapping[str, StoredTensor], rank: int
-) -> dict[str, Any] | None:
+def _entries(mine: Sequence[Chunk], tensors: Mapping[str, StoredTensor], rank: int) -> list[Entry]:
+    """What this rank writes of its chunks."""
     file = _file_name(rank)
     keys = {piece.key for stored in tensors.values() for piece in stored.pieces if piece.file == file}
-    entries = [
+    return [
         Entry(key, chunk.tensor.dtype, chunk.rectangle.shape, partial(Tensor.detach, chunk.tensor))
         for chunk in mine
         if (key := piece_key(chunk.name, chunk.offset)) in keys
     ]
-    return asdict(write_tensors(temporary / file, entries)) if entries else None
 
 
 def _publish(manifest: Manifest, temporary: Path, final: Path) -> None:

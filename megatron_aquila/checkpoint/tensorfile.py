@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -46,6 +46,13 @@ class Entry:
         """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def fetch(self) -> Tensor:
+        """Its elements, flat and contiguous, on whichever device they are."""
+        tensor = self.load()
+        found, announced = (tensor.dtype, tuple(tensor.shape)), (self.dtype, self.shape)
+        assert found == announced, f"{self.key}: loaded {found}, announced {announced}"
+        return tensor.detach().reshape(-1)
+
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
@@ -57,12 +64,15 @@ class FileRecord:
 
 def write_tensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Write ``entries`` to the safetensors file ``path`` and flush it to the disk. Raises OSError."""
-    assert sys.byteorder == "little", "safetensors are little-endian and so must this machine be"
-    # Widest types first: every tensor then begins at a multiple of its item size, which readers through mmap need.
-    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
+    header, ordered = header_and_order(entries, metadata)
+    return write_stream(path, chain([memoryview(header)], *map(_pieces, ordered)))
+
+
+def write_stream(path: Path, parts: Iterable[memoryview]) -> FileRecord:
+    """Write ``parts`` one after the other and flush them to the disk, hashed on the way. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for data in chain([memoryview(_header(ordered, metadata))], *map(_pieces, ordered)):
+        for data in parts:
             digest.update(data)
             file.write(data)
             del data  # it holds its tensor's memory, which must be free before the next tensor is loaded
@@ -72,12 +82,19 @@ def write_tensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, s
     return FileRecord(size, digest.hexdigest())
 
 
+def header_and_order(
+    entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, Sequence[Entry]]:
+    """The beginning of the file, and the order in which the tensors' bytes follow it."""
+    assert sys.byteorder == "little", "safetensors are little-endian and so must this machine be"
+    # Widest types first: every tensor then begins at a multiple of its item size, which readers through mmap need.
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
+    return _header(ordered, metadata), ordered
+
+
 def _pieces(entry: Entry) -> Iterator[memoryview]:
     """The bytes of one tensor, fetched when the first piece is asked for and dropped after the last."""
-    tensor = entry.load()
-    found, announced = (tensor.dtype, tuple(tensor.shape)), (entry.dtype, entry.shape)
-    assert found == announced, f"{entry.key}: loaded {found}, announced {announced}"
-    flat = tensor.detach().reshape(-1)
+    flat = entry.fetch()
     for start in range(0, len(flat), step := _PIECE_BYTES // entry.dtype.itemsize):
         yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
 

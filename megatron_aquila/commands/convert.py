@@ -185,6 +185,7 @@ def inspect(path: Path, console: Console) -> None:
         table.add_row(name, " x ".join(map(str, tensor.shape)), dtype, str(len(tensor.pieces)))
     console.print(table)
     count = sum(math.prod(stored.shape) for name, stored in reader.tensors.items() if "optimizer." not in name)
-    size = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in reader.tensors.values())
-    console.print(f"step {reader.step}: {count:,} parameters, {size:,} bytes with the optimizer")
+    manifest = reader.manifest
+    console.print(f"step {reader.step}, saved {manifest.saved_text or 'at an unknown time'}: {count:,} parameters")
+    console.print(f"{len(manifest.files)} files, {manifest.num_bytes:,} bytes with the optimizer")
     console.print(json.dumps(reader.state, indent=2, ensure_ascii=False), markup=False, highlight=False)

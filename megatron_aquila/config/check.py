@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+from megatron_aquila.config.checkpoints import check_retention
 from megatron_aquila.config.context import check_context_heads, check_context_scores, check_sequence
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.inputs import (
@@ -293,6 +294,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     "data.vocab_file data.merge_file data.special_tokens_file data.tokenizer_model model.vocab_size",
     check_start: "checkpoint.load checkpoint.init_from_hf checkpoint.resume checkpoint.save checkpoint.load_optim "
     "checkpoint.override_lr_schedule checkpoint.override_data checkpoint.override_rope",
+    check_retention: "checkpoint.keep checkpoint.keep_every",
 }
 
 

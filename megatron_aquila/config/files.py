@@ -27,15 +27,15 @@ def read_file(path: Path) -> FileSettings:
     found = FileSettings()
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if root is not None:
+            _read_mapping(root, "", path, found)
     except OSError as error:
         found.problems.append(Problem("--config", path, error.strerror or "cannot be read", "give a YAML file"))
-        return found
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         why = f"not valid YAML: {' '.join(str(error).split())}"
         found.problems.append(Problem("--config", path, why, "correct the file"))
-        return found
-    if root is not None:
-        _read_mapping(root, "", path, found)
+    except RecursionError:
+        found.problems.append(Problem("--config", path, "nested without end", "settings are two levels deep"))
     return found
 
 

@@ -222,7 +222,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         **_family(
             _SPEED,
             "--manual-gc --manual-gc-interval --empty-unused-memory-level --num-dataset-builder-threads "
-            "--no-mmap-bin-files --async-save --align-grad-reduce --align-param-gather --use-ring-exchange-p2p "
+            "--no-mmap-bin-files --align-grad-reduce --align-param-gather --use-ring-exchange-p2p "
             "--use-tp-pp-dp-mapping --nccl-communicator-config-path",
         ),
         "--cross-entropy-loss-fusion": Always("with the output projection, in chunks of --loss-chunk-tokens"),

@@ -323,7 +323,15 @@ class CheckpointConfig:
     )
     save_interval: Count = setting(1000, "steps between checkpoints", "--save-interval")
     rampup_save_interval: Count | None = setting(None, "steps between checkpoints while the batch ramps up")
+    async_save: bool = setting(
+        True, "train on while a checkpoint is written from a copy in host memory", "--async-save"
+    )
+    save_staging_gib: Positive = setting(4.0, "largest size of that copy on each rank; beyond it, training waits")
     keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
+    keep_every: Count | None = setting(None, "with --keep: checkpoints whose step is a multiple of this stay for ever")
+    on_corrupt: Literal["fallback", "stop"] = setting(
+        "fallback", "where the newest checkpoint of a folder is damaged: the last good one before it, or none"
+    )
     init_from_hf: Path | None = setting(None, "Hugging Face folder whose weights the run starts from", "--init-from-hf")
     load_optim: bool = setting(True, "also load the optimizer and the position in the data", "--load-optim")
     override_data: bool = setting(

@@ -88,6 +88,7 @@ def step_line(row: Mapping[str, Value], total_samples: int) -> str:
         *part("gemm_share", "{:.1f} % of this CPU's measured GEMM rate", 100),
         *part("memory_gib", "{:.2f} GiB"),
         *part("data_seconds", "data {:.0f} ms", 1000),
+        *part("save_stall_seconds", "stood still for {:.2f} s to save"),
         *(["update skipped"] if numbers.get("applied") == 0 else []),
         *([f"left {duration(numbers['seconds_left'])}"] if "seconds_left" in numbers else []),
     ]

@@ -42,6 +42,12 @@ class RankZeroReporter:
             {"step": state.step, "consumed_samples": state.consumed_samples, "valid_loss": means.loss, **by_source}
         )
 
+    def stall(self, state: TrainState, seconds: float) -> None:
+        """Write how long training stood still for a checkpoint, at the step it followed."""
+        self._writers.write(
+            {"step": state.step, "consumed_samples": state.consumed_samples, "save_stall_seconds": seconds}
+        )
+
     def note(self, text: str | None) -> None:
         """Print a line; ``None`` is none."""
         if text is not None:

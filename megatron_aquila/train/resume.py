@@ -7,8 +7,8 @@ from typing import Any
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
 from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
-from megatron_aquila.checkpoint.retention import prune
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.staging import Staging
+from megatron_aquila.checkpoint.store import CheckpointReader, Save
 from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.model.init import initialize_
@@ -23,11 +23,11 @@ from megatron_aquila.train.traced import reads
 OPTIMIZER_KINDS = ("master", "remainder", "exp_avg", "exp_avg_sq")
 
 
-def save(machine: Machine, state: TrainState, identity: Identity | None) -> Path:
-    """Write a checkpoint of the logical model. Collective over the world; rank 0's ``identity`` is kept.
+def begin_save(machine: Machine, state: TrainState, identity: Identity | None, staging: Staging | None = None) -> Save:
+    """Begin a checkpoint of the logical model. Collective over the world; rank 0's ``identity`` is kept.
 
     Each rank writes the elements of weights and optimizer states that its optimizer shard owns, so that the writing is
-    spread over all data-parallel replicas.
+    spread over all data-parallel replicas. With ``staging`` the run may go on at once.
     """
     root = machine.config.checkpoint.save
     assert root is not None, "save without --save"
@@ -38,7 +38,7 @@ def save(machine: Machine, state: TrainState, identity: Identity | None) -> Path
         for chunk in range_chunks(owned, values)
     ]
     described = describe(machine.config, machine.derived.shape, state, identity)
-    return save_checkpoint(root, state.step, [*weights, *optimizer_chunks(machine)], described, machine.ctx)
+    return Save(root, state.step, [*weights, *optimizer_chunks(machine)], described, machine.ctx, staging)
 
 
 def _prefix(kind: str) -> str:
@@ -74,9 +74,9 @@ def tokenizer_files(data: DataConfig) -> dict[str, str | None]:
 def load_weights(machine: Machine, start: Start) -> list[str]:
     """Fill parameters and optimizer from the checkpoint, the Hugging Face folder, or the seed.
 
-    Returns what is kept in another way there than here, a line each. Collective over the world: each file is hashed
-    once, and what fails on one rank fails on all. Raises ``CheckpointError`` where a tensor is missing or of another
-    shape; weights are never left random.
+    Returns what is kept in another way there than here, a line each. Collective over the world: what fails on one rank
+    fails on all. The checkpoint's files were verified when it was chosen. Raises ``CheckpointError`` where a tensor is
+    missing or of another shape; weights are never left random.
     """
     world, init_from_hf = machine.ctx.world, machine.config.checkpoint.init_from_hf
     machine.optimizer.wait_for_weights()  # or what is under way would overwrite what is loaded
@@ -84,8 +84,7 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
         info.param.data.zero_()  # padded vocabulary rows are in no file
     if start.checkpoint is not None:
         path = start.checkpoint
-        reader = agreed(lambda: CheckpointReader(path), world)
-        reader.verify_files(world)
+        reader = agreed(lambda: CheckpointReader(path, verified=True), world)
         chunks = [chunk for info in machine.infos for chunk in param_chunks(info)]
         split = start.with_optimizer and machine.config.optim.master_weights == "remainder"
         cast = not start.with_optimizer
@@ -126,15 +125,3 @@ def optimizer_chunks(machine: Machine) -> list[Chunk]:
         if kind in OPTIMIZER_KINDS
         for chunk in range_chunks(owned, values, _prefix(kind))
     ]
-
-
-def prune_old(machine: Machine) -> str | None:
-    """Remove checkpoints beyond ``--keep``; a line where that failed, which is no reason to end a run. Rank 0 only."""
-    settings = machine.config.checkpoint
-    if settings.keep is None or settings.save is None or machine.ctx.rank != 0:
-        return None
-    try:
-        prune(settings.save, settings.keep)
-    except OSError as error:
-        return f"old checkpoints in {settings.save} were not removed: {error}"
-    return None

@@ -22,7 +22,7 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
     """Train to the end of the run. Collective. What fails on one rank before training fails on all, with one text."""
     config = loaded.config
     ctx = create_context(config, derived, device)
-    checkpoint = resolve_checkpoint(config.checkpoint, ctx.world)
+    checkpoint = resolve_checkpoint(config.checkpoint, ctx.world, log.line)
     identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
     start = agreed(lambda: find_start(config, derived, checkpoint, identity), ctx.world)
     machine = build_machine(config, derived, ctx)

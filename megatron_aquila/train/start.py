@@ -1,12 +1,13 @@
 """Where a run starts, and whether what it continues is what the settings describe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_aquila.checkpoint.agree import together
-from megatron_aquila.checkpoint.folders import LATEST, find_checkpoint
+from megatron_aquila.checkpoint.choose import choose
+from megatron_aquila.checkpoint.folders import LATEST, holds_run
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import CheckpointConfig, RunConfig
@@ -31,24 +32,25 @@ class Start:
     with_optimizer: bool = False
 
 
-def resolve_checkpoint(settings: CheckpointConfig, world: Group) -> Path | None:
+def resolve_checkpoint(
+    settings: CheckpointConfig, world: Group, warn: Callable[[str], None] = lambda text: None
+) -> Path | None:
     """The step folder to take tensors from: ``--load``, or with ``--resume`` what ``--save`` holds. Collective.
 
-    Rank 0 follows ``latest`` for all, so that a save by another job cannot give ranks different steps. Raises
-    ``CheckpointError`` on every rank where ``--load`` names nothing, or where the run would write into a folder that
-    another one has filled.
+    Its files are verified; ``--on-corrupt`` says what becomes of a damaged one, and ``warn`` is told. Rank 0 follows
+    ``latest`` for all, so that a save by another job cannot give ranks different steps. Raises ``CheckpointError`` on
+    every rank where ``--load`` names nothing, or where the run would write into a folder that another one has filled.
     """
 
     def resolve() -> str | None:
         path = settings.load
-        if path is None and settings.resume and settings.save is not None and (settings.save / LATEST).exists():
+        if path is None and settings.resume and settings.save is not None and holds_run(settings.save):
             path = settings.save
-        found = None if path is None else find_checkpoint(path)
-        refuse_to_mix(settings, found if settings.load_optim else None)
-        return None if found is None else str(found)
+        refuse_to_mix(settings, path if settings.load_optim else None)
+        return None if path is None else str(path)
 
     (name, *_) = together(lambda: resolve() if world.rank == 0 else None, world)
-    return None if name is None else Path(name)
+    return None if name is None else choose(Path(name), world, falls_back=settings.on_corrupt == "fallback", warn=warn)
 
 
 def rope_way_out(problems: Sequence[str]) -> str:
@@ -97,11 +99,12 @@ def refuse_to_mix(settings: CheckpointConfig, continued: Path | None) -> None:
 
     Its checkpoints and its log would be taken for this run's, and pruning would count them.
     """
-    if settings.save is None or not (settings.save / LATEST).exists():
+    if settings.save is None or not holds_run(settings.save):
         return
     inside = continued is not None and settings.save.resolve() in (continued.resolve(), *continued.resolve().parents)
     if not inside:
-        latest = (settings.save / LATEST).read_text(encoding="utf-8", errors="replace").strip()[:80]
+        pointer = settings.save / LATEST
+        latest = pointer.read_text(encoding="utf-8", errors="replace").strip()[:80] if pointer.is_file() else "no step"
         raise CheckpointError(
             f"--save {settings.save}: it already holds a run, at {latest}; continue that with --resume, "
             "or choose another folder"

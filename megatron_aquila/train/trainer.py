@@ -19,7 +19,7 @@ from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.evaluate import evaluate
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.profile import StepProfiler
-from megatron_aquila.train.resume import prune_old, save
+from megatron_aquila.train.saving import Saver
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.step import Step, train_step
 
@@ -34,6 +34,9 @@ class Reporter(Protocol):
 
     def validation(self, state: TrainState, means: LossMeans) -> None:
         """A validation is done."""
+
+    def stall(self, state: TrainState, seconds: float) -> None:
+        """Training stood still for ``seconds`` while a checkpoint was begun."""
 
     def note(self, text: str | None) -> None:
         """Something else worth a line; ``None`` is not."""
@@ -116,13 +119,17 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
     config = machine.config
     started, last_saved = time.monotonic(), state.step
     profiler = StepProfiler(config, machine.ctx.rank, machine.ctx.device)
-    steps = Steps(machine, corpus, reporter)
+    steps, saver = Steps(machine, corpus, reporter), Saver(machine, corpus.identity, reporter)
     with stop_on_signals() as request, closing(profiler):
         why = end_of_run(config, state)
         while why is None:
             late = config.train.exit_minutes is not None and time.monotonic() - started > 60 * config.train.exit_minutes
             profiler.before(state.step + 1)
-            step = steps.take(state, stop_requested=late or request.signal_name is not None)
+            try:
+                step = steps.take(state, stop_requested=late or request.signal_name is not None)
+            except AquilaError:  # raised on every rank
+                saver.finish()
+                raise
             state = step.state
             why = end_of_run(config, state)
             if why is None and step.stop_requested:
@@ -140,9 +147,11 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
             if validates:
                 reporter.validation(state, evaluate(machine, corpus))
             if saves:
-                reporter.note(f"saved {save(machine, state, corpus.identity)}")
-                reporter.note(prune_old(machine))
+                saver.begin(state)
                 last_saved = state.step
+            else:
+                saver.poll()
+        saver.finish()
     machine.optimizer.wait_for_weights()
     reporter.note(f"stopped at step {state.step}, {state.consumed_samples} samples: {why}")
     if last_saved < state.step:

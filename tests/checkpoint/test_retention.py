@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_aquila.checkpoint.folders import complete_steps
-from megatron_aquila.checkpoint.retention import prune
+from megatron_aquila.checkpoint.retention import add_tag, prune, superfluous, tags
+from megatron_aquila.errors import CheckpointError
 
 
 def make(root: Path, *names: str) -> None:
@@ -48,3 +49,37 @@ def test_an_abandoned_branch_goes_first(tmp_path: Path) -> None:
 def test_nothing_is_kept_by_mistake_only(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="keep=0"):
         prune(tmp_path, 0)
+
+
+def test_every_nth_and_tagged_ones_stay_for_ever(tmp_path: Path) -> None:
+    make(tmp_path, *(f"step_{step:07d}" for step in range(10, 110, 10)))
+    (tmp_path / "latest").write_text("step_0000100\n")
+    add_tag(tmp_path / "step_0000020", "before-anneal")
+    add_tag(tmp_path, "end")
+    assert tags(tmp_path) == {"before-anneal": "step_0000020", "end": "step_0000100"}
+    going = superfluous(tmp_path, 2, every=50)
+    assert complete_steps(tmp_path) == [*range(10, 110, 10)], "nothing was removed yet"
+    assert prune(tmp_path, 2, every=50) == going
+    assert complete_steps(tmp_path) == [20, 50, 90, 100]
+    (tmp_path / "tags" / "before-anneal").unlink()
+    prune(tmp_path, 1)
+    assert complete_steps(tmp_path) == [100]
+
+
+def test_a_tag_is_one_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path, "step_0000001", "step_0000002")
+    add_tag(tmp_path / "step_0000001", "v1.0")
+    assert add_tag(tmp_path / "step_0000001", "v1.0") == tmp_path / "step_0000001"
+    with pytest.raises(CheckpointError, match=r"tags/v1\.0: step_0000001 has this tag"):
+        add_tag(tmp_path / "step_0000002", "v1.0")
+    for name in ("../up", "", ".hidden", "a b", "x.tmp"):
+        with pytest.raises(CheckpointError, match="is no tag"):
+            add_tag(tmp_path / "step_0000001", name)
+
+
+def test_leftovers_are_for_the_owner(tmp_path: Path) -> None:
+    make(tmp_path, "step_0000001", "step_0000002.tmp")
+    prune(tmp_path, 1, leftovers=False)
+    assert (tmp_path / "step_0000002.tmp").exists()
+    prune(tmp_path, 1)
+    assert not (tmp_path / "step_0000002.tmp").exists()

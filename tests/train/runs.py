@@ -78,6 +78,7 @@ class Recorder:
     validations: list[tuple[int, float]] = field(default_factory=list)
     means: list[LossMeans] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stalls: list[tuple[int, float]] = field(default_factory=list)
     kill_at: int | None = None
 
     def step(self, report: StepReport) -> None:
@@ -90,6 +91,10 @@ class Recorder:
         """Keep step and loss."""
         self.validations.append((state.step, means.loss))
         self.means.append(means)
+
+    def stall(self, state: TrainState, seconds: float) -> None:
+        """Keep step and time."""
+        self.stalls.append((state.step, seconds))
 
     def note(self, text: str | None) -> None:
         """Keep the text."""

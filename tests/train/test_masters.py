@@ -62,7 +62,7 @@ def load_and_save(config: RunConfig) -> list[str]:
         for kind, owned, values in machine.optimizer.ranges():
             if kind == "weight" and owned.info is info:
                 assert torch.equal(values, flat[owned.start : owned.stop])
-    resume.save(machine, begin.state, None)
+    resume.begin_save(machine, begin.state, None).finish()
     return lines
 
 

@@ -85,7 +85,7 @@ def save_loaded(config: RunConfig) -> None:
     begin = start.find_start(config, derived, checkpoint, None)
     machine = build.build_machine(config, derived, ctx)
     resume.load_weights(machine, begin)
-    resume.save(machine, begin.state, None)
+    resume.begin_save(machine, begin.state, None).finish()
 
 
 def test_a_signal_to_one_rank_saves_on_all_and_nothing_is_lost(pool: Pools, tmp_path: Path) -> None:
