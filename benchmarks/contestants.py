@@ -73,6 +73,9 @@ class Silent:
     def note(self, text: str | None) -> None:
         """Nothing."""
 
+    def record(self, event: str, **fields: Any) -> None:
+        """Nothing."""
+
 
 def our_step(config: RunConfig, device: torch.device) -> Run:
     """The whole of a run's step on one process: data read ahead, forward, backward, clip, update, report."""

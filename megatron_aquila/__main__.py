@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "convert checkpoints to Hugging Face folders, or inspect one",
     "parity": "prove that a layout computes the same model as one process",
     "schedule": "simulate and draw a pipeline schedule",
+    "ledger": "what happened to a run, and whether no sample is in it twice or never",
     "config": "show the resolved settings and where each came from",
 }
 

@@ -108,11 +108,11 @@ class DistributedOptimizer:
     def step(self, lr: float, clip: Clip) -> None:
         """Update this rank's shards and share the new weights, those that forward reads first before the others.
 
-        Gradients that are not finite change nothing: no weight, no state, not the count; the weights are shared all the
+        Gradients that do not apply change nothing: no weight, no state, not the count; the weights are shared all the
         same. Communicates: one all-gather a bucket, under way on return where collectives overlap.
         """
         self.wait_for_weights()
-        self._applied_steps += clip.is_finite
+        self._applied_steps += clip.applies
         for bucket, state in reversed([*zip(self._buckets, self._states, strict=True)]):
             self._rule.update_(
                 bucket.master,

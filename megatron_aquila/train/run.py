@@ -5,17 +5,21 @@ import torch
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived
+from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.verify import without_manifest
 from megatron_aquila.observe.log import Log
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.banner import print_banner
 from megatron_aquila.train.build import build_machine, create_context
-from megatron_aquila.train.corpus import build_corpus, identify
+from megatron_aquila.train.corpus import Corpus, build_corpus, identify
 from megatron_aquila.train.launcher import Launch
+from megatron_aquila.train.record import named, start_event
 from megatron_aquila.train.report import open_reporter
 from megatron_aquila.train.resume import load_weights
-from megatron_aquila.train.start import find_start, resolve_checkpoint
+from megatron_aquila.train.start import Start, find_start, resolve_checkpoint
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.trainer import train
+from megatron_aquila.train.upcoming import check_upcoming
 
 
 def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launch: Launch, log: Log) -> TrainState:
@@ -33,17 +37,38 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
     log.line(corpus.course)
     if (line := without_manifest(corpus.source_names)) is not None:
         log.line(line)
-    log.line(begins(start.state, checkpoint))
+    log.line(begins(config, start))
+    if (line := agreed(lambda: compare_upcoming(config, start, corpus, ctx), ctx.world)) is not None:
+        log.line(line)
     for line in load_weights(machine, start):
         log.line(line)
+    state = named(start.state, config, ctx)
     try:
         with open_reporter(machine, log) as reporter:
-            return train(machine, corpus, start.state, reporter)
+            if ctx.rank == 0:
+                reporter.record("start", **start_event(config, ctx, start, state, identity))
+            came_from = start.checkpoint if start.with_optimizer else None
+            return train(machine, corpus, state, reporter, came_from=came_from)
     finally:
         corpus.close()
 
 
-def begins(state: TrainState, checkpoint: object) -> str:
+def compare_upcoming(config: RunConfig, start: Start, corpus: Corpus, ctx: ParallelContext) -> str | None:
+    """Rank 0 holds the samples that come next against the checkpoint's digest of them; what it found, in a line.
+
+    Raises ``CheckpointError`` where they differ.
+    """
+    saved = start.state.upcoming
+    if ctx.rank != 0 or saved is None or not start.with_optimizer:
+        return None
+    return check_upcoming(saved, corpus.train.source, override=config.checkpoint.override_data)
+
+
+def begins(config: RunConfig, start: Start) -> str:
     """Where the run starts, in a line."""
-    origin = "the seed or published weights" if checkpoint is None else str(checkpoint)
-    return f"starts from {origin} at step {state.step}, {state.consumed_samples} samples"
+    state, checkpoint = start.state, start.checkpoint
+    stands = f"at step {state.step}, {state.consumed_samples} samples"
+    if checkpoint is not None:
+        return f"{'resumes' if start.with_optimizer else 'starts a new run'} from {checkpoint} {stands}"
+    own = f"{config.checkpoint.save} holds no checkpoint yet: " if config.checkpoint.resumes_own else ""
+    return f"{own}starts afresh from the seed or published weights {stands}"
