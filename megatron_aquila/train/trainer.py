@@ -196,8 +196,7 @@ class Loop:
         machine, reporter = self._machine, self._reporter
         reporter.note(self._profiler.after(self.state.step, last=last))
         if self._checks():
-            machine.optimizer.wait_for_weights()
-            check_replicated(machine.infos, machine.ctx)
+            check_replicated(machine.infos, machine.ctx, not_masters=machine.optimizer.not_masters())
         if self._validates(last=last):
             reporter.validation(self.state, evaluate(machine, self._corpus))
         if self._saves(last=last):
