@@ -1,5 +1,9 @@
 """A run from its settings to its last checkpoint: what is found, built, loaded, in this order."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
 from megatron_aquila.checkpoint.agree import agreed
@@ -10,7 +14,7 @@ from megatron_aquila.data.verify import without_manifest
 from megatron_aquila.observe.log import Log
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.banner import print_banner
-from megatron_aquila.train.build import build_machine, create_context
+from megatron_aquila.train.build import Machine, build_machine, create_context
 from megatron_aquila.train.corpus import Corpus, build_corpus, identify
 from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.record import named, start_event
@@ -22,15 +26,38 @@ from megatron_aquila.train.trainer import train
 from megatron_aquila.train.upcoming import check_upcoming
 
 
-def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launch: Launch, log: Log) -> TrainState:
-    """Train to the end of the run. Collective. What fails on one rank before training fails on all, with one text."""
-    config = loaded.config
-    ctx = create_context(config, derived, device)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run that is ready for its next step. ``corpus`` is to be closed."""
+
+    machine: Machine
+    corpus: Corpus
+    start: Start
+
+    @property
+    def came_from(self) -> Path | None:
+        """The checkpoint that all tensors are of, and that the run continues."""
+        return self.start.checkpoint if self.start.with_optimizer else None
+
+
+def prepare(
+    config: RunConfig,
+    derived: Derived,
+    ctx: ParallelContext,
+    launch: Launch,
+    log: Log,
+    *,
+    announce: Callable[[Machine], None] = lambda machine: None,
+) -> Prepared:
+    """Find where the run starts, build it, open its data and load it. Collective.
+
+    What fails on one rank fails on all, with one text. ``announce`` is called before anything takes long.
+    """
     checkpoint = resolve_checkpoint(config.checkpoint, ctx.world)
     identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
     start = agreed(lambda: find_start(config, derived, checkpoint, identity), ctx.world)
     machine = build_machine(config, derived, ctx)
-    print_banner(log, loaded, derived, machine.kernels.reasons)
+    announce(machine)
     segments = start.state.index_segments
     corpus = build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     log.line(corpus.train.source.describe())
@@ -42,15 +69,26 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
         log.line(line)
     for line in load_weights(machine, start):
         log.line(line)
-    state = named(start.state, config, ctx)
+    return Prepared(machine=machine, corpus=corpus, start=start)
+
+
+def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launch: Launch, log: Log) -> TrainState:
+    """Train to the end of the run. Collective. What fails on one rank before training fails on all, with one text."""
+    config = loaded.config
+    ctx = create_context(config, derived, device)
+
+    def announce(machine: Machine) -> None:
+        print_banner(log, loaded, derived, machine.kernels.reasons)
+
+    run = prepare(config, derived, ctx, launch, log, announce=announce)
+    state = named(run.start.state, config, ctx)
     try:
-        with open_reporter(machine, log) as reporter:
+        with open_reporter(run.machine, log) as reporter:
             if ctx.rank == 0:
-                reporter.record("start", **start_event(config, ctx, start, state, identity))
-            came_from = start.checkpoint if start.with_optimizer else None
-            return train(machine, corpus, state, reporter, came_from=came_from)
+                reporter.record("start", **start_event(config, ctx, run.start, state, run.corpus.identity))
+            return train(run.machine, run.corpus, state, reporter, came_from=run.came_from)
     finally:
-        corpus.close()
+        run.corpus.close()
 
 
 def compare_upcoming(config: RunConfig, start: Start, corpus: Corpus, ctx: ParallelContext) -> str | None:
