@@ -9,6 +9,7 @@ import torch
 from megatron_aquila.commands import selftest
 from megatron_aquila.config.schema import RunConfig, TrainConfig
 from megatron_aquila.errors import ConfigError
+from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.train.run import Prepared
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.verify import resume
@@ -23,8 +24,13 @@ def lost_moment(run: Prepared) -> TrainState:
 
 
 def shifted_sample(run: Prepared) -> TrainState:
-    state = run.start.state
-    return replace(state, consumed_samples=state.consumed_samples + 1)
+    fetch = run.corpus.train.fetch
+
+    def shifted(consumed_samples: int, global_batch: int) -> list[Batch]:
+        return fetch(consumed_samples - 1, global_batch)
+
+    run.corpus.train.fetch = shifted  # type: ignore[method-assign]  # of this one loader
+    return run.start.state
 
 
 def wrong_random(run: Prepared) -> TrainState:
@@ -63,7 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Leg]:
         (None, set()),
         (lost_moment, {"parameters", "optimizer", "losses", "gradient norms", "validation losses"}),
         (lost_count, {"parameters", "optimizer", "losses", "gradient norms", "validation losses", "training state"}),
-        (shifted_sample, {"data order", "losses", "gradient norms", "learning rates", "parameters"}),
+        (shifted_sample, {"data order", "losses", "gradient norms", "parameters"}),
         (wrong_random, {"random numbers"}),
     ],
 )
