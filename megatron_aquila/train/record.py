@@ -40,7 +40,7 @@ class RunRecord:
     def __init__(self, reporter: Recording, source: SampleSource) -> None:
         self._reporter, self._source = reporter, source
         self._taken: list[tuple[int, int]] = []
-        self._under_way: dict[str, Any] = {}  # of a checkpoint that is being written
+        self._under_way: list[dict[str, Any]] = []  # of checkpoints that are being written, the oldest first
 
     def took(self, samples: tuple[int, int]) -> None:
         """A step was launched over a half-open range."""
@@ -52,7 +52,7 @@ class RunRecord:
     def to_be_saved(self, state: TrainState) -> TrainState:
         """The state as a checkpoint is to hold it: with the digest of what comes next. Reads that."""
         ahead = upcoming(self._source, state.consumed_samples)
-        self._under_way = {
+        about = {
             "parent": state.parent,
             "step": state.step,
             "samples": state.consumed_samples,
@@ -61,14 +61,15 @@ class RunRecord:
             "next_samples": [ahead.start, ahead.stop],
             "digest": ahead.digest,
         }
+        self._under_way.append(about)
         self._taken = []
         return replace(state, upcoming=ahead)
 
     def saved(self, checkpoint: Path) -> None:
-        """The state that was to be saved is whole on the disk."""
-        self._reporter.record("checkpoint", name=checkpoint_name(checkpoint), **self._under_way)
-        self._reporter.note(digest_line(self._under_way))
-        self._under_way = {}
+        """The oldest state that was to be saved is whole on the disk."""
+        about = self._under_way.pop(0)
+        self._reporter.record("checkpoint", name=checkpoint_name(checkpoint), **about)
+        self._reporter.note(digest_line(about))
 
     def skipped(self, step: int, samples: tuple[int, int], reason: str) -> None:
         """A step's update was left out."""
@@ -95,7 +96,7 @@ class RunRecord:
             samples=state.consumed_samples,
             reason=reason,
             failed=failed,
-            ranges=[*self._under_way.get("ranges", []), *self._taken],
+            ranges=[*(one for about in self._under_way for one in about["ranges"]), *self._taken],
         )
 
 
