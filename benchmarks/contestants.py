@@ -21,6 +21,7 @@ from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context, host_batch
 from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.loss import LossMeans
+from megatron_aquila.train.record import RunRecord
 from megatron_aquila.train.start import fresh_state
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.trainer import Steps
@@ -73,6 +74,9 @@ class Silent:
     def note(self, text: str | None) -> None:
         """Nothing."""
 
+    def record(self, event: str, **fields: Any) -> None:
+        """Nothing."""
+
 
 def our_step(config: RunConfig, device: torch.device) -> Run:
     """The whole of a run's step on one process: data read ahead, forward, backward, clip, update, report."""
@@ -90,7 +94,9 @@ def our_step(config: RunConfig, device: torch.device) -> Run:
         prefetch=config.data.prefetch,
     )
     corpus = Corpus(train=loader, valid=(), course="", identity=None)
-    state, steps = fresh_state(config, derived), Steps(machine, corpus, Silent())
+    silent = Silent()
+    state = fresh_state(config, derived)
+    steps = Steps(machine, corpus, silent, RunRecord(silent, corpus.train.source))
 
     def step() -> None:
         nonlocal state

@@ -15,7 +15,9 @@ COMMANDS = {
     "convert": "convert checkpoints to Hugging Face folders, or inspect one",
     "ckpt": "list, verify, compare, tag and prune checkpoints",
     "parity": "prove that a layout computes the same model as one process",
+    "selftest": "prove that a run that was stopped and resumed is the run that never was",
     "schedule": "simulate and draw a pipeline schedule",
+    "ledger": "what happened to a run, and whether no sample is in it twice or never",
     "config": "show the resolved settings and where each came from",
 }
 

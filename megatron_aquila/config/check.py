@@ -21,6 +21,7 @@ from megatron_aquila.config.recompute import check_recompute, check_recompute_pe
 from megatron_aquila.config.rope import check_rope
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
+from megatron_aquila.config.skips import check_faults, check_skips
 from megatron_aquila.errors import Problem
 from megatron_aquila.plan.layout import LayoutError
 from megatron_aquila.plan.shape import ModelShape
@@ -284,6 +285,8 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     "train.recompute_granularity_per_stage train.recompute_method_per_stage train.recompute_layers_per_stage",
     check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
     "train.recompute_method_per_stage train.recompute_layers_per_stage",
+    check_skips: "train.skip_samples train.train_samples",
+    check_faults: "train.on_nonfinite train.on_spike train.spike_window checkpoint.save",
     check_data_path: f"{_PATHS} data.test_path",
     check_paths: f"{_PATHS} data.test_path data.split",
     check_phases: "data.phases train.train_samples",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 
 from megatron_aquila.config.presets import CONTINUATIONS
-from megatron_aquila.config.schema import DataConfig, RunConfig
+from megatron_aquila.config.schema import AUTO, DataConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.config.sources import is_split_by_path, number, prefixes_of, sources, training_blends, valid_sets
 from megatron_aquila.errors import Problem
@@ -174,14 +174,16 @@ def check_documents(config: RunConfig, _world: int | None) -> Iterator[Problem]:
 def check_start(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     """A run starts from one place, and settings of a resume need one."""
     start = config.checkpoint
-    if start.load is not None and start.init_from_hf is not None:
+    own, named = start.resumes_own, start.load not in (None, AUTO)
+    auto = ("--resume", "") if start.resume else ("--load", "auto")
+    if named and start.init_from_hf is not None:
         yield Problem("--init-from-hf", start.init_from_hf, "--load brings weights of its own", "give one of them")
     if start.resume and start.load is not None:
         why = f"--load {start.load} already says where to continue from"
         yield Problem("--resume", "", why, "give one of them: --no-resume or --load none takes back the other")
-    if start.resume and start.save is None:
-        yield Problem("--resume", "", "it continues from the --save folder, and none is given", "give --save FOLDER")
-    if not start.load_optim and start.load is None:
+    elif own and start.save is None:
+        yield Problem(*auto, "it continues from the --save folder, and none is given", "give --save FOLDER")
+    if not start.load_optim and (start.load is None or own):
         why = "it starts a new run from the weights that --load names, and none are named"
         yield Problem("--no-load-optim", "", why, "give --load FOLDER with it, or leave it out")
     if start.load is not None or start.resume:

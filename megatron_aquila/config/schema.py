@@ -307,7 +307,27 @@ class TrainConfig:
     kernels: tuple[str, ...] = setting(
         (), "kernels chosen by hand, e.g. attention=sdpa_cudnn rms_norm=torch", "--kernels"
     )
-    check_replicas: Whole = setting(0, "steps between checks that replicas are bit-equal; 0 means never")
+    check_replicas: Whole = setting(
+        0, "steps between checks, by checksums, that replicas are bit-equal and weights their masters; 0 means never"
+    )
+    skip_samples: tuple[str, ...] = setting(
+        (), "samples of the run that are never trained on: FIRST-LAST ..., both included; they count as consumed"
+    )
+    on_nonfinite: Literal["skip", "stop", "rewind"] = setting(
+        "skip",
+        "when loss or gradients are not finite: skip the update, save and stop, or go back to the last checkpoint and "
+        "leave the step's samples out",
+    )
+    on_spike: Literal["warn", "skip", "stop", "rewind"] = setting(
+        "warn", "when loss or gradient norm is a spike: say so, or as on_nonfinite; all but warn refuse the update"
+    )
+    spike_window: Whole = setting(128, "steps that tell what is a spike; 0: nothing is")
+    spike_threshold: Positive = setting(
+        10.0, "a spike is this many robust standard deviations above the median of the window"
+    )
+
+
+AUTO = Path("auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +335,9 @@ class CheckpointConfig:
     """What is kept of the run and what it starts from."""
 
     save: Path | None = setting(None, "folder the checkpoints are written to", "--save")
-    load: Path | None = setting(None, "folder (or one step of it) to resume from; it must exist", "--load")
+    load: Path | None = setting(
+        None, "folder (or one step of it) to resume from; it must exist. The word auto is --resume", "--load"
+    )
     resume: bool = setting(
         False,
         "continue from the --save folder where it holds a checkpoint, else start as the other settings say",
@@ -346,6 +368,11 @@ class CheckpointConfig:
         "--override-lr-schedule",
         "--override-opt-param-scheduler",
     )
+
+    @property
+    def resumes_own(self) -> bool:
+        """Whether the run goes on from what its own folder holds, if anything: ``--resume``, ``--load auto``."""
+        return self.resume or self.load == AUTO
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,8 @@ class BatchLoader(Generic[Ready]):
         self.source, self._num_counted = source, num_counted
         self.dp_rank, self.dp_size, self.micro_batch, self.vocab_size = dp_rank, dp_size, micro_batch, vocab_size
         self._batch_at, self._prefetch, self._documents, self._prepare = batch_at, prefetch, documents, prepare
+        self._left_out: tuple[tuple[int, int], ...] = ()
+        self._blank = Sample(np.zeros(0, dtype=np.int64), 0)  # what stands for a sample that is left out
         self._ahead: dict[tuple[int, int], Future[list[Ready]]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
 
@@ -103,6 +105,16 @@ class BatchLoader(Generic[Ready]):
         batches = self._read(*step) if ready is None else ready.result()
         self._read_ahead(consumed_samples + global_batch)
         return batches
+
+    def leave_out(self, ranges: Sequence[tuple[int, int]], *, seq_len: int) -> None:
+        """From here on read no sample of these half-open ranges: tokens 0 without a label stand in its place.
+
+        So all other samples stay where they are: sample i of a run does not depend on what is left out.
+        """
+        for ahead in self._ahead.values():
+            ahead.cancel()
+        self._ahead, self._left_out = {}, tuple(ranges)
+        self._blank = Sample(np.zeros(seq_len + 1, dtype=np.int64), 0)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -134,15 +146,22 @@ class BatchLoader(Generic[Ready]):
         return [self._prepare(self._microbatch(start), number) for number, start in enumerate(starts)]
 
     def _microbatch(self, start: int) -> MicroBatch:
-        last = len(self.source) - 1
-        samples = [self.source[min(number, last)] for number in range(start, start + self.micro_batch)]
+        left_out = [self._is_left_out(number) for number in range(start, start + self.micro_batch)]
+        samples = [self._blank if blank else self._sample(number) for number, blank in enumerate(left_out, start=start)]
         tokens = [sample.tokens for sample in samples]
         if any(row.min() < 0 or row.max() >= self.vocab_size for row in tokens):
             self._refuse(samples, start)
         batch = microbatch(tokens, np.array([sample.source for sample in samples], dtype=np.int64), self._documents)
+        batch.loss_mask_BS[left_out] = 0
         if self._num_counted is not None:
             batch.loss_mask_BS[max(self._num_counted - start, 0) :] = 0
         return batch
+
+    def _is_left_out(self, number: int) -> bool:
+        return any(start <= number < stop for start, stop in self._left_out)
+
+    def _sample(self, number: int) -> Sample:
+        return self.source[min(number, len(self.source) - 1)]
 
     def _refuse(self, samples: Sequence[Sample], start: int) -> None:
         for number, sample in enumerate(samples, start=start):

@@ -22,12 +22,13 @@ class Clip:
     """How a step's gradients are to be used; every rank's is the same. 0-dim tensors on the device.
 
     ``norm``: float64, of the gradients without the loss scale, before clipping. ``factor``: float64, what they are
-    multiplied with where they are used. ``is_finite``: bool; where it is False they are of no use.
+    multiplied with where they are used. ``applies``: bool; where it is False they are not used: their norm is not
+    finite, or whoever looks at them refuses them.
     """
 
     norm: Tensor
     factor: Tensor
-    is_finite: Tensor
+    applies: Tensor
 
     @classmethod
     def at(cls, scaled_norm: Tensor, max_norm: float, *, loss_scale: float = 1.0) -> "Clip":

@@ -129,11 +129,11 @@ class DistributedOptimizer:
     def step(self, lr: float, clip: Clip) -> None:
         """Update this rank's shards and share the new weights, those that forward reads first before the others.
 
-        Gradients that are not finite change nothing: no weight, no state, not the count; the weights are shared all the
+        Gradients that do not apply change nothing: no weight, no state, not the count; the weights are shared all the
         same. Communicates: one all-gather a bucket, under way on return where collectives overlap.
         """
         self._settle()
-        self._applied_steps += clip.is_finite
+        self._applied_steps += clip.applies
         for bucket, state in reversed([*zip(self._buckets, self._states, strict=True)]):
             self._rule.update_(
                 bucket.master,
@@ -185,6 +185,23 @@ class DistributedOptimizer:
             for piece in bucket.pieces:
                 shares += [(kind, piece.flat, flat[piece.start : piece.stop]) for kind, flat in kinds.items()]
         return shares
+
+    def not_masters(self) -> list[str]:
+        """Names of the tensors in this rank's shards whose published weights are not their masters, rounded.
+
+        Local; waits for the weights and, once, for the device. What has no master of its own is not looked at.
+        """
+        self.wait_for_weights()
+        kept = [bucket for bucket in self._buckets if bucket.keeps_master]
+        wrong = [bucket.master.to(bucket.weights.dtype).ne(bucket.weight_shard) for bucket in kept]
+        if not wrong or not bool(torch.stack([one.any() for one in wrong]).any()):
+            return []
+        return [
+            piece.flat.info.name
+            for bucket, one in zip(kept, wrong, strict=True)
+            for piece in bucket.pieces
+            if bool(one[piece.start : piece.stop].any())
+        ]
 
     def refresh_masters(self) -> None:
         """Take the weights as they are now for the masters: after they were loaded or initialised from outside.

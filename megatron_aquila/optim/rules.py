@@ -75,7 +75,7 @@ class AdamW:
             weight_decay=self.weight_decay if decays else 0.0,
             step=step,
             factor=clip.factor,
-            applies=clip.is_finite,
+            applies=clip.applies,
             publish=publish,
             remainder=remainder,
         )
@@ -105,6 +105,6 @@ class Sgd:
         """Local."""
         assert remainder is None, "SGD keeps masters in float32"
         shrunk = weight * (1 - lr * self.weight_decay) if decays else weight
-        torch.where(clip.is_finite, shrunk.add(grad * clip.factor, alpha=-lr), weight, out=weight)
+        torch.where(clip.applies, shrunk.add(grad * clip.factor, alpha=-lr), weight, out=weight)
         if publish is not None:
             publish.copy_(weight)

@@ -78,6 +78,10 @@ class LossSums:
         counts_here = ctx.tp.rank == 0
         return all_reduce_(self._sums * counts_here, ctx.world).flatten()
 
+    def loss_sum(self, total: Tensor) -> Tensor:
+        """The sum of all counted tokens' losses, of the values of ``total``: 0-dim, on the device. Local."""
+        return total[: len(self.source_names)].sum()
+
     def means_of(self, total: Sequence[float]) -> LossMeans:
         """The means, from the values of ``total``. Local."""
         size = len(self.source_names)

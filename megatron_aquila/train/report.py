@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.gemm import measure_gemm_flops
+from megatron_aquila.observe.ledger import LEDGER_NAME, Ledger
 from megatron_aquila.observe.log import Log
 from megatron_aquila.observe.meters import ThroughputMeter
 from megatron_aquila.observe.report import StepReport
@@ -25,8 +27,11 @@ from megatron_aquila.train.state import TrainState
 class RankZeroReporter:
     """Writes every ``log_interval``-th step, every validation and every note; on other ranks does nothing."""
 
-    def __init__(self, *, log: Log, meter: ThroughputMeter, writers: Writers, log_interval: int) -> None:
+    def __init__(
+        self, *, log: Log, meter: ThroughputMeter, writers: Writers, log_interval: int, ledger: Ledger | None = None
+    ) -> None:
         self._log, self._meter, self._writers, self._log_interval = log, meter, writers, log_interval
+        self._ledger = ledger
 
     def step(self, report: StepReport) -> None:
         """Write the step's row; a step that was not applied is always written."""
@@ -52,6 +57,11 @@ class RankZeroReporter:
         """Print a line; ``None`` is none."""
         if text is not None:
             self._log.line(text)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Write an event into the run's ledger, if it has a folder."""
+        if self._ledger is not None:
+            self._ledger.write(event, **fields)
 
 
 @contextmanager
@@ -79,10 +89,24 @@ def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
     writers = agreed(
         lambda: rank_writers(config, log) if machine.ctx.rank == 0 else Writers([], log), machine.ctx.world
     )
+    ledger = agreed(lambda: open_ledger(config, log) if machine.ctx.rank == 0 else None, machine.ctx.world)
     try:
-        yield RankZeroReporter(log=log, meter=meter, writers=writers, log_interval=config.observe.log_interval)
+        yield RankZeroReporter(
+            log=log, meter=meter, writers=writers, log_interval=config.observe.log_interval, ledger=ledger
+        )
     finally:
         writers.close()
+        if ledger is not None:
+            ledger.close()
+
+
+def open_ledger(config: RunConfig, log: Log) -> Ledger | None:
+    """The ledger in the run's folder. Raises ``AquilaError`` where it cannot be written."""
+    folder = ledger_folder(config)
+    try:
+        return None if folder is None else Ledger(folder / LEDGER_NAME, complain=log.line)
+    except OSError as error:
+        raise AquilaError(f"--save or --log-dir: {error.filename}: {error.strerror}; name a writable folder") from error
 
 
 def rank_writers(config: RunConfig, log: Log) -> Writers:
@@ -109,6 +133,11 @@ def rank_writers(config: RunConfig, log: Log) -> Writers:
 def log_folder(config: RunConfig) -> Path | None:
     """The folder of the run's log and profiles: as set, or that of the checkpoints."""
     return config.observe.log_dir if config.observe.log_dir is not None else config.checkpoint.save
+
+
+def ledger_folder(config: RunConfig) -> Path | None:
+    """The folder of the run's ledger: that of the checkpoints, or the log's."""
+    return config.checkpoint.save if config.checkpoint.save is not None else config.observe.log_dir
 
 
 def device_peak(config: RunConfig, device: torch.device, log: Log) -> float | None:

@@ -1,49 +1,112 @@
 """A run from its settings to its last checkpoint: what is found, built, loaded, in this order."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived
+from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.verify import without_manifest
 from megatron_aquila.observe.log import Log
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.banner import print_banner
-from megatron_aquila.train.build import build_machine, create_context
-from megatron_aquila.train.corpus import build_corpus, identify
+from megatron_aquila.train.build import Machine, build_machine, create_context
+from megatron_aquila.train.corpus import Corpus, build_corpus, identify
 from megatron_aquila.train.launcher import Launch
+from megatron_aquila.train.record import named, start_event
 from megatron_aquila.train.report import open_reporter
 from megatron_aquila.train.resume import load_weights
-from megatron_aquila.train.start import find_start, resolve_checkpoint
+from megatron_aquila.train.start import Start, find_start, resolve_checkpoint
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.trainer import train
+from megatron_aquila.train.upcoming import check_upcoming
 
 
-def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launch: Launch, log: Log) -> TrainState:
-    """Train to the end of the run. Collective. What fails on one rank before training fails on all, with one text."""
-    config = loaded.config
-    ctx = create_context(config, derived, device)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A run that is ready for its next step. ``corpus`` is to be closed."""
+
+    machine: Machine
+    corpus: Corpus
+    start: Start
+
+    @property
+    def came_from(self) -> Path | None:
+        """The checkpoint that all tensors are of, and that the run continues."""
+        return self.start.checkpoint if self.start.with_optimizer else None
+
+
+def prepare(
+    config: RunConfig,
+    derived: Derived,
+    ctx: ParallelContext,
+    launch: Launch,
+    log: Log,
+    *,
+    announce: Callable[[Machine], None] = lambda machine: None,
+) -> Prepared:
+    """Find where the run starts, build it, open its data and load it. Collective.
+
+    What fails on one rank fails on all, with one text. ``announce`` is called before anything takes long.
+    """
     checkpoint = resolve_checkpoint(config.checkpoint, ctx.world, log.line)
     identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
     start = agreed(lambda: find_start(config, derived, checkpoint, identity), ctx.world)
     machine = build_machine(config, derived, ctx)
-    print_banner(log, loaded, derived, machine.kernels.reasons)
+    announce(machine)
     segments = start.state.index_segments
     corpus = build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     log.line(corpus.train.source.describe())
     log.line(corpus.course)
     if (line := without_manifest(corpus.source_names)) is not None:
         log.line(line)
-    log.line(begins(start.state, checkpoint))
+    log.line(begins(config, start))
+    if (line := agreed(lambda: compare_upcoming(config, start, corpus, ctx), ctx.world)) is not None:
+        log.line(line)
     for line in load_weights(machine, start):
         log.line(line)
+    return Prepared(machine=machine, corpus=corpus, start=start)
+
+
+def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launch: Launch, log: Log) -> TrainState:
+    """Train to the end of the run. Collective. What fails on one rank before training fails on all, with one text."""
+    config = loaded.config
+    ctx = create_context(config, derived, device)
+
+    def announce(machine: Machine) -> None:
+        print_banner(log, loaded, derived, machine.kernels.reasons)
+
+    run = prepare(config, derived, ctx, launch, log, announce=announce)
+    state = named(run.start.state, config, ctx)
     try:
-        with open_reporter(machine, log) as reporter:
-            return train(machine, corpus, start.state, reporter)
+        with open_reporter(run.machine, log) as reporter:
+            if ctx.rank == 0:
+                reporter.record("start", **start_event(config, ctx, run.start, state, run.corpus.identity))
+            return train(run.machine, run.corpus, state, reporter, came_from=run.came_from)
     finally:
-        corpus.close()
+        run.corpus.close()
 
 
-def begins(state: TrainState, checkpoint: object) -> str:
+def compare_upcoming(config: RunConfig, start: Start, corpus: Corpus, ctx: ParallelContext) -> str | None:
+    """Rank 0 holds the samples that come next against the checkpoint's digest of them; what it found, in a line.
+
+    Raises ``CheckpointError`` where they differ.
+    """
+    saved = start.state.upcoming
+    if ctx.rank != 0 or saved is None or not start.with_optimizer:
+        return None
+    return check_upcoming(saved, corpus.train.source, override=config.checkpoint.override_data)
+
+
+def begins(config: RunConfig, start: Start) -> str:
     """Where the run starts, in a line."""
-    origin = "the seed or published weights" if checkpoint is None else str(checkpoint)
-    return f"starts from {origin} at step {state.step}, {state.consumed_samples} samples"
+    state, checkpoint = start.state, start.checkpoint
+    stands = f"at step {state.step}, {state.consumed_samples} samples"
+    if checkpoint is not None:
+        return f"{'resumes' if start.with_optimizer else 'starts a new run'} from {checkpoint} {stands}"
+    own = f"{config.checkpoint.save} holds no checkpoint yet: " if config.checkpoint.resumes_own else ""
+    return f"{own}starts afresh from the seed or published weights {stands}"

@@ -10,7 +10,8 @@ from megatron_aquila.checkpoint.choose import choose
 from megatron_aquila.checkpoint.folders import LATEST, holds_run
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.derive import Derived
-from megatron_aquila.config.schema import CheckpointConfig, RunConfig
+from megatron_aquila.config.schema import AUTO, CheckpointConfig, RunConfig
+from megatron_aquila.config.skips import left_out
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.parallel.context import Group
@@ -43,8 +44,8 @@ def resolve_checkpoint(
     """
 
     def resolve() -> str | None:
-        path = settings.load
-        if path is None and settings.resume and settings.save is not None and holds_run(settings.save):
+        path = None if settings.load == AUTO else settings.load
+        if settings.resumes_own and settings.save is not None and holds_run(settings.save):
             path = settings.save
         refuse_to_mix(settings, path if settings.load_optim else None)
         return None if path is None else str(path)
@@ -84,14 +85,39 @@ def find_start(config: RunConfig, derived: Derived, checkpoint: Path | None, ide
         raise CheckpointError(f"{checkpoint}: " + "; ".join(problems))
     state = TrainState.from_json(saved["train"])
     end = derived.batches.end_of_run(state.consumed_samples, config.train.train_samples)
-    state = replace(state.extended_to(end), loss_scale=loss_scaling(config).resumed(state.loss_scale))
+    state = replace(
+        state.extended_to(end),
+        loss_scale=loss_scaling(config).resumed(state.loss_scale),
+        parent=checkpoint_name(checkpoint),
+    )
+    state = without_left_out(state, config, checkpoint)
     return Start(state=state, checkpoint=checkpoint, with_optimizer=True)
 
 
 def fresh_state(config: RunConfig, derived: Derived) -> TrainState:
     """The state of a run that has seen nothing. Its index is long enough for the last batch, which is a whole one."""
     segments = first_segments(config, derived.batches.end_of_run(0, config.train.train_samples))
-    return TrainState(seed=config.seed, index_segments=segments, loss_scale=loss_scaling(config).start())
+    state = TrainState(seed=config.seed, index_segments=segments, loss_scale=loss_scaling(config).start())
+    return state.without(left_out(config.train))
+
+
+def checkpoint_name(folder: Path) -> str:
+    """``step_0000100``, also of a folder that is being replaced."""
+    return folder.name.removesuffix(".old")
+
+
+def without_left_out(state: TrainState, config: RunConfig, checkpoint: Path) -> TrainState:
+    """The state with ``--skip-samples`` ahead of it. Raises ``CheckpointError`` where it has trained on one of them."""
+    for start, stop in left_out(config.train):
+        trained = start
+        for begin, end in state.skipped_samples:  # ascending
+            trained = end if begin <= trained < end else trained
+        if trained < min(stop, state.consumed_samples):
+            raise CheckpointError(
+                f"--skip-samples {start}-{stop - 1}: {checkpoint} stands at sample {state.consumed_samples} and was "
+                f"trained on sample {trained}; load a checkpoint from before it"
+            )
+    return state.without(left_out(config.train))
 
 
 def refuse_to_mix(settings: CheckpointConfig, continued: Path | None) -> None:

@@ -5,7 +5,26 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_aquila.errors import CheckpointError
+from megatron_aquila.observe.ledger import Ranges, joined
 from megatron_aquila.optim.scaler import LossScale
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a step told: its mean loss in nats and the norm of its gradients, both finite."""
+
+    step: int
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Upcoming:
+    """The samples from ``start`` to ``stop``, which a run is to read next, and the digest of their tokens."""
+
+    start: int
+    stop: int
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,8 +37,12 @@ class TrainState:
 
     The position in the data and every random number follow from it: nothing in a run draws from a generator that has a
     state. ``index_segments`` are lengths in samples: the first is that of the index the run was started with, extending
-    a run appends one and never reshuffles what was seen. ``skipped_samples`` lists the half-open
-    ranges whose gradients were not applied. ``loss_scale`` is the next step's.
+    a run appends one and never reshuffles what was seen. ``loss_scale`` is the next step's.
+
+    ``skipped_samples`` are half-open ranges that are not trained on, ascending: those of steps that were not applied,
+    and those that the user, or a rewind, left out; these may lie ahead, and are then consumed without being read.
+    ``recent`` are the figures of the last steps, from which it is told what is a spike. ``run`` is the ledger's name of
+    the run, ``parent`` that of the checkpoint it went on from. ``upcoming`` is set where a checkpoint is made.
     """
 
     seed: int
@@ -30,6 +53,10 @@ class TrainState:
     consumed_tokens: int = 0
     skipped_samples: tuple[tuple[int, int], ...] = ()
     loss_scale: LossScale = field(default_factory=LossScale)
+    recent: tuple[Figures, ...] = ()
+    run: str = ""
+    parent: str | None = None
+    upcoming: Upcoming | None = None
 
     def moved_on(self, *, samples: int, tokens: int) -> "TrainState":
         """The state once a step over the next ``samples`` samples is launched."""
@@ -42,12 +69,16 @@ class TrainState:
 
     def settled(self, samples: tuple[int, int], *, applied: bool, loss_scale: LossScale) -> "TrainState":
         """The state once the step over ``samples``, a half-open range, is known; one not applied is remembered."""
-        return replace(
-            self,
-            applied_steps=self.applied_steps + applied,
-            skipped_samples=self.skipped_samples + (() if applied else (samples,)),
-            loss_scale=loss_scale,
-        )
+        settled = replace(self, applied_steps=self.applied_steps + applied, loss_scale=loss_scale)
+        return settled if applied else settled.without((samples,))
+
+    def without(self, ranges: Ranges) -> "TrainState":
+        """The state of a run that does not train on ``ranges``."""
+        return replace(self, skipped_samples=joined((*self.skipped_samples, *ranges)))
+
+    def remembering(self, figures: Figures, *, window: int) -> "TrainState":
+        """The state with a settled step's figures, and no more than ``window`` of them."""
+        return replace(self, recent=(*self.recent, figures)[-window:] if window > 0 else ())
 
     def extended_to(self, samples: int) -> "TrainState":
         """The state with a sample index for at least ``samples``: unchanged, or with one more segment."""
@@ -60,9 +91,16 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainState":
-        """Raises ``CheckpointError`` where a field is missing or unknown. Older checkpoints have no loss scale."""
+        """Raises ``CheckpointError`` where a field is missing or unknown. Older checkpoints lack some."""
         fields = set(cls.__dataclass_fields__)
-        values = {"loss_scale": asdict(LossScale()), **values}
+        values = {
+            "loss_scale": asdict(LossScale()),
+            "recent": [],
+            "run": "",
+            "parent": None,
+            "upcoming": None,
+            **values,
+        }
         if set(values) != fields:
             raise CheckpointError(
                 f"the checkpoint's training state has fields {sorted(values)}, expected {sorted(fields)}: it was "
@@ -72,5 +110,7 @@ class TrainState:
             "index_segments": tuple(values["index_segments"]),
             "skipped_samples": tuple((start, stop) for start, stop in values["skipped_samples"]),
             "loss_scale": LossScale(**values["loss_scale"]),
+            "upcoming": None if values["upcoming"] is None else Upcoming(**values["upcoming"]),
+            "recent": tuple(Figures(**figures) for figures in values["recent"]),
         }
         return cls(**{**values, **nested})

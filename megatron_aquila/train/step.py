@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.errors import AquilaError, DataError
 from megatron_aquila.observe.profile import OPTIMIZER
 from megatron_aquila.observe.report import StepReport
+from megatron_aquila.optim.clip import Clip
 from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import all_reduce_
@@ -21,15 +23,21 @@ from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.env import memory_bytes
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.readback import Moment, Readback
+from megatron_aquila.train.spikes import Limits, finite, limits, remembered
 from megatron_aquila.train.state import TrainState
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What became of a step, once the device has told: the state after it, and its row of the log."""
+    """What became of a step, once the device has told: the state after it, and its row of the log.
+
+    ``report`` is None of a step that had nothing to train on. ``is_spike`` as ``spikes.limits`` say.
+    """
 
     state: TrainState
-    report: StepReport
+    report: StepReport | None
+    is_finite: bool = True
+    is_spike: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,65 +45,85 @@ class Step:
     """A step that was launched: the device may still be at work on it.
 
     ``state`` is the one after it but for what only the device knows, ``stop_requested`` whether any rank had asked to
-    stop before it. ``figures``: the loss sums, the gradient norm, and whether that is finite.
+    stop before it. ``told`` is None where the step had nothing to train on.
     """
 
     state: TrainState
     stop_requested: bool
     samples: tuple[int, int]
-    began: Moment
-    figures: Readback
-    sums: LossSums
-    report: Callable[..., StepReport]  # what is known of it, but for the figures
+    told: "Told | None"
 
     def outcome(self, state: TrainState, scaling: LossScaling) -> StepOutcome:
         """Settle the step in ``state``, which may be a later one's. Waits until the figures are here. Local."""
-        *total, norm, is_finite = self.figures.read()
-        applied, means = is_finite != 0, self.sums.means_of(total)
-        report = self.report(
+        if self.told is None:
+            return StepOutcome(state.without((self.samples,)), None)
+        *total, norm, is_finite, is_spike, applies = self.told.figures.read()
+        means = self.told.sums.means_of(total)
+        report = self.told.report(
             loss=means.loss,
             source_loss=means.by_source,
             z_loss=means.z_loss,
             grad_norm=norm,
-            applied=applied,
-            seconds=self.figures.sent.seconds_since(self.began),
+            applied=applies != 0,
+            seconds=self.told.figures.sent.seconds_since(self.told.began),
         )
-        loss_scale = scaling.after(state.loss_scale, found_inf=not applied)
-        return StepOutcome(state.settled(self.samples, applied=applied, loss_scale=loss_scale), report)
+        loss_scale = scaling.after(state.loss_scale, found_inf=is_finite == 0)
+        state = state.settled(self.samples, applied=applies != 0, loss_scale=loss_scale)
+        figures = finite(report.step, report.loss, report.grad_norm)
+        if figures is not None:
+            state = state.remembering(figures, window=self.told.remembered)
+        return StepOutcome(state, report, is_finite != 0, is_spike != 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Told:
+    """What the device tells of a step: the loss sums, the gradient norm, and whether they are finite, a spike, and
+    applied. ``remembered``: of how many steps the figures are kept.
+    """
+
+    began: Moment
+    figures: Readback
+    sums: LossSums
+    report: Callable[..., StepReport]  # what is known of the step, but for the figures
+    remembered: int
 
 
 def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requested: bool) -> Step:
     """Read, forward, backward, reduce, clip, update: one global batch. Communicates over every group.
 
     Waits for the loader and for what the hosts agree on, never for the device. The learning rate is that of the samples
-    consumed before the step, as in Megatron-LM. A step whose gradient norm is not finite is not applied; its samples
-    count as consumed and it does not count for Adam's bias correction. In fp16 it may lower the loss scale.
+    consumed before the step, as in Megatron-LM. A step is not applied where its loss or gradient norm is not finite,
+    or, unless spikes are only warned of, a spike: the device decides that, from figures that are equal on all ranks.
+    Its samples count as consumed and it does not count for Adam's bias correction. In fp16 it may lower the loss scale.
+    Where no label is left to train on, as where all samples are left out, nothing is computed.
     """
-    ctx, derived, scale = machine.ctx, machine.derived, state.loss_scale.scale
+    ctx, train, scale = machine.ctx, machine.config.train, state.loss_scale.scale
     began, reading = Moment(ctx.device), time.perf_counter()
-    global_batch, _ = derived.batch_at(state.consumed_samples)
+    global_batch, _ = machine.derived.batch_at(state.consumed_samples)
     batches, failure = read_batches(corpus.train, state.consumed_samples, global_batch)
     data_seconds = time.perf_counter() - reading
 
     counts = agree(ctx, batches, stop_requested=stop_requested, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
+    computed_tokens = global_batch * machine.derived.shape.seq_len
+    after = state.moved_on(samples=global_batch, tokens=computed_tokens if counts.num_tokens > 0 else 0)
+    samples = (state.consumed_samples, after.consumed_samples)
+    if counts.num_tokens == 0:
+        return Step(state=after, stop_requested=counts.stop_requested, samples=samples, told=None)
     sums = LossSums(
         corpus.source_names,
         num_tokens=counts.num_tokens,
         device=ctx.device,
         loss_scale=scale,
-        has_z_loss=derived.shape.max_z_loss > 0,
+        has_z_loss=machine.derived.shape.max_z_loss > 0,
     )
     compute_gradients(machine, [batch.to(ctx.device) for batch in batches], sums)
     total, lr = sums.total(ctx), machine.lr.at(state.consumed_samples)
     with record_function(OPTIMIZER):
         clip = machine.optimizer.clip(machine.config.optim.clip_grad, loss_scale=scale)
-        machine.optimizer.step(lr, clip)
-
-    figures = Readback(torch.cat([total, torch.stack([clip.norm, clip.is_finite.to(clip.norm.dtype)])]))
-    computed_tokens = global_batch * derived.shape.seq_len
-    after = state.moved_on(samples=global_batch, tokens=computed_tokens)
+        judged = judge(clip, sums, total, limits(train, state), refuses_spikes=train.on_spike != "warn")
+        machine.optimizer.step(lr, judged.clip)
     report = partial(
         StepReport,
         step=after.step,
@@ -104,20 +132,33 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
         num_tokens=counts.num_tokens,
         computed_tokens=computed_tokens,
         lr=lr,
-        attention_share=counts.attended / (computed_tokens * derived.shape.seq_len),
+        attention_share=counts.attended / (computed_tokens * machine.derived.shape.seq_len),
         loss_scale=scale,
         data_seconds=data_seconds,
         memory_bytes=memory_bytes(ctx.device),
     )
-    return Step(
-        state=after,
-        stop_requested=counts.stop_requested,
-        samples=(state.consumed_samples, after.consumed_samples),
-        began=began,
-        figures=figures,
-        sums=sums,
-        report=report,
-    )
+    told = Told(began=began, figures=Readback(judged.figures), sums=sums, report=report, remembered=remembered(train))
+    return Step(state=after, stop_requested=counts.stop_requested, samples=samples, told=told)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How a step's gradients are to be used, and all that is to be told of it, a float64 vector on the device."""
+
+    clip: Clip
+    figures: Tensor
+
+
+def judge(clip: Clip, sums: LossSums, total: Tensor, bounds: Limits, *, refuses_spikes: bool) -> Judged:
+    """Whether a step is applied: not where it is not finite, and, with ``refuses_spikes``, where it is a spike. Local.
+
+    ``total`` and the norm were summed over all ranks: what is decided of them on one is decided on all.
+    """
+    is_finite = clip.applies & total.isfinite().all()
+    is_spike = (clip.norm > bounds.grad_norm) | (sums.loss_sum(total) > bounds.loss * sums.num_tokens)
+    applies = is_finite & ~is_spike if refuses_spikes else is_finite
+    marks = torch.stack([clip.norm, *(mark.to(clip.norm.dtype) for mark in (is_finite, is_spike, applies))])
+    return Judged(replace(clip, applies=applies), torch.cat([total, marks]))
 
 
 def compute_gradients(machine: Machine, batches: Sequence[Batch], sums: LossSums) -> None:

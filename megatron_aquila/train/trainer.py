@@ -1,29 +1,29 @@
 """The loop: steps, validations, checkpoints, and the four ways it ends (samples, time, signal, end of the run)."""
 
-import itertools
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
+from megatron_aquila.checkpoint.folders import step_folder
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.report import StepReport
-from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.sanity import check_replicated
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.evaluate import evaluate
+from megatron_aquila.train.faults import Fault, Judge, Rewinder, stopped
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.profile import StepProfiler
+from megatron_aquila.train.record import RunRecord
 from megatron_aquila.train.saving import Saver
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.step import Step, train_step
-
-MAX_SKIPPED_IN_A_ROW = 20
 
 
 class Reporter(Protocol):
@@ -40,6 +40,9 @@ class Reporter(Protocol):
 
     def note(self, text: str | None) -> None:
         """Something else worth a line; ``None`` is not."""
+
+    def record(self, event: str, **fields: Any) -> None:
+        """An event for the run's ledger (``observe.ledger``)."""
 
 
 class StopRequest:
@@ -76,10 +79,12 @@ class Steps:
     here, so that all ranks tell of a step, and find a run that is lost, at the same place. Nothing is communicated.
     """
 
-    def __init__(self, machine: Machine, corpus: Corpus, reporter: Reporter) -> None:
-        self._machine, self._corpus, self._reporter = machine, corpus, reporter
+    def __init__(self, machine: Machine, corpus: Corpus, reporter: Reporter, record: RunRecord) -> None:
+        self._machine, self._corpus, self._reporter, self._record = machine, corpus, reporter, record
+        self._judge = Judge(machine.config.train, machine.scaling)
         self._runs_ahead = runs_ahead(machine)
         self._under_way: Step | None = None
+        self.fault: Fault | None = None  # of a step that was told of, where the run must not just go on
 
     def take(self, state: TrainState, *, stop_requested: bool) -> Step:
         """Launch the step after ``state`` and settle the one before it; go on from its ``state``. Collective."""
@@ -88,6 +93,7 @@ class Steps:
         except AquilaError:  # raised on every rank, before the step began
             self.settle(state)
             raise
+        self._record.took(step.samples)
         state = self.settle(step.state)
         self._under_way = step
         return replace(step, state=state if self._runs_ahead else self.settle(state))
@@ -101,9 +107,24 @@ class Steps:
         if step is None:
             return state
         outcome = step.outcome(state, self._machine.scaling)
+        start, stop = step.samples
+        if outcome.report is None:
+            self._reporter.note(f"samples {start}-{stop - 1}: none is trained on")
+            return outcome.state
         self._reporter.step(outcome.report)
-        check_progress(outcome.state, outcome.report, self._machine.scaling)
+        fault = self._judge.fault(step, outcome)
+        if fault is not None:
+            self._reporter.note(fault.reason)
+        if not outcome.report.applied:
+            reason = "the loss scale was too high" if fault is None else fault.reason
+            self._record.skipped(outcome.report.step, step.samples, reason)
+        if fault is not None and fault.policy in ("stop", "rewind"):
+            self.fault = fault
         return outcome.state
+
+    def forget(self) -> None:
+        """Tell nothing of the step under way: the run goes back to before it."""
+        self._under_way = self.fault = None
 
 
 def runs_ahead(machine: Machine) -> bool:
@@ -111,51 +132,131 @@ def runs_ahead(machine: Machine) -> bool:
     return machine.ctx.device.type == "cuda" and machine.scaling.is_constant
 
 
-def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter) -> TrainState:
+class Loop:
+    """A run under way; ``state`` is what its steps so far have come to."""
+
+    def __init__(
+        self, machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter, came_from: Path | None
+    ) -> None:
+        self._machine, self._corpus, self._reporter, self.state = machine, corpus, reporter, state
+        self.record = RunRecord(reporter, corpus.train.source)
+        self.last_saved = state.step
+        self._steps = Steps(machine, corpus, reporter, self.record)
+        self._rewinder = Rewinder(machine, corpus, came_from)
+        self._saver = Saver(machine, corpus.identity, reporter, self._saved)
+        self._profiler = StepProfiler(machine.config, machine.ctx.rank, machine.ctx.device)
+
+    def run(self) -> str:
+        """Take steps until the run ends; why it does. Collective. Raises ``AquilaError`` where it is lost."""
+        minutes, started = self._machine.config.train.exit_minutes, time.monotonic()
+        with stop_on_signals() as request, closing(self._profiler):
+            why = end_of_run(self._machine.config, self.state)
+            while why is None:
+                late = minutes is not None and time.monotonic() - started > 60 * minutes
+                why = self._step(request, late=late)
+            self._saver.finish()
+        self._machine.optimizer.wait_for_weights()
+        return why
+
+    @property
+    def stopped_for(self) -> Fault | None:
+        """The bad numbers for which the run stopped, if any."""
+        return self._steps.fault
+
+    def _step(self, request: StopRequest, *, late: bool) -> str | None:
+        """One step and what is due after it, or back to a checkpoint; why the run ends here, if it does."""
+        self._profiler.before(self.state.step + 1)
+        try:
+            step = self._steps.take(self.state, stop_requested=late or request.signal_name is not None)
+        except AquilaError:  # raised on every rank
+            self._saver.finish()
+            raise
+        self.state = step.state
+        why = end_of_run(self._machine.config, self.state)
+        if why is None and step.stop_requested:
+            why = stop_reason(request, late=late)
+        if why is not None or self._is_anything_due():
+            self.state = self._steps.settle(self.state)
+        fault = self._steps.fault
+        if fault is not None and fault.policy == "rewind":
+            self._go_back(fault)
+            return None
+        if fault is not None:
+            self.state = self._steps.settle(self.state)
+            why = fault.reason
+        self._after_step(last=why is not None)
+        return why
+
+    def _is_anything_due(self) -> bool:
+        return self._checks() or self._validates(last=False) or self._saves(last=False)
+
+    def _checks(self) -> bool:
+        return is_due(self.state.step, self._machine.config.train.check_replicas, last=False)
+
+    def _validates(self, *, last: bool) -> bool:
+        return bool(self._corpus.valid) and is_due(self.state.step, self._machine.config.train.eval_interval, last=last)
+
+    def _saves(self, *, last: bool) -> bool:
+        config = self._machine.config
+        interval = save_interval(config, self.state)
+        return config.checkpoint.save is not None and is_due(self.state.step, interval, last=last)
+
+    def _after_step(self, *, last: bool) -> None:
+        machine, reporter = self._machine, self._reporter
+        reporter.note(self._profiler.after(self.state.step, last=last))
+        if self._checks():
+            machine.optimizer.wait_for_weights()
+            check_replicated(machine.infos, machine.ctx, not_masters=machine.optimizer.not_masters())
+        if self._validates(last=last):
+            reporter.validation(self.state, evaluate(machine, self._corpus))
+        if self._saves(last=last):
+            self.state = self.record.to_be_saved(self.state)
+            self._saver.begin(self.state)
+            self.state = replace(self.state, parent=step_folder(Path(), self.state.step).name)
+            self.last_saved = self.state.step
+        else:
+            self._saver.poll()
+
+    def _saved(self, folder: Path) -> None:
+        """A checkpoint is whole on the disk."""
+        self.record.saved(folder)
+        self._rewinder.saved(folder)
+
+    def _go_back(self, fault: Fault) -> None:
+        """To the last checkpoint, which may be one that is just being written. Collective."""
+        self._saver.finish()
+        state = self._rewinder.back(fault)
+        self._steps.forget()
+        self.record.rewound(self.state, state, fault)
+        start, stop = fault.samples
+        self._reporter.note(f"back to {state.parent}, step {state.step}, without samples {start}-{stop - 1}")
+        self.state = state
+
+
+def train(
+    machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter, *, came_from: Path | None = None
+) -> TrainState:
     """Run from ``state`` to the end of the run, or until asked to stop. Collective; returns the last state.
 
-    Stopping is agreed at the beginning of a step, takes effect after it, and saves.
+    Stopping is agreed at the beginning of a step, takes effect after it, and saves. ``came_from`` is the checkpoint
+    that ``state`` and all tensors are of, to which the run may go back. Raises ``AquilaError`` where the run is lost,
+    or, once it is saved, where it stops for bad numbers.
     """
-    config = machine.config
-    started, last_saved = time.monotonic(), state.step
-    profiler = StepProfiler(config, machine.ctx.rank, machine.ctx.device)
-    steps, saver = Steps(machine, corpus, reporter), Saver(machine, corpus.identity, reporter)
-    with stop_on_signals() as request, closing(profiler):
-        why = end_of_run(config, state)
-        while why is None:
-            late = config.train.exit_minutes is not None and time.monotonic() - started > 60 * config.train.exit_minutes
-            profiler.before(state.step + 1)
-            try:
-                step = steps.take(state, stop_requested=late or request.signal_name is not None)
-            except AquilaError:  # raised on every rank
-                saver.finish()
-                raise
-            state = step.state
-            why = end_of_run(config, state)
-            if why is None and step.stop_requested:
-                why = stop_reason(request, late=late)
-            last = why is not None
-            checks = is_due(state.step, config.train.check_replicas, last=False)
-            validates = bool(corpus.valid) and is_due(state.step, config.train.eval_interval, last=last)
-            saves = config.checkpoint.save is not None and is_due(state.step, save_interval(config, state), last=last)
-            if last or checks or validates or saves:
-                state = steps.settle(state)
-            reporter.note(profiler.after(state.step, last=last))
-            if checks:
-                machine.optimizer.wait_for_weights()
-                check_replicated(machine.infos, machine.ctx)
-            if validates:
-                reporter.validation(state, evaluate(machine, corpus))
-            if saves:
-                saver.begin(state)
-                last_saved = state.step
-            else:
-                saver.poll()
-        saver.finish()
-    machine.optimizer.wait_for_weights()
+    corpus.train.leave_out(state.skipped_samples, seq_len=machine.derived.shape.seq_len)
+    loop = Loop(machine, corpus, state, reporter, came_from)
+    try:
+        why = loop.run()
+    except BaseException as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        loop.record.stopped(loop.state, reason, failed=True)
+        raise
+    fault, state = loop.stopped_for, loop.state
+    loop.record.stopped(state, why, failed=False)
     reporter.note(f"stopped at step {state.step}, {state.consumed_samples} samples: {why}")
-    if last_saved < state.step:
+    if loop.last_saved < state.step:
         reporter.note("nothing was saved since: no --save folder is set")
+    if fault is not None:
+        raise stopped(fault)
     return state
 
 
@@ -186,21 +287,3 @@ def save_interval(config: RunConfig, state: TrainState) -> int:
     if ramp is not None and settings.rampup_save_interval is not None and state.consumed_samples < ramp[2]:
         return settings.rampup_save_interval
     return settings.save_interval
-
-
-def check_progress(state: TrainState, report: StepReport, scaling: LossScaling) -> None:
-    """Raise ``AquilaError`` once ``MAX_SKIPPED_IN_A_ROW`` steps in a row were not applied: the run is lost.
-
-    Not while they lower the loss scale, which may start far too high.
-    """
-    if report.applied or not scaling.is_lowest(state.loss_scale) or len(state.skipped_samples) < MAX_SKIPPED_IN_A_ROW:
-        return
-    recent = state.skipped_samples[-MAX_SKIPPED_IN_A_ROW:]
-    in_a_row = all(before[1] == after[0] for before, after in itertools.pairwise(recent))
-    if in_a_row:
-        error = AquilaError(
-            f"step {report.step}: the gradient norm was not finite for {MAX_SKIPPED_IN_A_ROW} steps, samples "
-            f"{recent[0][0]} to {recent[-1][1]}; resume from an earlier checkpoint with a lower --lr"
-        )
-        error.is_shared = True
-        raise error

@@ -151,3 +151,19 @@ def test_real_samples_through_the_loader(megatron_fixtures: Path, tmp_path: Path
     assert first.tokens_BS.tolist() == [source[10].tokens[:-1].tolist(), source[11].tokens[:-1].tolist()]
     assert second.labels_BS.tolist() == [source[14].tokens[1:].tolist(), source[15].tokens[1:].tolist()]
     assert second.source_B.tolist() == [source[14].source, source[15].source]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_samples_that_are_left_out_are_not_read_and_the_others_stay_where_they_are(prefetch: int) -> None:
+    source = Counting(40)
+    reader = loader(source, micro_batch=2, batch_at=lambda _: 4, prefetch=prefetch)
+    reader.fetch(0, 4)
+    reader.leave_out([(5, 7), (8, 12)], seq_len=3)
+    first, second = reader.fetch(4, 4)
+    assert [first.tokens_BS.tolist(), second.tokens_BS.tolist()] == [[[4, 5, 6], [0] * 3], [[0] * 3, [7, 8, 9]]]
+    assert [first.loss_mask_BS.tolist(), second.loss_mask_BS.tolist()] == [[[1] * 3, [0] * 3], [[0] * 3, [1] * 3]]
+    assert all(batch.loss_mask_BS.sum() == 0 for batch in reader.fetch(8, 4))
+    assert numbers(reader.fetch(12, 4)) == [[12, 13], [14, 15]]
+    reader.close()
+    if prefetch == 0:  # else some had been read before it was known
+        assert source.reads == [0, 1, 2, 3, 4, 7, 12, 13, 14, 15]

@@ -77,7 +77,7 @@ def test_clip_factor_is_torchs(loss_scale: float) -> None:
         param.grad = grads.clone()
         torch.nn.utils.clip_grad_norm_([param], max_norm)
         clip = Clip.at(norm(5.0 * loss_scale), max_norm, loss_scale=loss_scale)
-        assert (clip.norm, clip.is_finite) == (5.0, True)
+        assert (clip.norm, clip.applies) == (5.0, True)
         assert clip.factor.item() == min(1.0, max_norm / (5.0 + 1e-6)) / loss_scale
         torch.testing.assert_close(grads * loss_scale * clip.factor, param.grad, rtol=1e-15, atol=0)
 
@@ -90,7 +90,7 @@ def test_nothing_is_scaled() -> None:
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_what_is_not_finite_is_told(bad: float) -> None:
     clip = Clip.at(norm(bad), 1.0)
-    assert not clip.is_finite
+    assert not clip.applies
     assert not clip.norm.isfinite()
 
 

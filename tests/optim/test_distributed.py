@@ -184,6 +184,16 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
 
 
+def test_a_weight_that_is_not_its_master_rounded_is_named() -> None:
+    infos, optimizer, _ = make(dtype=torch.bfloat16)
+    optimizer.refresh_masters()
+    assert optimizer.not_masters() == []
+    infos[1].param.data.view(torch.int16).view(-1)[3] ^= 1
+    assert optimizer.not_masters() == [infos[1].name]
+    optimizer.refresh_masters()
+    assert optimizer.not_masters() == []
+
+
 def test_remainders_keep_the_masters_bits_and_shards_change_none(pool: Callable[[int], WorkerPool]) -> None:
     (alone,) = pool(1).run(stored, 1, "whole", ONE_BUCKET)
     whole = assembled([alone])

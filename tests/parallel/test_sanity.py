@@ -1,10 +1,12 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import Constant, Normal, ParamInfo, column_part, replicated_part, vocab_part
-from megatron_aquila.parallel.sanity import ReplicaError, check_replicated
+from megatron_aquila.parallel.sanity import BLOCK, ReplicaError, apart, check_replicated, checksum
 from megatron_aquila.plan.grid import RankGrid
 from tests.parallel.worlds import CPU
 
@@ -52,13 +54,66 @@ def test_equal_replicas_pass(pool) -> None:
 @pytest.mark.parametrize(
     ("spoil", "rank", "line"),
     [
-        ("norm", 3, "norm at (0,): ranks [0, 1, 2] differ from ranks [3]"),  # drifted over tp
-        ("up", 3, "up at (3, 0): ranks [1] differ from ranks [3]"),  # drifted over dp
-        ("embed", 0, "embed at (0, 0): ranks [0] differ from ranks [2]"),
+        ("norm", 3, "norm at (0,): rank 3 differs from ranks 0, 1, 2"),  # drifted over tp
+        ("up", 3, "up at (3, 0): rank 1 and rank 3 differ, and neither is a majority"),  # drifted over dp
+        ("embed", 0, "embed at (0, 0): rank 0 and rank 2 differ, and neither is a majority"),
     ],
 )
 def test_a_drifted_replica_is_named_on_every_rank(pool, spoil: str, rank: int, line: str) -> None:
     assert pool(4).run(check, spoil, rank) == [f"replicas have drifted apart:\n{line}"] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@given(data=st.data())
+def test_every_flipped_bit_and_every_exchange_changes_the_checksum(dtype: torch.dtype, data: st.DataObject) -> None:
+    size = data.draw(st.sampled_from([1, 5, 1024, 3000]))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    right = checksum(x)
+    assert right == checksum(x.clone())
+    place, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 8 * dtype.itemsize - 1))
+    y = x.clone()
+    mask = torch.tensor(-(2**bit) if bit == 8 * dtype.itemsize - 1 else 2**bit, dtype=bits)
+    y.view(bits)[place] ^= mask
+    assert checksum(y) != right
+    other = data.draw(st.integers(0, size - 1))
+    y = x.clone()
+    y[[place, other]] = x[[other, place]]
+    assert (checksum(y) != right) == (not torch.equal(x, y))
+
+
+def test_blocks_count_in_their_order() -> None:
+    x = torch.zeros(2 * BLOCK, dtype=torch.bfloat16)
+    x[:BLOCK] = 1
+    assert checksum(x) != checksum(x.flip(0))
+
+
+def test_the_majority_names_the_odd_ones() -> None:
+    def tables(*values: int) -> list[list[list[str | int]]]:
+        return [[["w", 0, value]] for value in values]
+
+    assert apart(tables(7, 7, 7)) == []
+    assert apart(tables(7, 8, 7)) == ["w at (0,): rank 1 differs from ranks 0, 2"]
+    assert apart(tables(7, 8, 7, 9, 7)) == ["w at (0,): ranks 1, 3 differ from ranks 0, 2, 4"]
+    assert apart(tables(7, 8)) == ["w at (0,): rank 0 and rank 1 differ, and neither is a majority"]
+
+
+def not_masters(names: list[str]) -> str | None:
+    ctx = ParallelContext.create(RankGrid(dp=2), CPU)
+    norm = nn.Parameter(torch.ones(4))
+    part = replicated_part("norm", (4,), ctx.tp)
+    info = ParamInfo(param=norm, stage=0, weight_decay=False, init=Constant(1.0), parts=(part,))
+    try:
+        check_replicated([info], ctx, not_masters=names if ctx.rank == 1 else [])
+    except ReplicaError as error:
+        return str(error)
+    return None
+
+
+def test_a_rank_whose_weights_are_not_its_masters_is_named_on_all(pool) -> None:
+    assert pool(2).run(not_masters, []) == [None] * 2
+    line = "norm: the weights that rank 1 published are not its masters, rounded"
+    assert pool(2).run(not_masters, ["norm"]) == [f"replicas have drifted apart:\n{line}"] * 2
 
 
 def test_padded_rows_may_differ(pool) -> None:

@@ -79,6 +79,7 @@ class Recorder:
     means: list[LossMeans] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stalls: list[tuple[int, float]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     kill_at: int | None = None
 
     def step(self, report: StepReport) -> None:
@@ -101,6 +102,10 @@ class Recorder:
         if text is not None:
             self.notes.append(text)
 
+    def record(self, event: str, **fields: Any) -> None:
+        """Keep the event."""
+        self.events.append({"event": event, **fields})
+
 
 def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None = None) -> Recorder:
     """Train from where the settings say to the end, in this worker's world."""
@@ -115,6 +120,7 @@ def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None
     segments = begin.state.index_segments
     data = corpus.build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     resume.load_weights(machine, begin)
-    trainer.train(machine, data, begin.state, recorder)
+    came_from = begin.checkpoint if begin.with_optimizer else None
+    trainer.train(machine, data, begin.state, recorder, came_from=came_from)
     data.close()
     return recorder

@@ -8,7 +8,7 @@ from megatron_aquila.observe.log import Log
 from megatron_aquila.observe.meters import ThroughputMeter, Value
 from megatron_aquila.observe.writers import Writers
 from megatron_aquila.train.report import RankZeroReporter
-from tests.train.test_trainer import REPORT
+from tests.train.test_faults import REPORT
 
 
 class Counted(ThroughputMeter):

@@ -1,7 +1,6 @@
 """The loop's own decisions; whole runs are in test_resume.py."""
 
 import itertools
-import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,28 +11,10 @@ import torch
 
 from megatron_aquila.config.schema import CheckpointConfig, RunConfig, TrainConfig
 from megatron_aquila.errors import AquilaError
-from megatron_aquila.observe.report import StepReport
 from megatron_aquila.optim.clip import Clip
-from megatron_aquila.optim.scaler import LossScale, LossScaling
-from megatron_aquila.train import trainer
+from megatron_aquila.train import faults, trainer
 from megatron_aquila.train.state import TrainState
 from tests.train.runs import run, tiny_config
-
-REPORT = StepReport(
-    step=20,
-    consumed_samples=160,
-    global_batch=8,
-    num_tokens=128,
-    computed_tokens=128,
-    loss=4.0,
-    grad_norm=math.inf,
-    lr=1e-3,
-    loss_scale=2.0,
-    applied=True,
-    seconds=1.0,
-    data_seconds=0.0,
-    memory_bytes=0,
-)
 
 
 def test_things_are_due_at_their_interval_and_at_the_end() -> None:
@@ -79,22 +60,11 @@ def test_time_that_is_up_saves_and_stops(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_step_that_is_not_finite_is_skipped_and_twenty_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(faults, "MAX_NOT_APPLIED", 3)
     monkeypatch.setattr(Clip, "at", lambda norm, *_, **__: Clip(norm, norm, torch.tensor(False)))
     config = tiny_config(tmp_path)
     with pytest.raises(AquilaError, match=r"samples 0 to 24.*lower --lr"):
         run(config)
-
-
-def test_steps_that_lower_the_loss_scale_do_not_end_the_run() -> None:
-    samples = tuple((start, start + 8) for start in range(0, 160, 8))
-    state = TrainState(seed=1, index_segments=(1000,), step=20, skipped_samples=samples)
-    report = replace(REPORT, applied=False)
-    scaling = LossScaling(initial=2.0**32, minimum=1.0, window=1000, hysteresis=2)
-    trainer.check_progress(replace(state, loss_scale=LossScale(2.0)), report, scaling)
-    for lowest, rule in ((LossScale(1.0), scaling), (LossScale(64.0), LossScaling.constant(64.0))):
-        with pytest.raises(AquilaError, match="samples 0 to 160"):
-            trainer.check_progress(replace(state, loss_scale=lowest), report, rule)
 
 
 def test_fp16_finds_its_loss_scale_and_then_learns(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""The ledger's check finds every planted loss, and passes every honest history."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_aquila.observe.lineage import check_ledger
+
+Events = list[dict[str, Any]]
+
+
+def start(at: int = 0, checkpoint: str | None = None, *, origin: str = "auto", own: bool = True) -> dict[str, Any]:
+    found = None
+    if checkpoint is not None:
+        found = {"name": checkpoint, "path": f"elsewhere/{checkpoint}", "own": own, "step": at, "samples": at}
+    return {"event": "start", "origin": origin if checkpoint else "fresh", "checkpoint": found, "samples": at}
+
+
+def saved(at: int, *ranges: tuple[int, int], parent: str | None = None, skipped: Any = ()) -> dict[str, Any]:
+    return {
+        "event": "checkpoint", "name": f"step_{at}", "parent": parent, "step": at, "samples": at,
+        "ranges": [list(one) for one in ranges], "skipped": [list(one) for one in skipped],
+    }  # fmt: skip
+
+
+def stop(at: int, *ranges: tuple[int, int], failed: bool = False) -> dict[str, Any]:
+    return {"event": "stop", "step": at, "samples": at, "reason": "", "failed": failed, "ranges": [*map(list, ranges)]}
+
+
+def rewind(at: int, to: str, *ranges: tuple[int, int]) -> dict[str, Any]:
+    return {"event": "rewind", "step": at, "samples": at, "checkpoint": to, "ranges": [*map(list, ranges)],
+            "skipped": [], "reason": ""}  # fmt: skip
+
+
+def problems(*events: dict[str, Any]) -> list[str]:
+    return list(check_ledger(events).problems)
+
+
+def test_a_run_that_was_killed_went_back_and_stopped_holds() -> None:
+    report = check_ledger([
+        start(),
+        saved(8, (0, 8)),
+        saved(16, (8, 16), parent="step_8"),
+        start(16, "step_16"),  # killed in between: what came after 16 is taken again
+        rewind(40, "step_16", (16, 40)),
+        saved(48, (16, 48), parent="step_16", skipped=[(32, 40)]),
+        stop(48),
+    ])  # fmt: skip
+    assert report.holds, report.problems
+    assert [one.name for one in report.lineage] == ["step_8", "step_16", "step_48"]
+    assert (report.starts, report.killed, report.rewinds) == (2, 1, 1)
+    assert (report.consumed, report.skipped, report.given_up) == (((0, 48),), ((32, 40),), ((16, 40),))
+
+
+ONE = [start(), saved(8, (0, 8))]
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([start(), saved(16, (0, 8), (9, 16))], "step_16: samples 8 to 9 were never taken"),
+        ([start(), saved(16, (0, 8), (7, 16))], "step_16: samples 7 to 8 were taken twice"),
+        ([start(), saved(16, (0, 8))], "step_16: samples 8 to 16 were never taken"),
+        ([*ONE, start(8, "step_8"), saved(16, (4, 16), parent="step_8")], "samples 4 to 8 were taken twice"),
+        ([*ONE, saved(16, (8, 16), parent="step_8"), start(8, "step_8")], "a start from step_8 though step_16 was"),
+        ([*ONE, start(4, "step_8")], "a start at sample 4 from step_8, which has 8"),
+        ([*ONE, start(6, "step_6")], "a start from step_6, of whose saving nothing is written"),
+        ([*ONE, saved(16, (8, 16), parent="step_4")], "step_16 names step_4 as its parent"),
+        ([*ONE, rewind(16, "step_2")], "a rewind to step_2, of whose saving nothing is written"),
+        ([*ONE, stop(16, (8, 16))], "work is lost: a stop 8 samples beyond step_8 without a save"),
+    ],
+)  # fmt: skip
+def test_what_must_not_be_is_found(events: Events, words: str) -> None:
+    found = problems(*events)
+    assert any(words in problem for problem in found), found
+
+
+def test_an_older_start_is_no_loss_where_it_was_meant_or_the_newer_one_is_damaged() -> None:
+    two = [start(), saved(8, (0, 8)), saved(16, (8, 16), parent="step_8")]
+    meant = check_ledger([*two, start(8, "step_8", origin="load"), saved(16, (8, 16), parent="step_8")])
+    assert meant.holds
+    assert meant.given_up == ((8, 16),)
+    fallback = {"event": "fallback", "bad": "step_16", "checkpoint": "step_8", "reason": "damaged"}
+    assert problems(*two, fallback, start(8, "step_8")) == []
+
+
+def test_a_start_anew_where_something_was_saved_is_a_loss_of_it() -> None:
+    assert check_ledger([*ONE, start()]).given_up == ((0, 8),)
+
+
+def test_a_stop_that_failed_lost_no_more_than_was_not_saved() -> None:
+    report = check_ledger([*ONE, stop(16, (8, 16), failed=True), start(8, "step_8")])
+    assert report.holds
+    assert report.given_up == ((8, 16),)
+
+
+def test_a_run_that_came_from_another_folder_begins_there() -> None:
+    report = check_ledger([start(8, "step_8", own=False, origin="load"), saved(16, (8, 16), parent="step_8"), stop(16)])
+    assert report.holds, report.problems
+    assert [one.name for one in report.lineage] == ["elsewhere/step_8", "step_16"]
+    assert report.consumed == ((0, 16),)
+
+
+def test_a_ledger_without_a_checkpoint_holds_nothing() -> None:
+    report = check_ledger([start(), stop(16, (0, 16)), {"event": "a later version's"}])
+    assert (report.holds, report.lineage, report.consumed) == (True, (), ())
+
+
+@given(st.data())
+def test_every_honest_history_holds_and_one_sample_less_or_more_does_not(data: st.DataObject) -> None:
+    events, here, parent, known = [start()], 0, None, {0: None}
+    for _ in range(data.draw(st.integers(1, 12))):
+        what = data.draw(st.sampled_from(["save", "save", "kill", "rewind"]))
+        if what == "save":
+            taken = data.draw(st.integers(1, 9))
+            events.append(saved(here + taken, (here, here + taken), parent=parent))
+            here, parent = here + taken, f"step_{here + taken}"
+            known[here] = parent
+        elif parent is not None:
+            events.append(start(here, parent) if what == "kill" else rewind(here + 3, parent, (here, here + 3)))
+    assert problems(*events) == []
+    saves = [event for event in events if event["event"] == "checkpoint"]
+    if saves:
+        broken = data.draw(st.sampled_from(saves))
+        broken["ranges"][0][0] += data.draw(st.sampled_from([-1, 1]))
+        assert any("were" in problem for problem in problems(*events))
