@@ -71,6 +71,9 @@ class Silent:
     def validation(self, state: TrainState, means: LossMeans) -> None:
         """Nothing."""
 
+    def stall(self, state: TrainState, seconds: float) -> None:
+        """Nothing."""
+
     def note(self, text: str | None) -> None:
         """Nothing."""
 

@@ -66,6 +66,9 @@ class Leg:
         """Keep the loss."""
         self.losses[state.step] = means.loss
 
+    def stall(self, state: TrainState, seconds: float) -> None:
+        """Nothing."""
+
     def note(self, text: str | None) -> None:
         """Nothing."""
 
