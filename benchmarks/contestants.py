@@ -94,7 +94,9 @@ def our_step(config: RunConfig, device: torch.device) -> Run:
 
     def step() -> None:
         nonlocal state
-        state = steps.take(state, stop_requested=False).state
+        taken = steps.take(state, stop_requested=False)
+        assert taken is not None, "nobody asked to stop"
+        state = taken.state
 
     return step
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "tokenizer": "train a byte-level BPE tokenizer",
     "convert": "convert checkpoints to Hugging Face folders, or inspect one",
     "parity": "prove that a layout computes the same model as one process",
+    "doctor": "name the rank that a hanging run waits for",
     "schedule": "simulate and draw a pipeline schedule",
     "config": "show the resolved settings and where each came from",
 }

@@ -6,22 +6,44 @@ from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.data.verify import without_manifest
+from megatron_aquila.observe.breadcrumbs import Recorder
 from megatron_aquila.observe.log import Log
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.banner import print_banner
 from megatron_aquila.train.build import build_machine, create_context
 from megatron_aquila.train.corpus import build_corpus, identify
 from megatron_aquila.train.launcher import Launch
+from megatron_aquila.train.presence import presence
 from megatron_aquila.train.report import open_reporter
 from megatron_aquila.train.resume import load_weights
 from megatron_aquila.train.start import find_start, resolve_checkpoint
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.stops import StopRequest
 from megatron_aquila.train.trainer import train
 
 
-def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launch: Launch, log: Log) -> TrainState:
+def pretrain(
+    loaded: LoadedConfig,
+    derived: Derived,
+    device: torch.device,
+    launch: Launch,
+    log: Log,
+    *,
+    attempt: str,
+    stops: StopRequest,
+) -> TrainState:
+    """Hold the run's folder and train to its end. Collective. ``attempt`` tells this start from a launcher's others."""
+    recorder = Recorder(rank=launch.rank, world=launch.world_size, attempt=attempt)
+    ctx = create_context(loaded.config, derived, device, recorder)
+    with presence(loaded.config, ctx, launch, recorder, stops, log):
+        return train_in_folder(loaded, derived, ctx, launch, log, stops)
+
+
+def train_in_folder(
+    loaded: LoadedConfig, derived: Derived, ctx: ParallelContext, launch: Launch, log: Log, stops: StopRequest
+) -> TrainState:
     """Train to the end of the run. Collective. What fails on one rank before training fails on all, with one text."""
     config = loaded.config
-    ctx = create_context(config, derived, device)
     checkpoint = resolve_checkpoint(config.checkpoint, ctx.world)
     identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
     start = agreed(lambda: find_start(config, derived, checkpoint, identity), ctx.world)
@@ -38,7 +60,7 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
         log.line(line)
     try:
         with open_reporter(machine, log) as reporter:
-            return train(machine, corpus, start.state, reporter)
+            return train(machine, corpus, start.state, reporter, stops)
     finally:
         corpus.close()
 

@@ -36,12 +36,11 @@ class StepOutcome:
 class Step:
     """A step that was launched: the device may still be at work on it.
 
-    ``state`` is the one after it but for what only the device knows, ``stop_requested`` whether any rank had asked to
-    stop before it. ``figures``: the loss sums, the gradient norm, and whether that is finite.
+    ``state`` is the one after it but for what only the device knows. ``figures``: the loss sums, the gradient norm, and
+    whether that is finite.
     """
 
     state: TrainState
-    stop_requested: bool
     samples: tuple[int, int]
     began: Moment
     figures: Readback
@@ -63,8 +62,10 @@ class Step:
         return StepOutcome(state.settled(self.samples, applied=applied, loss_scale=loss_scale), report)
 
 
-def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requested: bool) -> Step:
+def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requested: bool) -> Step | None:
     """Read, forward, backward, reduce, clip, update: one global batch. Communicates over every group.
+
+    None, on every rank, where any of them wants to stop: the step has not begun.
 
     Waits for the loader and for what the hosts agree on, never for the device. The learning rate is that of the samples
     consumed before the step, as in Megatron-LM. A step whose gradient norm is not finite is not applied; its samples
@@ -79,6 +80,8 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     counts = agree(ctx, batches, stop_requested=stop_requested, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
+    if counts.stop_requested:
+        return None
     sums = LossSums(corpus.source_names, num_tokens=counts.num_tokens, device=ctx.device, loss_scale=scale)
     compute_gradients(machine, [batch.to(ctx.device) for batch in batches], sums)
     total, lr = sums.total(ctx), machine.lr.at(state.consumed_samples)
@@ -104,7 +107,6 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     )
     return Step(
         state=after,
-        stop_requested=counts.stop_requested,
         samples=(state.consumed_samples, after.consumed_samples),
         began=began,
         figures=figures,

@@ -1,12 +1,8 @@
 """The loop: steps, validations, checkpoints, and the four ways it ends (samples, time, signal, end of the run)."""
 
 import itertools
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
-from types import FrameType
 from typing import Protocol
 
 from megatron_aquila.config.schema import RunConfig
@@ -22,6 +18,7 @@ from megatron_aquila.train.profile import StepProfiler
 from megatron_aquila.train.resume import prune_old, save
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.step import Step, train_step
+from megatron_aquila.train.stops import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -39,31 +36,6 @@ class Reporter(Protocol):
         """Something else worth a line; ``None`` is not."""
 
 
-class StopRequest:
-    """Set by SIGTERM or SIGINT: finish the step, save, stop. A second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT while the loop runs."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Steps:
     """Takes steps, and tells of each once its figures are here.
 
@@ -78,13 +50,18 @@ class Steps:
         self._runs_ahead = runs_ahead(machine)
         self._under_way: Step | None = None
 
-    def take(self, state: TrainState, *, stop_requested: bool) -> Step:
-        """Launch the step after ``state`` and settle the one before it; go on from its ``state``. Collective."""
+    def take(self, state: TrainState, *, stop_requested: bool) -> Step | None:
+        """Launch the step after ``state`` and settle the one before it; go on from its ``state``. Collective.
+
+        None where the ranks agreed to stop instead.
+        """
         try:
             step = train_step(self._machine, self._corpus, state, stop_requested=stop_requested)
         except AquilaError:  # raised on every rank, before the step began
             self.settle(state)
             raise
+        if step is None:
+            return None
         state = self.settle(step.state)
         self._under_way = step
         return replace(step, state=state if self._runs_ahead else self.settle(state))
@@ -108,41 +85,51 @@ def runs_ahead(machine: Machine) -> bool:
     return machine.ctx.device.type == "cuda" and machine.scaling.is_constant
 
 
-def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter) -> TrainState:
+def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter, stops: StopRequest) -> TrainState:
     """Run from ``state`` to the end of the run, or until asked to stop. Collective; returns the last state.
 
-    Stopping is agreed at the beginning of a step, takes effect after it, and saves.
+    Stopping is agreed before each step and takes effect there; it saves what is not saved yet.
     """
-    config = machine.config
-    started, last_saved = time.monotonic(), state.step
-    profiler = StepProfiler(config, machine.ctx.rank, machine.ctx.device)
+    config, ctx = machine.config, machine.ctx
+    last_saved = state.step
+    profiler = StepProfiler(config, ctx.rank, ctx.device)
     steps = Steps(machine, corpus, reporter)
-    with stop_on_signals() as request, closing(profiler):
+    stops.begin()
+    with closing(profiler):
         why = end_of_run(config, state)
         while why is None:
-            late = config.train.exit_minutes is not None and time.monotonic() - started > 60 * config.train.exit_minutes
             profiler.before(state.step + 1)
-            step = steps.take(state, stop_requested=late or request.signal_name is not None)
-            state = step.state
-            why = end_of_run(config, state)
-            if why is None and step.stop_requested:
-                why = stop_reason(request, late=late)
+            ctx.trail.at(state.step + 1, "train")
+            step = steps.take(state, stop_requested=stops.is_asked)
+            stopped = step is None
+            if step is None:
+                why = stops.reason
+            else:
+                state = step.state
+                why = end_of_run(config, state)
             last = why is not None
-            checks = is_due(state.step, config.train.check_replicas, last=False)
-            validates = bool(corpus.valid) and is_due(state.step, config.train.eval_interval, last=last)
+            checks = not stopped and is_due(state.step, config.train.check_replicas, last=False)
+            validates = not stopped and bool(corpus.valid) and is_due(state.step, config.train.eval_interval, last=last)
             saves = config.checkpoint.save is not None and is_due(state.step, save_interval(config, state), last=last)
             if last or checks or validates or saves:
                 state = steps.settle(state)
             reporter.note(profiler.after(state.step, last=last))
             if checks:
+                ctx.trail.at(state.step, "check")
                 machine.optimizer.wait_for_weights()
-                check_replicated(machine.infos, machine.ctx)
+                check_replicated(machine.infos, ctx)
             if validates:
-                reporter.validation(state, evaluate(machine, corpus))
-            if saves:
+                ctx.trail.at(state.step, "validate")
+                means = evaluate(machine, corpus, stops)
+                if means is not None:
+                    reporter.validation(state, means)
+            if saves and last_saved < state.step:
+                ctx.trail.at(state.step, "save")
                 reporter.note(f"saved {save(machine, state, corpus.identity)}")
                 reporter.note(prune_old(machine))
                 last_saved = state.step
+            if stopped:
+                stops.honour()
     machine.optimizer.wait_for_weights()
     reporter.note(f"stopped at step {state.step}, {state.consumed_samples} samples: {why}")
     if last_saved < state.step:
@@ -157,13 +144,6 @@ def end_of_run(config: RunConfig, state: TrainState) -> str | None:
     if config.train.exit_samples is not None and state.consumed_samples >= config.train.exit_samples:
         return f"--exit-samples {config.train.exit_samples} are consumed"
     return None
-
-
-def stop_reason(request: StopRequest, *, late: bool) -> str:
-    """Why a rank asked to stop, as far as this rank knows."""
-    if request.signal_name is not None:
-        return request.signal_name
-    return "--exit-minutes have passed" if late else "another rank was asked to stop"
 
 
 def is_due(step: int, interval: int, *, last: bool) -> bool:

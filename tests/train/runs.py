@@ -26,6 +26,7 @@ from megatron_aquila.train import build, corpus, resume, start, trainer
 from megatron_aquila.train.launcher import Launch, read_launch
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.stops import stop_on_signals
 
 VOCAB_SIZE = 61
 
@@ -110,6 +111,8 @@ def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None
     segments = begin.state.index_segments
     data = corpus.build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     resume.load_weights(machine, begin)
-    trainer.train(machine, data, begin.state, recorder)
+    with stop_on_signals() as stops:
+        stops.limit(minutes=config.train.exit_minutes, file=config.train.stop_file)
+        trainer.train(machine, data, begin.state, recorder, stops)
     data.close()
     return recorder

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.optim.clip import Clip
 from megatron_aquila.optim.scaler import LossScale, LossScaling
-from megatron_aquila.train import trainer
+from megatron_aquila.train import stops, trainer
 from megatron_aquila.train.state import TrainState
 from tests.train.runs import run, tiny_config
 
@@ -51,25 +50,10 @@ def test_the_ramp_has_its_own_save_interval() -> None:
     assert trainer.save_interval(config, replace(early, consumed_samples=100)) == 10
 
 
-def test_signals_ask_once_and_the_second_sigint_interrupts() -> None:
-    with trainer.stop_on_signals() as request:
-        signal.raise_signal(signal.SIGTERM)
-        assert request.signal_name == "SIGTERM"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is not request
-
-
-def test_reasons_to_stop_name_their_cause() -> None:
-    request = trainer.StopRequest()
-    assert "another rank" in trainer.stop_reason(request, late=False)
-    assert "--exit-minutes" in trainer.stop_reason(request, late=True)
-
-
 def test_time_that_is_up_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, *range(40, 1000, 40)])  # 40 s a step: two minutes are over before the fourth
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    config = tiny_config(tmp_path, exit_minutes=2)
+    clock = iter(range(0, 1000, 30))  # 30 s a step: two minutes are over before the sixth
+    monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    config = tiny_config(tmp_path, exit_minutes=2, train_samples=400, eval_interval=0)
     recorder = run(config)
     assert len(recorder.reports) == 4
     assert "--exit-minutes" in recorder.notes[-1]
