@@ -23,6 +23,7 @@ from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.start import fresh_state
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.stragglers import Comparison
 from megatron_aquila.train.trainer import Steps
 
 Weights = Literal["same", "masters"]
@@ -68,6 +69,9 @@ class Silent:
         """Nothing."""
 
     def validation(self, state: TrainState, means: LossMeans) -> None:
+        """Nothing."""
+
+    def stragglers(self, state: TrainState, found: Comparison) -> None:
         """Nothing."""
 
     def note(self, text: str | None) -> None:

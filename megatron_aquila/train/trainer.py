@@ -19,6 +19,7 @@ from megatron_aquila.train.resume import prune_old, save
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.step import Step, train_step
 from megatron_aquila.train.stops import StopRequest
+from megatron_aquila.train.stragglers import Comparison, Stragglers
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -31,6 +32,9 @@ class Reporter(Protocol):
 
     def validation(self, state: TrainState, means: LossMeans) -> None:
         """A validation is done."""
+
+    def stragglers(self, state: TrainState, found: Comparison) -> None:
+        """The ranks' own times were compared."""
 
     def note(self, text: str | None) -> None:
         """Something else worth a line; ``None`` is not."""
@@ -94,19 +98,23 @@ def train(machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporte
     last_saved = state.step
     profiler = StepProfiler(config, ctx.rank, ctx.device)
     steps = Steps(machine, corpus, reporter)
+    stragglers = Stragglers(ctx, interval=config.observe.straggler_interval)
     stops.begin()
     with closing(profiler):
         why = end_of_run(config, state)
         while why is None:
             profiler.before(state.step + 1)
             ctx.trail.at(state.step + 1, "train")
-            step = steps.take(state, stop_requested=stops.is_asked)
+            with stragglers.measure():
+                step = steps.take(state, stop_requested=stops.is_asked)
             stopped = step is None
             if step is None:
                 why = stops.reason
             else:
                 state = step.state
                 why = end_of_run(config, state)
+                if (comparison := stragglers.after(state.step)) is not None:
+                    reporter.stragglers(state, comparison)
             last = why is not None
             checks = not stopped and is_due(state.step, config.train.check_replicas, last=False)
             validates = not stopped and bool(corpus.valid) and is_due(state.step, config.train.eval_interval, last=last)
