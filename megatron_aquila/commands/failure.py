@@ -35,7 +35,9 @@ def exit_code(*, rank: int = 0) -> Iterator[ExitCode]:
             print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr)
     except Stopped as stop:
         code.value = 128 + stop.number
-        print(f"stopped by {signal.Signals(stop.number).name} before the first step: nothing to save", file=sys.stderr)
+        if rank == 0:
+            name = signal.Signals(stop.number).name
+            print(f"stopped by {name} before the first step: there is nothing to save", file=sys.stderr)
     except KeyboardInterrupt:
         code.value = 130
         print("interrupted", file=sys.stderr)
