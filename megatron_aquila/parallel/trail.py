@@ -104,7 +104,8 @@ class Tracked:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise explained(error, self._trail, self._ticket) from error
+            explain(error, self._trail, self._ticket)
+            raise
         self._trail.ends(self._ticket)
 
 
@@ -126,16 +127,16 @@ def tracked(
     try:
         work = launch()
     except RuntimeError as error:
-        raise explained(error, trail, ticket) from error
+        explain(error, trail, ticket)
+        raise
     if work is not None:
         return Tracked(work, trail, ticket)
     trail.ends(ticket)
     return None
 
 
-def explained(error: RuntimeError, trail: GroupTrail, ticket: int) -> RuntimeError:
-    """The error as the user should see it: one about a lost rank says where it was noticed, others stay."""
+def explain(error: RuntimeError, trail: GroupTrail, ticket: int) -> None:
+    """Raise ``CommunicationError`` for an error about a lost rank; other errors are our own mistakes."""
     text = str(error)
-    if not any(words in text.lower() for words in LOST):
-        return error
-    return CommunicationError(f"{trail.lost(ticket)} ({text.splitlines()[0]})")
+    if any(words in text.lower() for words in LOST):
+        raise CommunicationError(f"{trail.lost(ticket)} ({text.splitlines()[0]})") from error

@@ -105,5 +105,5 @@ def test_a_lost_rank_is_explained(text: str) -> None:
 
 
 def test_our_own_mistakes_keep_their_words() -> None:
-    with pytest.raises(RuntimeError, match="^shapes differ$"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         tracked(Silent(), "all_reduce", torch.zeros(1), failing("shapes differ"))
