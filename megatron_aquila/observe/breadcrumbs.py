@@ -36,6 +36,8 @@ RECORD = struct.Struct("@QdddQQIHH4I16s12s12s4xQ")
 HEADER_BYTES = 512
 FIRST_RECORD = HEADER_BYTES + SLOTS * CHANNEL.size
 FILE_BYTES = FIRST_RECORD + CAPACITY * RECORD.size
+_FIRST_COUNT, _COUNT_STEP = (HEADER_BYTES + 48) // 8, CHANNEL.size // 8  # in eights of bytes
+_write_record = RECORD.pack_into
 _AT, _STEP = 48, struct.Struct("@dI12s")  # where the header keeps the phase, to be written again at each
 
 
@@ -98,8 +100,8 @@ class Recorder:
         """Note a transfer of ``x``, the ``sequence``-th of its channel; returns its number."""
         self._number = number = self._number + 1
         self.last = now = time.time()
-        shape = tuple(x.shape)
-        RECORD.pack_into(
+        shape, names = x.shape, self._names
+        _write_record(
             self._map,
             FIRST_RECORD + number % CAPACITY * RECORD.size,
             number,
@@ -112,12 +114,12 @@ class Recorder:
             slot,
             len(shape),
             *(*shape, 0, 0, 0, 0)[:4],
-            self._text(op),
+            names.get(op) or self._text(op),
             self.phase,
-            self._text(x.dtype),
+            names.get(x.dtype) or self._text(x.dtype),
             number,
         )
-        self._counts[(HEADER_BYTES + slot * CHANNEL.size + 48) >> 3] = sequence
+        self._counts[_FIRST_COUNT + slot * _COUNT_STEP] = sequence
         return number
 
     def waits(self, number: int) -> None:
@@ -160,9 +162,7 @@ class Recorder:
         return _spelled(self.phase)
 
     def _text(self, value: object) -> bytes:
-        found = self._names.get(value)
-        if found is None:
-            found = self._names[value] = str(value).rpartition(".")[2].encode()
+        found = self._names[value] = str(value).rpartition(".")[2].encode()
         return found
 
 
