@@ -60,7 +60,7 @@ class Recorder:
 
     def __init__(self, *, rank: int = 0, world: int = 1, attempt: str = "") -> None:
         self.run: Path | None = None
-        self.rank, self.waited, self.last = rank, 0.0, time.time()
+        self.rank, self.world, self.waited, self.last = rank, world, 0.0, time.time()
         self.step, self.phase = 0, b"start"
         self._use(mmap.mmap(-1, FILE_BYTES))
         self._number = self._channels = 0

@@ -18,22 +18,24 @@ SECTION = "---"  # before each dump that a rank makes by itself
 
 @contextmanager
 def watched(
-    recorder: Recorder, run: Path, *, rank: int, seconds: float, tell: Callable[[str], None] | None = None
+    recorder: Recorder, run: Path, *, seconds: float, tell: Callable[[str], None] | None = None
 ) -> Iterator[None]:
     """Dump this process's Python stacks into ``RUN/breadcrumbs/rank_N.stack`` where it hangs, for the body's length.
 
     Once each time that the recorder was told nothing for ``seconds``, and on ``SIGUSR1``, for which ``aquila doctor
-    hang`` asks on its own machine. Ranks 0 and 1 also ``tell`` of it (default: stderr), so that one of them does where
-    the other is stuck. Takes the signal only in the main thread.
+    hang`` asks on its own machine. Of several ranks 0 and 1 also ``tell`` of it (default: stderr), so that one of them
+    does where the other is stuck. Takes the signal only in the main thread.
     """
-    talks = rank < 2
+    rank, talks = recorder.rank, recorder.rank < 2 <= recorder.world
     tell = _to_stderr if tell is None else tell
     with (run / FOLDER / stack_name(rank)).open("w", encoding="utf-8") as file:
         in_main = threading.current_thread() is threading.main_thread()
         if in_main:
             faulthandler.register(DUMP_SIGNAL, file=file, all_threads=True, chain=False)
         ended = threading.Event()
-        line = f"rank {rank}: no transfer for {{:.0f}} s; `aquila doctor hang {run}` tells who is behind"
+        line = (
+            f"rank {rank}: no transfer and no step begun for {{:.0f}} s; `aquila doctor hang {run}` tells who is behind"
+        )
         arguments = (recorder, file, seconds, ended, (lambda idle: tell(line.format(idle))) if talks else _nothing)
         thread = threading.Thread(target=_watch, args=arguments, name="hang watch", daemon=True)
         thread.start()

@@ -23,7 +23,7 @@ def presence(
 ) -> Iterator[None]:
     """Hold the run's folder for the body's length. Collective.
 
-    Rank 0 holds the lock, looks for the stop file, and fails once the lock is lost. Raises ``RunFolderError`` on every
+    Rank 0 holds the lock, looks for the stop file, and fails once the lock is lost. Raises ``AquilaError`` on every
     rank where another run has the folder; without a folder there is nothing to hold.
     """
     folder = config.checkpoint.save if config.checkpoint.save is not None else config.observe.log_dir
@@ -65,5 +65,5 @@ def _trail(config: RunConfig, recorder: Recorder) -> Iterator[None]:
     except OSError as error:
         way_out = "name a folder that can be written, or give --no-breadcrumbs"
         raise RunFolderError(f"{run}: no breadcrumbs can be kept: {error.strerror}; {way_out}") from error
-    with watched(recorder, run, rank=recorder.rank, seconds=config.observe.hang_dump_seconds):
+    with watched(recorder, run, seconds=config.observe.hang_dump_seconds):
         yield

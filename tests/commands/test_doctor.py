@@ -38,7 +38,7 @@ def work(rank: int, folder: Path, how: str, timeout: float) -> None:
     recorder.keep_in(folder)
     grid = RankGrid(pp=WORLD) if how == "message" else RankGrid(dp=WORLD)
     ctx = ParallelContext.create(grid, torch.device("cpu"), limit, trail=recorder)
-    with watched(recorder, folder, rank=rank, seconds=0.3, tell=lambda line: (folder / "told").write_text(line)):
+    with watched(recorder, folder, seconds=0.3, tell=lambda line: (folder / "told").write_text(line)):
         try:
             for step in range(1, 4):
                 recorder.at(step, "train")
