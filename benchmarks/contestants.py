@@ -24,6 +24,7 @@ from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.record import RunRecord
 from megatron_aquila.train.start import fresh_state
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.stragglers import Comparison
 from megatron_aquila.train.trainer import Steps
 
 Weights = Literal["same", "masters"]
@@ -74,6 +75,9 @@ class Silent:
     def stall(self, state: TrainState, seconds: float) -> None:
         """Nothing."""
 
+    def stragglers(self, state: TrainState, found: Comparison) -> None:
+        """Nothing."""
+
     def note(self, text: str | None) -> None:
         """Nothing."""
 
@@ -103,7 +107,9 @@ def our_step(config: RunConfig, device: torch.device) -> Run:
 
     def step() -> None:
         nonlocal state
-        state = steps.take(state, stop_requested=False).state
+        taken = steps.take(state, stop_requested=False)
+        assert taken is not None, "nobody asked to stop"
+        state = taken.state
 
     return step
 

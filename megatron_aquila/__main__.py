@@ -16,6 +16,7 @@ COMMANDS = {
     "ckpt": "list, verify, compare, tag and prune checkpoints",
     "parity": "prove that a layout computes the same model as one process",
     "selftest": "prove that a run that was stopped and resumed is the run that never was",
+    "doctor": "name the rank that a hanging run waits for",
     "schedule": "simulate and draw a pipeline schedule",
     "ledger": "what happened to a run, and whether no sample is in it twice or never",
     "config": "show the resolved settings and where each came from",

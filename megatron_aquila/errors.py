@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LOST_RANK = 3  # exit status where a transfer failed because of another rank
+
 
 class AquilaError(Exception):
     """Base of every error that is the input's fault; the command line prints it without a traceback.
@@ -23,6 +25,25 @@ class CheckpointError(AquilaError):
 
 class ScheduleError(AquilaError):
     """A pipeline schedule is incomplete, out of order or can deadlock; the message shows where each rank stands."""
+
+
+class RunFolderError(AquilaError):
+    """A run's folder cannot be used: another run has it, or what it holds is no record of one; names the path."""
+
+
+class CommunicationError(AquilaError, RuntimeError):
+    """Another rank is gone, stuck or late; the message names the transfer in which this one noticed, and the way on.
+
+    No fault of the input: the process leaves with status ``LOST_RANK``, and a launcher may start the run again.
+    """
+
+
+class Stopped(BaseException):
+    """A signal asked the process to leave before it had anything to save. No error: nothing may catch it on the way."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"signal {number}")
 
 
 @dataclass(frozen=True, slots=True)

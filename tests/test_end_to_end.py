@@ -70,3 +70,30 @@ def test_a_refusal_under_torchrun_is_one_message_and_status_2_on_every_rank(tmp_
     assert done.stderr.count("nowhere: there is no such folder") == 1, done.stderr
     assert "exitcode: 2" in done.stderr.replace("exitcode  : 2", "exitcode: 2"), done.stderr
     assert "terminate called" not in done.stderr
+
+
+def elastic(folder: Path, name: str, kill_after: int) -> tuple[str, dict[int, float], dict[str, bytes]]:
+    """A run of 8 steps that saves every third into ``folder/name``; rank 1 is killed once (0: never)."""
+    words = command(folder, "--save", str(folder / name), "--save-interval", "3", "--resume", "--exit-samples", "64")
+    script = words.index("pretrain_aquila.py")
+    words[script : script + 1] = ["tests/train/kill_once.py", str(kill_after or 99), str(folder / "marker")]
+    words[len(TORCHRUN) : len(TORCHRUN)] = ["--max-restarts", "2"]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parsed = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in parsed if "loss" in row}
+    last = folder / name / "step_0000008"
+    return done.stdout + done.stderr, losses, {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+
+
+@pytest.mark.end_to_end
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """torchrun's store still holds the dead processes' addresses: a rank that read them would never connect."""
+    killed, losses, tensors = elastic(tmp_path, "killed", kill_after=5)
+    assert "at step 3, 24 samples" in killed, "it went on from the last checkpoint"
+    assert "is gone, stuck or late: noticed in" in killed, "the survivor says why it left"
+    _, expected_losses, expected = elastic(tmp_path, "whole", kill_after=0)
+    assert losses == expected_losses
+    assert sorted(losses) == list(range(1, 9))
+    assert tensors == expected
+    assert len(tensors) == 2

@@ -11,14 +11,15 @@ from megatron_aquila.config.cli import LoadedConfig, load_config
 from megatron_aquila.config.derive import derive
 from megatron_aquila.errors import ConfigError
 from megatron_aquila.train.launcher import Launch, read_launch
+from megatron_aquila.train.stops import StopRequest, stop_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Pretrain as the settings say; under torchrun one process a rank. Returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     launch = read_launch()
-    with exit_code(rank=launch.rank) as code:
-        run(load(arguments, launch), launch)
+    with exit_code(rank=launch.rank) as code, stop_on_signals() as stops:
+        run(load(arguments, launch), launch, stops)
     if code.value != 0 and launch.world_size > 1:
         leave(code.value)
     return code.value
@@ -44,8 +45,8 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def run(loaded: LoadedConfig, launch: Launch) -> None:
-    """Build the run and train to its end."""
+def run(loaded: LoadedConfig, launch: Launch, stops: StopRequest) -> None:
+    """Build the run and train to its end, or until ``stops`` asks."""
     # Torch is imported here, so that --help and wrong flags answer at once.
     from megatron_aquila.observe.log import Log
     from megatron_aquila.train import banner, env, run
@@ -57,5 +58,6 @@ def run(loaded: LoadedConfig, launch: Launch) -> None:
     banner.check_memory(config, derived, device)
     banner.check_peak(config, device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    with env.process_group(device, launch, timeout), banner.explain_out_of_memory(config, derived):
-        run.pretrain(loaded, derived, device, launch, Log(enabled=launch.rank == 0))
+    log = Log(enabled=launch.rank == 0)
+    with env.process_group(device, launch, timeout) as attempt, banner.explain_out_of_memory(config, derived):
+        run.pretrain(loaded, derived, device, launch, log, attempt=attempt, stops=stops)

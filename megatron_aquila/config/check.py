@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from megatron_aquila.config.checkpoints import check_retention
 from megatron_aquila.config.context import check_context_heads, check_context_scores, check_sequence
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
+from megatron_aquila.config.elastic import check_elastic, model_ranks
 from megatron_aquila.config.inputs import (
     check_data_path,
     check_documents,
@@ -126,9 +127,9 @@ def _given_stages(layout: ParallelConfig, layers: int) -> Iterator[Problem]:
 
 def _world(config: RunConfig, world: int | None) -> Iterator[Problem]:
     """tp x cp x pp divides the world, and dp, where given, is what is left."""
-    if world is None:
+    if world is None or config.parallel.elastic:
         return
-    layout, ranks = config.parallel, _model_ranks(config)
+    layout, ranks = config.parallel, model_ranks(config)
     if world % ranks:
         flags, product = _product(config)
         why = f"{product} ranks do not divide the world size {world}"
@@ -141,7 +142,7 @@ def _world(config: RunConfig, world: int | None) -> Iterator[Problem]:
 
 def _batch(config: RunConfig, world: int | None) -> Iterator[Problem]:
     """The global batch is a whole number of microbatches on every replica."""
-    batch, (unit, what) = config.train.global_batch, _batch_unit(config, world)
+    batch, (unit, what) = config.train.global_batch, _batch_unit(config, None if config.parallel.elastic else world)
     if batch % unit:
         yield Problem("--global-batch", batch, f"is not a multiple of {what}", f"use {_multiples(batch, unit)}")
 
@@ -264,8 +265,10 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _heads: _SHAPE,
     _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
     _pipeline: _STAGES,
-    _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks parallel.context_method",
-    _batch: f"{_LAYOUT} {_BATCH}",
+    _world: f"{_LAYOUT} parallel.elastic {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks "
+    "parallel.context_method",
+    _batch: f"{_LAYOUT} {_BATCH} parallel.elastic",
+    check_elastic: f"{_LAYOUT} {_BATCH} train.rampup_batch parallel.elastic",
     _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
     check_sequence: "parallel.context parallel.context_method parallel.sequence parallel.tensor model.seq_len",
     check_context_scores: "parallel.context model.position_embedding model.score_clamp",
@@ -316,19 +319,15 @@ def _tensor_degrees(shape: ModelShape, world: int | None) -> list[int]:
     return _divisors(math.gcd(*_split_sizes(shape).values(), *([] if world is None else [world])))
 
 
-def _model_ranks(config: RunConfig) -> int:
-    return config.parallel.tensor * config.parallel.context * config.parallel.pipeline
-
-
 def _batch_unit(config: RunConfig, world: int | None) -> tuple[int, str]:
     """Samples of one microbatch on every replica, and the product in words.
 
     A world that the layout does not divide is another rule's problem; here, as before the world is known, dp counts
     as given, or as 1.
     """
-    dp = 1 if config.parallel.data is None else config.parallel.data
-    if world is not None and world % _model_ranks(config) == 0:
-        dp = world // _model_ranks(config)
+    dp = 1 if config.parallel.data is None or config.parallel.elastic else config.parallel.data
+    if world is not None and world % model_ranks(config) == 0:
+        dp = world // model_ranks(config)
     micro = config.train.micro_batch
     return micro * dp, f"micro_batch {micro} x dp {dp} = {micro * dp}"
 
@@ -340,7 +339,7 @@ def _product(config: RunConfig) -> tuple[str, str]:
     used = {name: degree for name, degree in degrees.items() if degree > 1}
     flags = " ".join(f"--{name} {degree}" for name, degree in used.items())
     factors = [f"{name} {degree}" for name, degree in used.items()]
-    return flags, f"{' x '.join(factors)} = {_model_ranks(config)}" if len(factors) > 1 else f"{_model_ranks(config)}"
+    return flags, f"{' x '.join(factors)} = {model_ranks(config)}" if len(factors) > 1 else f"{model_ranks(config)}"
 
 
 def _layouts(config: RunConfig, world: int) -> str:
@@ -356,7 +355,7 @@ def _layouts(config: RunConfig, world: int) -> str:
     ]
     works.sort(key=lambda at: abs(math.log(at[0] / layout.tensor)) + abs(math.log(at[1] / layout.pipeline)))
     nearest = [f"--tp {tp} --pp {pp}{without}" for tp, pp in sorted(works[:6])]
-    return f"use {_listed(nearest)}, or start a multiple of {_model_ranks(config)} processes"
+    return f"use {_listed(nearest)}, or start a multiple of {model_ranks(config)} processes"
 
 
 def _range(last: int) -> str:

@@ -289,7 +289,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "a step whose gradient norm is not finite is left out and logged; the run goes on",
             "leave it out, and watch the log's field applied",
         ),
-        "--exit-signal-handler": Always("SIGTERM ends the run after its step, saved"),
+        "--exit-signal-handler": Always("SIGTERM ends the run before its next step, saved"),
         "--lr-warmup-fraction": Refused("lengths are in samples", "use --lr-warmup-samples", _warmup_samples),
         **_family(_ADAN, "--adan-beta1 --adan-beta2 --adan-beta3 --adan-eps"),
         # Data
@@ -353,9 +353,9 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         **_family(
             _NOT_LOGGED,
             "--log-params-norm --log-num-zeros-in-grad --log-timers-to-tensorboard --log-world-size-to-tensorboard "
-            "--log-validation-ppl-to-tensorboard --log-straggler --log-progress "
-            "--timing-log-option --tensorboard-queue-size",
+            "--log-validation-ppl-to-tensorboard --log-progress --timing-log-option --tensorboard-queue-size",
         ),
+        "--log-straggler": Always("slow ranks are looked for every --straggler-interval steps"),
         "--timing-log-level": Always("a step's time and its wait for data are logged", ("0",)),
         "--profile": Refused("the steps to profile are named", "use --profile-steps FIRST-LAST"),
         "--profile-step-start": Refused(

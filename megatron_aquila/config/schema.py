@@ -148,6 +148,9 @@ class ParallelConfig:
     timeout_minutes: Positive = setting(
         10.0, "a collective that takes longer ends the run", "--timeout-minutes", "--distributed-timeout-minutes"
     )
+    elastic: bool = setting(
+        False, "dp follows the world that is there, also where --dp says otherwise; the global batch stays"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +306,9 @@ class TrainConfig:
     exit_minutes: Positive | None = setting(
         None, "save and stop after this many minutes", "--exit-minutes", "--exit-duration-in-mins"
     )
+    stop_file: Path | None = setting(
+        None, "save and stop once this file is there; it is removed then; default `stop` in the save folder"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute", "--device")
     kernels: tuple[str, ...] = setting(
         (), "kernels chosen by hand, e.g. attention=sdpa_cudnn rms_norm=torch", "--kernels"
@@ -395,6 +401,11 @@ class ObserveConfig:
         None, "steps FIRST-LAST, both included, to profile: a trace in the log's folder and a summary of it"
     )
     profile_ranks: tuple[Whole, ...] = setting((0,), "ranks that are profiled", "--profile-ranks")
+    breadcrumbs: bool = setting(
+        True, "keep every rank's last transfers in the log's folder, for `aquila doctor hang`", "--breadcrumbs"
+    )
+    hang_dump_seconds: Positive = setting(120.0, "a rank without a transfer for so long writes its Python stack there")
+    straggler_interval: Whole = setting(100, "steps between looks for slow ranks; 0 means never")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ done. It is the same collective, so the bits are the same.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megatron_aquila.kernels.precision import apply
 from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.trail import Tracked, Waitable, tracked
 
 # torch 2.13 deprecates the second names, torch 2.11 lacks the first.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,7 +32,7 @@ class Pending:
     def __init__(
         self,
         result: Tensor,
-        work: dist.Work | None = None,
+        work: Waitable | None = None,
         *,
         operand: Tensor | None = None,
         finish: Callable[[], None] | None = None,
@@ -51,7 +53,7 @@ class Pending:
 def all_reduce_(x: Tensor, group: Group, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
     """Replace ``x`` by its sum, maximum or minimum over the group, and return it. ``x`` must be contiguous."""
     if group.size > 1:
-        dist.all_reduce(x, op=_REDUCTIONS[op], group=group.handle)
+        _launch("all_reduce", x, group, lambda: dist.all_reduce(x, op=_REDUCTIONS[op], group=group.handle))
     return x
 
 
@@ -69,7 +71,8 @@ def begin_all_reduce_(x: Tensor, group: Group, *, overlap: bool) -> Pending:
     """Begin to replace ``x`` by its sum over the group. ``x`` must be contiguous."""
     if group.size == 1:
         return Pending(x)
-    return Pending(x, dist.all_reduce(x, group=group.handle, async_op=overlap))
+    begin = partial(dist.all_reduce, x, group=group.handle, async_op=overlap)
+    return Pending(x, _launch("all_reduce", x, group, begin, overlap=overlap))
 
 
 def begin_all_gather(x: Tensor, group: Group, *, overlap: bool) -> Pending:
@@ -77,7 +80,8 @@ def begin_all_gather(x: Tensor, group: Group, *, overlap: bool) -> Pending:
     if group.size == 1:
         return Pending(x)
     gathered, x = x.new_empty((group.size * x.shape[0], *x.shape[1:])), x.contiguous()
-    return Pending(gathered, _all_gather_single(gathered, x, group=group.handle, async_op=overlap), operand=x)
+    begin = partial(_all_gather_single, gathered, x, group=group.handle, async_op=overlap)
+    return Pending(gathered, _launch("all_gather", x, group, begin, overlap=overlap), operand=x)
 
 
 def begin_reduce_scatter(x: Tensor, group: Group, *, overlap: bool) -> Pending:
@@ -87,14 +91,16 @@ def begin_reduce_scatter(x: Tensor, group: Group, *, overlap: bool) -> Pending:
     rows, rest = divmod(x.shape[0], group.size)
     assert rest == 0, f"shape {tuple(x.shape)} does not split over the {group.size} ranks of {group.name}"
     out, x = x.new_empty((rows, *x.shape[1:])), x.contiguous()
-    return Pending(out, _reduce_scatter_single(out, x, group=group.handle, async_op=overlap), operand=x)
+    begin = partial(_reduce_scatter_single, out, x, group=group.handle, async_op=overlap)
+    return Pending(out, _launch("reduce_scatter", x, group, begin, overlap=overlap), operand=x)
 
 
 def begin_all_gather_flat_(out: Tensor, shard: Tensor, group: Group, *, overlap: bool) -> Pending:
     """Begin to fill the 1-D ``out`` with the ranks' ``shard``, in rank order, which may be this rank's piece of it."""
     _check_shards(out, shard, group)
     if group.size > 1:
-        return Pending(out, _all_gather_single(out, shard, group=group.handle, async_op=overlap), operand=shard)
+        begin = partial(_all_gather_single, out, shard, group=group.handle, async_op=overlap)
+        return Pending(out, _launch("all_gather", shard, group, begin, overlap=overlap), operand=shard)
     if out.data_ptr() != shard.data_ptr():
         out.copy_(shard)
     return Pending(out)
@@ -124,11 +130,13 @@ def begin_reduce_scatter_flat_(
     sent = full if dtype is None else full.to(dtype)
     if in_rank_order:
         received = torch.empty_like(sent)
-        work = dist.all_to_all_single(received, sent, group=group.handle, async_op=overlap)
+        begin = partial(dist.all_to_all_single, received, sent, group=group.handle, async_op=overlap)
+        work = _launch("all_to_all", sent, group, begin, overlap=overlap)
         terms = received.view(group.size, -1)
         return Pending(shard_out, work, operand=sent, finish=lambda: _sum_in_order(shard_out, terms))
     out = shard_out if sent is full else sent.new_empty(shard_out.shape)
-    work = _reduce_scatter_single(out, sent, group=group.handle, async_op=overlap)
+    begin = partial(_reduce_scatter_single, out, sent, group=group.handle, async_op=overlap)
+    work = _launch("reduce_scatter", sent, group, begin, overlap=overlap)
     return Pending(shard_out, work, operand=sent, finish=None if out is shard_out else lambda: _copy(shard_out, out))
 
 
@@ -163,6 +171,13 @@ def all_to_all(x: Tensor, group: Group) -> Tensor:
     received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
     dist.all_to_all_single(received, x, group=group.handle)
     return received
+
+
+def _launch(
+    op: str, x: Tensor, group: Group, begin: Callable[[], dist.Work | None], *, overlap: bool = False
+) -> Tracked | None:
+    """Begin a collective of ``x`` and leave its crumb: what is to be waited for, or None where it is done."""
+    return tracked(group.trail, op, x, begin, waits=not overlap)
 
 
 def _sum_in_order(out: Tensor, terms: Tensor) -> None:

@@ -1,12 +1,13 @@
 """This process's place in the grid and the groups it talks through. Built once, passed everywhere."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from megatron_aquila.parallel.trail import SILENT, GroupTrail, Trail
 from megatron_aquila.plan.grid import Axis, RankGrid
 
 Ranks = tuple[int, ...]  # global ranks, ascending
@@ -17,7 +18,7 @@ Link = tuple[str, bool, int]  # "F" or "B", to a higher rank, from an odd rank (
 class Group:
     """One communication group. Size 1 means that every collective through it is the identity.
 
-    ``rank`` is this process's place in it, ``ranks`` are its members.
+    ``rank`` is this process's place in it, ``ranks`` are its members. ``trail`` is told of what it transfers.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Group:
     size: int
     ranks: Ranks
     handle: dist.ProcessGroup | None
+    trail: GroupTrail = field(default=SILENT, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class ParallelContext:
     dp_cp: Group
     world: Group
     host_world: Group
+    trail: Trail = field(default=SILENT, compare=False, repr=False)
 
     @classmethod
     def create(
@@ -58,12 +61,13 @@ class ParallelContext:
         timeout: timedelta | None = None,
         *,
         pp_turns_back: bool = False,
+        trail: Trail = SILENT,
     ) -> "ParallelContext":
         """Make every group of the grid. Collective: all ranks call it, in the same order.
 
         ``pp_turns_back``: activations also go to lower pipeline ranks, and gradients to higher ones.
         The default process group must be up unless the grid is a world of one; it serves where a group is the world,
-        with its own timeout.
+        with its own timeout. ``trail`` is told of every transfer.
         """
         rank = dist.get_rank() if dist.is_initialized() else 0
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -81,7 +85,10 @@ class ParallelContext:
             if len(mine) > 1 and (partition, own) not in handles:
                 made = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in partition}  # collective
                 handles[partition, own] = made[mine]
-            return Group(name, mine.index(rank), len(mine), mine, handles[partition, own] if len(mine) > 1 else None)
+            if len(mine) == 1:
+                return Group(name, 0, 1, mine, None)
+            label = " ".join([name, *map(str, own)]) if isinstance(own, tuple) else name
+            return Group(name, mine.index(rank), len(mine), mine, handles[partition, own], trail.group(label, mine))
 
         # The world's own communicator would make what it agrees on wait for the weights that dp_cp still gathers.
         # With two ranks there is no link but the even one. The first, activations to a higher rank, may share.
@@ -104,7 +111,8 @@ class ParallelContext:
             pp_links={link: group("pp_link", "pp", own=link if index else None) for index, link in enumerate(kinds)},
             dp_cp=group("dp_cp", "dp", "cp", own="dp_cp" if alone else None),
             world=world_group,
-            host_world=_on_host(world_group, timeout),
+            host_world=_on_host(world_group, timeout, trail),
+            trail=trail,
         )
 
     def pp_link(self, op: str, source: int, target: int) -> Group:
@@ -124,11 +132,12 @@ class ParallelContext:
         return cls.create(RankGrid(), device if device is not None else torch.device("cpu"))
 
 
-def _on_host(world: Group, timeout: timedelta | None) -> Group:
+def _on_host(world: Group, timeout: timedelta | None, trail: Trail) -> Group:
     """The same ranks over a backend that carries tensors on the CPU: of the usual ones only NCCL does not. Collective.
 
     What ranks agree on there waits for their hosts and for no GPU.
     """
     if world.handle is None or dist.get_backend(world.handle) != "nccl":
         return world
-    return replace(world, handle=dist.new_group(list(world.ranks), timeout=timeout, backend="gloo"))
+    handle = dist.new_group(list(world.ranks), timeout=timeout, backend="gloo")
+    return replace(world, handle=handle, trail=trail.group("host_world", world.ranks))

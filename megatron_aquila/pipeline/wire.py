@@ -1,14 +1,15 @@
 """How tensors travel between stages: over torch.distributed, or on one rank through a dictionary."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.context import Group, ParallelContext
+from megatron_aquila.parallel.trail import Tracked, tracked
 from megatron_aquila.pipeline.action import Op
 
 Message = tuple[Op, int, int]  # what it is, the stage it is for, the microbatch
@@ -61,8 +62,8 @@ class P2PWire:
         self._shape, self._dtype, self._device = activation_shape, dtype, ctx.device
         self._here = LocalWire()
         # By what is sent and to whom, oldest first. Work and tensor are kept: gloo closes a connection if either goes.
-        self._sending: dict[tuple[Op, int], deque[tuple[dist.Work, Tensor]]] = {}
-        self._expected: dict[Message, tuple[dist.Work, Tensor]] = {}
+        self._sending: dict[tuple[Op, int], deque[tuple[Tracked, Tensor]]] = {}
+        self._expected: dict[Message, tuple[Tracked, Tensor]] = {}
 
     def send(self, op: Op, stage: int, microbatch: int, x: Tensor) -> None:
         """Communicates: one asynchronous send to the rank of ``stage``, or none if that is this one.
@@ -76,8 +77,8 @@ class P2PWire:
             self._here.send(op, stage, microbatch, x)
             return
         link, x = self._ctx.pp_link(op, own, target), x.contiguous()
-        work = dist.isend(x, link.ranks[target], group=link.handle)
-        assert work is not None, f"rank {self._ctx.rank} sends through {link.name} but is not in it"
+        ends = link.ranks[own], link.ranks[target]
+        work = self._launch("send", x, link, ends, lambda: dist.isend(x, ends[1], group=link.handle))
         sending = self._sending.setdefault((op, target), deque())
         sending.append((work, x))
         if len(sending) > self._depth:
@@ -112,13 +113,19 @@ class P2PWire:
         """The rank from which ``stage`` receives: the stage before sends activations, the one behind gradients."""
         return self._stage_rank[stage - 1 if op is Op.F else stage + 1]
 
-    def _receive(self, op: Op, stage: int) -> tuple[dist.Work, Tensor]:
+    def _receive(self, op: Op, stage: int) -> tuple[Tracked, Tensor]:
         source = self._source(op, stage)
         link = self._ctx.pp_link(op, source, self._ctx.pp.rank)
         x = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        work = dist.irecv(x, link.ranks[source], group=link.handle)
-        assert work is not None, f"rank {self._ctx.rank} receives through {link.name} but is not in it"
-        return work, x
+        ends = link.ranks[source], self._ctx.rank
+        return self._launch("recv", x, link, ends, lambda: dist.irecv(x, ends[0], group=link.handle)), x
+
+    def _launch(
+        self, op: str, x: Tensor, link: Group, ends: tuple[int, int], begin: Callable[[], dist.Work | None]
+    ) -> Tracked:
+        work = tracked(link.trail, op, x, begin, link=ends)
+        assert work is not None, f"rank {self._ctx.rank} has a {op} through {link.name} but is not in it"
+        return work
 
 
 class LocalWire:

@@ -33,6 +33,7 @@ from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.parallel.ring import RingAttention
+from megatron_aquila.parallel.trail import SILENT, Trail
 from megatron_aquila.parallel.ulysses import UlyssesAttention
 from megatron_aquila.parallel.weight_grads import WeightGradQueue
 from megatron_aquila.pipeline.action import Program
@@ -84,10 +85,10 @@ class Machine:
         return forward_only(self.derived.stages.stage_rank, num_microbatches)[self.ctx.pp.rank]
 
 
-def create_context(config: RunConfig, derived: Derived, device: torch.device) -> ParallelContext:
-    """This process's place among the ranks, and its groups. Collective."""
+def create_context(config: RunConfig, derived: Derived, device: torch.device, trail: Trail = SILENT) -> ParallelContext:
+    """This process's place among the ranks, and its groups; ``trail`` is told what they transfer. Collective."""
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    return ParallelContext.create(derived.grid, device, timeout, pp_turns_back=derived.stages.turns_back)
+    return ParallelContext.create(derived.grid, device, timeout, pp_turns_back=derived.stages.turns_back, trail=trail)
 
 
 def build_machine(

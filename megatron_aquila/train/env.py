@@ -2,6 +2,7 @@
 
 import os
 import resource
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -48,14 +49,14 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> tor
 
 
 @contextmanager
-def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> Iterator[None]:
-    """The default process group for the length of a run; nothing in a world of one.
+def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> Iterator[str]:
+    """The default process group for the length of a run, nothing in a world of one; and the attempt's id.
 
     The store's keys carry the attempt's id: after a restart torchrun's store still holds the dead processes'
     addresses, and a rank that reads them never connects.
     """
     if launch.world_size == 1:
-        yield
+        yield uuid.uuid4().hex
         return
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     tcp = dist.TCPStore(  # type: ignore[attr-defined]  # torch re-exports it without saying so
@@ -74,7 +75,7 @@ def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> I
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    yield
+    yield attempt
     dist.destroy_process_group()  # not after an error: with a dead neighbour it can wait for ever
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """This process among those of the run."""
+    """This process among those of the run. ``run_id`` is the launcher's name for it, the same after restarts."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    run_id: str = ""
 
 
 def read_launch() -> Launch:
@@ -21,4 +22,5 @@ def read_launch() -> Launch:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        run_id=os.environ.get("TORCHELASTIC_RUN_ID", ""),
     )

@@ -22,6 +22,7 @@ from megatron_aquila.plan.recompute import recomputed_flops
 from megatron_aquila.train.build import DTYPES, Machine
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.stragglers import Comparison
 
 
 class RankZeroReporter:
@@ -52,6 +53,16 @@ class RankZeroReporter:
         self._writers.write(
             {"step": state.step, "consumed_samples": state.consumed_samples, "save_stall_seconds": seconds}
         )
+
+    def stragglers(self, state: TrainState, found: Comparison) -> None:
+        """Write who was slowest; say so where that is more than chance."""
+        row = {"slowest_rank": found.slowest_rank, "slowest_seconds": found.slowest_seconds}
+        self._writers.write(
+            {"step": state.step, "consumed_samples": state.consumed_samples, **row}
+            | {"median_seconds": found.median_seconds, "slow_ranks": len(found.slow)}
+        )
+        if found.slow:
+            self._log.line(str(found))
 
     def note(self, text: str | None) -> None:
         """Print a line; ``None`` is none."""

@@ -11,17 +11,20 @@ from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.verify import without_manifest
+from megatron_aquila.observe.breadcrumbs import Recorder
 from megatron_aquila.observe.log import Log
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.banner import print_banner
 from megatron_aquila.train.build import Machine, build_machine, create_context
 from megatron_aquila.train.corpus import Corpus, build_corpus, identify
 from megatron_aquila.train.launcher import Launch
+from megatron_aquila.train.presence import presence
 from megatron_aquila.train.record import named, start_event
 from megatron_aquila.train.report import open_reporter
 from megatron_aquila.train.resume import load_weights
 from megatron_aquila.train.start import Start, find_start, resolve_checkpoint
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.stops import StopRequest
 from megatron_aquila.train.trainer import train
 from megatron_aquila.train.upcoming import check_upcoming
 
@@ -72,10 +75,28 @@ def prepare(
     return Prepared(machine=machine, corpus=corpus, start=start)
 
 
-def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launch: Launch, log: Log) -> TrainState:
+def pretrain(
+    loaded: LoadedConfig,
+    derived: Derived,
+    device: torch.device,
+    launch: Launch,
+    log: Log,
+    *,
+    attempt: str,
+    stops: StopRequest,
+) -> TrainState:
+    """Hold the run's folder and train to its end. Collective. ``attempt`` tells this start from a launcher's others."""
+    recorder = Recorder(rank=launch.rank, world=launch.world_size, attempt=attempt)
+    ctx = create_context(loaded.config, derived, device, recorder)
+    with presence(loaded.config, ctx, launch, recorder, stops, log):
+        return train_in_folder(loaded, derived, ctx, launch, log, stops)
+
+
+def train_in_folder(
+    loaded: LoadedConfig, derived: Derived, ctx: ParallelContext, launch: Launch, log: Log, stops: StopRequest
+) -> TrainState:
     """Train to the end of the run. Collective. What fails on one rank before training fails on all, with one text."""
     config = loaded.config
-    ctx = create_context(config, derived, device)
 
     def announce(machine: Machine) -> None:
         print_banner(log, loaded, derived, machine.kernels.reasons)
@@ -86,7 +107,7 @@ def pretrain(loaded: LoadedConfig, derived: Derived, device: torch.device, launc
         with open_reporter(run.machine, log) as reporter:
             if ctx.rank == 0:
                 reporter.record("start", **start_event(config, ctx, run.start, state, run.corpus.identity))
-            return train(run.machine, run.corpus, state, reporter, came_from=run.came_from)
+            return train(run.machine, run.corpus, state, reporter, stops, came_from=run.came_from)
     finally:
         run.corpus.close()
 

@@ -44,12 +44,11 @@ class StepOutcome:
 class Step:
     """A step that was launched: the device may still be at work on it.
 
-    ``state`` is the one after it but for what only the device knows, ``stop_requested`` whether any rank had asked to
-    stop before it. ``told`` is None where the step had nothing to train on.
+    ``state`` is the one after it but for what only the device knows. ``told`` is None where the step had nothing to
+    train on.
     """
 
     state: TrainState
-    stop_requested: bool
     samples: tuple[int, int]
     told: "Told | None"
 
@@ -88,8 +87,10 @@ class Told:
     remembered: int
 
 
-def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requested: bool) -> Step:
+def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requested: bool) -> Step | None:
     """Read, forward, backward, reduce, clip, update: one global batch. Communicates over every group.
+
+    None, on every rank, where any of them wants to stop: the step has not begun.
 
     Waits for the loader and for what the hosts agree on, never for the device. The learning rate is that of the samples
     consumed before the step, as in Megatron-LM. A step is not applied where its loss or gradient norm is not finite,
@@ -106,11 +107,13 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
     counts = agree(ctx, batches, stop_requested=stop_requested, failed=failure is not None)
     if counts.failed:
         raise failure if failure is not None else elsewhere_failed()
+    if counts.stop_requested:
+        return None
     computed_tokens = global_batch * machine.derived.shape.seq_len
     after = state.moved_on(samples=global_batch, tokens=computed_tokens if counts.num_tokens > 0 else 0)
     samples = (state.consumed_samples, after.consumed_samples)
     if counts.num_tokens == 0:
-        return Step(state=after, stop_requested=counts.stop_requested, samples=samples, told=None)
+        return Step(state=after, samples=samples, told=None)
     sums = LossSums(
         corpus.source_names,
         num_tokens=counts.num_tokens,
@@ -138,7 +141,7 @@ def train_step(machine: Machine, corpus: Corpus, state: TrainState, *, stop_requ
         memory_bytes=memory_bytes(ctx.device),
     )
     told = Told(began=began, figures=Readback(judged.figures), sums=sums, report=report, remembered=remembered(train))
-    return Step(state=after, stop_requested=counts.stop_requested, samples=samples, told=told)
+    return Step(state=after, samples=samples, told=told)
 
 
 @dataclass(frozen=True, slots=True)

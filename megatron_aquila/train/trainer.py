@@ -1,12 +1,8 @@
 """The loop: steps, validations, checkpoints, and the four ways it ends (samples, time, signal, end of the run)."""
 
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from megatron_aquila.checkpoint.folders import step_folder
@@ -24,6 +20,8 @@ from megatron_aquila.train.record import RunRecord
 from megatron_aquila.train.saving import Saver
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.step import Step, train_step
+from megatron_aquila.train.stops import StopRequest
+from megatron_aquila.train.stragglers import Comparison, Stragglers
 
 
 class Reporter(Protocol):
@@ -38,36 +36,14 @@ class Reporter(Protocol):
     def stall(self, state: TrainState, seconds: float) -> None:
         """Training stood still for ``seconds`` while a checkpoint was begun."""
 
+    def stragglers(self, state: TrainState, found: Comparison) -> None:
+        """The ranks' own times were compared."""
+
     def note(self, text: str | None) -> None:
         """Something else worth a line; ``None`` is not."""
 
     def record(self, event: str, **fields: Any) -> None:
         """An event for the run's ledger (``observe.ledger``)."""
-
-
-class StopRequest:
-    """Set by SIGTERM or SIGINT: finish the step, save, stop. A second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT while the loop runs."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Steps:
@@ -86,13 +62,18 @@ class Steps:
         self._under_way: Step | None = None
         self.fault: Fault | None = None  # of a step that was told of, where the run must not just go on
 
-    def take(self, state: TrainState, *, stop_requested: bool) -> Step:
-        """Launch the step after ``state`` and settle the one before it; go on from its ``state``. Collective."""
+    def take(self, state: TrainState, *, stop_requested: bool) -> Step | None:
+        """Launch the step after ``state`` and settle the one before it; go on from its ``state``. Collective.
+
+        None where the ranks agreed to stop instead.
+        """
         try:
             step = train_step(self._machine, self._corpus, state, stop_requested=stop_requested)
         except AquilaError:  # raised on every rank, before the step began
             self.settle(state)
             raise
+        if step is None:
+            return None
         self._record.took(step.samples)
         state = self.settle(step.state)
         self._under_way = step
@@ -136,24 +117,31 @@ class Loop:
     """A run under way; ``state`` is what its steps so far have come to."""
 
     def __init__(
-        self, machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter, came_from: Path | None
+        self,
+        machine: Machine,
+        corpus: Corpus,
+        state: TrainState,
+        reporter: Reporter,
+        stops: StopRequest,
+        came_from: Path | None,
     ) -> None:
         self._machine, self._corpus, self._reporter, self.state = machine, corpus, reporter, state
+        self._stops = stops
         self.record = RunRecord(reporter, corpus.train.source)
         self.last_saved = state.step
         self._steps = Steps(machine, corpus, reporter, self.record)
         self._rewinder = Rewinder(machine, corpus, came_from)
         self._saver = Saver(machine, corpus.identity, reporter, self._saved)
         self._profiler = StepProfiler(machine.config, machine.ctx.rank, machine.ctx.device)
+        self._stragglers = Stragglers(machine.ctx, interval=machine.config.observe.straggler_interval)
 
     def run(self) -> str:
         """Take steps until the run ends; why it does. Collective. Raises ``AquilaError`` where it is lost."""
-        minutes, started = self._machine.config.train.exit_minutes, time.monotonic()
-        with stop_on_signals() as request, closing(self._profiler):
+        self._stops.begin()
+        with closing(self._profiler):
             why = end_of_run(self._machine.config, self.state)
             while why is None:
-                late = minutes is not None and time.monotonic() - started > 60 * minutes
-                why = self._step(request, late=late)
+                why = self._step()
             self._saver.finish()
         self._machine.optimizer.wait_for_weights()
         return why
@@ -163,18 +151,17 @@ class Loop:
         """The bad numbers for which the run stopped, if any."""
         return self._steps.fault
 
-    def _step(self, request: StopRequest, *, late: bool) -> str | None:
+    def _step(self) -> str | None:
         """One step and what is due after it, or back to a checkpoint; why the run ends here, if it does."""
         self._profiler.before(self.state.step + 1)
-        try:
-            step = self._steps.take(self.state, stop_requested=late or request.signal_name is not None)
-        except AquilaError:  # raised on every rank
-            self._saver.finish()
-            raise
+        self._machine.ctx.trail.at(self.state.step + 1, "train")
+        step = self._take()
+        if step is None:
+            return self._stop()
         self.state = step.state
+        if (comparison := self._stragglers.after(self.state.step)) is not None:
+            self._reporter.stragglers(self.state, comparison)
         why = end_of_run(self._machine.config, self.state)
-        if why is None and step.stop_requested:
-            why = stop_reason(request, late=late)
         if why is not None or self._is_anything_due():
             self.state = self._steps.settle(self.state)
         fault = self._steps.fault
@@ -186,6 +173,25 @@ class Loop:
             why = fault.reason
         self._after_step(last=why is not None)
         return why
+
+    def _take(self) -> Step | None:
+        """Launch a step; None where the ranks agreed to stop instead."""
+        try:
+            with self._stragglers.measure():
+                return self._steps.take(self.state, stop_requested=self._stops.is_asked)
+        except AquilaError:  # raised on every rank
+            self._saver.finish()
+            raise
+
+    def _stop(self) -> str:
+        """Save what is not saved yet, as the run was asked to stop before its next step; why it was."""
+        self.state = self._steps.settle(self.state)
+        self._reporter.note(self._profiler.after(self.state.step, last=True))
+        if self._machine.config.checkpoint.save is not None:
+            self._save()
+        reason = self._stops.reason
+        self._stops.honour()
+        return reason
 
     def _is_anything_due(self) -> bool:
         return self._checks() or self._validates(last=False) or self._saves(last=False)
@@ -202,20 +208,31 @@ class Loop:
         return config.checkpoint.save is not None and is_due(self.state.step, interval, last=last)
 
     def _after_step(self, *, last: bool) -> None:
-        machine, reporter = self._machine, self._reporter
+        machine, reporter, trail = self._machine, self._reporter, self._machine.ctx.trail
         reporter.note(self._profiler.after(self.state.step, last=last))
         if self._checks():
+            trail.at(self.state.step, "check")
             machine.optimizer.wait_for_weights()
             check_replicated(machine.infos, machine.ctx, not_masters=machine.optimizer.not_masters())
         if self._validates(last=last):
-            reporter.validation(self.state, evaluate(machine, self._corpus))
+            trail.at(self.state.step, "validate")
+            means = evaluate(machine, self._corpus, self._stops)
+            if means is not None:
+                reporter.validation(self.state, means)
         if self._saves(last=last):
-            self.state = self.record.to_be_saved(self.state)
-            self._saver.begin(self.state)
-            self.state = replace(self.state, parent=step_folder(Path(), self.state.step).name)
-            self.last_saved = self.state.step
+            self._save()
         else:
             self._saver.poll()
+
+    def _save(self) -> None:
+        """Begin a checkpoint of the run as it is now, unless there is one."""
+        if self.last_saved == self.state.step:
+            return
+        self._machine.ctx.trail.at(self.state.step, "save")
+        self.state = self.record.to_be_saved(self.state)
+        self._saver.begin(self.state)
+        self.state = replace(self.state, parent=step_folder(Path(), self.state.step).name)
+        self.last_saved = self.state.step
 
     def _saved(self, folder: Path) -> None:
         """A checkpoint is whole on the disk."""
@@ -234,16 +251,22 @@ class Loop:
 
 
 def train(
-    machine: Machine, corpus: Corpus, state: TrainState, reporter: Reporter, *, came_from: Path | None = None
+    machine: Machine,
+    corpus: Corpus,
+    state: TrainState,
+    reporter: Reporter,
+    stops: StopRequest,
+    *,
+    came_from: Path | None = None,
 ) -> TrainState:
     """Run from ``state`` to the end of the run, or until asked to stop. Collective; returns the last state.
 
-    Stopping is agreed at the beginning of a step, takes effect after it, and saves. ``came_from`` is the checkpoint
+    Stopping is agreed before each step, takes effect there, and saves what is not saved yet. ``came_from`` is the checkpoint
     that ``state`` and all tensors are of, to which the run may go back. Raises ``AquilaError`` where the run is lost,
     or, once it is saved, where it stops for bad numbers.
     """
     corpus.train.leave_out(state.skipped_samples, seq_len=machine.derived.shape.seq_len)
-    loop = Loop(machine, corpus, state, reporter, came_from)
+    loop = Loop(machine, corpus, state, reporter, stops, came_from)
     try:
         why = loop.run()
     except BaseException as error:
@@ -267,13 +290,6 @@ def end_of_run(config: RunConfig, state: TrainState) -> str | None:
     if config.train.exit_samples is not None and state.consumed_samples >= config.train.exit_samples:
         return f"--exit-samples {config.train.exit_samples} are consumed"
     return None
-
-
-def stop_reason(request: StopRequest, *, late: bool) -> str:
-    """Why a rank asked to stop, as far as this rank knows."""
-    if request.signal_name is not None:
-        return request.signal_name
-    return "--exit-minutes have passed" if late else "another rank was asked to stop"
 
 
 def is_due(step: int, interval: int, *, last: bool) -> bool:

@@ -24,6 +24,8 @@ from megatron_aquila.train.launcher import read_launch
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.run import Prepared, prepare
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.stops import StopRequest
+from megatron_aquila.train.stragglers import Comparison
 from megatron_aquila.train.trainer import train
 from megatron_aquila.verify.layout import requested_layout, with_layout
 from megatron_aquila.verify.observe import PATIENCE
@@ -67,6 +69,9 @@ class Leg:
         self.losses[state.step] = means.loss
 
     def stall(self, state: TrainState, seconds: float) -> None:
+        """Nothing."""
+
+    def stragglers(self, state: TrainState, found: Comparison) -> None:
         """Nothing."""
 
     def note(self, text: str | None) -> None:
@@ -161,7 +166,7 @@ def run_leg(config: RunConfig, spoil: Spoil | None = None) -> Leg:
     run = prepare(config, derived, ctx, launch, Log(enabled=False))
     state = run.start.state if spoil is None else spoil(run)
     watch(run.corpus, leg)
-    train(run.machine, run.corpus, state, leg, came_from=run.came_from)
+    train(run.machine, run.corpus, state, leg, StopRequest(), came_from=run.came_from)
     run.corpus.close()
     leg.random = digest(torch.random.get_rng_state().numpy().tobytes())
     return leg

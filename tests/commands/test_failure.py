@@ -1,7 +1,9 @@
+import signal
+
 import pytest
 
 from megatron_aquila.commands.failure import exit_code
-from megatron_aquila.errors import ConfigError, DataError, Problem
+from megatron_aquila.errors import LOST_RANK, CommunicationError, ConfigError, DataError, Problem, Stopped
 
 
 def test_success_is_zero() -> None:
@@ -37,3 +39,20 @@ def test_an_interrupt_is_130_and_our_own_mistakes_keep_their_traceback() -> None
     assert code.value == 130
     with pytest.raises(AssertionError), exit_code():
         raise AssertionError("ours")
+
+
+def test_a_lost_rank_has_a_status_so_that_a_launcher_starts_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with exit_code(rank=5) as code:
+        raise CommunicationError("another rank is gone")
+    assert code.value == LOST_RANK == 3
+    assert capsys.readouterr().err == "rank 5: error: another rank is gone\n"
+
+
+def test_a_stop_before_training_leaves_with_the_signals_status(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 1):
+        with exit_code(rank=rank) as code:
+            raise Stopped(signal.SIGTERM)
+        assert code.value == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM before the first step: there is nothing to save\n"

@@ -21,11 +21,14 @@ from megatron_aquila.config.schema import (
     TrainConfig,
 )
 from megatron_aquila.data.indexed import IndexedDatasetWriter
+from megatron_aquila.observe import breadcrumbs
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.train import build, corpus, resume, start, trainer
 from megatron_aquila.train.launcher import Launch, read_launch
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.stops import stop_on_signals
+from megatron_aquila.train.stragglers import Comparison
 
 VOCAB_SIZE = 61
 
@@ -77,6 +80,7 @@ class Recorder:
     reports: list[StepReport] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     means: list[LossMeans] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stalls: list[tuple[int, float]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -97,6 +101,10 @@ class Recorder:
         """Keep step and time."""
         self.stalls.append((state.step, seconds))
 
+    def stragglers(self, state: TrainState, found: Comparison) -> None:
+        """Keep the comparison."""
+        self.comparisons.append(found)
+
     def note(self, text: str | None) -> None:
         """Keep the text."""
         if text is not None:
@@ -112,7 +120,8 @@ def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None
     launch = read_launch() if torch.distributed.is_initialized() else Launch()
     recorder = Recorder(kill_at=kill_at) if recorder is None else recorder
     derived = derive(config, launch.world_size)
-    ctx = build.create_context(config, derived, torch.device(config.train.device))
+    trail = breadcrumbs.Recorder(rank=launch.rank, world=launch.world_size)
+    ctx = build.create_context(config, derived, torch.device(config.train.device), trail)
     checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world)
     identity = corpus.identify(config) if ctx.rank == 0 else None
     begin = agreed(lambda: start.find_start(config, derived, checkpoint, identity), ctx.world)
@@ -121,6 +130,8 @@ def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None
     data = corpus.build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     resume.load_weights(machine, begin)
     came_from = begin.checkpoint if begin.with_optimizer else None
-    trainer.train(machine, data, begin.state, recorder, came_from=came_from)
+    with stop_on_signals() as stops:
+        stops.limit(minutes=config.train.exit_minutes, file=config.train.stop_file)
+        trainer.train(machine, data, begin.state, recorder, stops, came_from=came_from)
     data.close()
     return recorder

@@ -1,7 +1,6 @@
 """The loop's own decisions; whole runs are in test_resume.py."""
 
 import itertools
-import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import torch
 from megatron_aquila.config.schema import CheckpointConfig, RunConfig, TrainConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.optim.clip import Clip
-from megatron_aquila.train import faults, trainer
+from megatron_aquila.train import faults, stops, trainer
 from megatron_aquila.train.state import TrainState
 from tests.train.runs import run, tiny_config
 
@@ -32,25 +31,10 @@ def test_the_ramp_has_its_own_save_interval() -> None:
     assert trainer.save_interval(config, replace(early, consumed_samples=100)) == 10
 
 
-def test_signals_ask_once_and_the_second_sigint_interrupts() -> None:
-    with trainer.stop_on_signals() as request:
-        signal.raise_signal(signal.SIGTERM)
-        assert request.signal_name == "SIGTERM"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is not request
-
-
-def test_reasons_to_stop_name_their_cause() -> None:
-    request = trainer.StopRequest()
-    assert "another rank" in trainer.stop_reason(request, late=False)
-    assert "--exit-minutes" in trainer.stop_reason(request, late=True)
-
-
 def test_time_that_is_up_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, *range(40, 1000, 40)])  # 40 s a step: two minutes are over before the fourth
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    config = tiny_config(tmp_path, exit_minutes=2)
+    clock = iter(range(0, 1000, 30))  # 30 s a step: two minutes are over before the sixth
+    monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    config = tiny_config(tmp_path, exit_minutes=2, train_samples=400, eval_interval=0)
     recorder = run(config)
     assert len(recorder.reports) == 4
     assert "--exit-minutes" in recorder.notes[-1]
