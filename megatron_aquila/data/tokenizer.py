@@ -93,8 +93,12 @@ class Tokenizer:
         """Id of the token that fills up a batch."""
         return self._id_of(self.pad_token)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; ``None`` where it has none."""
+        return self.model.token_to_id(token)
+
     def _id_of(self, token: str | None) -> int | None:
-        return None if token is None else self.model.token_to_id(token)
+        return None if token is None else self.token_id(token)
 
 
 def load_tokenizer(

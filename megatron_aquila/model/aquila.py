@@ -1,13 +1,13 @@
 """Aquila, cut into pipeline stages. Logical parameter names are those of Hugging Face's Llama."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import cast
 
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.ops import Kernels
+from megatron_aquila.kernels.ops import CausalAttention, Kernels
 from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.rope import rope_tables
 from megatron_aquila.model.block import Block, recomputed
@@ -74,6 +74,17 @@ class AquilaStage(nn.Module):
         assert self.head is not None, f"stage {self.stage} has no head"
         return self.head.logits(self._blocks(x, tokens_BS, positions_BS))
 
+    def infer(
+        self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor, cores: Sequence[CausalAttention]
+    ) -> Tensor:
+        """Like ``forward``, but the last stage gives the logits_1BVt of the last token of each row.
+
+        ``cores``: what attends in each of this stage's layers, a cache of what earlier calls saw. Not under sequence
+        parallel.
+        """
+        x_SBH = self._blocks(x, tokens_BS, positions_BS, cores=cores)
+        return x_SBH if self.head is None else self.head.logits(x_SBH[-1:])
+
     def _blocks(
         self,
         x: Tensor | None,
@@ -81,6 +92,7 @@ class AquilaStage(nn.Module):
         positions_BS: Tensor,
         documents: Documents | None = None,
         recompute: Recompute = Recompute(),
+        cores: Sequence[CausalAttention] | None = None,
     ) -> Tensor:
         assert (x is None) == (self.embedding is not None), f"stage {self.stage} got x={x is not None}"
         if self.embedding is not None:
@@ -90,8 +102,8 @@ class AquilaStage(nn.Module):
         blocks = (cast(Block, block) for block in self.blocks)
         for size in recompute.groups:
             x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
-        for block in blocks:
-            x = block(x, cos, sin, documents, recompute.modules)
+        for number, block in enumerate(blocks):
+            x = block(x, cos, sin, documents, recompute.modules, None if cores is None else cores[number])
         return x
 
     def param_infos(self) -> Iterator[ParamInfo]:
