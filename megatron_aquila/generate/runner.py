@@ -16,7 +16,7 @@ from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.model.cache import KVCache
 from megatron_aquila.parallel.batch import Batch
-from megatron_aquila.parallel.collectives import all_gather, all_reduce_, gather_objects
+from megatron_aquila.parallel.collectives import all_gather, gather_objects
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.pipeline.engine import Engine, LossFn, Stage

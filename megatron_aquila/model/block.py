@@ -55,7 +55,7 @@ class Block(nn.Module):
         modules: frozenset[Module] = NO_MODULES,
         core: CausalAttention | None = None,
     ) -> Tensor:
-        """x_StBH | x_SBH -> the same. The outputs of ``modules`` are not kept for backward; ``core``: ``Attention``'s."""
+        """x_StBH | x_SBH -> the same. What ``modules`` put out is not kept for backward; ``core`` as in attention."""
 
         def add_mlp(x: Tensor, normed: Tensor) -> Tensor:
             out: Tensor = x + self.mlp(normed, modules)

@@ -1,4 +1,4 @@
-"""Greedy tokens are transformers', sampled ones are the same wherever they are drawn, and rows do not see each other."""
+"""Greedy tokens are transformers', sampled ones the same wherever they are drawn, and rows do not see each other."""
 
 from collections.abc import Callable
 from pathlib import Path
