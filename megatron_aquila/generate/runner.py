@@ -13,7 +13,7 @@ from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.generate.source import Source
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.self_check import Sizes
-from megatron_aquila.model.aquila import AquilaStage, build_stages
+from megatron_aquila.model.aquila import AquilaStage, Head, build_stages
 from megatron_aquila.model.cache import KVCache
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import all_gather, gather_objects
@@ -89,7 +89,9 @@ class Runner:
 
         def with_cache(number: int) -> Stage:
             stage, cores = self.stages[number], caches[number].layers
-            return lambda x, batch: stage.infer(x, batch.tokens_BS, batch.positions_BS, cores)
+            return lambda x, batch: stage.infer(
+                x, batch.tokens_BS, batch.positions_BS, ending=last_of_each_row, cores=cores
+            )
 
         def take(logits_1BVt: Tensor, _batch: Batch) -> Tensor:
             parts = all_gather(logits_1BVt, self.ctx.tp).unbind(0)  # one after the other, along the vocabulary
@@ -109,6 +111,11 @@ class Runner:
         (found,) = [mine for mine in gather_objects(numbers, self.ctx.pp) if mine is not None]
         shared: list[int] = found
         return shared
+
+
+def last_of_each_row(head: Head, x_SBH: Tensor) -> Tensor:
+    """logits_1BVt of the last place."""
+    return head.logits(x_SBH[-1:])
 
 
 def plain_batch(tokens_BS: Tensor, positions_BS: Tensor, labels_BS: Tensor | None = None) -> Batch:

@@ -1,6 +1,6 @@
 """Aquila, cut into pipeline stages. Logical parameter names are those of Hugging Face's Llama."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import cast
 
@@ -75,15 +75,21 @@ class AquilaStage(nn.Module):
         return self.head.logits(self._blocks(x, tokens_BS, positions_BS))
 
     def infer(
-        self, x: Tensor | None, tokens_BS: Tensor, positions_BS: Tensor, cores: Sequence[CausalAttention]
+        self,
+        x: Tensor | None,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        *,
+        ending: "Callable[[Head, Tensor], Tensor]",
+        cores: Sequence[CausalAttention] | None = None,
     ) -> Tensor:
-        """Like ``forward``, but the last stage gives the logits_1BVt of the last token of each row.
+        """Like ``forward``, but on the last stage ``ending`` makes of the head and x_SBH what is wanted.
 
         ``cores``: what attends in each of this stage's layers, a cache of what earlier calls saw. Not under sequence
         parallel.
         """
         x_SBH = self._blocks(x, tokens_BS, positions_BS, cores=cores)
-        return x_SBH if self.head is None else self.head.logits(x_SBH[-1:])
+        return x_SBH if self.head is None else ending(self.head, x_SBH)
 
     def _blocks(
         self,
