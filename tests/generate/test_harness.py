@@ -117,6 +117,7 @@ def test_tasks_on_a_local_file(answers: Answers, tmp_path: Path, monkeypatch: py
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.json")}},
         "test_split": "test",
+        "target_delimiter": "",
         "doc_to_text": "{{q}}",
     }
     choice = {"output_type": "multiple_choice", "doc_to_choice": ["{{a}}", "{{b}}"], "doc_to_target": 0}
