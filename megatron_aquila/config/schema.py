@@ -19,6 +19,7 @@ Whole = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
 Share = Annotated[float, Ge(0), Lt(1)]
+TrainedPart = Literal["embeddings", "head", "vocabulary", "norms"]
 Decay = Literal["cosine", "linear", "constant", "wsd"]
 WsdDecay = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
@@ -185,6 +186,9 @@ class OptimConfig:
     """The update, its learning rate (all lengths are in samples), and the loss scale of fp16."""
 
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule", "--optimizer")
+    train_only: TrainedPart | None = setting(
+        None, "train this part alone, all else stays as it is; vocabulary: embeddings and head; default everything"
+    )
     lr: Positive = setting(3e-4, "peak learning rate")
     min_lr: NotNegative = setting(3e-5, "final learning rate")
     lr_decay: Decay = setting("cosine", "shape of the decay", "--lr-decay", "--lr-decay-style")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.documents import Documents
@@ -103,6 +104,8 @@ class AquilaStage(nn.Module):
         assert (x is None) == (self.embedding is not None), f"stage {self.stage} got x={x is not None}"
         if self.embedding is not None:
             x = self.embedding(tokens_BS)
+            if torch.is_grad_enabled() and not x.requires_grad:
+                x.requires_grad_()  # it is not trained; what comes after it still has a graph to be trained through
         assert x is not None, "an embedding or an input is there"
         cos, sin = rope_tables(positions_BS, head_dim=self.shape.head_dim, base=self.shape.rope_base, dtype=x.dtype)
         blocks = (cast(Block, block) for block in self.blocks)

@@ -129,7 +129,11 @@ class DistributedOptimizer:
 
     def wait_for_weights(self, params: Iterable[nn.Parameter] | None = None) -> None:
         """Wait until ``params`` (None: all) are this step's on every replica. Local; nothing where they already are."""
-        buckets = self._buckets if params is None else [self._bucket_of[param] for param in params]
+        buckets = (
+            self._buckets
+            if params is None
+            else [self._bucket_of[param] for param in params if param in self._bucket_of]
+        )  # of others, which are not trained, there is only the one value
         for bucket in buckets:
             bucket.finish_publish()
 

@@ -154,7 +154,7 @@ def _loss_and_gradients_(
     labels_R: Tensor,
     token_weights_R: Tensor,
     weight: Tensor,
-    grad_weight: Tensor,
+    grad_weight: Tensor | None,
     tp: Group,
     vocab_size: int,
 ) -> Tensor:
@@ -173,7 +173,8 @@ def _loss_and_gradients_(
         wide_rows=wide_rows(logits_RV.shape[1]),
     )
     grad_x_RH.copy_(matmul(logits_RV, weight))
-    accumulate_weight_gradient_(grad_weight, logits_RV, x_RH)
+    if grad_weight is not None:
+        accumulate_weight_gradient_(grad_weight, logits_RV, x_RH)
     return log_sum_R - label_R
 
 
