@@ -150,15 +150,21 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     names = [*next(iter(comparison.usage.values()))]
     figure = Figure(figsize=(max(6.0, 3.2 * len(names)), 4.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
+    labels = [f"{name} ({comparison.vocab_sizes[name]:,})" for name in comparison.usage]
+    colors = [f"C{number}" for number in range(len(labels))]
     for panel, name in zip(panels, names, strict=True):
         values = [found[name].tokens_per_document for found in comparison.usage.values()]
-        bars = panel.bar(range(len(values)), values, color=[f"C{number}" for number in range(len(values))])
+        bars = panel.bar(range(len(values)), values, color=colors, label=labels)
         panel.bar_label(bars, fmt="{:,.0f}", padding=2)
-        labels = [f"{name}\n{comparison.vocab_sizes[name]:,}" for name in comparison.usage]
-        panel.set_xticks(range(len(values)), labels, rotation=30, ha="right")
-        panel.set_title(name)
+        panel.set_title(f"{name}: {next(iter(comparison.usage.values()))[name].documents:,} documents")
+        panel.set_xticks([])
+        panel.yaxis.set_major_formatter("{x:,.0f}")
         panel.margins(y=0.12)
         panel.spines[["top", "right"]].set_visible(False)
+    handles, _ = panels[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 4), title="tokenizer (vocabulary)"
+    )
     panels[0].set_ylabel("mean tokens per document")
     beside = path.with_name(path.name + ".tmp")
     figure.savefig(beside, format=path.suffix[1:], dpi=120)

@@ -120,7 +120,7 @@ def test_tasks_on_a_local_file(answers: Answers, tmp_path: Path, monkeypatch: py
         "target_delimiter": "",
         "doc_to_text": "{{q}}",
     }
-    choice = {"output_type": "multiple_choice", "doc_to_choice": ["{{a}}", "{{b}}"], "doc_to_target": 0}
+    choice = {"output_type": "multiple_choice", "doc_to_choice": "{{[a, b]}}", "doc_to_target": 0}
     rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}"}
     free = {"output_type": "generate_until", "doc_to_target": "{{a}}"}
     metrics = {"choice": ["acc"], "rolling": ["word_perplexity"], "free": ["exact_match"]}
