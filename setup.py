@@ -61,6 +61,8 @@ setup(
         "kernels": ["triton>=3.6"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
+        "spm": ["sentencepiece"],
+        "lm-eval": ["lm_eval"],
         "benchmarks": ["transformers>=5", "liger-kernel"],
         "dev": [
             "pytest",
@@ -79,6 +81,7 @@ setup(
             "orjson",
             "zstandard",
             "pyarrow",
+            "sentencepiece",
             'gigatoken; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },

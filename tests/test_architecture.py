@@ -17,7 +17,7 @@ PACKAGE = ROOT / "megatron_aquila"
 NAME = PACKAGE.name
 
 # room -> the rooms of ours it may import. `errors` may be imported by all, the native extension by `data`.
-ABOVE = {"train", "verify", "commands"}
+ABOVE = {"train", "verify", "generate", "commands"}
 MAY_IMPORT = {
     "plan": set(),
     "observe": set(),
@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "checkpoint": {"plan", "parallel"},
 }
 BELOW = set(MAY_IMPORT)
-MAY_IMPORT |= {"train": BELOW, "verify": BELOW | {"train"}, "commands": BELOW | ABOVE, "__main__": {"commands"}}
+MAY_IMPORT |= {"train": BELOW, "verify": BELOW | {"train"}}
+MAY_IMPORT |= {"generate": BELOW | {"train"}, "commands": BELOW | ABOVE, "__main__": {"commands"}}
 
 TOUCHES_DISTRIBUTED = {
     "parallel/context.py",

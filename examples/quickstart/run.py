@@ -27,6 +27,7 @@ HERE = Path("examples/quickstart")
 LANGUAGES = {"zh": 0.5, "en": 0.3, "code": 0.2}  # weights of the blend
 VOCAB_SIZE, PROCESSES = 4096, 4
 STOP_SAMPLES = 960  # of the 2,880 of pretrain.yaml
+PROMPTS = ("今天上午，", "这本书", "酒店的房间", "Return the", "The following", "def __init__(self")
 MUST_FALL = 2.0  # nats below ln(vocabulary), the loss of a model that knows nothing
 MARKER = ".aquila-quickstart"  # in a folder that an earlier quickstart may have filled
 OUTPUTS = ("corpus", "tokenizer", "data", "checkpoints", "logs", "tensorboard", "huggingface")
@@ -115,8 +116,10 @@ def convert(at: Layout) -> None:
 
 
 def generate(at: Layout) -> None:
-    """Continuations by transformers. After two minutes of training they are words, not thoughts."""
-    run(sys.executable, HERE / "generate.py", at.out / "huggingface")
+    """Continuations by the last checkpoint. After two minutes of training they are words, not thoughts."""
+    how = ["--temperature", 0.7, "--top-k", 20, "--max-new-tokens", 32]
+    command = [sys.executable, "-m", "megatron_aquila", "generate", "--load", at.out / "checkpoints"]
+    run(*command, *how, "--prompt", *PROMPTS)
 
 
 def check_log(rows: Sequence[Row]) -> None:

@@ -1,14 +1,20 @@
-"""``aquila tokenizer train``: a byte-level BPE with Aquila's special tokens, from JSON lines."""
+"""``aquila tokenizer``: train one, compare several, extend one by another, and grow a model's vocabulary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.data.readers import read_texts
+from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_at
+from megatron_aquila.data.tokenizer_comparison import compare, draw_comparison
+from megatron_aquila.data.tokenizer_extension import extend, old_pieces, save_tokenizer
 from megatron_aquila.data.tokenizer_training import measure_density, save_tokenizer_files, train_tokenizer
+from megatron_aquila.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +31,69 @@ class TrainOptions:
     """Key of the text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Mean tokens a document, bytes a token, coverage, unknown tokens, and texts that come back exactly."""
+
+    tokenizers: tyro.conf.Positional[tuple[str, ...]]
+    """folders or files of tokenizers, each as PATH or NAME=PATH"""
+    input: tuple[Path, ...]
+    """corpora, a file each: zh.jsonl en.jsonl code.jsonl"""
+    json_key: str = "text"
+    """key of the text"""
+    limit: int | None = None
+    """read only so many documents of each"""
+    format: Literal["text", "markdown"] = "text"
+    """of the table"""
+    plot: Path | None = None
+    """also draw bars of the mean tokens a document: .png or .svg; needs matplotlib"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendOptions:
+    """Put another tokenizer's pieces behind a tokenizer's own, whose ids stay."""
+
+    base: tyro.conf.Positional[Path]
+    """the tokenizer that keeps its ids"""
+    add: Path
+    """the tokenizer whose pieces are added where they are not there"""
+    output: Path
+    """folder to write"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeOptions:
+    """Give a model the rows of an extended tokenizer: each new one is the mean of the rows of its old pieces."""
+
+    load: Path
+    """a checkpoint or a Hugging Face folder"""
+    old: Annotated[Path, tyro.conf.arg(name="from")]
+    """the tokenizer that the model was trained with"""
+    new: Annotated[Path, tyro.conf.arg(name="to")]
+    """that tokenizer extended"""
+    output: Path
+    """the new Hugging Face folder; it must not exist. Train on from it with --init-from-hf"""
+    max_shard_gb: float = 5.0
+    """largest size of one file, in 10^9 bytes"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainOptions}, args=argv, prog="aquila tokenizer", description=__doc__
+        {"train": TrainOptions, "compare": CompareOptions, "extend": ExtendOptions, "resize": ResizeOptions},
+        args=argv,
+        prog="aquila tokenizer",
+        description=__doc__,
     )
     with exit_code() as code:
-        run(options)
+        if isinstance(options, TrainOptions):
+            run(options)
+        elif isinstance(options, CompareOptions):
+            run_compare(options)
+        elif isinstance(options, ExtendOptions):
+            run_extend(options)
+        else:
+            run_resize(options)
     return code.value
 
 
@@ -46,3 +108,56 @@ def run(options: TrainOptions) -> None:
         density = measure_density(tokenizer, read_texts(path, options.json_key))
         row = f"{density.documents:>12,}{density.mean_tokens:>17.1f}{density.bytes_per_token:>13.2f}"
         print(f"{path.name:<24}{row}")
+
+
+def run_compare(options: CompareOptions) -> None:
+    """Print the table, and draw it where a picture is wanted."""
+    named: dict[str, Tokenizer] = {}
+    for word in options.tokenizers:
+        name, equals, path = word.rpartition("=")
+        name = name if equals else Path(path).name
+        if name in named:
+            raise DataError(f"{word}: another tokenizer is named {name} too; give NAME=PATH")
+        named[name] = tokenizer_at(Path(path))
+    texts = {path.stem: list(islice(read_texts(path, options.json_key), options.limit)) for path in options.input}
+    found = compare(named, texts)
+    print(found.markdown() if options.format == "markdown" else found.text())
+    if options.plot is not None:
+        draw_comparison(found, options.plot)
+        print(f"drawn: {options.plot}")
+
+
+def run_extend(options: ExtendOptions) -> None:
+    """Merge, save, and say how many ids came."""
+    base = tokenizer_at(options.base)
+    found = extend(base, tokenizer_at(options.add))
+    save_tokenizer(found, options.output)
+    print(f"{base.vocab_size:,} + {found.vocab_size - base.vocab_size:,} = {found.vocab_size:,} in {options.output}")
+
+
+def run_resize(options: ResizeOptions) -> None:
+    """Write the model with the new vocabulary, tensor by tensor, and the new tokenizer."""
+    # Torch is imported here, so that --help and wrong flags answer at once.
+    from dataclasses import replace
+
+    from megatron_aquila.checkpoint.huggingface import export_huggingface
+    from megatron_aquila.checkpoint.llama import SpecialIds
+    from megatron_aquila.checkpoint.resize import ResizedReader
+    from megatron_aquila.generate.source import open_source
+
+    old, new = tokenizer_at(options.old), tokenizer_at(options.new)
+    source = open_source(options.load, tp=1)
+    size = source.shape.vocab_size
+    pieces = old_pieces(old, new)
+    if size != old.vocab_size:
+        raise DataError(f"{options.load}: the model has {size} tokens, --from {options.old} {old.vocab_size}")
+    export_huggingface(
+        ResizedReader(source.reader, pieces),
+        options.output,
+        shape=replace(source.shape, vocab_size=new.vocab_size, padded_vocab_size=new.vocab_size),
+        dtype=source.dtype,
+        ids=SpecialIds(bos=new.bos, eos=new.eod, pad=new.pad),
+        max_shard_bytes=int(options.max_shard_gb * 10**9),
+        finish=lambda folder: save_tokenizer(new, folder),
+    )
+    print(f"{size:,} -> {new.vocab_size:,} tokens, in {options.output}")

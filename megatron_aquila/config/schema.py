@@ -20,6 +20,7 @@ Whole = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0), Lt(math.inf)]
 NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
 Share = Annotated[float, Ge(0), Lt(1)]
+TrainedPart = Literal["embeddings", "head", "vocabulary", "norms"]
 Decay = Literal["cosine", "linear", "constant", "wsd"]
 ZeroLevel = Annotated[int, Ge(1), Le(3)]
 WsdDecay = Literal["linear", "cosine", "exponential", "minus_sqrt"]
@@ -198,13 +199,15 @@ class DataConfig:
         None, "samples of each of valid_sets, as far as it has them; default eval_iters global batches"
     )
     cache_path: Path | None = setting(None, "folder of the built indices; default beside the data", "--data-cache-path")
-    tokenizer_type: Literal["AquilaTokenizer", "HuggingFaceTokenizer"] = setting(
+    tokenizer_type: Literal["AquilaTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer"] = setting(
         "AquilaTokenizer", "how text became tokens; written into checkpoints and exports", "--tokenizer-type"
     )
     vocab_file: Path | None = setting(None, "vocab.json", "--vocab-file")
     merge_file: Path | None = setting(None, "merges.txt", "--merge-file")
     special_tokens_file: Path | None = setting(None, "special_tokens.txt", "--special-tokens-file")
-    tokenizer_model: Path | None = setting(None, "tokenizer.json instead of the three files", "--tokenizer-model")
+    tokenizer_model: Path | None = setting(
+        None, "tokenizer.json, or a SentencePiece .model, instead of the three files", "--tokenizer-model"
+    )
     reset_position_ids: bool = setting(False, "positions count from 0 again in every document of a sample")
     reset_attention_mask: bool = setting(False, "no token attends to an earlier document of its sample")
     eod_mask_loss: bool = setting(False, "the token after the end of a document does not count in the loss")
@@ -219,6 +222,9 @@ class OptimConfig:
     """The update, its learning rate (all lengths are in samples), and the loss scale of fp16."""
 
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule", "--optimizer")
+    train_only: TrainedPart | None = setting(
+        None, "train this part alone, all else stays as it is; vocabulary: embeddings and head; default everything"
+    )
     lr: Positive = setting(3e-4, "peak learning rate")
     min_lr: NotNegative = setting(3e-5, "final learning rate")
     lr_decay: Decay = setting("cosine", "shape of the decay", "--lr-decay", "--lr-decay-style")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_aquila.data.han_breaks import MARK, mark_id, pair_table
 from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks
-from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.data.tokenizer import Tokenizer, library_of
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Backend = Literal["auto", "gigatoken", "tokenizers"]
@@ -183,7 +183,7 @@ def _gigatoken(tokenizer: Tokenizer) -> Any:
     """gigatoken's own object: special tokens are text unless allowed, nothing is put around a text."""
     import gigatoken
 
-    model = json.loads(tokenizer.model.to_str())
+    model = json.loads(library_of(tokenizer).to_str())
     specials = model["added_tokens"]
     if not tokenizer.allow_special_tokens:
         specials = [token for token in specials if not token["special"]]

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.data.tokenizer import Tokenizer, byte_letters, library_of
 
 MARK: Final = "\x01"
 TABLE_BITS: Final = 22
@@ -24,7 +24,7 @@ CHARACTER: Final = re.compile(rb"[\x80-\xbf]+|[^\x80-\xbf][\x80-\xbf]*")  # or t
 
 def mark_id(tokenizer: Tokenizer) -> int | None:
     """The id of the mark, or ``None`` where this tokenizer's text may not be cut: only GPT-2's words are known."""
-    model = json.loads(tokenizer.model.to_str())
+    model = json.loads(library_of(tokenizer).to_str())
     bpe, words = model["model"], model["pre_tokenizer"]
     plain = bpe["type"] == "BPE" and not any(
         bpe.get(name)
@@ -33,7 +33,7 @@ def mark_id(tokenizer: Tokenizer) -> int | None:
     is_gpt2 = words == {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     if not plain or not is_gpt2 or model["normalizer"] is not None:
         return None
-    return tokenizer.model.token_to_id(byte_letters()[ord(MARK)])
+    return library_of(tokenizer).token_to_id(byte_letters()[ord(MARK)])
 
 
 def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
@@ -43,7 +43,7 @@ def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
     """
     to_byte = {ord(letter): chr(byte) for byte, letter in enumerate(byte_letters())}
     whole, broken = [], []
-    for token in tokenizer.model.get_vocab(with_added_tokens=False):
+    for token in library_of(tokenizer).get_vocab(with_added_tokens=False):
         if token.isascii():
             continue
         try:
@@ -64,13 +64,6 @@ def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
     left, right = left[is_wide], right[is_wide]
     bits[(left * np.uint32(0x9E3779B1) ^ right * np.uint32(0x85EBCA6B)) >> np.uint32(32 - TABLE_BITS)] = 1
     return np.packbits(bits, bitorder="little")
-
-
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
 
 
 def _broken_pairs(tokens: Sequence[bytes]) -> set[tuple[str, str]]:

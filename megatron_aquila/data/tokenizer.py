@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Final, Literal
 
@@ -12,9 +14,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron_aquila.data.manifest import TokenizerFacts
+from megatron_aquila.data.tokenizer_files import check_specials, read_json, read_merges, read_vocab
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
-TokenizerType = Literal["AquilaTokenizer", "HuggingFaceTokenizer"]
+TokenizerType = Literal["AquilaTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer"]
 PAD: Final = "<|endoftext|>"
 BOS: Final = "[CLS]"
 EOD: Final = "</s>"
@@ -36,14 +39,16 @@ AQUILA_GOLDEN_IDS: Final = {
     "请给出10个要到北京旅游的理由。": (1486, 19743, 865, 424, 50927, 2557, 3063, 32345, 278),
     "### Human: 你好\n": (8090, 16399, 26, 221, 34856, 199),
 }  # what Aquila's own tokenizer makes of these texts
-SHOWN: Final = 80  # characters of a wrong file that a message repeats
+SPACE: Final = "\u2581"  # what SentencePiece writes for a space
+_NOT_TEXT: Final = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as surrogateescape has them
+_BYTE: Final = re.compile("<0x[0-9A-F]{2}>")
 _PROBE: Final = (
     "It's  12,345 tests\n\t测试，ＡÀ e\u0301 <|endoftext|>[CLS] </s>"  # spaces, digits, forms of Unicode, specials
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back.
 
     Text is text: what looks like a special token in it becomes ordinary tokens, so that no document can end itself,
@@ -54,29 +59,65 @@ class Tokenizer:
     """
 
     kind: TokenizerType
-    model: tokenizers.Tokenizer
     bos_token: str | None
     eod_token: str | None
     pad_token: str | None
     allow_special_tokens: bool = False
 
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Ids run from 0 to one below this; special tokens are among them."""
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; ``None`` where it has none."""
+
+    @abstractmethod
+    def token_bytes(self, number: int) -> bytes:
+        """What an id stands for; of a special token its name, of an id without a token nothing."""
+
+    @property
+    @abstractmethod
+    def unknown(self) -> int | None:
+        """Id of the token for what the vocabulary cannot write."""
+
+    @abstractmethod
+    def identity(self) -> object:
+        """What decides the ids, but for special tokens' roles and normalization, as JSON carries it."""
+
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
-        self.model.encode_special_tokens = not self.allow_special_tokens
-        return [found.ids for found in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of any bytes: of what is text as ``encode``, of the others one by one.
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
-        return self.model.decode(ids, skip_special_tokens=False)
+        ``decode_bytes`` gives the same bytes again where the tokenizer normalizes nothing, as Aquila's; SentencePiece
+        models put a space before a text, and most change some characters.
 
-    @cached_property  # the library makes a whole dict to answer
-    def vocab_size(self) -> int:
-        """Ids run from 0 to one below this; special tokens are among them."""
-        return max(self.model.get_vocab().values(), default=-1) + 1
+        Raises:
+            DataError: a byte is no text and has no token of its own.
+        """
+        ids: list[int] = []
+        for part in _NOT_TEXT.split(data.decode("utf-8", errors="surrogateescape")):
+            if _NOT_TEXT.match(part):
+                ids += [self._byte(byte) for byte in part.encode("utf-8", errors="surrogateescape")]
+            elif part != "":
+                ids += self.encode(part)
+        return ids
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """What ids stand for, whether it is text or not."""
+        return b"".join(map(self.token_bytes, ids))
 
     @property
     def bos(self) -> int | None:
@@ -94,7 +135,93 @@ class Tokenizer:
         return self._id_of(self.pad_token)
 
     def _id_of(self, token: str | None) -> int | None:
-        return None if token is None else self.model.token_to_id(token)
+        return None if token is None else self.token_id(token)
+
+    def _byte(self, byte: int) -> int:
+        letter = byte_letters()[byte]
+        for token in (letter, f"<0x{byte:02X}>"):
+            number = self.token_id(token)
+            if number is not None and self.token_bytes(number) == bytes([byte]):
+                return number
+        raise DataError(f"the byte {byte:#04x} is no text, and this tokenizer has no token for it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer of the tokenizers library, Aquila's among them."""
+
+    model: tokenizers.Tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        self.model.encode_special_tokens = not self.allow_special_tokens
+        return [found.ids for found in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return self.model.decode(ids, skip_special_tokens=False)
+
+    @cached_property  # the library makes a whole dict to answer
+    def vocab_size(self) -> int:
+        """Ids run from 0 to one below this; special tokens are among them."""
+        return max(self.model.get_vocab().values(), default=-1) + 1
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; ``None`` where it has none."""
+        return self.model.token_to_id(token)
+
+    def token_bytes(self, number: int) -> bytes:
+        """What an id stands for; of a special token its name, of an id without a token nothing."""
+        token = self.model.id_to_token(number)
+        if token is None or number in self._added:
+            return b"" if token is None else token.encode()
+        if self._letters is not None:
+            return bytes(self._letters[letter] for letter in token)
+        if _BYTE.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace(SPACE, " ").encode()
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """Id of the token for what the vocabulary cannot write."""
+        model = json.loads(self.model.to_str())["model"]
+        token = model.get("unk_token")
+        number = model.get("unk_id") if token is None else self.token_id(token)
+        return number if isinstance(number, int) else None
+
+    def identity(self) -> object:
+        """What decides the ids, but for special tokens' roles and normalization, as JSON carries it."""
+        model = json.loads(self.model.to_str())["model"]
+        specials = {number: token.content for number, token in self.model.get_added_tokens_decoder().items()}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
+        scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a Unigram model
+        return [self.model.get_vocab(), scores, merges, specials]
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.model.get_added_tokens_decoder())
+
+    @cached_property
+    def _letters(self) -> dict[str, int] | None:
+        """The byte of each letter where tokens are written in GPT-2's letters for bytes."""
+        decoder = json.loads(self.model.to_str())["decoder"]
+        is_bytes = decoder is not None and '"ByteLevel"' in json.dumps(decoder)
+        return {letter: byte for byte, letter in enumerate(byte_letters())} if is_bytes else None
+
+
+def library_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizers library's object. Raises ``DataError`` where another library is behind the tokenizer."""
+    if not isinstance(tokenizer, LibraryTokenizer):
+        raise DataError(f"a {tokenizer.kind} has no tokenizer.json; only tokenizers of vocab.json or tokenizer.json do")
+    return tokenizer.model
+
+
+@cache
+def byte_letters() -> tuple[str, ...]:
+    """GPT-2's letter for each byte."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = {byte: 256 + place for place, byte in enumerate(byte for byte in range(256) if byte not in plain)}
+    return tuple(chr(others.get(byte, byte)) for byte in range(256))
 
 
 def load_tokenizer(
@@ -108,8 +235,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that the flags name.
 
-    ``AquilaTokenizer`` takes the three files, ``HuggingFaceTokenizer`` a tokenizer.json or the folder of one; the
-    special tokens of the latter are those of tokenizer_config.json beside it.
+    ``AquilaTokenizer`` takes the three files, ``HuggingFaceTokenizer`` a tokenizer.json or the folder of one, whose
+    special tokens are those of tokenizer_config.json beside it; ``SentencePieceTokenizer`` a .model file.
 
     Raises:
         ConfigError: a file that this kind needs is not given.
@@ -118,10 +245,15 @@ def load_tokenizer(
     if kind == "HuggingFaceTokenizer":
         (folder_or_file,) = _needed(kind, {"--tokenizer-model": tokenizer_model})
         return _from_json(folder_or_file, allow_special_tokens=allow_special_tokens)
+    if kind == "SentencePieceTokenizer":
+        from megatron_aquila.data.sentencepiece_tokenizer import load_sentencepiece
+
+        (file,) = _needed(kind, {"--tokenizer-model": tokenizer_model})
+        return load_sentencepiece(file, allow_special_tokens=allow_special_tokens)
     flags = {"--vocab-file": vocab_file, "--merge-file": merge_file, "--special-tokens-file": special_tokens_file}
     vocab_path, merge_path, special_path = _needed(kind, flags)
-    vocab, merges = _read_vocab(vocab_path), _read_merges(merge_path)
-    _check_specials(special_path, vocab, vocab_path)
+    vocab, merges = read_vocab(vocab_path, PAD), read_merges(merge_path)
+    check_specials(special_path, vocab, vocab_path, AQUILA_SPECIAL_TOKENS)
     try:
         model = build_aquila_tokenizer(vocab, merges)
     except Exception as error:  # the library raises nothing narrower
@@ -131,7 +263,7 @@ def load_tokenizer(
 
 def aquila_tokenizer(model: tokenizers.Tokenizer, *, allow_special_tokens: bool = False) -> Tokenizer:
     """``build_aquila_tokenizer``'s result with Aquila's roles of the special tokens."""
-    return Tokenizer(
+    return LibraryTokenizer(
         kind="AquilaTokenizer",
         model=model,
         bos_token=BOS,
@@ -159,12 +291,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     document, and, for normalizers and the splitting into words, the ids of a fixed text. Neither the kind of the files
     nor ``allow_special_tokens`` is in it.
     """
-    model = json.loads(tokenizer.model.to_str())["model"]
-    specials = {number: token.content for number, token in tokenizer.model.get_added_tokens_decoder().items()}
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
     probe = replace(tokenizer, allow_special_tokens=False).encode(_PROBE)
-    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a Unigram model
-    identity = [tokenizer.model.get_vocab(), scores, merges, specials, tokenizer.eod_token, probe]
+    identity = tokenizer.identity()
+    assert isinstance(identity, list), f"{type(tokenizer).__name__} has an identity of {type(identity).__name__}"
+    identity = [*identity, tokenizer.eod_token, probe]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -182,7 +312,7 @@ def _from_json(path: Path, *, allow_special_tokens: bool) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{file}: not a tokenizer.json that the tokenizers library can read: {error}") from error
     config_file = file.with_name("tokenizer_config.json")
-    config = _read_json(config_file) if config_file.exists() else {}
+    config = read_json(config_file) if config_file.exists() else {}
     named = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
     missing = [token for token in named.values() if token is not None and model.token_to_id(token) is None]
     if missing:
@@ -190,7 +320,7 @@ def _from_json(path: Path, *, allow_special_tokens: bool) -> Tokenizer:
     eod = named["eos_token"]
     if eod is None and not config_file.exists() and model.token_to_id(PAD) is not None:
         eod = PAD  # GPT-2's own files come without a tokenizer_config.json
-    return Tokenizer(
+    return LibraryTokenizer(
         kind="HuggingFaceTokenizer",
         model=model,
         bos_token=named["bos_token"],
@@ -218,62 +348,17 @@ def _needed(kind: TokenizerType, flags: Mapping[str, Path | None]) -> list[Path]
     return [path for path in flags.values() if path is not None]
 
 
-def _check_specials(path: Path, vocab: Mapping[str, int], vocab_path: Path) -> None:
-    """The ids of special tokens are their places in the file, so that another order is another tokenizer."""
-    found = _lines(path)
-    if tuple(found) != AQUILA_SPECIAL_TOKENS:
-        raise DataError(
-            f"{path}: not Aquila's special tokens, one a line and in that order: expected "
-            f"{' '.join(AQUILA_SPECIAL_TOKENS)}, found {_shortened(' '.join(found))}; take the file that came with "
-            f"{vocab_path}, or a tokenizer.json with --tokenizer-type HuggingFaceTokenizer"
-        )
-    present = [token for token in found if token in vocab]
-    if present:
-        raise DataError(
-            f"{vocab_path}: it holds {' '.join(present)}, which {path.name} puts after the vocabulary; take the files "
-            "of one tokenizer"
-        )
+def tokenizer_at(path: Path) -> Tokenizer:
+    """The tokenizer of a folder or a file: a SentencePiece .model, a tokenizer.json, or Aquila's three files.
 
-
-def _read_vocab(path: Path) -> dict[str, int]:
-    entries = _read_json(path)
-    vocab = {token: number for token, number in entries.items() if isinstance(number, int)}
-    if set(vocab.values()) != set(range(len(entries))) or vocab.get(PAD) != 0:
-        raise DataError(f"{path}: not a vocabulary: ids must run from 0 without a gap, and {PAD} must have id 0")
-    return vocab
-
-
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    merges = []
-    for number, line in enumerate(_lines(path), start=1):
-        if number == 1 and line.startswith("#version"):
-            continue
-        left, space, right = line.partition(" ")
-        if not (left and space and right) or " " in right:
-            raise DataError(f"{path}:{number}: not a merge of two tokens: {_shortened(line)!r}; take merges.txt")
-        merges.append((left, right))
-    return merges
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object but a {type(value).__name__}")
-    return value
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    return [line for line in text.split("\n") if line != ""]
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    Raises:
+        DataError: nothing of that is there, or it cannot be read.
+    """
+    if path.suffix == ".model" or (path / "tokenizer.model").is_file():
+        return load_tokenizer("SentencePieceTokenizer", tokenizer_model=path)
+    if path.is_file() or (path / "tokenizer.json").is_file():
+        return load_tokenizer("HuggingFaceTokenizer", tokenizer_model=path)
+    vocab, merges, specials = (path / name for name in ("vocab.json", "merges.txt", "special_tokens.txt"))
+    if not vocab.is_file():
+        raise DataError(f"{path}: there is no tokenizer: no tokenizer.json, tokenizer.model or vocab.json")
+    return load_tokenizer("AquilaTokenizer", vocab_file=vocab, merge_file=merges, special_tokens_file=specials)

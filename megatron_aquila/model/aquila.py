@@ -1,13 +1,14 @@
 """Aquila, cut into pipeline stages. Logical parameter names are those of Hugging Face's Llama."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.ops import Kernels
+from megatron_aquila.kernels.ops import CausalAttention, Kernels
 from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.model.block import Block, recomputed
 from megatron_aquila.model.norm import RMSNorm
@@ -75,6 +76,23 @@ class AquilaStage(nn.Module):
         assert self.head is not None, f"stage {self.stage} has no head"
         return self.head.logits(self._blocks(x, tokens_BS, positions_BS))
 
+    def infer(
+        self,
+        x: Tensor | None,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        *,
+        ending: "Callable[[Head, Tensor], Tensor]",
+        cores: Sequence[CausalAttention] | None = None,
+    ) -> Tensor:
+        """Like ``forward``, but on the last stage ``ending`` makes of the head and x_SBH what is wanted.
+
+        ``cores``: what attends in each of this stage's layers, a cache of what earlier calls saw. Not under sequence
+        parallel.
+        """
+        x_SBH = self._blocks(x, tokens_BS, positions_BS, cores=cores)
+        return x_SBH if self.head is None else ending(self.head, x_SBH)
+
     def _blocks(
         self,
         x: Tensor | None,
@@ -82,17 +100,20 @@ class AquilaStage(nn.Module):
         positions_BS: Tensor,
         documents: Documents | None = None,
         recompute: Recompute = Recompute(),
+        cores: Sequence[CausalAttention] | None = None,
     ) -> Tensor:
         assert (x is None) == (self.embedding is not None), f"stage {self.stage} got x={x is not None}"
         if self.embedding is not None:
             x = self.embedding(tokens_BS)
+            if torch.is_grad_enabled() and not x.requires_grad:
+                x.requires_grad_()  # it is not trained; what comes after it still has a graph to be trained through
         assert x is not None, "an embedding or an input is there"
         cos, sin = position_tables(self.shape, positions_BS, x.dtype)
         blocks = (cast(Block, block) for block in self.blocks)
         for size in recompute.groups:
             x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
-        for block in blocks:
-            x = block(x, cos, sin, documents, recompute.modules)
+        for number, block in enumerate(blocks):
+            x = block(x, cos, sin, documents, recompute.modules, None if cores is None else cores[number])
         return x
 
     def param_infos(self) -> Iterator[ParamInfo]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.ops import Kernels
+from megatron_aquila.kernels.ops import CausalAttention, Kernels
 from megatron_aquila.model.norm import RMSNorm
 from megatron_aquila.model.position import attention_of, head_splitter
 from megatron_aquila.model.recompute import feed
@@ -42,17 +42,19 @@ class Attention(nn.Module):
         sin_SBD: Tensor,
         documents: Documents | None,
         modules: frozenset[Module] = NO_MODULES,
+        core: CausalAttention | None = None,
     ) -> Tensor:
         """x_StBH | x_SBH, before its ``norm`` -> the same. Communicates only inside its two linears.
 
-        The outputs of ``modules`` are not kept for backward.
+        The outputs of ``modules`` are not kept for backward. ``core`` attends in place of the run's kernel: a cache.
         """
+        attend = self.attend if core is None else core
         num_heads, num_kv_heads = (n // self.tp.size for n in (self.shape.num_heads, self.shape.num_kv_heads))
         qkv = feed(norm, self.qkv, x, recompute="norms" in modules)  # nobody but the rotation needs it
         q_SBNtD, k_SBKtD, v_SBKtD = self.split(qkv, cos_SBD, sin_SBD, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
         def heads(q_SBNtD: Tensor, k_SBKtD: Tensor, v_SBKtD: Tensor) -> Tensor:
-            return self.attend(q_SBNtD, k_SBKtD, v_SBKtD, documents).flatten(-2)
+            return attend(q_SBNtD, k_SBKtD, v_SBKtD, documents).flatten(-2)
 
         return feed(heads, self.out, q_SBNtD, k_SBKtD, v_SBKtD, recompute="attention" in modules)
 

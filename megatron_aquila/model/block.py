@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.ops import Kernels
+from megatron_aquila.kernels.ops import CausalAttention, Kernels
 from megatron_aquila.model.attention import Attention
 from megatron_aquila.model.mlp import MLP
 from megatron_aquila.model.norm import AddRMSNorm, RMSNorm
@@ -53,14 +53,15 @@ class Block(nn.Module):
         sin_SBD: Tensor,
         documents: Documents | None,
         modules: frozenset[Module] = NO_MODULES,
+        core: CausalAttention | None = None,
     ) -> Tensor:
-        """x_StBH | x_SBH -> the same. The outputs of ``modules`` are not kept for backward."""
+        """x_StBH | x_SBH -> the same. What ``modules`` put out is not kept for backward; ``core`` as in attention."""
 
         def add_mlp(x: Tensor, normed: Tensor) -> Tensor:
             out: Tensor = x + self.mlp(normed, modules)
             return out
 
-        attended = self.attention(x, self.attention_norm, cos_SBD, sin_SBD, documents, modules)
+        attended = self.attention(x, self.attention_norm, cos_SBD, sin_SBD, documents, modules, core)
         return feed(self.mlp_norm, add_mlp, attended, x, recompute="norms" in modules)
 
     def until_down(

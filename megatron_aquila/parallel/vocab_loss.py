@@ -102,17 +102,16 @@ def linear_vocab_parallel_cross_entropy(
 ) -> Tensor:
     """``-log softmax(x @ weight.T)[label]`` of each token in nats: ``loss_SB`` in ``compute_dtype``.
 
-    With ``max_z_loss`` z it is (2, S, B), beside that z times the largest logit squared; with ``unit_rows`` the weight's
-    rows are used at length 1.
+    With ``max_z_loss`` z it is (2, S, B), beside that z times the largest logit squared; with ``unit_rows`` the
+    weight's rows are used at length 1.
 
     ``(loss_SB * token_weights_SB).sum()`` is what may be differentiated, and nothing else: anything else raises
     ``RuntimeError`` in backward, on CUDA when the device gets there. Without weights nothing is. Weights stand in the
     loss's type. The weight's gradient is added up as forward goes and counts from its backward on, or when it is paid.
 
     Forward: all-gather of x, St -> S, under sequence parallel; an all-gather of two numbers a token each chunk, with a
-    max-z loss of four; where
-    something is differentiated a reduce-scatter of x's gradient, S -> St, under sequence parallel, else its all-reduce.
-    Backward: local.
+    max-z loss of four; where something is differentiated a reduce-scatter of x's gradient, S -> St, under sequence
+    parallel, else its all-reduce. Backward: local.
     """
     vocabulary = _Vocabulary(placement.tp, vocab_size, unit_rows, max_z_loss)
     if token_weights_SB is None or not torch.is_grad_enabled():
@@ -176,13 +175,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_SBH = all_gather(x, tp) if sequence_parallel else x
         grad_x_SBH = torch.empty_like(x_SBH, memory_format=torch.contiguous_format)
         used, grad_weight = vocabulary.used(weight), placement.weight_grads.begin_sum(weight)
-        grad_used = torch.zeros_like(grad_weight) if vocabulary.unit_rows else grad_weight
+        grad_used = grad_weight
+        if grad_weight is not None and vocabulary.unit_rows:
+            grad_used = torch.zeros_like(grad_weight)
         chunks = _in_chunks(chunk_tokens, weight, x_SBH, grad_x_SBH, labels_SB, token_weights_SB)
         losses = [
             _loss_and_gradients_(x_RH, grad_x_RH, labels_R, weights_R, used, grad_used, vocabulary)
             for x_RH, grad_x_RH, labels_R, weights_R in zip(*chunks, strict=True)
         ]
-        if vocabulary.unit_rows:
+        if grad_weight is not None and grad_used is not None and vocabulary.unit_rows:
             grad_weight.add_(through_unit_rows_(grad_used, weight))
         ctx.grad_x = reduce_scatter(grad_x_SBH, tp) if sequence_parallel else all_reduce_(grad_x_SBH, tp)
         ctx.save_for_backward(weight, token_weights_SB)
@@ -217,7 +218,7 @@ def _loss_and_gradients_(
     labels_R: Tensor,
     token_weights_R: Tensor,
     used: Tensor,
-    grad_used: Tensor,
+    grad_used: Tensor | None,
     vocabulary: _Vocabulary,
 ) -> Tensor:
     """The same, with this rank's part of x's gradient written to ``grad_x_RH`` and the weight's added to its sum."""
@@ -238,7 +239,8 @@ def _loss_and_gradients_(
         top=() if top is None else (top.logit, 2 * vocabulary.max_z_loss * top.logit / top.count),
     )
     grad_x_RH.copy_(matmul(logits_RV, used))
-    accumulate_weight_gradient_(grad_used, logits_RV, x_RH)
+    if grad_used is not None:
+        accumulate_weight_gradient_(grad_used, logits_RV, x_RH)
     return vocabulary.losses(found)
 
 

@@ -67,8 +67,10 @@ class WeightGradQueue:
     def gradient(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor, products: Products = NATIVE) -> Tensor | None:
         """The gradient of ``weight`` for autograd to accumulate, or None where it was added to its sum or is owed.
 
-        Local, unless a sum that is now complete sends itself on.
+        Local, unless a sum that is now complete sends itself on. Nothing is computed for a weight that is not trained.
         """
+        if not weight.requires_grad:
+            return None
         if self._open is not None:
             self._open.append(lambda: self._accumulate(weight, grad_y, x, products))
             return None
@@ -77,15 +79,22 @@ class WeightGradQueue:
             return None
         return products.grad_weight(grad_y, x)
 
-    def begin_sum(self, weight: nn.Parameter) -> Tensor:
-        """Where pieces of a gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local."""
+    def begin_sum(self, weight: nn.Parameter) -> Tensor | None:
+        """Where pieces of a gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local.
+
+        None where the weight is not trained.
+        """
+        if not weight.requires_grad:
+            return None
         main = self._main_grads.get(weight)
         if main is not None:
             return main.total
         return torch.zeros(weight.shape, dtype=compute_dtype(weight.dtype), device=weight.device)
 
-    def end_sum(self, weight: nn.Parameter, total: Tensor) -> Tensor | None:
+    def end_sum(self, weight: nn.Parameter, total: Tensor | None) -> Tensor | None:
         """All pieces have been added to ``total``: like ``gradient``, of a product that was taken already."""
+        if total is None:
+            return None
         main = self._main_grads.get(weight)
         if self._open is not None:
             self._open.append(

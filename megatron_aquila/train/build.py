@@ -27,6 +27,7 @@ from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.optim.scaler import LossScaling
+from megatron_aquila.optim.trained import freeze_others
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import gather_objects
 from megatron_aquila.parallel.context import Group, ParallelContext
@@ -121,7 +122,7 @@ def build_machine(
     )
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
     optimizer = DistributedOptimizer(
-        infos,
+        freeze_others(infos, config.optim.train_only),
         ctx,
         rule=update_rule(config.optim, kernels),
         bucket_bytes=bucket_bytes(config),

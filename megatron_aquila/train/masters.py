@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_aquila.checkpoint.layout import Chunk
+from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.schema import OptimConfig
 from megatron_aquila.kernels.remainder import join, split
@@ -21,7 +22,7 @@ MASTER, REMAINDER, MOMENTS = (
 )
 
 
-def read_weights(reader: CheckpointReader, chunks: Sequence[Chunk], *, with_remainders: bool, cast: bool) -> None:
+def read_weights(reader: TensorReader, chunks: Sequence[Chunk], *, with_remainders: bool, cast: bool) -> None:
     """Fill weights. Local. Raises ``CheckpointError`` as ``reader.read_into``.
 
     From masters where the stored weights are narrower than wanted; and where remainders of masters that are stored
@@ -71,7 +72,7 @@ def conversions(reader: CheckpointReader, optim: OptimConfig) -> list[str]:
     return lines
 
 
-def _master(reader: CheckpointReader, like: Chunk, name: str) -> Tensor:
+def _master(reader: TensorReader, like: Chunk, name: str) -> Tensor:
     """The float32 masters of tensor ``name`` in the rectangle of ``like``, however they are stored."""
     master = torch.empty(like.tensor.shape, dtype=torch.float32)
     if REMAINDER + name not in reader.tensors:

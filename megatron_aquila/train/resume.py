@@ -37,8 +37,9 @@ def begin_save(machine: Machine, state: TrainState, identity: Identity | None, s
         if kind == "weight"
         for chunk in range_chunks(owned, values)
     ]
+    kept = [chunk for info in machine.infos if not info.param.requires_grad for chunk in param_chunks(info)]
     described = describe(machine.config, machine.derived.shape, state, identity)
-    return Save(root, state.step, [*weights, *optimizer_chunks(machine)], described, machine.ctx, staging)
+    return Save(root, state.step, [*weights, *kept, *optimizer_chunks(machine)], described, machine.ctx, staging)
 
 
 def _prefix(kind: str) -> str:

@@ -28,3 +28,92 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tokenizer.main(arguments) == 2
     assert "in.jsonl:1: no key 'text'" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def corpus(path: Path, *texts: str) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def trained(folder: Path, name: str, texts: str, size: int) -> str:
+    inputs = corpus(folder / f"{name}.jsonl", *[texts] * 4)
+    out = str(folder / name)
+    assert tokenizer.main(["train", "--input", inputs, "--vocab-size", str(size), "--output", out]) == 0
+    return out
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the picture is drawn with matplotlib (extra quickstart)")
+    small, large = trained(tmp_path, "small", "aa aa", 266), trained(tmp_path, "large", "ab ab 海上 ab", 273)
+    inputs = [corpus(tmp_path / "zh.jsonl", "海上", "海"), corpus(tmp_path / "en.jsonl", "ab ab")]
+    capsys.readouterr()
+    command = ["compare", small, f"big={large}", "--input", *inputs]
+    assert tokenizer.main([*command, "--format", "markdown"]) == 0
+    head, rule, first, second = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in head.split("|")][1:5] == [
+        "tokenizer", "vocabulary", "tokens/document zh", "tokens/document en"
+    ]  # fmt: skip
+    assert rule.startswith("| --- | ---:")
+    assert [cell.strip() for cell in first.split("|")][1:9] == [
+        "small", "266", "4.5", "5.0", "1.00", "1.00", "0.00%", "100.00%"
+    ]  # fmt: skip
+    assert second.startswith("| big | 273 |")
+    for ending in ("png", "svg"):
+        picture = tmp_path / f"bars.{ending}"
+        assert tokenizer.main([*command, "--plot", str(picture), "--limit", "1"]) == 0
+        assert picture.stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert "exact" in out
+    assert f"drawn: {tmp_path / 'bars.svg'}" in out
+    assert tokenizer.main([*command, "--plot", str(tmp_path / "x.gif")]) == 2
+    assert "pictures are .png or .svg" in capsys.readouterr().err
+    assert tokenizer.main(["compare", small, small, "--input", *inputs]) == 2
+    assert "another tokenizer is named small too; give NAME=PATH" in capsys.readouterr().err
+    assert tokenizer.main(["compare", small, "--input", corpus(tmp_path / "none.jsonl")]) == 2
+    assert "none: it has no texts to compare tokenizers on" in capsys.readouterr().err
+
+
+def test_a_picture_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_aquila.data.tokenizer_comparison import compare, draw_comparison
+    from megatron_aquila.data.tokenizer_training import train_tokenizer
+    from megatron_aquila.errors import DataError
+
+    found = compare({"one": train_tokenizer(["aa aa"] * 4, 266)}, {"en": ["aa"]})
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(DataError, match="matplotlib is not installed"):
+        draw_comparison(found, tmp_path / "x.png")
+
+
+def test_extend_and_resize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    from dataclasses import asdict, replace
+
+    from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
+    from megatron_aquila.checkpoint.layout import Chunk
+    from megatron_aquila.checkpoint.llama import llama_tensors
+    from megatron_aquila.checkpoint.store import save_checkpoint
+    from megatron_aquila.data.tokenizer import tokenizer_at
+    from megatron_aquila.parallel.context import ParallelContext
+    from tests.checkpoint.toy import SHAPE
+
+    base, added = trained(tmp_path, "base", "aa aa", 266), trained(tmp_path, "added", "海上 海上", 269)
+    capsys.readouterr()
+    both = str(tmp_path / "both")
+    assert tokenizer.main(["extend", base, "--add", added, "--output", both]) == 0
+    new = tokenizer_at(Path(both)).vocab_size
+    assert f"266 + {new - 266} = {new} in {both}" in capsys.readouterr().out
+    shape = replace(SHAPE, vocab_size=266, padded_vocab_size=266)
+    chunks = [Chunk(name, size, (0,) * len(size), torch.randn(size)) for name, size in llama_tensors(shape).items()]
+    save_checkpoint(tmp_path / "run", 1, chunks, {"shape": asdict(shape)}, ParallelContext.single())
+    command = ["resize", "--load", str(tmp_path / "run"), "--to", both, "--output", str(tmp_path / "larger")]
+    assert tokenizer.main([*command, "--from", base]) == 0
+    assert f"266 -> {new} tokens" in capsys.readouterr().out
+    larger = HuggingFaceReader(tmp_path / "larger")
+    assert larger.config["vocab_size"] == new
+    old_rows, rows = chunks[0].tensor, larger.read("model.embed_tokens.weight")
+    assert torch.equal(rows[:266], old_rows)
+    ids = tokenizer_at(Path(base)).encode_bytes(tokenizer_at(Path(both)).token_bytes(new - 1))
+    assert torch.equal(rows[-1], old_rows[ids].mean(0))
+    assert tokenizer_at(tmp_path / "larger").vocab_size == new
+    assert tokenizer.main([*command, "--from", both]) == 2
+    assert f"the model has 266 tokens, --from {both} {new}" in capsys.readouterr().err

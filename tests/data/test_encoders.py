@@ -25,7 +25,7 @@ from megatron_aquila.data.encoders import (
     choose_encoder,
     first_difference,
 )
-from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_aquila.data.tokenizer import LibraryTokenizer, Tokenizer, load_tokenizer
 from megatron_aquila.errors import ConfigError, DataError
 
 HOSTILE = ["", "</s>", f"a{BORDER}b", BORDER, "", "[CLS]x<|endoftext|>", " 测试abc测试\n\n 1234", "\x00\x01"]
@@ -105,7 +105,7 @@ def test_a_tokenizer_that_gigatoken_does_not_know() -> None:
     pytest.importorskip("gigatoken")
     model = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
-    words = Tokenizer(kind="HuggingFaceTokenizer", model=model, bos_token=None, eod_token=None, pad_token=None)
+    words = LibraryTokenizer(kind="HuggingFaceTokenizer", model=model, bos_token=None, eod_token=None, pad_token=None)
     chosen = choose_encoder("auto", words, list)
     assert type(chosen.encoder) is ReferenceEncoder
     assert "gigatoken cannot take this tokenizer" in chosen.why

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_aquila.data import native, reference
 from megatron_aquila.data.encoders import GigatokenEncoder, ReferenceEncoder, first_difference
 from megatron_aquila.data.han_breaks import MARK, byte_letters, mark_id, pair_table
-from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_aquila.data.tokenizer import LibraryTokenizer, Tokenizer, load_tokenizer
 from megatron_aquila.data.tokenizer_training import train_tokenizer
 
 HAN = "一乙丁七万丈三上下不与丐丑专且丕世丘丙业丛东丝丢两严並丧中丰串"
@@ -82,7 +82,9 @@ def test_parts_of_characters_keep_all_they_may_belong_to() -> None:
         token = "".join(letters[byte] for byte in part)
         vocab = {letter: number for number, letter in enumerate(letters)} | {token: 256}
         model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
-        only = Tokenizer(kind="HuggingFaceTokenizer", model=model, bos_token=None, eod_token=None, pad_token=None)
+        only = LibraryTokenizer(
+            kind="HuggingFaceTokenizer", model=model, bos_token=None, eod_token=None, pad_token=None
+        )
         table = pair_table(only)
         assert table is not None
         can_be = (part == start and pair[1].encode()[:1] == part[3:]) or pair[0].encode().endswith(part[:2])

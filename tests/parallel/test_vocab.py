@@ -7,7 +7,7 @@ import torch
 from megatron_aquila.kernels.cross_entropy import cross_entropy
 from megatron_aquila.parallel import vocab
 from megatron_aquila.parallel.placement import Placement
-from megatron_aquila.parallel.vocab import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from megatron_aquila.parallel.vocab import VocabParallelEmbedding, vocab_parallel_argmax, vocab_parallel_cross_entropy
 from tests.parallel.worlds import CPU, CountCollectives, distance, on_ranks, share, tp_group
 
 S, B, H, PADDED = 8, 3, 5, 16
@@ -188,3 +188,16 @@ def refusals(size: int) -> None:
 
 def test_sizes_that_do_not_fit_are_refused(pool) -> None:
     on_ranks(pool, 2, refusals)
+
+
+def likeliest(size: int, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    tp = tp_group(size)
+    return vocab_parallel_argmax(share(logits, tp, dim=-1), tp=tp, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_likeliest_token_is_found_whichever_rank_holds_it(pool, size: int) -> None:
+    logits, vocab_size = torch.randn(50, 3, 32, dtype=torch.float64).round(decimals=0), 15  # half is padding, many ties
+    logits[..., vocab_size:] = 99.0
+    for found in on_ranks(pool, size, likeliest, logits, vocab_size):
+        assert torch.equal(found, logits[..., :vocab_size].argmax(-1))

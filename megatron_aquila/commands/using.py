@@ -1,0 +1,85 @@
+"""What the commands that use a model share: which one, on which layout, with which tokenizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_aquila.errors import ConfigError
+from megatron_aquila.train.launcher import Launch
+
+if TYPE_CHECKING:
+    from megatron_aquila.data.tokenizer import Tokenizer
+    from megatron_aquila.generate.runner import Runner
+    from megatron_aquila.generate.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model and how it is split."""
+
+    load: Path
+    """a checkpoint, the folder whose `latest` names one, or a Hugging Face folder"""
+    tp: int = 1
+    """tensor-parallel degree"""
+    pp: int = 1
+    """pipeline-parallel degree; start tp x pp processes with torchrun"""
+    precision: Literal["bf16", "fp16", "fp32", "fp64"] | None = None
+    """type to compute in; default as the weights are stored"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute"""
+    vocab_file: Path | None = None
+    """vocab.json, with --merge-file and --special-tokens-file; default the tokenizer that the model came with"""
+    merge_file: Path | None = None
+    """merges.txt"""
+    special_tokens_file: Path | None = None
+    """special_tokens.txt"""
+    tokenizer_model: Path | None = None
+    """tokenizer.json, or a SentencePiece .model"""
+    timeout_minutes: float = 10.0
+    """a collective that takes longer ends the command"""
+
+
+def read_source(options: ModelOptions, launch: Launch, *, replicates: bool) -> "Source":
+    """The model's tables of contents, once the layout fits it.
+
+    Raises:
+        ConfigError: the layout does not fit the model or the processes; the same on every rank.
+        CheckpointError: as ``open_source``.
+    """
+    from megatron_aquila.generate.runner import layout_problems
+    from megatron_aquila.generate.source import open_source
+
+    source = open_source(options.load, tp=options.tp)
+    problems = layout_problems(
+        source.shape, tp=options.tp, pp=options.pp, world_size=launch.world_size, replicates=replicates
+    )
+    if problems:
+        error = ConfigError(problems)
+        error.is_shared = True
+        raise error
+    return source
+
+
+def read_tokenizer(options: ModelOptions, source: "Source") -> "Tokenizer":
+    """The tokenizer of the flags, else the model's own. Raises as ``generate.source.open_tokenizer``."""
+    from megatron_aquila.generate.source import FILES, open_tokenizer
+
+    return open_tokenizer(source, {name: getattr(options, name) for name in FILES})
+
+
+@contextmanager
+def running(options: ModelOptions, source: "Source", launch: Launch) -> Iterator["Runner"]:
+    """The model, split and read, with a process group around it where there are several processes. Collective."""
+    from megatron_aquila.generate.runner import build_runner, create_context
+    from megatron_aquila.train import env
+    from megatron_aquila.train.build import DTYPES
+
+    env.prepare_environment()
+    device = env.choose_device(options.device, launch)
+    timeout = timedelta(minutes=options.timeout_minutes)
+    with env.process_group(device, launch, timeout):
+        ctx = create_context(options.tp, options.pp, device, launch.world_size, timeout)
+        yield build_runner(source, ctx, dtype=None if options.precision is None else DTYPES[options.precision])

@@ -1,0 +1,1 @@
+"""Using a model: text from it, and how well it predicts."""

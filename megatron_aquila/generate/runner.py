@@ -1,0 +1,172 @@
+"""A model that is used: its stages on this rank, and forward passes through the pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from megatron_aquila.checkpoint.agree import agreed
+from megatron_aquila.checkpoint.layout import param_chunks
+from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.generate.source import Source
+from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.kernels.self_check import Sizes
+from megatron_aquila.model.aquila import AquilaStage, Head, build_stages
+from megatron_aquila.model.cache import KVCache
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.collectives import all_gather, gather_objects
+from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.pipeline.engine import Engine, LossFn, Stage
+from megatron_aquila.pipeline.schedules import forward_only
+from megatron_aquila.pipeline.wire import P2PWire
+from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.plan.stages import StagePlan, plan_stages
+from megatron_aquila.train.masters import read_weights
+
+
+def layout_problems(shape: ModelShape, *, tp: int, pp: int, world_size: int, replicates: bool) -> list[Problem]:
+    """Why the model cannot be split so over the processes there are; ``replicates``: several may do the same."""
+    problems = []
+    for name in ("num_heads", "num_kv_heads", "ffn_size"):
+        if getattr(shape, name) % tp:
+            why = f"the model's {name} {getattr(shape, name)} is not divisible by it"
+            problems.append(Problem("--tp", tp, why, "use a divisor"))
+    if pp > shape.num_layers:
+        problems.append(Problem("--pp", pp, f"the model has {shape.num_layers} layers", "use fewer stages"))
+    rest = world_size % (tp * pp)
+    if rest or (world_size != tp * pp and not replicates):
+        why = f"there are {world_size} processes, not {tp * pp}"
+        way_out = f"start torchrun with --nproc-per-node {tp * pp}, or choose others"
+        problems.append(Problem("--tp x --pp", f"{tp} x {pp}", why, way_out))
+    return problems
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runner:
+    """This rank's stages of a model with its weights. Everything here runs without gradients."""
+
+    ctx: ParallelContext
+    shape: ModelShape
+    plan: StagePlan
+    dtype: torch.dtype
+    stages: Mapping[int, AquilaStage]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the head."""
+        return self.plan.num_stages - 1 in self.stages
+
+    def forward(self, batches: list[Batch], stages: Mapping[int, Stage], take: LossFn, *, length: int) -> None:
+        """Send ``batches``, each of ``length`` tokens a row, through the model; ``take`` sees what the last stage made.
+
+        Communicates: an activation to the next stage, each batch; what the stages do.
+        """
+        wire = P2PWire(
+            self.ctx,
+            stage_rank=self.plan.stage_rank,
+            activation_shape=(length, batches[0].tokens_BS.shape[0], self.shape.hidden_size),
+            dtype=self.dtype,
+        )
+        engine = Engine(stages, num_stages=self.plan.num_stages, loss_fn=take, wire=wire)
+        engine.evaluate(forward_only(self.plan.stage_rank, len(batches))[self.ctx.pp.rank], batches)
+
+    def new_caches(self, capacity: int, padding_B: Tensor) -> dict[int, KVCache]:
+        """An empty cache for each of this rank's stages."""
+        return {number: KVCache(len(stage.layers), capacity, padding_B) for number, stage in self.stages.items()}
+
+    def last_logits(self, tokens_BS: Tensor, caches: Mapping[int, KVCache]) -> Tensor | None:
+        """logits_BV, in float32 or wider, of what follows ``tokens_BS``, which the caches then hold too.
+
+        None but on the ranks of the last stage. Communicates: activations between stages, and there an all-gather of
+        the logits over tp.
+        """
+        positions = [cache.extend(tokens_BS.shape[1]) for cache in caches.values()]
+        found: list[Tensor] = []
+
+        def with_cache(number: int) -> Stage:
+            stage, cores = self.stages[number], caches[number].layers
+            return lambda x, batch: stage.infer(
+                x, batch.tokens_BS, batch.positions_BS, ending=last_of_each_row, cores=cores
+            )
+
+        def take(logits_1BVt: Tensor, _batch: Batch) -> Tensor:
+            parts = all_gather(logits_1BVt, self.ctx.tp).unbind(0)  # one after the other, along the vocabulary
+            logits_BV = torch.cat(parts, dim=-1)[:, : self.shape.vocab_size]
+            found.append(logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)))
+            return found[0]
+
+        stages = {number: with_cache(number) for number in self.stages}
+        self.forward([plain_batch(tokens_BS, positions[0])], stages, take, length=tokens_BS.shape[1])
+        return found[0] if found else None
+
+    def share(self, numbers: list[int] | None) -> list[int]:
+        """What the last stage's ranks have, on every rank of the pipeline, which knows how many numbers there are.
+
+        Communicates: an all-gather of small values over pp.
+        """
+        (found,) = [mine for mine in gather_objects(numbers, self.ctx.pp) if mine is not None]
+        shared: list[int] = found
+        return shared
+
+
+def last_of_each_row(head: Head, x_SBH: Tensor) -> Tensor:
+    """logits_1BVt of the last place."""
+    return head.logits(x_SBH[-1:])
+
+
+def plain_batch(tokens_BS: Tensor, positions_BS: Tensor, labels_BS: Tensor | None = None) -> Batch:
+    """Tokens as the stages take them, one document a row."""
+    rows = torch.zeros(tokens_BS.shape[0], dtype=torch.int64, device=tokens_BS.device)
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=tokens_BS if labels_BS is None else labels_BS,
+        loss_mask_BS=torch.ones_like(tokens_BS, dtype=torch.float32),
+        positions_BS=positions_BS,
+        source_B=rows,
+    )
+
+
+def create_context(tp: int, pp: int, device: torch.device, world_size: int, timeout: timedelta) -> ParallelContext:
+    """Groups for tp x pp, the rest of the world as replicas. Collective."""
+    return ParallelContext.create(RankGrid(tp=tp, pp=pp, dp=world_size // (tp * pp)), device, timeout)
+
+
+def build_runner(source: Source, ctx: ParallelContext, *, dtype: torch.dtype | None = None) -> Runner:
+    """The model of ``source`` split as ``ctx`` says, its weights read. Collective over the world.
+
+    ``dtype`` None: as stored.
+
+    Raises:
+        ConfigError: it cannot be split so.
+        CheckpointError: a file is missing or damaged, on every rank.
+    """
+    shape, dtype = source.shape, source.dtype if dtype is None else dtype
+    grid = ctx.grid
+    problems = layout_problems(shape, tp=grid.tp, pp=grid.pp, world_size=grid.world_size, replicates=True)
+    if problems:
+        raise ConfigError(problems)
+    sizes = Sizes(
+        hidden_size=shape.hidden_size,
+        ffn_size=shape.ffn_size // grid.tp,
+        head_dim=shape.head_dim,
+        num_heads=shape.num_heads // grid.tp,
+        num_kv_heads=shape.num_kv_heads // grid.tp,
+        seq_len=shape.seq_len,
+        has_documents=False,
+        norm_order=shape.norm_order,
+    )
+    kernels = choose_kernels(ctx.device, dtype, sizes=sizes, share=lambda mine: gather_objects(mine, ctx.world))
+    placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=dtype, device=ctx.device)
+    plan = plan_stages(shape, grid.pp)
+    with torch.no_grad():
+        stages = build_stages(shape, plan, pp_rank=ctx.pp.rank, placement=placement, kernels=kernels)
+        infos = [info for stage in stages.values() for info in stage.param_infos()]
+        for info in infos:
+            info.param.requires_grad_(False).zero_()  # padded rows are in no file
+        chunks = [chunk for info in infos for chunk in param_chunks(info)]
+        agreed(lambda: read_weights(source.reader, chunks, with_remainders=False, cast=True), ctx.world)
+    return Runner(ctx=ctx, shape=shape, plan=plan, dtype=dtype, stages=stages)

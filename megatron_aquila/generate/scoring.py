@@ -1,0 +1,188 @@
+"""How well a model predicts tokens: of each the loss, and whether it was the likeliest."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Final, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.errors import DataError
+from megatron_aquila.generate.runner import Runner, plain_batch
+from megatron_aquila.model.aquila import AquilaStage, Head
+from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.collectives import all_reduce_
+from megatron_aquila.parallel.vocab import vocab_parallel_argmax, vocab_parallel_cross_entropy
+from megatron_aquila.pipeline.engine import Stage
+from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
+
+UNDER_WAY: Final = 8  # batches in the pipeline at once
+T = TypeVar("T")
+
+
+def groups_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """``items`` in lists of ``size``, the last of what is left."""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
+
+
+def score(runner: Runner, batches: Iterable[Batch], take: Callable[[Tensor, Batch], None]) -> None:
+    """Call ``take`` on the last stage's ranks with each batch's scores_2SB: losses in nats, and 1 where likeliest.
+
+    Communicates: activations between stages, small values of each place over tp. All ranks of a pipeline have the same
+    batches, all of one shape.
+    """
+
+    def scoring(stage: AquilaStage) -> Stage:
+        def run(x: Tensor | None, batch: Batch) -> Tensor:
+            ending = partial(_scores, runner=runner, labels_SB=batch.labels_BS.T)
+            return stage.infer(x, batch.tokens_BS, batch.positions_BS, ending=ending)
+
+        return run
+
+    def taken(scores_2SB: Tensor, batch: Batch) -> Tensor:
+        take(scores_2SB, batch)
+        return scores_2SB
+
+    stages = {number: scoring(stage) for number, stage in runner.stages.items()}
+    for together in groups_of(batches, UNDER_WAY):
+        numbered = [replace(batch, microbatch=number) for number, batch in enumerate(together)]
+        runner.forward(numbered, stages, taken, length=together[0].tokens_BS.shape[1])
+
+
+def _scores(head: Head, x_SBH: Tensor, *, runner: Runner, labels_SB: Tensor) -> Tensor:
+    """A chunk of logits at a time, as in training."""
+    x_RH, labels_R = head.norm(x_SBH).flatten(0, 1), labels_SB.flatten()
+    row_bytes = head.output.weight.shape[0] * x_RH.element_size()
+    size = loss_chunk_tokens(len(x_RH), row_bytes=row_bytes, wanted=None)
+    found, tp, vocab_size = [], runner.ctx.tp, runner.shape.vocab_size
+    for x, labels in zip(torch.split(x_RH, size), torch.split(labels_R, size), strict=True):
+        logits, labels_1R = head.output(x.unsqueeze(0)), labels.unsqueeze(0)
+        losses = vocab_parallel_cross_entropy(logits, labels_1R, tp=tp, vocab_size=vocab_size)
+        is_top = vocab_parallel_argmax(logits, tp=tp, vocab_size=vocab_size) == labels_1R
+        found.append(torch.cat([losses, is_top.to(losses.dtype)]))
+    return torch.cat(found, dim=1).view(2, *labels_SB.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """Of one data set: ``num_tokens`` were predicted, ``num_right`` of them as the likeliest."""
+
+    name: str
+    num_tokens: int
+    num_right: int
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); the loss is in nats a token."""
+        return float(np.exp(self.loss))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens that were the likeliest."""
+        return self.num_right / self.num_tokens
+
+
+def evaluate(
+    runner: Runner, datasets: Sequence[IndexedDataset], *, seq_len: int, batch: int, max_tokens: int | None = None
+) -> list[Score]:
+    """Score every token but the first of each data set once, the first ``max_tokens`` where given.
+
+    A window of ``seq_len`` tokens begins where the one before it ended: documents follow each other as in training, and
+    the last window is filled up with what does not count. Replicas share the windows. Equal on every rank. Collective
+    over the world.
+
+    Raises:
+        DataError: a data set has fewer than two tokens, or one outside the model's vocabulary.
+    """
+    totals = [_num_scored(dataset, max_tokens, runner.shape.vocab_size) for dataset in datasets]
+    windows = [
+        (source, start) for source, total in enumerate(totals) for start in range(0, total, seq_len)
+    ]  # every rank's
+    dp = runner.ctx.dp
+    sums_S3 = torch.zeros(len(datasets), 3, dtype=torch.float64, device=runner.ctx.device)
+
+    def take(scores_2SB: Tensor, batch: Batch) -> None:
+        mask_SB = batch.loss_mask_BS.T.to(scores_2SB.dtype)
+        by_sample = torch.cat([scores_2SB * mask_SB, mask_SB.unsqueeze(0)]).sum(1).double()
+        sums_S3.index_add_(0, batch.source_B, by_sample.T)
+
+    def batches() -> Iterable[Batch]:
+        for mine in groups_of(windows[dp.rank :: dp.size], batch):
+            filled = [*mine, *[(mine[-1][0], None)] * (batch - len(mine))]
+            rows = [_window(datasets[source], totals[source], start, seq_len) for source, start in filled]
+            yield _batch(rows, [source for source, _ in filled], runner)
+
+    score(runner, batches(), take)
+    if runner.ctx.tp.rank != 0:
+        sums_S3.zero_()  # the ranks of tp have the same sums
+    sums = all_reduce_(sums_S3, runner.ctx.world).tolist()
+    for (_, _, counted), total in zip(sums, totals, strict=True):
+        assert round(counted) == total, f"{counted} tokens were counted of {total}"
+    return [
+        Score(name=str(dataset.prefix), num_tokens=total, num_right=round(right), loss=loss / total)
+        for dataset, total, (loss, right, _) in zip(datasets, totals, sums, strict=True)
+    ]
+
+
+def _num_scored(dataset: IndexedDataset, max_tokens: int | None, vocab_size: int) -> int:
+    count = len(dataset.tokens) - 1
+    if count < 1:
+        raise DataError(f"{dataset.prefix}: it has {count + 1} tokens; there is nothing to predict")
+    count = count if max_tokens is None else min(count, max_tokens)
+    largest = int(dataset.tokens[: count + 1].max())
+    if largest >= vocab_size:  # on every rank: none may leave while the others go on
+        raise DataError(
+            f"{dataset.prefix}: token {largest} is outside the model's vocabulary of {vocab_size}; the data is of "
+            "another tokenizer"
+        )
+    return count
+
+
+def _window(dataset: IndexedDataset, total: int, start: int | None, seq_len: int) -> tuple[NDArray[np.int64], int]:
+    """``seq_len`` + 1 tokens, zeros behind the last, and how many labels count; none without a ``start``."""
+    row = np.zeros(seq_len + 1, dtype=np.int64)
+    if start is None:
+        return row, 0
+    count = min(seq_len, total - start)
+    row[: count + 1] = dataset.tokens[start : start + count + 1]
+    return row, count
+
+
+def _batch(rows: Sequence[tuple[NDArray[np.int64], int]], sources: Sequence[int], runner: Runner) -> Batch:
+    tokens = torch.from_numpy(np.stack([row for row, _ in rows])).to(runner.ctx.device)
+    positions_BS = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(len(rows), -1)
+    counts_B1 = torch.tensor([[count] for _, count in rows], device=tokens.device)
+    return replace(
+        plain_batch(tokens[:, :-1].contiguous(), positions_BS, tokens[:, 1:].contiguous()),
+        loss_mask_BS=(positions_BS < counts_B1).float(),
+        source_B=torch.tensor(sources, device=tokens.device),
+    )
+
+
+def score_rows(runner: Runner, rows: Sequence[Sequence[int]], *, batch: int) -> list[list[tuple[float, bool]]]:
+    """Of each row, for every token but the first: its log probability in nats, and whether it was the likeliest.
+
+    Rows are padded on the right, where nothing sees it, those of like length together. Equal on every rank of a
+    pipeline. Collective over tp and pp.
+    """
+    found: dict[int, list[tuple[float, bool]]] = {}
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    for numbers in groups_of(order, batch):
+        longest = max(2, max(len(rows[number]) for number in numbers))
+        padded = [np.array([*rows[number], *[0] * (longest - len(rows[number]))], dtype=np.int64) for number in numbers]
+        made = _batch([(row, longest - 1) for row in padded], [0] * len(padded), runner)
+        scores_2SB = torch.zeros(2, longest - 1, len(numbers), dtype=torch.float64, device=runner.ctx.device)
+        score(runner, [made], lambda scores, _, into=scores_2SB: into.copy_(scores))  # type: ignore[misc]
+        all_reduce_(scores_2SB, runner.ctx.pp)  # zeros but from the last stage
+        for number, losses, right in zip(numbers, *scores_2SB.transpose(1, 2).tolist(), strict=True):
+            size = max(0, len(rows[number]) - 1)
+            found[number] = [(-loss, bool(hit)) for loss, hit in zip(losses[:size], right[:size], strict=True)]
+    return [found[number] for number in range(len(rows))]

@@ -1,0 +1,56 @@
+"""Keys and values of the tokens that a stage has seen, so that the next token costs one token."""
+
+import torch
+from torch import Tensor
+
+from megatron_aquila.kernels.cached_attention import cached_attention, causal_ST
+from megatron_aquila.kernels.documents import Documents
+
+
+class KVCache:
+    """The caches of a stage's layers, filled by one forward after the other. It is passed, no module holds it.
+
+    Rows of a batch end together: a shorter one begins later, after ``padding_B`` tokens that nobody sees but
+    themselves. ``capacity``: tokens of the longest row, padding included.
+    """
+
+    def __init__(self, num_layers: int, capacity: int, padding_B: Tensor) -> None:
+        self.capacity, self._padding_B = capacity, padding_B
+        self._is_padded = bool(padding_B.any())
+        self.start = self.stop = 0  # the tokens of the forward under way
+        self.visible_BST: Tensor | None = None  # None: each sees all up to itself
+        self.layers = [LayerCache(self) for _ in range(num_layers)]
+
+    def extend(self, num_tokens: int) -> Tensor:
+        """Make ready for a forward of ``num_tokens`` more; returns their positions_BS, 0 for padding."""
+        self.start, self.stop = self.stop, self.stop + num_tokens
+        assert self.stop <= self.capacity, f"{self.stop} tokens in a cache of {self.capacity}"
+        slots = torch.arange(self.stop, device=self._padding_B.device)
+        new = slots[self.start :]
+        if self._is_padded:
+            real_BT = slots >= self._padding_B.unsqueeze(1)
+            itself_ST = new.unsqueeze(1) == slots
+            up_to_itself_ST = causal_ST(num_tokens, self.stop, slots.device)
+            self.visible_BST = (real_BT.unsqueeze(1) & up_to_itself_ST) | itself_ST
+        return (new - self._padding_B.unsqueeze(1)).clamp(min=0)
+
+
+class LayerCache:
+    """One layer's cache: attends in the place of a causal attention kernel."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._k_TBKD: Tensor | None = None
+        self._v_TBKD: Tensor | None = None
+
+    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
+        """Keep the new keys and values, and attend to all: ``o_SBND``. Local; without gradients."""
+        assert documents is None, "a cache holds one document a row"
+        cache = self._cache
+        if self._k_TBKD is None or self._v_TBKD is None:
+            self._k_TBKD, self._v_TBKD = (x.new_empty(cache.capacity, *x.shape[1:]) for x in (k_SBKD, v_SBKD))
+        self._k_TBKD[cache.start : cache.stop] = k_SBKD
+        self._v_TBKD[cache.start : cache.stop] = v_SBKD
+        return cached_attention(
+            q_SBND, self._k_TBKD[: cache.stop], self._v_TBKD[: cache.stop], visible_BST=cache.visible_BST
+        )

@@ -1,0 +1,136 @@
+"""``aquila generate`` through its door: a Hugging Face folder and a checkpoint, chat, and what it refuses."""
+
+import io
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_aquila.checkpoint.huggingface import export_huggingface
+from megatron_aquila.checkpoint.layout import Chunk
+from megatron_aquila.checkpoint.llama import SpecialIds, llama_tensors
+from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.commands import generate
+from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
+from megatron_aquila.parallel.context import ParallelContext
+from tests.checkpoint.toy import SHAPE as TOY
+
+SHAPE = replace(TOY, vocab_size=280, padded_vocab_size=384, seq_len=400)
+FILES = {"vocab_file": "vocab.json", "merge_file": "merges.txt", "special_tokens_file": "special_tokens.txt"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same random weights as our checkpoint and as a Hugging Face folder, with their tokenizer."""
+    root = tmp_path_factory.mktemp("using")
+    tokenizer = train_tokenizer(["the sea and the stars 海上的星星"] * 4, 280)
+    save_tokenizer_files(tokenizer, root / "tokenizer")
+    generator = torch.Generator().manual_seed(1)
+    chunks = [
+        Chunk(name, size, (0,) * len(size), torch.randn(size, generator=generator) * 0.5)
+        for name, size in llama_tensors(SHAPE).items()
+    ]
+    files = {name: str(root / "tokenizer" / file) for name, file in FILES.items()} | {"tokenizer_model": None}
+    state = {"shape": asdict(SHAPE), "tokenizer": {"tokenizer_type": "AquilaTokenizer", **files}}
+    save_checkpoint(root / "ours", 3, chunks, state, ParallelContext.single())
+    export_huggingface(
+        CheckpointReader(root / "ours"),
+        root / "theirs",
+        shape=SHAPE,
+        dtype=torch.float32,
+        ids=SpecialIds(bos=None, eos=None, pad=None),
+        finish=lambda folder: save_tokenizer_files(tokenizer, folder),
+    )
+    return {"ours": root / "ours", "theirs": root / "theirs"}
+
+
+def test_both_forms_say_the_same(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = ["--temperature", "0", "--max-new-tokens", "9", "--json", "--prompt", "the sea", "海", "--ignore-eod"]
+    said = []
+    for folder in folders.values():
+        assert generate.main(["--load", str(folder), *greedy]) == 0
+        said.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert said[0] == said[1]
+    assert [found["prompt"] for found in said[0]] == ["the sea", "海"]
+    assert all(len(found["tokens"]) == 9 and not found["is_ended"] for found in said[0])
+    assert generate.main(["--load", str(folders["ours"]), *greedy, "--batch", "1"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == said[0]
+    stop = said[0][0]["tokens"][2]
+    assert generate.main(["--load", str(folders["ours"]), *greedy, "--stop-ids", str(stop)]) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert first["is_ended"]
+    assert first["tokens"][-1] == stop
+
+
+def test_one_prompt_is_shown_as_it_grows_and_several_when_they_are_done(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = ["--load", str(folders["theirs"]), "--seed", "5", "--max-new-tokens", "6", "--top-k", "40"]
+    assert generate.main([*load, "--prompt", "the sea"]) == 0
+    alone = capsys.readouterr().out
+    assert generate.main([*load, "--prompt", "the sea", "stars"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"the sea >>> {alone[len('the sea') : -1]!r}"
+    assert second.startswith("stars >>> ")
+
+
+@pytest.mark.parametrize("template", ["aquila-v1", "aquila-legacy"])
+def test_a_conversation(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand then?\n"))
+    settings = ["--chat", template, "--max-new-tokens", "4", "--temperature", "0", "--stop-words", "\n"]
+    assert generate.main(["--load", str(folders["ours"]), *settings]) == 0
+    answers = capsys.readouterr().out.split("\n")
+    assert len(answers) == 3
+    assert generate.main(["--load", str(folders["ours"]), *settings, "--json", "--prompt", "hi"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == answers[0]
+
+
+def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*argv: str) -> str:
+        assert generate.main(["--load", *argv]) == 2
+        return capsys.readouterr().err
+
+    ours = str(folders["ours"])
+    assert "there is nothing to continue" in refused(ours)
+    told = refused(ours, "--prompt", "a", "--temperature", "-1", "--top-p", "0", "--stop-words", "", "--top-k", "-1")
+    assert [flag for flag in ("--temperature", "--top-p", "--stop-words", "--top-k") if flag in told] == [
+        "--temperature", "--top-p", "--stop-words", "--top-k"
+    ]  # fmt: skip
+    layout = refused(ours, "--prompt", "a", "--tp", "3", "--pp", "9")
+    for why in ("num_heads 4 is not divisible", "has 2 layers", "there are 1 processes, not 27"):
+        assert why in layout
+    assert "there is no such folder" in refused(str(tmp_path / "nowhere"), "--prompt", "a")
+    assert "prompt 1 is empty" in refused(ours, "--prompt", "")
+    assert "gone.json is not there; give --tokenizer-model" in refused(
+        ours, "--prompt", "a", "--tokenizer-model", "gone.json"
+    )
+    train = train_tokenizer(["many other words that are longer than those " * 3, "abcdefg hijklmnop"], 300)
+    save_tokenizer_files(train, tmp_path / "larger")
+    assert "the model has 280 tokens, the tokenizer 300" in refused(
+        ours, "--prompt", "a", "--tokenizer-model", str(tmp_path / "larger")
+    )
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors.index.json"):
+        (tmp_path / "bare" / name).write_bytes((folders["theirs"] / name).read_bytes())
+    for path in folders["theirs"].glob("*.safetensors"):
+        (tmp_path / "bare" / path.name).symlink_to(path)
+    bare = str(tmp_path / "bare")
+    assert "it names no tokenizer; give --tokenizer-model" in refused(bare, "--prompt", "a")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "tie_word_embeddings is True" in refused(bare, "--prompt", "a")
+
+
+def test_a_tokenizer_that_was_changed_since(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader = CheckpointReader(folders["ours"])
+    chunks = [Chunk(name, size, (0,) * len(size), reader.read(name)) for name, size in llama_tensors(SHAPE).items()]
+    named = {**reader.state["tokenizer"], "fingerprint": "0" * 64}
+    save_checkpoint(tmp_path / "run", 1, chunks, {"shape": asdict(SHAPE), "tokenizer": named}, ParallelContext.single())
+    assert generate.main(["--load", str(tmp_path / "run"), "--prompt", "a"]) == 2
+    assert "its tokenizer's files are not what they were" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Scores are those of transformers, every token counts once, and the layout changes nothing."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.errors import DataError
+from megatron_aquila.generate.scoring import Score, evaluate, groups_of, score_rows
+from megatron_aquila.verify.pool import WorkerPool
+from tests.generate.models import VOCAB_SIZE, runner_of, save_llama
+
+pytest.importorskip("transformers", reason="the judge is transformers (extra hf)")
+SEQ_LEN, SIZES = 16, (83, 33)
+NEAR = 1e-6  # transformers takes rotary tables and norms in float32 whatever the model's type
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scoring")
+    save_llama(path)
+    generator = np.random.default_rng(0)
+    for number, size in enumerate(SIZES):
+        with IndexedDatasetWriter(path / f"data{number}", np.uint16) as writer:
+            for part in np.array_split(generator.integers(VOCAB_SIZE, size=size), 4):
+                writer.add_sequence(part)
+                writer.end_document()
+    return path
+
+
+def scores(folder: Path, tp: int, pp: int, max_tokens: int | None = None) -> list[Score]:
+    datasets = [IndexedDataset(folder / f"data{number}") for number in range(len(SIZES))]
+    runner = runner_of(folder, tp, pp, torch.float64)
+    return evaluate(runner, datasets, seq_len=SEQ_LEN, batch=2, max_tokens=max_tokens)
+
+
+def theirs(folder: Path, tokens: list[int]) -> tuple[float, int]:
+    """Sum of transformers' losses over windows, and how many labels were the likeliest."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    loss, right = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, SEQ_LEN):
+            window = torch.tensor([tokens[start : start + SEQ_LEN + 1]])
+            logits, labels = model(window[:, :-1]).logits[0], window[0, 1:]
+            loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(-1) == labels).sum())
+    return loss, right
+
+
+def test_scores_are_transformers_and_count_every_token_once(folder: Path) -> None:
+    for number, found in enumerate(scores(folder, 1, 1)):
+        tokens = IndexedDataset(folder / f"data{number}").tokens.tolist()
+        loss, right = theirs(folder, tokens)
+        assert (found.num_tokens, found.num_right) == (SIZES[number] - 1, right)
+        assert found.loss == pytest.approx(loss / (SIZES[number] - 1), rel=NEAR)
+        assert found.perplexity == pytest.approx(math.exp(found.loss))
+        assert found.accuracy == right / found.num_tokens
+
+
+@pytest.mark.parametrize(("tp", "pp", "world"), [(2, 2, 4), (1, 2, 4), (1, 1, 4)])
+def test_the_layout_changes_nothing(
+    folder: Path, pool: Callable[[int], WorkerPool], tp: int, pp: int, world: int
+) -> None:
+    alone = scores(folder, 1, 1)
+    for found in pool(world).run(scores, folder, tp, pp):
+        assert [(one.num_tokens, one.num_right) for one in found] == [(one.num_tokens, one.num_right) for one in alone]
+        assert [one.loss for one in found] == pytest.approx([one.loss for one in alone], rel=1e-13)
+
+
+def test_the_first_tokens_only(folder: Path) -> None:
+    first, second = scores(folder, 1, 1, max_tokens=40)
+    assert (first.num_tokens, second.num_tokens) == (40, 32)
+    loss, _ = theirs(folder, IndexedDataset(folder / "data0").tokens[:41].tolist())
+    assert first.loss == pytest.approx(loss / 40, rel=NEAR)
+
+
+def test_rows_of_any_length(folder: Path, pool: Callable[[int], WorkerPool]) -> None:
+    rows = [[5, 6, 7, 8, 9], [1], [3, 2], [], [9] * 12]
+    found = rows_of(folder, 1, 1, rows)
+    assert [len(one) for one in found] == [4, 0, 1, 0, 11]
+    for row, one in zip(rows, found, strict=True):
+        if len(row) > 1:
+            loss, right = theirs(folder, row)
+            assert -sum(value for value, _ in one) == pytest.approx(loss, rel=NEAR)
+            assert sum(hit for _, hit in one) == right
+    for others in pool(4).run(rows_of, folder, 2, 2, rows):
+        assert [[hit for _, hit in one] for one in others] == [[hit for _, hit in one] for one in found]
+        flat = [value for one in found for value, _ in one]
+        assert [value for one in others for value, _ in one] == pytest.approx(flat, rel=1e-12)
+
+
+def rows_of(folder: Path, tp: int, pp: int, rows: list[list[int]]) -> list[list[tuple[float, bool]]]:
+    return score_rows(runner_of(folder, tp, pp, torch.float64), rows, batch=2)
+
+
+def test_data_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
+    for name, tokens in {"short": [1], "wide": [1, VOCAB_SIZE, 2]}.items():
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_sequence(tokens)
+            writer.end_document()
+    runner = runner_of(folder)
+    with pytest.raises(DataError, match="it has 1 tokens; there is nothing to predict"):
+        evaluate(runner, [IndexedDataset(tmp_path / "short")], seq_len=4, batch=1)
+    with pytest.raises(DataError, match=f"token {VOCAB_SIZE} is outside the model's vocabulary of {VOCAB_SIZE}"):
+        evaluate(runner, [IndexedDataset(tmp_path / "wide")], seq_len=4, batch=1)
+
+
+def test_groups() -> None:
+    assert list(groups_of(range(5), 2)) == [[0, 1], [2, 3], [4]]
