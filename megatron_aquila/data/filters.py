@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,13 @@ class Drop(StrEnum):
     TOO_SHORT = "shorter than --min-chars"
     TOO_LONG = "longer than --max-chars"
     DUPLICATE = "seen before"
+
+
+class Dropped(NamedTuple):
+    """A good document that is left out; ``num_bytes`` is the length of its record as it was read."""
+
+    reason: Drop
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

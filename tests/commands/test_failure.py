@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megatron_aquila.commands.failure import exit_code
@@ -37,3 +41,23 @@ def test_an_interrupt_is_130_and_our_own_mistakes_keep_their_traceback() -> None
     assert code.value == 130
     with pytest.raises(AssertionError), exit_code():
         raise AssertionError("ours")
+
+
+def test_a_reader_that_went_away_ends_a_command_without_a_word() -> None:
+    code = (
+        "import sys\n"
+        "from megatron_aquila.commands.failure import exit_code\n"
+        "with exit_code() as code:\n"
+        "    print('x')\n"
+        "sys.exit(code.value)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (141, b"")
+
+
+def test_a_pipe_of_something_else_is_our_own_mistake() -> None:
+    with pytest.raises(BrokenPipeError, match="of a worker"), exit_code():
+        raise BrokenPipeError("of a worker")

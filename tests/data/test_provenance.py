@@ -30,11 +30,16 @@ def test_every_document_is_found(
 
 
 def test_shards_end_to_end() -> None:
-    lines = [provenance_line(n, source="书,\n.json", line=1, meta={"document": n}) for n in range(12)]
-    assert list(renumbered(lines[:2], 10)) == [
-        line.replace(b": %d," % n, b": 1%d," % n, 1) for n, line in enumerate(lines[:2])
-    ]
+    """Numbers go on from the shards before, and are without a gap where documents were left out."""
+    lines = [provenance_line(n, source="书,\n.json", line=n + 1, meta={"document": n}) for n in range(12)]
     assert list(renumbered(lines, 0)) == lines
+    kept = list(map(json.loads, renumbered(lines[1::5], 10, 300)))
+    assert [(each["document"], each["line"], each["meta"]["document"]) for each in kept] == [
+        (10, 302, 1),
+        (11, 307, 6),
+        (12, 312, 11),
+    ]
+    assert {each["source"] for each in kept} == {"书,\n.json"}
     with pytest.raises(AssertionError, match="no line of provenance"):
         list(renumbered([b'{"text": 1}'], 0))
 
@@ -45,7 +50,7 @@ def test_values_that_json_does_not_know() -> None:
     assert json.loads(line)["meta"] == {"date": "2024-01-02", "half": "\ud83d", "书": "书"}
     assert (
         provenance_line(0, source="书", line=1, meta=None)
-        == '{"document": 0, "source": "书", "line": 1, "meta": {}}\n'.encode()
+        == '{"document": 0, "line": 1, "source": "书", "meta": {}}\n'.encode()
     )
 
 
