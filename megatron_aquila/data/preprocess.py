@@ -320,6 +320,7 @@ def _origin(
             "skip_bad_lines": settings.skip_bad_lines,
             "reading": asdict(settings.read),
             **_filters(settings),
+            "provenance": f"{Path(settings.prefix).name}.{META}" if settings.read.keep_meta else None,
             "shard": settings.shard,
         },
         versions=package_versions("numpy", "tokenizers"),

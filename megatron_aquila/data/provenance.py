@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.errors import DataError
 
 HEAD: Final = re.compile(rb'\{"document": \d+, "line": (\d+), ')
@@ -32,6 +33,21 @@ def renumbered(lines: Iterable[bytes], first: int, lines_before: int = 0) -> Ite
         head = HEAD.match(said)
         assert head is not None, f"no line of provenance: {said[:60]!r}"
         yield b'{"document": %d, "line": %d, %b' % (number, int(head[1]) + lines_before, said[head.end() :])
+
+
+def document_origin(dataset: IndexedDataset, document: int) -> str | None:
+    """Where a document came from, in words; None where the data set's manifest names no such file, or it is not there.
+
+    Raises:
+        DataError: as ``find_provenance``.
+    """
+    name = None if dataset.manifest is None else dataset.manifest.origin.options.get("provenance")
+    path = None if name is None else Path(dataset.prefix).with_name(str(name))
+    found = None if path is None or not path.exists() else find_provenance(path, document)
+    if found is None:
+        return None
+    kept = "".join(f", {key} {value}" for key, value in found["meta"].items())
+    return f"{found['source']}:{found['line']}{kept}"
 
 
 def find_provenance(path: Path, number: int) -> dict[str, Any] | None:

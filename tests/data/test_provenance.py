@@ -2,13 +2,17 @@
 
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_aquila.data.provenance import find_provenance, provenance_line, renumbered
+from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.data.manifest import read_manifest, write_manifest
+from megatron_aquila.data.provenance import document_origin, find_provenance, provenance_line, renumbered
 from megatron_aquila.errors import DataError
 
 
@@ -62,3 +66,22 @@ def test_files_that_are_something_else(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError, match="byte 0 begins no line of provenance"):
         find_provenance(path, 0)
+
+
+def test_the_origin_of_a_document(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "out_text_document", np.uint16) as writer:
+        writer.add_documents(np.arange(3), np.array([1, 2]))
+    prefix, path = tmp_path / "out_text_document", tmp_path / "out.meta.jsonl"
+    assert document_origin(IndexedDataset(prefix), 0) is None
+    manifest = read_manifest(prefix)
+    assert manifest is not None
+    named = replace(manifest.origin, options={"provenance": path.name})
+    write_manifest(prefix, replace(manifest, origin=named))
+    dataset = IndexedDataset(prefix)
+    assert document_origin(dataset, 0) is None, "the file is not there"
+    path.write_bytes(provenance_line(1, source="a.jsonl", line=7, meta={"url": "u", "n": 3}))
+    assert document_origin(dataset, 0) is None
+    assert document_origin(dataset, 1) == "a.jsonl:7, url u, n 3"
+    path.write_bytes(b"oops\n")
+    with pytest.raises(DataError, match="begins no line of provenance"):
+        document_origin(dataset, 1)
