@@ -143,7 +143,7 @@ class Output:
                 self._journal.close()
                 raise
         except OSError as error:
-            raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from error
+            raise DataError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
 
     def _resume(self, *, overwrite: bool) -> Appended | None:
         """Go on with the journal or begin anew; returns what was appended last."""

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -362,15 +363,19 @@ def write_dirty(path: Path, texts: Sequence[str], copies: int) -> Path:
 
 
 def all_files(prefix: Path) -> dict[str, bytes]:
-    """Everything under a prefix."""
-    return {path.name[len(prefix.name) :]: path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}[._]*")}
+    """Everything under a prefix; the manifest names the file of provenance."""
+    named = f"{prefix.name}.meta.jsonl".encode()
+    return {
+        path.name[len(prefix.name) :]: path.read_bytes().replace(named, b"PREFIX.meta.jsonl")
+        for path in prefix.parent.glob(f"{prefix.name}[._]*")
+    }
 
 
 def test_killed_at_ten_moments_a_run_goes_on_to_the_same_bytes(
     tmp_path: Path, tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SMALLEST_PIECE", 1 << 13)
-    source = write_dirty(tmp_path / "in.jsonl", texts, 2)
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 1 << 12)
+    source = write_dirty(tmp_path / "in.jsonl", texts, 1)
     whole = run_filtered(source, tmp_path / "whole", tokenizer).progress.counts
     assert min(whole.duplicates, whole.too_short, whole.too_long, whole.bad_records) > 0
 
@@ -401,6 +406,55 @@ def test_killed_at_ten_moments_a_run_goes_on_to_the_same_bytes(
         assert done.counts == whole
     assert left[8:] == [0, 0], "killed while the files got their names: nothing is left to tokenize"
     assert len(set(left)) > 4, "the moments are spread over the run"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "refused"),
+    [
+        ("text.bin", lambda data: data[:-400], "text.bin: was changed since it was written"),
+        ("hashes", lambda data: b"x" + data[1:], "hashes: was changed since it was written"),
+        ("meta.jsonl", None, "meta.jsonl: cannot be written: No such file"),
+        ("meta.jsonl", lambda data: data + b"{", None),
+        ("journal.jsonl", lambda data: data[:-9], None),
+        ("journal.jsonl", lambda data: data.replace(b'"index": 1', b'"index"= 1'), r"journal.jsonl:3: no line of a"),
+    ],
+)
+def test_what_an_unfinished_run_left_is_damaged(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    damage: Callable[[bytes], bytes] | None,
+    refused: str | None,
+) -> None:
+    """The second table of damage in docs/data.md."""
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 1 << 13)
+    source = write_dirty(tmp_path / "in.jsonl", texts, 1)
+    run_filtered(source, tmp_path / "whole", tokenizer)
+
+    def interrupt(done: Progress) -> None:
+        if done.counts.documents > 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_filtered(source, tmp_path / "out", tokenizer, report=interrupt)
+    path = tmp_path / "out.partial" / name
+    if damage is None:
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        assert damage(data) != data
+        path.write_bytes(damage(data))
+    if refused is None:
+        assert run_filtered(source, tmp_path / "out", tokenizer).progress.resumed.documents > 0
+    else:
+        with pytest.raises(DataError, match=refused):
+            run_filtered(source, tmp_path / "out", tokenizer)
+        if name != "journal.jsonl":
+            shutil.rmtree(tmp_path / "out.partial")
+        run_filtered(source, tmp_path / "out", tokenizer, overwrite=True)
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("cut", [1 << 20, 999])
