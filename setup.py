@@ -58,6 +58,7 @@ setup(
         "ray": ["ray"],
         "hf": ["transformers>=5"],
         "quickstart": ["transformers>=5", "matplotlib"],
+        "plots": ["matplotlib"],
         "kernels": ["triton>=3.6"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],

@@ -10,7 +10,7 @@ from megatron_aquila import __version__
 COMMANDS = {
     "pretrain": "train a model; under torchrun one process a rank",
     "preprocess": "turn jsonl corpora into .bin/.idx token files",
-    "data": "verify, merge, index and trace token files",
+    "data": "verify, inspect, merge, index and trace token files",
     "tokenizer": "train, compare and extend tokenizers",
     "convert": "convert checkpoints to Hugging Face folders, or inspect one",
     "ckpt": "list, verify, compare, tag and prune checkpoints",

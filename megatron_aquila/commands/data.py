@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import tyro
 
+from megatron_aquila.commands.answers import option, prefix_of, run_inspect, run_stats
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.config.cli import load_config, with_config_flag
 from megatron_aquila.data.merge import merge
 from megatron_aquila.data.progress import lines
+from megatron_aquila.data.provenance import document_origin
 from megatron_aquila.data.trace import format_piece, samples_of_document, trace_sample
 from megatron_aquila.data.verify import verify
 from megatron_aquila.errors import ConfigError, Problem
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from megatron_aquila.train.traced import Traced
 
 USAGE = """usage: aquila data verify PREFIX... [--deep]       are the files whole, and what their manifests say?
+       aquila data inspect PREFIX... [FLAGS]       counts, lengths, documents; --picture FILE draws
+       aquila data stats BLEND [FLAGS]             tokens by source and script, epochs under a budget
        aquila data merge OUT IN... [--overwrite]   several data sets into one
        aquila data index CONFIG [FLAGS]            build the indices of a run before it starts
        aquila data trace (--run DIR | --config C [FLAGS]) (--step N | --sample I | --document D [--prefix P])
@@ -32,7 +36,7 @@ class VerifyOptions:
     """Open each data set; hash both its files where it has a manifest. Exit status 1 where anything is wrong."""
 
     prefixes: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Paths without .bin and .idx."""
+    """Paths, with or without .bin or .idx."""
     deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Look at every token too: the largest is the manifest's, all are in its tokenizer's vocabulary."""
 
@@ -49,18 +53,14 @@ class MergeOptions:
     """Replace a data set that is there."""
 
 
-def _option(name: str, help: str) -> Any:
-    return tyro.conf.arg(name=name, help=help, help_behavior_hint="")
-
-
 class TraceOptions(TypedDict, total=False):
     """Of ``trace`` only."""
 
-    run: Annotated[Path, _option("run", "folder of a run's checkpoints, or one of them, instead of settings")]
-    step: Annotated[int, _option("step", "what this step reads; the log's first is 1")]
-    sample: Annotated[int, _option("sample", "what this sample was cut from; the first is 0")]
-    document: Annotated[int, _option("document", "which steps and samples read this document; the first is 0")]
-    prefix: Annotated[str, _option("prefix", "data set of --document, or a part of its name")]
+    run: Annotated[Path, option("run", "folder of a run's checkpoints, or one of them, instead of settings")]
+    step: Annotated[int, option("step", "what this step reads; the log's first is 1")]
+    sample: Annotated[int, option("sample", "what this sample was cut from; the first is 0")]
+    document: Annotated[int, option("document", "which steps and samples read this document; the first is 0")]
+    prefix: Annotated[str, option("prefix", "data set of --document, or a part of its name")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def run_verify(argv: Sequence[str]) -> int:
     """Print a line a data set, and one for each thing wrong; 1 where there is any."""
     options = tyro.cli(VerifyOptions, args=argv, prog="aquila data verify", description=VerifyOptions.__doc__)
     status = 0
-    for prefix in options.prefixes:
+    for prefix in map(prefix_of, options.prefixes):
         verdict = verify(prefix, deep=options.deep)
         print(f"{'FAILED' if verdict.problems else 'ok':<7}{prefix}: {verdict.found}")
         for problem in verdict.problems:
@@ -95,7 +95,7 @@ def run_verify(argv: Sequence[str]) -> int:
 def run_merge(argv: Sequence[str]) -> int:
     """Merge and say what came of it."""
     options = tyro.cli(MergeOptions, args=argv, prog="aquila data merge", description=MergeOptions.__doc__)
-    contents = merge(options.inputs, options.output, overwrite=options.overwrite).contents
+    contents = merge(list(map(prefix_of, options.inputs)), options.output, overwrite=options.overwrite).contents
     print(f"wrote {options.output}: {contents.documents:,} documents, {contents.tokens:,} tokens of {contents.dtype}")
     return 0
 
@@ -121,12 +121,14 @@ def run_trace(argv: Sequence[str]) -> int:
             print(f"  and {len(found) - SHOWN} more, the last in step {opened.step_of(found[-1])}")
         return 0
     samples = opened.samples_of(options["step"]) if "step" in options else [options["sample"]]
+    datasets = {dataset.prefix: dataset for dataset in opened.source.datasets}
     decode = None if opened.tokenizer is None else opened.tokenizer.decode
     for sample in samples:
         pieces = trace_sample(opened.source, sample)
         print(f"step {opened.step_of(sample)}, sample {sample}: {len(pieces)} pieces")
         for piece in pieces:
-            print("  " + format_piece(piece, decode))
+            origin = document_origin(datasets[piece.prefix], piece.document)
+            print("  " + format_piece(piece, decode) + ("" if origin is None else f"\n    from {origin}"))
     return 0
 
 
@@ -155,6 +157,8 @@ def _to_stderr(line: str) -> None:
 
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "verify": run_verify,
+    "inspect": run_inspect,
+    "stats": run_stats,
     "merge": run_merge,
     "index": run_index,
     "trace": run_trace,

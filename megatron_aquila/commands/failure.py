@@ -1,13 +1,18 @@
 """How every command fails: a user's error as a message and status 2, never a traceback."""
 
+import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from megatron_aquila.config.cli import format_problems
 from megatron_aquila.errors import LOST_RANK, AquilaError, CommunicationError, ConfigError, Stopped
+
+CLOSED: Final = 141  # what a shell says of a program that SIGPIPE ended
 
 
 @dataclass
@@ -23,11 +28,17 @@ def exit_code(*, rank: int = 0) -> Iterator[ExitCode]:
 
     The status is 2, ``LOST_RANK`` where another rank is gone or late, 128 and the number of a signal that ended it.
 
-    Of an error that every rank raises, rank 0 prints the one copy.
+    Of an error that every rank raises, rank 0 prints the one copy. A reader of standard output that is gone, as of
+    ``| head``, ends the command as it ends others, without a word.
     """
     code = ExitCode()
     try:
         yield code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        code.value = CLOSED
     except AquilaError as error:
         code.value = LOST_RANK if isinstance(error, CommunicationError) else 2
         if rank == 0 or not error.is_shared:
@@ -41,3 +52,24 @@ def exit_code(*, rank: int = 0) -> Iterator[ExitCode]:
     except KeyboardInterrupt:
         code.value = 130
         print("interrupted", file=sys.stderr)
+    finally:
+        _is_unread()
+
+
+def _is_unread() -> bool:
+    """Whether the pipe of standard output has no reader; what is left for it is thrown away then.
+
+    The interpreter would complain of it at its end.
+    """
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # of a stream that is no file
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+    return True

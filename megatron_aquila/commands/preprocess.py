@@ -16,11 +16,12 @@ from rich.progress import Progress as Bar
 
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.data.encoders import Backend
+from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.inputs import InputFormat, TextDocuments
 from megatron_aquila.data.preprocess import Done, Engine, PreprocessSettings, Progress, preprocess
 from megatron_aquila.data.records import MAX_DOCUMENT_BYTES, ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
-from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.errors import ConfigError, DataError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,13 @@ class PreprocessOptions:
     text_template: str | None = None
     r"""Instead of the keys, one text of several fields: '{title}\n{content}'."""
     keep_meta: tuple[str, ...] = ()
-    """Fields that go along into PREFIX.meta.jsonl, a line for each document."""
+    """Fields that go along into PREFIX.meta.jsonl, a line for each document with its file and line."""
+    min_chars: int | None = None
+    """Leave out documents of fewer characters, the texts of all keys together."""
+    max_chars: int | None = None
+    """Leave out documents of more characters."""
+    deduplicate: bool = False
+    """Of documents with equal texts, anywhere in the inputs, keep the first; with --shard, within each part."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     """A longer record counts as a bad line and is not held in memory."""
     tokenizer_type: TokenizerType = "AquilaTokenizer"
@@ -63,7 +70,7 @@ class PreprocessOptions:
     """End each document with the end-of-document token; an empty one stays empty."""
     allow_special_tokens: bool = False
     """Let special tokens in the text count as such, as Megatron-LM does: a document can then end itself."""
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    workers: int = field(default_factory=lambda: usable_cores())
     """Processes that tokenize; default one a core. The output does not depend on it."""
     engine: Engine = "local"
     """local: processes of this machine; ray: the Ray cluster of RAY_ADDRESS, which shares the disk of the output."""
@@ -95,8 +102,12 @@ def run(options: PreprocessOptions) -> None:
         why = "progress is shown every so many documents"
         raise ConfigError([Problem("--log-interval", options.log_interval, why, "use 1 or more")])
     settings, tokenizer = settings_of(options), tokenizer_of(options)
-    with _shown(options) as report:
-        done = preprocess(settings, tokenizer, report=report, say=lambda line: print(line, file=sys.stderr))
+    try:
+        with _shown(options) as report:
+            done = preprocess(settings, tokenizer, report=report, say=lambda line: print(line, file=sys.stderr))
+    except BrokenPipeError as error:
+        why = "standard output was closed; what was finished is kept, and the same command goes on from there"
+        raise DataError(why) from error
     print(_summary(settings, done))
 
 
@@ -128,6 +139,8 @@ def settings_of(options: PreprocessOptions) -> PreprocessSettings:
         text_documents=options.text_documents,
         append_eod=options.append_eod,
         skip_bad_lines=options.on_bad_line == "skip",
+        limits=LengthLimits(min_chars=options.min_chars, max_chars=options.max_chars),
+        deduplicate=options.deduplicate,
         backend=options.tokenizer_backend,
         workers=options.workers,
         engine=options.engine,
@@ -177,9 +190,17 @@ def _rate(done: Progress) -> str:
     )
 
 
+def usable_cores() -> int:
+    """Cores that this process may use; all of the machine where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _summary(settings: PreprocessSettings, done: Done) -> str:
-    bad = done.progress.counts.bad_records
+    counts = done.progress.counts
+    bad, dropped = counts.bad_records, [f"{n:,} {reason}" for reason, n in counts.dropped().items() if n > 0]
     skipped = f"; {bad:,} bad lines skipped, named in {settings.prefix}.bad.jsonl" if bad > 0 else ""
+    left_out = f"; documents left out: {', '.join(dropped)}" if dropped else ""
     dtype = next(iter(done.manifests.values())).contents.dtype
+    meta = f", {settings.prefix}.meta.jsonl" if settings.read.keep_meta else ""
     files = ", ".join(f"{prefix}.bin/.idx/.manifest.json" for prefix in done.manifests)
-    return f"{_rate(done.progress)} in {done.progress.seconds:.1f} s{skipped}\nwrote {files} ({dtype})"
+    return f"{_rate(done.progress)} in {done.progress.seconds:.1f} s{skipped}{left_out}\nwrote {files}{meta} ({dtype})"

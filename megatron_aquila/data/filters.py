@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from megatron_aquila.errors import DataError, Problem
 
 HASH_BYTES: Final = 16  # two of 10^10 documents share one by chance with probability 2e-19
 START: Final = 1 << 12  # places of an empty table
+BLOCK: Final = 1 << 18  # hashes looked at at once: what is held beside the table
 DOMAIN: Final = b"aquila document"
 
 
@@ -23,6 +24,13 @@ class Drop(StrEnum):
     TOO_SHORT = "shorter than --min-chars"
     TOO_LONG = "longer than --max-chars"
     DUPLICATE = "seen before"
+
+
+class Dropped(NamedTuple):
+    """A good document that is left out; ``num_bytes`` is the length of its record as it was read."""
+
+    reason: Drop
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +81,8 @@ def hashes_of(digests: Sequence[bytes]) -> NDArray[np.uint64]:
 class SeenHashes:
     """The set of all hashes so far, 16 bytes each at a load of at most two thirds: 24 to 48 bytes a document.
 
+    While it grows, the old table is there, too: 72 bytes a document then.
+
     An open table of two words a place, probed one place after another, a batch at a time.
     """
 
@@ -88,6 +98,10 @@ class SeenHashes:
 
         What is new depends on the order of the hashes over all calls, and not on how they are cut into calls.
         """
+        blocks = [self._add(hashes[start : start + BLOCK]) for start in range(0, len(hashes), BLOCK)]
+        return np.concatenate([np.zeros(0, dtype=np.bool_), *blocks])
+
+    def _add(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
         hashes = np.where(hashes.any(axis=1, keepdims=True), hashes, np.uint64(1))  # zeros are an empty place
         _, first = np.unique(_words(hashes), return_index=True)
         while 3 * (self._count + len(first)) > 2 * len(self._table):
@@ -120,9 +134,11 @@ class SeenHashes:
         return is_new
 
     def _grow(self) -> None:
-        old = self._table[self._table.any(axis=1)]
-        self._table = np.zeros((2 * len(self._table), 2), dtype=np.uint64)
-        self._insert(old)
+        old = self._table
+        self._table = np.zeros((2 * len(old), 2), dtype=np.uint64)
+        for start in range(0, len(old), BLOCK):
+            block = old[start : start + BLOCK]
+            self._insert(block[block.any(axis=1)])
 
     def save(self, path: Path) -> None:
         """Write the hashes, 16 bytes each; the caller renames the file when the rest of its work is written, too.

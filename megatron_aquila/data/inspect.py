@@ -1,23 +1,28 @@
 """What is in a data set, or in the sets of a blend: counts, lengths, texts, scripts, and how often it will be read."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_aquila.data.blend import parse_blend
+from megatron_aquila.data.blend import Library
+from megatron_aquila.data.course import Reading
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.errors import DataError
 
 WIDTH: Final = 40  # characters of the longest bar
 SHOWN_TOKENS: Final = 200
-SCRIPTS: Final = {  # what a character is, the first that fits
+WINDOWS, WINDOW = 256, 1024  # drawn of a set, and tokens of each, to tell its scripts
+SCRIPTS: Final = {  # what a character is
     "Han": re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af]"),
     "Latin": re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]"),
-    "other letters": re.compile(r"[^\W\d_]"),
+    "other letters": re.compile(
+        r"[^\W\d_A-Za-z\u00c0-\u024f\u1e00-\u1eff\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af]"
+    ),
     "digits": re.compile(r"\d"),
 }
 
@@ -111,7 +116,7 @@ def _bins(lengths: NDArray[np.int64]) -> tuple[LengthBin, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """The text of a document's first tokens; ``num_tokens`` is how many the document has."""
+    """The text of a document's first tokens, or their ids; ``num_tokens`` is how many the document has."""
 
     document: int
     num_tokens: int
@@ -119,22 +124,25 @@ class Excerpt:
     text: str
 
 
-def excerpt(dataset: IndexedDataset, document: int, tokenizer: Tokenizer, *, tokens: int = SHOWN_TOKENS) -> Excerpt:
-    """Decode the beginning of a document.
+def excerpt(
+    dataset: IndexedDataset, document: int, tokenizer: Tokenizer | None, *, tokens: int = SHOWN_TOKENS
+) -> Excerpt:
+    """Decode the beginning of a document; without a tokenizer its text is its ids.
 
     Raises:
-        IndexError: no such document.
+        DataError: no such document.
     """
     bounds = dataset.document_indices
     if not 0 <= document < len(bounds) - 1:
-        raise IndexError(f"{dataset.prefix}: document {document}: it has {len(bounds) - 1}")
+        raise DataError(f"{dataset.prefix}: document {document}: it has {len(bounds) - 1}, from 0 on")
     ids: list[int] = []
     sequences = range(int(bounds[document]), int(bounds[document + 1]))
     for sequence in sequences:
         if len(ids) < tokens:
             ids += dataset[sequence][: tokens - len(ids)].tolist()
     total = int(dataset.sequence_lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
-    return Excerpt(document, total, len(ids), tokenizer.decode(ids))
+    text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+    return Excerpt(document, total, len(ids), text)
 
 
 def pick_documents(dataset: IndexedDataset, count: int, *, seed: int = 0) -> list[int]:
@@ -144,54 +152,74 @@ def pick_documents(dataset: IndexedDataset, count: int, *, seed: int = 0) -> lis
     return sorted(map(int, chosen))
 
 
-def script_shares(texts: Sequence[str]) -> dict[str, float]:
-    """Which share of the characters that are no blanks belongs to which script; what is left is ``signs``."""
-    counts = dict.fromkeys([*SCRIPTS, "signs"], 0)
-    for text in texts:
-        rest = "".join(text.split())
-        for name, pattern in SCRIPTS.items():
-            rest, found = pattern.subn("", rest)
-            counts[name] += found
-        counts["signs"] += len(rest)
-    total = max(sum(counts.values()), 1)
-    return {name: count / total for name, count in counts.items()}
+def script_of(text: str) -> str:
+    """The script that most of the characters of a token belong to, or what it is instead."""
+    if "\ufffd" in text:
+        return "parts of characters"
+    counts = {name: len(pattern.findall(text)) for name, pattern in SCRIPTS.items()}
+    most = max(counts.values())
+    return next(name for name, count in counts.items() if count == most) if most > 0 else "signs and blanks"
+
+
+def script_shares(dataset: IndexedDataset, tokenizer: Tokenizer, *, seed: int = 0) -> dict[str, float]:
+    """Which share of a set's tokens belongs to which script, from ``WINDOWS`` windows of its tokens drawn by chance.
+
+    Of a small set every token counts. Special tokens, as those that end documents, are ``special``.
+    """
+    tokens = dataset.tokens
+    if len(tokens) > WINDOWS * WINDOW:
+        starts = np.random.default_rng(seed).integers(0, len(tokens) - WINDOW, size=WINDOWS)
+        tokens = np.concatenate([tokens[start : start + WINDOW] for start in np.sort(starts)])
+    ids, counts = np.unique(tokens, return_counts=True)
+    special = tokenizer.model.get_added_tokens_decoder()
+    shares: dict[str, float] = {}
+    for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        name = "special" if token in special and special[token].special else script_of(tokenizer.decode([token]))
+        shares[name] = shares.get(name, 0.0) + count / len(tokens)
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True, slots=True)
 class SourceStats:
-    """A set of a blend: what it holds, the share of the tokens that are read that come from it, its expected epochs.
+    """A set of a blend: what it holds, how many tokens of it are read, and how often each of its tokens on average.
 
-    ``epochs`` is how often each of its documents is read on average; ``scripts`` is None where no tokenizer is given.
+    ``scripts`` are shares of its tokens, ``None`` where no tokenizer is given.
     """
 
     prefix: str
     documents: int
     tokens: int
-    share: float
+    read_tokens: float
     epochs: float
     scripts: dict[str, float] | None
 
 
 def source_stats(
-    paths: Sequence[str], budget_tokens: int, tokenizer: Tokenizer | None = None, *, sampled: int = 200
+    readings: Mapping[str, Reading], library: Library, tokenizer: Tokenizer | None = None
 ) -> list[SourceStats]:
-    """Each set of ``--data-path`` under a budget of tokens to read; scripts are estimated from ``sampled`` documents.
-
-    Without weights a set has the share of its size.
+    """What each set of ``expected_readings`` holds.
 
     Raises:
-        DataError: a path or a weight makes no sense, or a file is missing or damaged.
+        DataError: a file is missing or damaged.
     """
-    prefixes, weights = parse_blend(paths)
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    parts = [float(len(dataset.tokens)) for dataset in datasets] if weights is None else weights
-    stats = []
-    for dataset, part in zip(datasets, parts, strict=True):
-        tokens, share = len(dataset.tokens), part / max(sum(parts), 1e-300)
-        scripts = None
-        if tokenizer is not None:
-            chosen = pick_documents(dataset, sampled)
-            scripts = script_shares([excerpt(dataset, number, tokenizer).text for number in chosen])
-        epochs = share * budget_tokens / tokens if tokens > 0 else 0.0
-        stats.append(SourceStats(dataset.prefix, len(dataset.document_indices) - 1, tokens, share, epochs, scripts))
-    return stats
+    return [
+        SourceStats(
+            prefix=prefix,
+            documents=len(library.dataset(prefix).document_indices) - 1,
+            tokens=len(library.dataset(prefix).tokens),
+            read_tokens=reading.samples * library.seq_len,
+            epochs=reading.epochs,
+            scripts=None if tokenizer is None else script_shares(library.dataset(prefix), tokenizer),
+        )
+        for prefix, reading in readings.items()
+    ]
+
+
+def read_scripts(stats: Sequence[SourceStats]) -> dict[str, float]:
+    """Which share of what is read belongs to which script; empty without a tokenizer."""
+    total = sum(each.read_tokens for each in stats)
+    shares: dict[str, float] = {}
+    for each in stats:
+        for name, share in (each.scripts or {}).items():
+            shares[name] = shares.get(name, 0.0) + share * each.read_tokens / total
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))

@@ -4,37 +4,60 @@
 then a line for each shard that was appended. A killed run is continued from there; the folder goes when all is done.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 from pydantic import TypeAdapter
 
+from megatron_aquila.data.filters import SeenHashes
 from megatron_aquila.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
+from megatron_aquila.data.journal import Appended, Journal, Story
 from megatron_aquila.data.manifest import (
     Contents,
     FileFacts,
     Manifest,
     Origin,
+    manifest_path,
     remove_manifest,
     write_manifest,
 )
-from megatron_aquila.data.shards import Counts, Shard, shard_folder
+from megatron_aquila.data.selection import select
+from megatron_aquila.data.shards import BAD, HASHES, META, Counts, Shard, shard_folder
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 MANIFEST: Final = TypeAdapter(Manifest)
-CHUNK: Final = 1 << 22  # bytes that are copied and hashed at once
+CHUNK: Final = 1 << 22  # bytes that are hashed at once
 BLOCK: Final = 1 << 19  # documents whose part of the index is made at once
-PATIENCE: Final = 10.0  # seconds in which the workers of a killed run are gone
+
+
+def document_prefix(prefix: str, name: str) -> str:
+    """A data set's prefix, as Megatron-LM names it."""
+    return f"{prefix}_{name}_document"
+
+
+def partial_folder(prefix: str) -> Path:
+    """Where an output grows."""
+    return Path(f"{prefix}.partial")
+
+
+def beside_paths(prefix: str) -> dict[str, Path]:
+    """What may lie beside the data sets, by the name of its stream."""
+    return {name: Path(f"{prefix}.{name}") for name in (META, BAD)}
+
+
+def final_paths(prefix: str, names: Sequence[str]) -> list[Path]:
+    """Every file that an output of the data sets ``names`` may have."""
+    prefixes = [document_prefix(prefix, name) for name in names]
+    pairs = [Path(f"{each}.{end}") for each in prefixes for end in ("bin", "idx")]
+    return [*pairs, *beside_paths(prefix).values(), *map(manifest_path, prefixes)]
 
 
 class HashedFile:
@@ -104,69 +127,61 @@ class Output:
         overwrite: bool,
     ) -> None:
         self.prefix, self.names, self.dtype = prefix, tuple(names), dtype
-        self.folder = Path(f"{prefix}.partial")
+        self.folder = partial_folder(prefix)
         self.num_shards, self.counts, self.largest = 0, Counts(), [-1] * len(self.names)
         self._plan = json.loads(json.dumps(plan))
         self._files: dict[str, HashedFile] = {}
-        self._digests: dict[str, str] = {}
         self._manifests: dict[str, Any] | None = None  # those of a run that was killed while it published
-        self._extra: list[str] = []
+        self._extra: tuple[str, ...] = ()
+        self._seen = SeenHashes() if HASHES in streams else None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._journal = (self.folder / "journal.jsonl").open("a+", encoding="utf-8")
-            self._lock()
-            ends = self._resume(overwrite=overwrite)
-            if self._manifests is None:
-                self._files = {name: HashedFile(self.folder / name, ends.get(name, 0)) for name in streams}
-                self._check_ends(ends)
-        except OSError as error:
-            raise DataError(f"{self.folder}: cannot be written: {error.strerror}") from error
-
-    def _lock(self) -> None:
-        """Workers of a killed run hold the lock until they notice."""
-        patience = time.monotonic() + PATIENCE
-        while True:
+            self._journal = Journal(self.folder)
             try:
-                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > patience:
-                    raise DataError(f"{self.folder}: another process is writing it; wait for its end") from None
-                time.sleep(0.05)
+                self._open(streams, self._resume(overwrite=overwrite))
+            except BaseException:
+                self._journal.close()
+                raise
+        except OSError as error:
+            raise DataError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
 
-    def _resume(self, *, overwrite: bool) -> dict[str, int]:
-        """Read the journal; returns how long each stream was when its last line was written."""
-        self._journal.seek(0)
-        lines = [json.loads(line) for line in self._journal if line.endswith("\n")]  # the last may be cut off
-        differing = [key for key in self._plan if lines and lines[0].get(key) != self._plan[key]]
+    def _resume(self, *, overwrite: bool) -> Appended | None:
+        """Go on with the journal or begin anew; returns what was appended last."""
+        story = self._told(overwrite=overwrite)
+        begun = story.plan or {}
+        differing = [key for key in self._plan if begun and begun.get(key) != self._plan[key]]
         is_resumable = self._plan["is_resumable"]
-        if differing and not overwrite and (is_resumable or lines[0].get("is_resumable")):
+        if differing and not overwrite and (is_resumable or begun.get("is_resumable")):
             why = f"{self.folder} holds an unfinished run with other {', '.join(differing)}"
             way_out = "give the same settings to go on, --overwrite to begin anew, or another prefix"
             raise ConfigError([Problem("--output-prefix", self.prefix, why, way_out)])
-        goes_on = bool(lines) and not differing and is_resumable
-        self._manifests = lines[-1].get("manifests") if goes_on else None
+        goes_on = len(begun) > 0 and not differing and is_resumable
+        self._manifests = story.manifests if goes_on else None
         if self._manifests is None:
-            self._refuse_existing(overwrite=overwrite, begun=bool(lines))
+            self._refuse_existing(overwrite=overwrite, begun=len(begun) > 0)
         if not goes_on:
             self._begin()
-            return {}
+            return None
         for path in self.folder.iterdir():
             if path.is_dir() and "." in path.name:  # of a worker that died
                 shutil.rmtree(path)
-        self._journal.truncate(sum(len(json.dumps(line)) + 1 for line in lines))
-        self._extra = lines[-1].get("extra", [])
-        shards = [line for line in lines[1:] if "index" in line]
-        for line in shards:
-            self._add(Shard(line["index"], Counts(**line["counts"]), tuple(line["largest"])))
-        self._digests = shards[-1]["digests"] if shards else {}
-        ends: dict[str, int] = shards[-1]["ends"] if shards else {}
-        return ends
+        self._extra = story.extra
+        for appended in story.appended:
+            self._add(appended.shard)
+        return story.appended[-1] if story.appended else None
+
+    def _told(self, *, overwrite: bool) -> Story:
+        """The journal's story; a damaged one does not keep anybody from beginning anew."""
+        try:
+            return self._journal.read()
+        except DataError:
+            if overwrite:
+                return Story()
+            raise
 
     def _refuse_existing(self, *, overwrite: bool, begun: bool) -> None:
         """Also of a run that was begun when nothing was there; its folder stays."""
-        paths = [Path(f"{self.document_prefix(name)}.{end}") for name in self.names for end in ("bin", "idx")]
-        existing = [path for path in (*paths, *self._extra_paths().values()) if path.exists()]
+        existing = [path for path in final_paths(self.prefix, self.names) if path.exists()]
         if existing and not overwrite:
             if not begun:
                 shutil.rmtree(self.folder)
@@ -178,22 +193,26 @@ class Output:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-        self._journal.truncate(0)
-        self._write_line(self._plan)
+        self._journal.begin(self._plan)
 
-    def _check_ends(self, ends: Mapping[str, int]) -> None:
-        """What lies there must be what was written."""
-        for name in ends:
-            found = self._files[name].facts().sha256
-            if found != self._digests[name]:
-                raise DataError(f"{self.folder / name}: was changed since it was written; remove it all to begin anew")
+    def _open(self, streams: Sequence[str], last: Appended | None) -> None:
+        """The growing files as they were when the last shard was appended; what lies there must be what was written."""
+        if self._manifests is not None:
+            return
+        self._files = {name: HashedFile(self.folder / name, 0 if last is None else last.ends[name]) for name in streams}
+        if last is None:
+            return
+        for name, file in self._files.items():
+            if file.facts().sha256 != last.digests[name]:
+                raise DataError(f"{file.path}: was changed since it was written; remove it all to begin anew")
+        if self._seen is not None:
+            self._seen.load(self.folder / HASHES)
 
-    def document_prefix(self, name: str) -> str:
-        """A data set's prefix, as Megatron-LM names it."""
-        return f"{self.prefix}_{name}_document"
+    def append(self, shard: Shard, lines_before: int = 0) -> Shard:
+        """Move a shard to the end of the streams, and say what of it; the next one must be the next number.
 
-    def append(self, shard: Shard) -> None:
-        """Move a shard to the end of the streams; the next one must be the next number.
+        Where hashes are among the streams, a document that an earlier one equals is left out. ``lines_before`` is how
+        many records its file has before the shard, for the lines of provenance.
 
         Raises:
             DataError: a file cannot be read or written, as on a full disk; what was appended before stays.
@@ -201,16 +220,18 @@ class Output:
         assert shard.index == self.num_shards, f"shard {shard.index} after {self.num_shards} others"
         source = shard_folder(self.folder, shard.index)
         try:
+            selected = select(source, self._seen)
             for name, file in self._files.items():
-                with (source / name).open("rb") as stream:
-                    while data := stream.read(CHUNK):
-                        file.write(data)
+                for part in selected.parts(name, self.dtype, first=self.counts.documents, lines_before=lines_before):
+                    file.write(part)
                 file.flush()
-            self._add(shard)
-            ends = {name: file.size for name, file in self._files.items()}
-            digests = {name: file.facts().sha256 for name, file in self._files.items()}
-            self._write_line({**asdict(shard), "ends": ends, "digests": digests})
+            kept = replace(shard, counts=selected.counts(shard.counts, self.names))
+            facts = {name: file.facts() for name, file in self._files.items()}
+            ends, digests = ({name: getattr(each, what) for name, each in facts.items()} for what in ("size", "sha256"))
+            self._journal.add(Appended(kept, ends, digests))
+            self._add(kept)
             shutil.rmtree(source)
+            return kept
         except OSError as error:
             raise DataError(
                 f"{self.folder}: cannot be written: {error.strerror}; what was finished is kept: make room, and the "
@@ -229,26 +250,27 @@ class Output:
                 for file in self._files.values():
                     file.close()
                 self._manifests = {name: asdict(manifest) for name, manifest in made.items()}
-                self._extra = [name for name in self._extra_paths() if name in self._files and self._files[name].size]
-                self._write_line({"manifests": self._manifests, "extra": self._extra})
+                beside = [name for name in beside_paths(self.prefix) if name in self._files]
+                self._extra = tuple(name for name in beside if self._files[name].size > 0)
+                self._journal.finish(self._manifests, self._extra)
             self._publish(self._extra)
         except OSError as error:
             raise DataError(f"{self.prefix}: cannot be written: {error.strerror}; the same command goes on") from error
         manifests = {name: MANIFEST.validate_json(json.dumps(manifest)) for name, manifest in self._manifests.items()}
         for name, manifest in manifests.items():
-            write_manifest(self.document_prefix(name), manifest)
+            write_manifest(document_prefix(self.prefix, name), manifest)
         shutil.rmtree(self.folder)
         return manifests
 
     def _publish(self, extra: Sequence[str]) -> None:
         """Give the files their names; may be done again after it was killed half-way."""
-        for name, path in self._extra_paths().items():
+        for name, path in beside_paths(self.prefix).items():
             if name not in extra:
                 path.unlink(missing_ok=True)  # of the data set that is replaced
             elif (self.folder / name).exists():
                 (self.folder / name).replace(path)
         for name in self.names:
-            prefix = self.document_prefix(name)
+            prefix = document_prefix(self.prefix, name)
             bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
             index, tokens = self.folder / f"{name}.idx", self.folder / f"{name}.bin"
             if index.exists():
@@ -259,8 +281,9 @@ class Output:
             if tokens.exists():
                 tokens.replace(bin_path)
 
-    def _extra_paths(self) -> dict[str, Path]:
-        return {name: Path(f"{self.prefix}.{name}") for name in ("meta.jsonl", "bad.jsonl")}
+    def discard(self) -> None:
+        """Remove what was begun, where there is nothing to go on with."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the folder; nothing is kept of it where no shard was finished."""
@@ -268,7 +291,7 @@ class Output:
         for file in self._files.values():
             file.abandon()
         if self.num_shards == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.discard()
 
     def _largest(self) -> list[tuple[str, int]]:
         return list(zip(self.names, self.largest, strict=True))
@@ -294,10 +317,6 @@ class Output:
         self.num_shards += 1
         self.counts += shard.counts
         self.largest = list(map(max, self.largest, shard.largest))
-
-    def _write_line(self, line: Mapping[str, Any]) -> None:
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()
 
 
 def write_index(file: HashedFile, lengths_path: Path, dtype: np.dtype[Any]) -> int:

@@ -4,6 +4,7 @@ The corpus is cut into pieces; workers make a shard of tokens of each; shards ar
 So the bytes depend on the corpus, the tokenizer and the options alone: not on workers, machines, cuts or restarts.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from megatron_aquila.data.encoders import Backend, choose_encoder
+from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.indexed import token_dtype
 from megatron_aquila.data.inputs import InputFormat, Piece, TextDocuments, plan_pieces
 from megatron_aquila.data.manifest import Manifest, Origin, SourceFile, TokenizerFacts, package_versions
-from megatron_aquila.data.output import Output
-from megatron_aquila.data.readers import read_piece
+from megatron_aquila.data.output import Output, document_prefix, final_paths, partial_folder
+from megatron_aquila.data.readers import line_of, read_piece
 from megatron_aquila.data.records import BadRecord, ReadOptions
-from megatron_aquila.data.shards import Counts, Shard, ShardWriter, Step
-from megatron_aquila.data.streams import STDIN
+from megatron_aquila.data.shards import BAD, META, Counts, Shard, ShardWriter, Step
+from megatron_aquila.data.streams import STDIN, LineNumbers
 from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
 from megatron_aquila.data.workers import ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
@@ -37,7 +39,8 @@ class PreprocessSettings:
 
     ``shard`` is ``(i, n)``: only the i-th (from 0) of n parts of the corpus, into ``PREFIX_shard<i>of<n>``; joined in
     their order they are the whole. ``engine`` ``ray`` gives the pieces to a Ray cluster instead of ``workers``
-    processes of this machine.
+    processes of this machine. ``limits`` and ``deduplicate`` leave documents out before they are tokens; of documents
+    whose texts are equal the first of this output is kept.
     """
 
     inputs: tuple[str, ...]
@@ -47,6 +50,8 @@ class PreprocessSettings:
     text_documents: TextDocuments = "file"
     append_eod: bool = False
     skip_bad_lines: bool = False
+    limits: LengthLimits = field(default_factory=LengthLimits)
+    deduplicate: bool = False
     backend: Backend = "auto"
     workers: int = 1
     engine: Engine = "local"
@@ -121,21 +126,27 @@ def preprocess(
     Raises:
         ConfigError: settings that make no sense, a data set that is there already, or an unfinished run with others.
         DataError: a file cannot be read or written, a line is bad and ``skip_bad_lines`` is not set, there is no
-            document at all, or a worker died.
+            document left at all, or a worker died.
     """
     _check(settings, tokenizer)
-    pieces = _share(_plan(settings), settings.shard)
+    corpus = _plan(settings)
+    _check_inputs(settings, corpus)
+    pieces = _share(corpus, settings.shard)
     chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
     say(f"tokenizer backend: {chosen.why}")
+    if settings.deduplicate and settings.shard is not None:
+        say("--deduplicate with --shard: equal documents are found within this part, not between parts")
     dtype = token_dtype(tokenizer.vocab_size)
     writer = ShardWriter(
-        folder=Path(f"{settings.prefix}.partial").absolute(),
+        folder=partial_folder(settings.prefix).absolute(),
         names=settings.names,
         encoder=chosen.encoder,
         read=settings.read,
         end=tokenizer.eod if settings.append_eod else None,
         dtype=dtype,
         skip_bad_records=settings.skip_bad_lines,
+        limits=settings.limits,
+        deduplicate=settings.deduplicate,
     )
     facts = tokenizer_facts(tokenizer)
     output = Output(
@@ -162,7 +173,7 @@ def preprocess(
 
 def document_prefixes(output_prefix: str, keys: Sequence[str]) -> list[str]:
     """The prefix of each key's data set, as Megatron-LM names them."""
-    return [f"{output_prefix}_{key}_document" for key in keys]
+    return [document_prefix(output_prefix, key) for key in keys]
 
 
 def _run(
@@ -187,14 +198,36 @@ def _run(
             progress.file_bytes += step.file_bytes
             report(progress)
 
+    lines = LineNumbers()
     for shard in _shards(settings, writer, pieces[output.num_shards :], tell):
-        output.append(shard)
+        before = line_of(pieces[shard.index], 0, lines) if META in writer.streams else 0
+        kept = output.append(shard, before)
+        with lock:
+            progress.counts += kept.counts - shard.counts
     if output.counts.documents == 0 and settings.shard is None:
-        bad = output.counts.bad_records
-        raise DataError(f"{', '.join(settings.inputs)}: no document found, {bad} bad lines")
-    manifests = output.finish(origin)
+        why = _nothing_left(output)
+        output.discard()
+        raise DataError(f"{', '.join(settings.inputs)}: no document found{why}")
+    manifests = output.finish(replace(origin, options={**origin.options, "left_out": left_out(output.counts)}))
     progress.counts = output.counts
-    return Done(progress, {output.document_prefix(name): manifest for name, manifest in manifests.items()})
+    return Done(progress, {document_prefix(settings.prefix, name): manifest for name, manifest in manifests.items()})
+
+
+def left_out(counts: Counts) -> dict[str, int]:
+    """How many records of the corpus are no documents of the output, by reason; reasons that there are."""
+    reasons = {"bad": counts.bad_records, **{str(reason): count for reason, count in counts.dropped().items()}}
+    return {reason: count for reason, count in reasons.items() if count > 0}
+
+
+def _nothing_left(output: Output) -> str:
+    """Why, with the first bad line: its report goes with the rest."""
+    found = "".join(f", {count:,} {reason}" for reason, count in left_out(output.counts).items())
+    with (output.folder / BAD).open() as file:
+        first = file.readline()
+    if not first:
+        return found
+    bad = json.loads(first)
+    return f"{found}; the first bad line is {bad['file']}:{bad['line']}: {bad['why']}"
 
 
 def _shards(
@@ -263,8 +296,13 @@ def _identity(
         "append_eod": settings.append_eod,
         "format": [settings.input_format, settings.text_documents],
         "reading": read,
+        "filters": _filters(settings),
         "shard": settings.shard,
     }
+
+
+def _filters(settings: PreprocessSettings) -> dict[str, Any]:
+    return {**asdict(settings.limits), "deduplicate": settings.deduplicate}
 
 
 def _origin(
@@ -281,14 +319,27 @@ def _origin(
             "allow_special_tokens": allow_special_tokens,
             "skip_bad_lines": settings.skip_bad_lines,
             "reading": asdict(settings.read),
+            **_filters(settings),
+            "provenance": f"{Path(settings.prefix).name}.{META}" if settings.read.keep_meta else None,
             "shard": settings.shard,
         },
         versions=package_versions("numpy", "tokenizers"),
     )
 
 
+def _check_inputs(settings: PreprocessSettings, pieces: Sequence[Piece]) -> None:
+    """Refuse an input that the output would take the place of."""
+    written = {path.resolve() for path in final_paths(settings.prefix, settings.names)}
+    folder = partial_folder(settings.prefix).resolve()
+    for path in dict.fromkeys(piece.path for piece in pieces if piece.path != STDIN):
+        found = path.resolve()
+        if found in written or folder in found.parents:
+            why = "this is a file of the output, too"
+            raise ConfigError([Problem("--input", path, why, "give another --output-prefix, or leave it out")])
+
+
 def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
-    problems = []
+    problems = settings.limits.problems()
     keys = settings.read.keys
     if len(keys) == 0 or len(set(keys)) < len(keys):
         problems.append(Problem("--json-keys", " ".join(keys), "each key makes a data set", "name each key once"))

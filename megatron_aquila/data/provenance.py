@@ -1,13 +1,15 @@
 """Where each document of a data set came from: PREFIX.meta.jsonl, a line a document, in the order of their numbers."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
+from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.errors import DataError
 
-HEAD = b'{"document": '
+HEAD: Final = re.compile(rb'\{"document": \d+, "line": (\d+), ')
 
 
 def provenance_line(number: int, *, source: str, line: int, meta: Mapping[str, object] | None) -> bytes:
@@ -15,19 +17,37 @@ def provenance_line(number: int, *, source: str, line: int, meta: Mapping[str, o
 
     What JSON does not know, as parquet's dates, becomes a string.
     """
-    record = {"document": number, "source": source, "line": line, "meta": dict(meta or {})}
+    record = {"document": number, "line": line, "source": source, "meta": dict(meta or {})}
     try:
         return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8") + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair in a field that is not text
         return json.dumps(record, default=str).encode("ascii") + b"\n"
 
 
-def renumbered(lines: Iterable[bytes], first: int) -> Iterator[bytes]:
-    """The same lines with ``first`` more in each number: the documents of a shard behind those of the shards before."""
-    for line in lines:
-        number, comma, rest = line[len(HEAD) :].partition(b",")
-        assert line == HEAD + number + comma + rest, f"no line of provenance: {line[:60]!r}"
-        yield HEAD + str(int(number) + first).encode() + comma + rest
+def renumbered(lines: Iterable[bytes], first: int, lines_before: int = 0) -> Iterator[bytes]:
+    """The same lines with their documents numbered from ``first`` on, and ``lines_before`` more in each line's number.
+
+    So what a worker said of a piece alone is said of the whole, and what was left out leaves no gap.
+    """
+    for number, said in enumerate(lines, first):
+        head = HEAD.match(said)
+        assert head is not None, f"no line of provenance: {said[:60]!r}"
+        yield b'{"document": %d, "line": %d, %b' % (number, int(head[1]) + lines_before, said[head.end() :])
+
+
+def document_origin(dataset: IndexedDataset, document: int) -> str | None:
+    """Where a document came from, in words; None where the data set's manifest names no such file, or it is not there.
+
+    Raises:
+        DataError: as ``find_provenance``.
+    """
+    name = None if dataset.manifest is None else dataset.manifest.origin.options.get("provenance")
+    path = None if name is None else Path(dataset.prefix).with_name(str(name))
+    found = None if path is None or not path.exists() else find_provenance(path, document)
+    if found is None:
+        return None
+    kept = "".join(f", {key} {value}" for key, value in found["meta"].items())
+    return f"{found['source']}:{found['line']}{kept}"
 
 
 def find_provenance(path: Path, number: int) -> dict[str, Any] | None:

@@ -6,14 +6,17 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, field
+from operator import add, sub
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
 from megatron_aquila.data.encoders import Encoded, Encoder, ReferenceEncoder, check_ids, first_difference
+from megatron_aquila.data.filters import Drop, Dropped, LengthLimits, hashes_of, text_hash
 from megatron_aquila.data.inputs import Piece
+from megatron_aquila.data.provenance import provenance_line
 from megatron_aquila.data.readers import read_piece
 from megatron_aquila.data.records import BadRecord, Document, ReadOptions
 from megatron_aquila.data.streams import LineNumbers
@@ -21,25 +24,32 @@ from megatron_aquila.errors import DataError
 
 BATCH_BYTES: Final = 1 << 20  # of text, tokenized at once
 CHECKED_CHARACTERS: Final = 1 << 12  # of each piece, on which the fast encoder is held against the reference
+BATCH_BAD: Final = 1 << 12  # bad records that are held at most
 FACTS: Final = "facts.json"
+META, BAD, HASHES = "meta.jsonl", "bad.jsonl", "hashes"
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How much was done: bytes of records as read, documents, tokens of all keys, records that are none."""
+    """How much was done: bytes of records as read, documents, tokens of all keys; and what was left out, by reason."""
 
     num_bytes: int = 0
     documents: int = 0
     tokens: int = 0
     bad_records: int = 0
+    too_short: int = 0
+    too_long: int = 0
+    duplicates: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.num_bytes + other.num_bytes,
-            self.documents + other.documents,
-            self.tokens + other.tokens,
-            self.bad_records + other.bad_records,
-        )
+        return Counts(*map(add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: "Counts") -> "Counts":
+        return Counts(*map(sub, astuple(self), astuple(other)))
+
+    def dropped(self) -> dict[Drop, int]:
+        """Good documents that were left out."""
+        return {Drop.TOO_SHORT: self.too_short, Drop.TOO_LONG: self.too_long, Drop.DUPLICATE: self.duplicates}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +74,9 @@ class ShardWriter:
     """Tokenizes pieces into ``folder``; sent to each worker once, and the same on every machine.
 
     A shard is a folder ``000042`` with ``KEY.bin`` (tokens), ``KEY.lengths`` (int32, one a document; 0 for an empty
-    one), ``meta.jsonl`` and ``bad.jsonl`` (one JSON object a line) and ``facts.json``; it gets its name when all is in.
+    one), ``meta.jsonl`` (a line of provenance a document, all numbers counted from the start of the piece),
+    ``bad.jsonl`` (one JSON object a line), ``hashes`` (16 bytes a document, where these are compared later) and
+    ``facts.json``; it gets its name when all is in.
     """
 
     folder: Path
@@ -74,6 +86,9 @@ class ShardWriter:
     end: int | None
     dtype: np.dtype[Any]
     skip_bad_records: bool
+    limits: LengthLimits
+    deduplicate: bool
+    lines: LineNumbers = field(default_factory=LineNumbers)  # each worker's own: a file of bad lines is counted once
 
     def __call__(self, piece: Piece, tell: Callable[[Step], None]) -> Shard:
         """Write the piece's shard, or find it finished by an earlier run.
@@ -84,14 +99,15 @@ class ShardWriter:
         """
         final = shard_folder(self.folder, piece.index)
         finished = read_shard(final, piece.index)
-        if finished is not None and self._is_whole(final, finished):
+        if finished is not None:
             tell(Step(finished.counts, piece.num_bytes))
             return finished
-        if finished is not None:
-            shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)  # what a power cut left of one
         temporary = final.with_name(f"{final.name}.{socket.gethostname()}.{os.getpid()}")
         try:
             return self._write(piece, temporary, final, tell)
+        except BrokenPipeError:  # of whoever is told
+            raise
         except OSError as error:
             raise DataError(
                 f"{temporary}: cannot be written: {error.strerror}; what was finished is kept: make room, and the same "
@@ -106,16 +122,17 @@ class ShardWriter:
         told = 0
         with ExitStack() as stack:
             files = {name: stack.enter_context((temporary / name).open("wb")) for name in self.streams}
-            for batch, bad in _batches(self._records(piece)):
+            for batch in _batches(self._records(piece)):
                 if shard.counts.documents == 0:
-                    self._check(piece, batch)
-                step, largest = self._write_batch(files, batch, bad)
+                    self._check(piece, batch.documents)
+                step, largest = self._write_batch(files, batch, shard.counts.documents)
                 shard = Shard(shard.index, shard.counts + step, tuple(map(max, shard.largest, largest)))
                 so_far = min(shard.counts.num_bytes, piece.num_bytes)  # a packed piece seems done before it is
                 tell(Step(step, so_far - told))
                 told = so_far
             tell(Step(Counts(), piece.num_bytes - told))
-        (temporary / FACTS).write_text(json.dumps(asdict(shard)))
+        sizes = {name: (temporary / name).stat().st_size for name in self.streams}
+        (temporary / FACTS).write_text(json.dumps({**asdict(shard), "sizes": sizes}))
         try:
             temporary.rename(final)
         except OSError:
@@ -123,27 +140,24 @@ class ShardWriter:
                 raise
         return shard
 
-    def _is_whole(self, folder: Path, shard: Shard) -> bool:
-        """Whether the sizes are what was written: a power cut can leave names without what they stand for."""
-        sizes = {name: (folder / name).stat().st_size if (folder / name).exists() else -1 for name in self.streams}
-        tokens = sum(sizes[f"{name}.bin"] for name in self.names)
-        lengths = {sizes[f"{name}.lengths"] for name in self.names}
-        return tokens == shard.counts.tokens * self.dtype.itemsize and lengths == {shard.counts.documents * 4}
-
     @property
     def streams(self) -> tuple[str, ...]:
         """Names of the files of a shard."""
         tokens = [f"{name}.{end}" for name in self.names for end in ("bin", "lengths")]
-        return (*tokens, *(["meta.jsonl"] if self.read.keep_meta else []), "bad.jsonl")
+        meta, hashes = [META] if self.read.keep_meta else [], [HASHES] if self.deduplicate else []
+        return (*tokens, *meta, *hashes, BAD)
 
-    def _records(self, piece: Piece) -> Iterator[Document | BadRecord]:
-        for record in read_piece(piece, self.read, LineNumbers()):
+    def _records(self, piece: Piece) -> Iterator[Document | BadRecord | Dropped]:
+        for record in read_piece(piece, self.read, self.lines):
             if isinstance(record, BadRecord):
                 if record.ends_piece:
                     raise DataError(f"{record}; mend the file, or leave it out: this is more than a line to skip")
                 if not self.skip_bad_records:
                     raise DataError(f"{record}; mend the line, or leave such lines out with --on-bad-line skip")
-            yield record
+                yield record
+            else:
+                reason = self.limits.dropped(record.texts)
+                yield record if reason is None else Dropped(reason, record.num_bytes)
 
     def _check(self, piece: Piece, batch: list[Document]) -> None:
         """The first documents of every piece by both encoders."""
@@ -161,24 +175,27 @@ class ShardWriter:
         if why is not None:
             raise DataError(f"{piece.path}: {why}; use --tokenizer-backend tokenizers")
 
-    def _write_batch(
-        self, files: Mapping[str, BinaryIO], batch: list[Document], bad: list[BadRecord]
-    ) -> tuple[Counts, list[int]]:
-        tokens, largest = 0, []
+    def _write_batch(self, files: Mapping[str, BinaryIO], batch: "_Batch", before: int) -> tuple[Counts, list[int]]:
+        """Append a batch to the streams, ``before`` documents being in them."""
+        documents, tokens, largest = batch.documents, 0, []
         vocab_size = self.encoder.tokenizer.vocab_size
         for column, name in enumerate(self.names):
-            encoded = self.encoder.encode([document.texts[column] for document in batch], self.end)
+            encoded = self.encoder.encode([document.texts[column] for document in documents], self.end)
             largest.append(check_ids(encoded, vocab_size))
             files[f"{name}.bin"].write(encoded.tokens.astype(self.dtype).data)
-            files[f"{name}.lengths"].write(_lengths(encoded, batch).data)
+            files[f"{name}.lengths"].write(_lengths(encoded, documents).data)
             tokens += len(encoded.tokens)
-        if "meta.jsonl" in files:
-            lines = [json.dumps(document.meta, ensure_ascii=False, default=str) + "\n" for document in batch]
-            files["meta.jsonl"].write("".join(lines).encode("utf-8", errors="surrogatepass"))
-        for record in bad:
+        if META in files:
+            files[META].writelines(
+                provenance_line(number, source=str(document.path), line=document.line, meta=document.meta)
+                for number, document in enumerate(documents, before)
+            )
+        if HASHES in files:
+            files[HASHES].write(hashes_of([text_hash(document.texts) for document in documents]).data)
+        for record in batch.bad:
             said = {"file": str(record.path), "line": record.line, "kind": record.kind, "why": record.why}
-            files["bad.jsonl"].write(json.dumps(said).encode() + b"\n")
-        return Counts(sum(document.num_bytes for document in batch), len(batch), tokens, len(bad)), largest
+            files[BAD].write(json.dumps(said).encode() + b"\n")
+        return batch.left_out + Counts(documents=len(documents), tokens=tokens, num_bytes=batch.num_bytes), largest
 
 
 def shard_folder(folder: Path, index: int) -> Path:
@@ -187,31 +204,59 @@ def shard_folder(folder: Path, index: int) -> Path:
 
 
 def read_shard(path: Path, index: int) -> Shard | None:
-    """What a finished shard says of itself; ``None`` where there is none."""
+    """What a finished shard says of itself; ``None`` where there is none, or not all of it.
+
+    A power cut can leave names without what they stand for.
+    """
     try:
         said = json.loads((path / FACTS).read_text())
-    except FileNotFoundError:
+        if any((path / name).stat().st_size != size for name, size in said["sizes"].items()):
+            return None
+    except (FileNotFoundError, ValueError, KeyError):
         return None
     assert said["index"] == index, f"{path} holds shard {said['index']}"
-    return Shard(index, Counts(**said["counts"]), tuple(said["largest"]))
+    return shard_of(said)
 
 
-def _batches(records: Iterator[Document | BadRecord]) -> Iterator[tuple[list[Document], list[BadRecord]]]:
-    """Documents of about a megabyte at once, and the bad records among them."""
-    batch: list[Document] = []
+def shard_of(said: Mapping[str, Any]) -> Shard:
+    """A shard as ``asdict`` and JSON made it a mapping, which may say more."""
+    return Shard(said["index"], Counts(**said["counts"]), tuple(said["largest"]))
+
+
+class _Batch(NamedTuple):
+    """Documents that are tokenized at once, and what was found among them; ``num_bytes`` of all good ones."""
+
+    documents: list[Document]
+    bad: list[BadRecord]
+    left_out: Counts
+    num_bytes: int
+
+
+def _batches(records: Iterator[Document | BadRecord | Dropped]) -> Iterator[_Batch]:
+    """Documents of about a megabyte at once."""
+    documents: list[Document] = []
     bad: list[BadRecord] = []
+    dropped: list[Drop] = []
     num_bytes = 0
     for record in records:
         if isinstance(record, BadRecord):
             bad.append(record)
-            continue
-        batch.append(record)
-        num_bytes += record.num_bytes
-        if num_bytes >= BATCH_BYTES:
-            yield batch, bad
-            batch, bad, num_bytes = [], [], 0
-    if batch or bad:
-        yield batch, bad
+        else:
+            num_bytes += record.num_bytes
+            if isinstance(record, Dropped):
+                dropped.append(record.reason)
+            else:
+                documents.append(record)
+        if num_bytes >= BATCH_BYTES or len(bad) >= BATCH_BAD:
+            yield _Batch(documents, bad, _left_out(bad, dropped), num_bytes)
+            documents, bad, dropped, num_bytes = [], [], [], 0
+    if documents or bad or dropped:
+        yield _Batch(documents, bad, _left_out(bad, dropped), num_bytes)
+
+
+def _left_out(bad: list[BadRecord], dropped: list[Drop]) -> Counts:
+    short, long = dropped.count(Drop.TOO_SHORT), dropped.count(Drop.TOO_LONG)
+    return Counts(bad_records=len(bad), too_short=short, too_long=long)
 
 
 def _lengths(encoded: Encoded, batch: list[Document]) -> Any:

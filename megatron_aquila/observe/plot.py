@@ -1,11 +1,15 @@
-"""A picture of a run: loss, learning rate and throughput by step."""
+"""Pictures: loss, learning rate and throughput of a run by step; how long the documents of data sets are."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_aquila.errors import DataError
 from megatron_aquila.observe.meters import Value
 
+Bin = tuple[int, int, int, int]  # documents of so many to so many tokens, both included; documents, tokens
+SETS = 10  # that lines can be told apart of
 PANELS = {"loss": "loss (nats per token)", "lr": "learning rate", "tokens_per_second": "tokens / s"}
 
 
@@ -15,12 +19,12 @@ def plot_log(
     """Draw the rows of ``read_log`` into the PNG ``path``, one panel a figure.
 
     ``marks`` draws a labelled vertical line at a step: a resume, say. Validation losses are dots on the loss panel.
-    The file appears whole or not at all. Needs matplotlib.
-    """
-    from matplotlib.figure import Figure
+    The file appears whole or not at all.
 
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    figure.suptitle(title)
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    figure = _figure((9, 8), title)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
     for axis, (name, label) in zip(axes, PANELS.items(), strict=True):
         shown = [row for row in rows if name in row]
@@ -35,6 +39,48 @@ def plot_log(
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend()
     axes[-1].set_xlabel("step")
+    _save(figure, path, "png")
+
+
+def plot_lengths(sets: Mapping[str, Sequence[Bin]], path: Path, *, title: str) -> None:
+    """Draw how documents and tokens of each data set are spread over the lengths of documents, as shares of the set.
+
+    ``path`` ends in .png, .svg or .pdf. The ``SETS`` sets of the most tokens are drawn. The file appears whole or not
+    at all.
+
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    shown = sorted(sets.items(), key=lambda item: -sum(tokens for *_, tokens in item[1]))[:SETS]
+    figure = _figure((9, 7), title if len(shown) == len(sets) else f"{title}: the {SETS} largest of {len(sets)} sets")
+    axes = figure.subplots(2, 1, sharex=True)
+    for place, (axis, what) in enumerate(zip(axes, ("documents", "tokens"), strict=True), 2):
+        for name, bins in shown:
+            total = max(sum(found[place] for found in bins), 1)
+            edges = [max(found[0], 0.5) for found in bins] + [bins[-1][1] + 1] if bins else [0.5, 1]
+            shares = [100 * found[place] / total for found in bins] or [0]
+            label = f"{name} ({total:,} {what})"
+            axis.stairs(shares, edges, fill=len(shown) == 1, alpha=0.8, linewidth=1.6, label=label)
+        axis.set_ylabel(f"% of the {what}")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    axes[-1].set_xscale("log", base=2)
+    axes[-1].xaxis.set_major_formatter(lambda length, _: f"{length:,.0f}" if length >= 1 else "0")
+    axes[-1].set_xlabel("tokens of a document")
+    _save(figure, path, path.suffix.removeprefix("."))
+
+
+def _figure(size: tuple[float, float], title: str) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("a picture needs the matplotlib package: pip install 'megatron_aquila[plots]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    return figure
+
+
+def _save(figure: Any, path: Path, form: str) -> None:
     beside = path.with_name(path.name + ".tmp")
-    figure.savefig(beside, format="png", dpi=120)
+    figure.savefig(beside, format=form, dpi=120)
     os.replace(beside, path)

@@ -30,6 +30,10 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"ok     {a}: 2 documents, 2 sequences, 9 tokens of uint16",
         f"ok     {b}: 2 documents, 2 sequences, 4 tokens of uint16",
     ]
+    dotted = write(tmp_path / "c.bin", 5)
+    assert main(["verify", f"{a}.idx", f"{a}.bin", f"{a}.manifest.json", dotted, f"{dotted}.idx"]) == 0
+    named = [line.split(":")[0].removeprefix("ok").strip() for line in capsys.readouterr().out.splitlines()]
+    assert named == [a, a, a, dotted, dotted], "what a prefix has of dots stays"
     Path(f"{a}.bin").write_bytes(bytes(18))
     Path(f"{b}.manifest.json").unlink()
     assert main(["verify", a, b]) == 1

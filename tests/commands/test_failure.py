@@ -1,4 +1,7 @@
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +59,23 @@ def test_a_stop_before_training_leaves_with_the_signals_status(capsys: pytest.Ca
             raise Stopped(signal.SIGTERM)
         assert code.value == 143
     assert capsys.readouterr().err == "stopped by SIGTERM before the first step: there is nothing to save\n"
+
+
+def test_a_reader_that_went_away_ends_a_command_without_a_word() -> None:
+    code = (
+        "import sys\n"
+        "from megatron_aquila.commands.failure import exit_code\n"
+        "with exit_code() as code:\n"
+        "    print('x')\n"
+        "sys.exit(code.value)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (141, b"")
+
+
+def test_a_pipe_of_something_else_is_our_own_mistake() -> None:
+    with pytest.raises(BrokenPipeError, match="of a worker"), exit_code():
+        raise BrokenPipeError("of a worker")

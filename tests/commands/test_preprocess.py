@@ -1,7 +1,10 @@
 """``aquila preprocess``: the flags, what it prints and its exit status."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,9 +88,70 @@ def test_shards_and_fields(folder: Path, tmp_path: Path) -> None:
     assert preprocess.main([*arguments, "--text-template", "{text}{text}", "--keep-meta", "text"]) == 0
     dataset = IndexedDataset(tmp_path / "out_shard00000of00001_text_document")
     assert len(dataset[0]) == len("oneone") + 1
+    lines = (tmp_path / "out_shard00000of00001.meta.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"document": n, "line": n + 1, "source": str(folder / "a.jsonl"), "meta": {"text": text}}
+        for n, text in enumerate(["one", "", "二"])
+    ]
+
+
+def test_what_is_left_out_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = flags(folder, "a.jsonl", "b.jsonl", "a.jsonl")
+    arguments = [*inputs, "--output-prefix", str(tmp_path / "out"), "--on-bad-line", "skip", "--keep-meta", "text"]
+    arguments += ["--deduplicate", "--min-chars", "1", "--max-chars", "3"]
+    assert preprocess.main(arguments) == 0
+    *_, summary, wrote = capsys.readouterr().out.splitlines()
+    assert summary.startswith("3 documents, ")
+    skipped = f"; 1 bad lines skipped, named in {tmp_path}/out.bad.jsonl"
+    dropped = "; documents left out: 2 shorter than --min-chars, 1 longer than --max-chars, 2 seen before"
+    assert summary.endswith(skipped + dropped)
+    assert f", {tmp_path}/out.meta.jsonl (" in wrote
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert len(dataset) == len(dataset.document_indices) - 1 == 3
+    assert dataset.manifest is not None
+    options = dataset.manifest.origin.options
+    assert (options["min_chars"], options["max_chars"], options["deduplicate"]) == (1, 3, True)
+    assert options["left_out"] == {
+        "bad": 1,
+        "shorter than --min-chars": 2,
+        "longer than --max-chars": 1,
+        "seen before": 2,
+    }
+    lines = list(map(json.loads, (tmp_path / "out.meta.jsonl").read_text().splitlines()))
+    assert [(each["document"], each["line"], each["meta"]["text"]) for each in lines] == [
+        (0, 1, "one"),
+        (1, 3, "二"),
+        (2, 3, "end"),
+    ]
     assert (
-        tmp_path / "out_shard00000of00001.meta.jsonl"
-    ).read_text() == '{"text": "one"}\n{"text": ""}\n{"text": "二"}\n'
+        preprocess.main([*inputs, "--output-prefix", str(tmp_path / "none"), "--min-chars", "3", "--max-chars", "2"])
+        == 2
+    )
+    assert "--min-chars 3: no document is as long as that" in capsys.readouterr().err
+
+
+def test_a_closed_output(folder: Path, tmp_path: Path) -> None:
+    """As of ``| head -1``, and by Megatron-LM's name for the command: no traceback."""
+    arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+    environment = {**os.environ, "PYTHONPATH": str(tool.parents[1])}
+    command = [sys.executable, str(tool), *arguments]
+    told = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    os.close(writer)
+    assert told.returncode == 2, told.stderr
+    assert "Traceback" not in told.stderr
+    assert "error: standard output was closed; what was finished is kept" in told.stderr
+
+
+def test_cores_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preprocess.usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert preprocess.usable_cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert preprocess.PreprocessOptions(input=(), output_prefix="").workers == 1
 
 
 def test_help_says_what_a_bad_line_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,8 @@ def test_the_first_of_equals_is_new_however_they_are_cut(hashes: list[tuple[int,
     assert len(seen) == len(known)
 
 
-def test_it_grows(tmp_path: Path) -> None:
+def test_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_aquila.data.filters.BLOCK", 1000)
     generator = np.random.default_rng(0)
     rows = generator.integers(1 << 63, size=(3 * START, 2), dtype=np.uint64)
     seen = SeenHashes()

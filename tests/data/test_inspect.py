@@ -1,21 +1,27 @@
 """What is told of a data set is what is in it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_aquila.data.blend import Share, open_library
+from megatron_aquila.data.course import Phase, expected_readings, legs_of
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.inspect import (
     LengthBin,
     document_lengths,
     excerpt,
     pick_documents,
+    read_scripts,
+    script_of,
     script_shares,
     source_stats,
     summarize,
 )
 from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_aquila.errors import DataError
 
 
 def write(prefix: Path, lengths: list[list[int]]) -> IndexedDataset:
@@ -76,11 +82,9 @@ def test_texts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     short = excerpt(dataset, 0, tokenizer, tokens=1)
     assert (short.num_tokens, short.shown_tokens) == (len(tokenizer.encode(texts[0])), 1)
     assert texts[0].startswith(short.text)
-    with pytest.raises(IndexError, match="document 3: it has 3"):
+    with pytest.raises(DataError, match="document 3: it has 3, from 0 on"):
         excerpt(dataset, 3, tokenizer)
-    (stats,) = source_stats([f"{tmp_path}/a"], 2 * len(dataset.tokens), tokenizer)
-    assert (stats.share, stats.epochs) == (1, 2)
-    assert stats.scripts == {"Han": 2 / 13, "Latin": 11 / 13, "other letters": 0, "digits": 0, "signs": 0}
+    assert excerpt(dataset, 0, None, tokens=2).text == " ".join(map(str, tokenizer.encode(texts[0])[:2]))
 
 
 def test_documents_are_picked_once(tmp_path: Path) -> None:
@@ -91,21 +95,44 @@ def test_documents_are_picked_once(tmp_path: Path) -> None:
     assert pick_documents(dataset, 80) == list(range(50))
 
 
-def test_scripts() -> None:
-    shares = script_shares(["我 们", "Ab é", "яλ", "1٢", "。_"])
-    assert shares == {"Han": 2 / 11, "Latin": 3 / 11, "other letters": 2 / 11, "digits": 2 / 11, "signs": 2 / 11}
-    assert set(script_shares([]).values()) == {0}
+def test_scripts(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = ["我们", "Abé", "яλ", "1٢", "。_", "\n ", "\ufffd", "我a b"]
+    assert list(map(script_of, cases)) == [
+        *["Han", "Latin", "other letters", "digits", "signs and blanks", "signs and blanks"],
+        *["parts of characters", "Latin"],
+    ]
+    with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
+        for text in ("one two three four", "12 34", "我们"):
+            writer.add_sequence([*tokenizer.encode(text), 0])
+            writer.end_document()
+    dataset = IndexedDataset(tmp_path / "a")
+    whole = script_shares(dataset, tokenizer)
+    assert list(whole.values()) == sorted(whole.values(), reverse=True)
+    assert sum(whole.values()) == pytest.approx(1)
+    assert whole["special"] == pytest.approx(3 / len(dataset.tokens))
+    assert {"Latin", "digits"} < set(whole)
+    monkeypatch.setattr("megatron_aquila.data.inspect.WINDOWS", 500)
+    monkeypatch.setattr("megatron_aquila.data.inspect.WINDOW", 2)
+    with IndexedDatasetWriter(tmp_path / "c", np.uint16) as writer:
+        for _ in range(60):
+            writer.add_dataset(dataset, lambda _: None)
+    drawn = script_shares(IndexedDataset(tmp_path / "c"), tokenizer)
+    assert drawn["Latin"] == pytest.approx(whole["Latin"], abs=0.08)
+    assert script_shares(write(tmp_path / "d", []), tokenizer) == {}
 
 
-def test_epochs_of_a_blend(tmp_path: Path) -> None:
+def test_epochs_of_a_blend(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tmp_path / "a", [[30]])
     write(tmp_path / "b", [[5], [5]])
-    write(tmp_path / "c", [])
-    weighted = source_stats(["3", f"{tmp_path}/a", "1", f"{tmp_path}/b"], 80)
-    assert [(each.share, each.epochs, each.documents) for each in weighted] == [(0.75, 2, 1), (0.25, 2, 2)]
-    plain = source_stats([f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c"], 80)
-    assert [(each.share, each.epochs, each.scripts) for each in plain] == [
-        (0.75, 2, None),
-        (0.25, 2, None),
-        (0, 0, None),
-    ]
+    paths = ("3", f"{tmp_path}/a", "1", f"{tmp_path}/b")
+    library = open_library(paths, seq_len=4, seed=0, cache_path=None)
+    readings = expected_readings(library, legs_of([Phase(start=0, paths=paths)], [20]), Share("train"))
+    stats = source_stats(readings, library)
+    found = [(each.documents, each.tokens, each.read_tokens, each.epochs, each.scripts) for each in stats]
+    assert found == [(1, 30, 60, 2, None), (2, 10, 20, 2, None)]
+    assert read_scripts(stats) == {}
+    shares = read_scripts(source_stats(readings, library, tokenizer))
+    assert sum(shares.values()) == pytest.approx(1)
+    assert not (tmp_path / "cache").exists(), "no index is built for that"
+    halves = [replace(stats[0], scripts={"Han": 1.0}), replace(stats[1], scripts={"Latin": 0.5, "Han": 0.5})]
+    assert read_scripts(halves) == {"Han": 0.875, "Latin": 0.125}

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 from megatron_aquila.data import preprocess as module
 from megatron_aquila.data.encoders import Encoded, ReferenceEncoder
+from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.manifest import read_manifest
 from megatron_aquila.data.preprocess import Done, PreprocessSettings, Progress, document_prefixes, preprocess
@@ -69,6 +71,12 @@ def run(
 def files(prefix: Path, key: str = "text") -> tuple[bytes, bytes]:
     path = Path(f"{prefix}_{key}_document")
     return path.with_name(f"{path.name}.bin").read_bytes(), path.with_name(f"{path.name}.idx").read_bytes()
+
+
+def meta(prefix: Path) -> list[tuple[int, int, dict[str, Any]]]:
+    """Document, line and kept fields of every line of provenance."""
+    lines = map(json.loads, Path(f"{prefix}.meta.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(said["document"], said["line"], said["meta"]) for said in lines]
 
 
 @pytest.mark.parametrize("backend", ["gigatoken", "tokenizers"])
@@ -139,7 +147,7 @@ def test_every_key_makes_a_data_set(tmp_path: Path, tokenizer: Tokenizer) -> Non
     (bad,) = map(json.loads, (tmp_path / "out.bad.jsonl").read_text().splitlines())
     assert (bad["file"], bad["line"], bad["kind"]) == (str(source), 3, "missing key")
     assert bad["why"].startswith("no key 'a'")
-    assert (tmp_path / "out.meta.jsonl").read_text() == '{"id": 7}\n{}\n'
+    assert meta(tmp_path / "out") == [(0, 1, {"id": 7}), (1, 2, {})]
     questions, answers = IndexedDataset(tmp_path / "out_q_document"), IndexedDataset(tmp_path / "out_a_document")
     assert questions.document_indices.tolist() == [0, 1, 1]  # an empty text is an empty document, as in Megatron-LM
     assert answers.document_indices.tolist() == [0, 1, 2]
@@ -203,14 +211,25 @@ def test_a_data_set_is_replaced_only_when_asked_and_when_the_new_one_is_whole(
 
 
 def test_what_lies_beside_a_data_set_is_replaced_only_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["a"])
     for end in ("meta", "bad"):
-        source = write_jsonl(tmp_path / f"out.{end}.jsonl", ["an input, or of the data set of another key"])
-        before = source.read_bytes()
+        beside = write_jsonl(tmp_path / f"out.{end}.jsonl", ["of the data set of another key"])
+        before = beside.read_bytes()
         with pytest.raises(ConfigError, match=rf"out.{end}.jsonl is there already; give --overwrite"):
             run([source], tmp_path / "out", tokenizer)
-        assert source.read_bytes() == before
-        source.unlink()
-    assert not list(tmp_path.iterdir())
+        assert beside.read_bytes() == before
+        beside.unlink()
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("name", ["out.meta.jsonl", "out.bad.jsonl", "out.partial/in.jsonl"])
+def test_an_input_is_never_replaced(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    (tmp_path / "out.partial").mkdir()
+    source = write_jsonl(tmp_path / name, ["a"])
+    before = source.read_bytes()
+    with pytest.raises(ConfigError, match=rf"--input .*{name}: this is a file of the output, too; give another"):
+        run([tmp_path / "." / name], tmp_path / "out", tokenizer, overwrite=True)
+    assert source.read_bytes() == before
 
 
 @pytest.mark.usefixtures("_small_pieces")
@@ -240,13 +259,18 @@ def test_kept_fields_that_json_does_not_know_become_strings(tmp_path: Path, toke
     source = tmp_path / "in.parquet"
     parquet.write_table(arrow.table({"text": ["a"], "date": [datetime.date(2020, 2, 29)]}), source)
     run([source], tmp_path / "out", tokenizer, read=ReadOptions(keep_meta=("date",)))
-    assert json.loads((tmp_path / "out.meta.jsonl").read_text()) == {"date": "2020-02-29"}
+    assert meta(tmp_path / "out") == [(0, 1, {"date": "2020-02-29"})]
 
 
 def test_nothing_to_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [None])
-    with pytest.raises(DataError, match=r"in.jsonl: no document found, 1 bad lines"):
+    why = r"in.jsonl: no document found, 1 bad; the first bad line is .*/in.jsonl:1: 'text' is null"
+    with pytest.raises(DataError, match=why):
         run([source], tmp_path / "out", tokenizer, skip_bad_lines=True)
+    write_jsonl(source, ["a"])
+    with pytest.raises(DataError, match=r"in.jsonl: no document found, 1 shorter than --min-chars$"):
+        run([source], tmp_path / "out", tokenizer, limits=LengthLimits(min_chars=2))
+    assert list(tmp_path.iterdir()) == [source], "there is nothing to go on with"
     with pytest.raises(DataError, match="nowhere: cannot be read"):
         run([source, tmp_path / "nowhere"], tmp_path / "out", tokenizer, skip_bad_lines=True)
     assert not list(tmp_path.glob("out_*"))
@@ -258,6 +282,8 @@ def test_settings_that_make_no_sense(tmp_path: Path, tokenizer: Tokenizer) -> No
         run([], tmp_path / "out", without, read=ReadOptions(keys=("a", "a")), workers=0, append_eod=True, shard=(2, 2))
     flags = [problem.flag for problem in caught.value.problems]
     assert flags == ["--json-keys", "--workers", "--append-eod", "--shard"]
+    with pytest.raises(ConfigError, match="--min-chars -1: a length is not negative"):
+        run([], tmp_path / "out", tokenizer, limits=LengthLimits(min_chars=-1))
 
 
 @pytest.mark.usefixtures("_small_pieces")
@@ -295,53 +321,183 @@ def test_a_killed_worker(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [source]
 
 
-class DiesAt:
-    """Kills its own process at the n-th call."""
-
-    def __init__(self, moment: int) -> None:
-        self.left = moment
-
-    def __call__(self, *_: object) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+MARKS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
-def _killed_run(source: Path, prefix: Path, tokenizer: Tokenizer, report: int, rename: int, workers: int) -> None:
-    die = DiesAt(rename)
-    true_replace = Path.replace
+def _killed_run(source: Path, prefix: Path, tokenizer: Tokenizer, moment: int, workers: int) -> None:
+    """Die by SIGKILL when the n-th thing is done to a file or told of progress; leave a mark for each that was."""
+    done = 0
+    marks = Path(f"{prefix}.marks").open("w")  # noqa: SIM115
+    main = os.getpid()
 
-    def dying(self: Path, target: Path) -> Path:
-        die()
-        return true_replace(self, target)
+    def count(event: str, *_: object) -> None:
+        nonlocal done
+        if event in (*MARKS, "told") and os.getpid() == main:
+            done += 1
+            print(event, file=marks, flush=True)
+            if done == moment:
+                os.kill(main, signal.SIGKILL)
 
-    Path.replace = dying  # type: ignore[method-assign,assignment]
-    run([source], prefix, tokenizer, report=DiesAt(report), workers=workers, append_eod=True)
+    sys.addaudithook(count)
+    run_filtered(source, prefix, tokenizer, report=lambda _: count("told"), workers=workers)
     os._exit(0)
 
 
-@pytest.mark.usefixtures("_small_pieces")
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", texts * 6)
-    run([source], tmp_path / "whole", tokenizer, append_eod=True)
-    draw = random.Random(5)
-    moments = [(draw.randrange(2, 40), 99) for _ in range(3)] + [(999, rename) for rename in (1, 2, 3)]
-    redone = []
-    for number, (report, rename) in enumerate(moments):
-        prefix = tmp_path / f"out{number}"
-        process = multiprocessing.get_context("fork").Process(
-            target=_killed_run, args=(source, prefix, tokenizer, report, rename, 1 + number % 2)
-        )
+def run_filtered(source: Path, prefix: Path, tokenizer: Tokenizer, **settings: Any) -> Done:
+    """Everything on: duplicates, bad lines, lengths, provenance."""
+    read = ReadOptions(keep_meta=("id",))
+    limits = LengthLimits(min_chars=2, max_chars=1500)
+    settings |= {"read": read, "limits": limits, "deduplicate": True, "skip_bad_lines": True, "append_eod": True}
+    return run([source], prefix, tokenizer, backend="tokenizers", **settings)
+
+
+def write_dirty(path: Path, texts: Sequence[str], copies: int) -> Path:
+    """Documents again and again, some too long or short, some lines bad."""
+    draw = random.Random(3)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(copies * len(texts)):
+            text = draw.choice(texts)[: draw.choice([1, 400, 4000])]
+            file.write(json.dumps({"text": None if draw.random() < 0.03 else text, "id": number}) + "\n")
+            file.write("\n" * (draw.random() < 0.1))
+    return path
+
+
+def all_files(prefix: Path) -> dict[str, bytes]:
+    """Everything under a prefix; the manifest names the file of provenance."""
+    named = f"{prefix.name}.meta.jsonl".encode()
+    return {
+        path.name[len(prefix.name) :]: path.read_bytes().replace(named, b"PREFIX.meta.jsonl")
+        for path in prefix.parent.glob(f"{prefix.name}[._]*")
+    }
+
+
+def test_killed_at_ten_moments_a_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 1 << 12)
+    source = write_dirty(tmp_path / "in.jsonl", texts, 1)
+    whole = run_filtered(source, tmp_path / "whole", tokenizer).progress.counts
+    assert min(whole.duplicates, whole.too_short, whole.too_long, whole.bad_records) > 0
+
+    def killed(name: str, moment: int, workers: int) -> int | None:
+        arguments = (source, tmp_path / name, tokenizer, moment, workers)
+        process = multiprocessing.get_context("fork").Process(target=_killed_run, args=arguments)
         process.start()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert read_manifest(Path(f"{prefix}_text_document")) is None
-        done = run([source], prefix, tokenizer, append_eod=True, workers=2)
-        redone.append(done.progress.counts.documents - done.progress.resumed.documents)
-        assert files(prefix) == files(tmp_path / "whole"), (report, rename)
-        assert not Path(f"{prefix}.partial").exists()
-    assert redone[3:] == [0, 0, 0], "killed while the files got their names: nothing is left to tokenize"
-    assert min(redone[:3]) < 135 * 6
+        return process.exitcode
+
+    draw, moments = random.Random(5), []
+    for workers in (1, 2):
+        assert killed(f"all{workers}", -1, workers) == 0
+        events = (tmp_path / f"all{workers}.marks").read_text().split()
+        last = len(events) - events[::-1].index("told")
+        moments += [(moment, workers) for moment in draw.sample(range(2, last), 4)]
+    named = [number for number, event in enumerate(events, 1) if event == "os.rename"][-3:-1]  # the tokens' names
+    moments += [(moment, 2) for moment in named]
+    left = []
+    for number, (moment, workers) in enumerate(moments):
+        prefix = tmp_path / f"out{number}"
+        assert killed(prefix.name, moment, workers) == -signal.SIGKILL, moment
+        assert read_manifest(f"{prefix}_text_document") is None
+        Path(f"{prefix}.marks").unlink()
+        done = run_filtered(source, prefix, tokenizer).progress
+        left.append(done.counts.documents - done.resumed.documents)
+        assert all_files(prefix) == all_files(tmp_path / "whole"), (moment, workers)
+        assert done.counts == whole
+    assert left[8:] == [0, 0], "killed while the files got their names: nothing is left to tokenize"
+    assert len(set(left)) > 4, "the moments are spread over the run"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "refused"),
+    [
+        ("text.bin", lambda data: data[:-400], "text.bin: was changed since it was written"),
+        ("hashes", lambda data: b"x" + data[1:], "hashes: was changed since it was written"),
+        ("meta.jsonl", None, "meta.jsonl: cannot be written: No such file"),
+        ("meta.jsonl", lambda data: data + b"{", None),
+        ("journal.jsonl", lambda data: data[:-9], None),
+        ("journal.jsonl", lambda data: data.replace(b'"index": 1', b'"index"= 1'), r"journal.jsonl:3: no line of a"),
+    ],
+)
+def test_what_an_unfinished_run_left_is_damaged(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    damage: Callable[[bytes], bytes] | None,
+    refused: str | None,
+) -> None:
+    """The second table of damage in docs/data.md."""
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 1 << 13)
+    source = write_dirty(tmp_path / "in.jsonl", texts, 1)
+    run_filtered(source, tmp_path / "whole", tokenizer)
+
+    def interrupt(done: Progress) -> None:
+        if done.counts.documents > 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_filtered(source, tmp_path / "out", tokenizer, report=interrupt)
+    path = tmp_path / "out.partial" / name
+    if damage is None:
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        assert damage(data) != data
+        path.write_bytes(damage(data))
+    if refused is None:
+        assert run_filtered(source, tmp_path / "out", tokenizer).progress.resumed.documents > 0
+    else:
+        with pytest.raises(DataError, match=refused):
+            run_filtered(source, tmp_path / "out", tokenizer)
+        if name != "journal.jsonl":
+            shutil.rmtree(tmp_path / "out.partial")
+        run_filtered(source, tmp_path / "out", tokenizer, overwrite=True)
+    assert all_files(tmp_path / "out") == all_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cut", [1 << 20, 999])
+def test_what_is_left_out_depends_on_the_corpus_alone(
+    tmp_path: Path, tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    """Against a plain loop over the lines; whatever the cuts, the batches, the workers and the backend."""
+    source = write_dirty(tmp_path / "in.jsonl", texts, 1)
+    expected: list[tuple[str, int, int]] = []
+    for line, record in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
+        text = json.loads(record)["text"] if record else None
+        if text is not None and 2 <= len(text) <= 1500 and text not in [kept for kept, _, _ in expected]:
+            expected.append((text, line, json.loads(record)["id"]))
+    monkeypatch.setattr(module, "SMALLEST_PIECE", cut)
+    monkeypatch.setattr("megatron_aquila.data.shards.BATCH_BYTES", cut // 2)
+    monkeypatch.setattr("megatron_aquila.data.selection.CHUNK", 100)
+    done = run_filtered(source, tmp_path / "out", tokenizer, workers=1 + (cut == 999))
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert [dataset[number].tolist() for number in range(len(dataset))] == [
+        [*tokenizer.encode(text), tokenizer.eod] for text, _, _ in expected
+    ]
+    found = [(number, line, {"id": kept}) for number, (_, line, kept) in enumerate(expected)]
+    assert meta(tmp_path / "out") == found
+    counts = done.progress.counts
+    dropped = counts.too_short + counts.too_long + counts.duplicates + counts.bad_records
+    assert counts.documents + dropped == sum(1 for line in source.read_text().splitlines() if line)
+    assert counts.tokens == len(dataset.tokens)
+
+
+def test_parts_find_their_own_duplicates_only(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 56)  # four lines
+    source = write_jsonl(tmp_path / "in.jsonl", ["a", "b", "a", "c", "a", "d", "d", "a"])
+    said: list[str] = []
+    for index in range(2):
+        read = ReadOptions(keep_meta=("text",))
+        run([source], tmp_path / "out", tokenizer, shard=(index, 2), deduplicate=True, read=read, say=said.append)
+    first, second = (meta(tmp_path / f"out_shard{index:05d}of00002") for index in range(2))
+    assert [(line, kept["text"]) for _, line, kept in first] == [(1, "a"), (2, "b"), (4, "c")]
+    assert [(line, kept["text"]) for _, line, kept in second] == [(5, "a"), (6, "d")]
+    assert [number for number, _, _ in second] == [0, 1]
+    assert "--deduplicate with --shard: equal documents are found within this part, not between parts" in said
 
 
 @pytest.mark.usefixtures("_small_pieces")
@@ -413,7 +569,7 @@ def test_every_piece_is_of_one_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_small_pieces")
-@pytest.mark.parametrize("emptied", ["text.bin", "text.lengths"])
+@pytest.mark.parametrize("emptied", ["text.bin", "facts.json"])
 def test_a_shard_that_a_power_cut_emptied_is_made_again(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, emptied: str
 ) -> None:

@@ -2,13 +2,17 @@
 
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_aquila.data.provenance import find_provenance, provenance_line, renumbered
+from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.data.manifest import read_manifest, write_manifest
+from megatron_aquila.data.provenance import document_origin, find_provenance, provenance_line, renumbered
 from megatron_aquila.errors import DataError
 
 
@@ -30,11 +34,16 @@ def test_every_document_is_found(
 
 
 def test_shards_end_to_end() -> None:
-    lines = [provenance_line(n, source="书,\n.json", line=1, meta={"document": n}) for n in range(12)]
-    assert list(renumbered(lines[:2], 10)) == [
-        line.replace(b": %d," % n, b": 1%d," % n, 1) for n, line in enumerate(lines[:2])
-    ]
+    """Numbers go on from the shards before, and are without a gap where documents were left out."""
+    lines = [provenance_line(n, source="书,\n.json", line=n + 1, meta={"document": n}) for n in range(12)]
     assert list(renumbered(lines, 0)) == lines
+    kept = list(map(json.loads, renumbered(lines[1::5], 10, 300)))
+    assert [(each["document"], each["line"], each["meta"]["document"]) for each in kept] == [
+        (10, 302, 1),
+        (11, 307, 6),
+        (12, 312, 11),
+    ]
+    assert {each["source"] for each in kept} == {"书,\n.json"}
     with pytest.raises(AssertionError, match="no line of provenance"):
         list(renumbered([b'{"text": 1}'], 0))
 
@@ -45,7 +54,7 @@ def test_values_that_json_does_not_know() -> None:
     assert json.loads(line)["meta"] == {"date": "2024-01-02", "half": "\ud83d", "书": "书"}
     assert (
         provenance_line(0, source="书", line=1, meta=None)
-        == '{"document": 0, "source": "书", "line": 1, "meta": {}}\n'.encode()
+        == '{"document": 0, "line": 1, "source": "书", "meta": {}}\n'.encode()
     )
 
 
@@ -57,3 +66,22 @@ def test_files_that_are_something_else(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError, match="byte 0 begins no line of provenance"):
         find_provenance(path, 0)
+
+
+def test_the_origin_of_a_document(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "out_text_document", np.uint16) as writer:
+        writer.add_documents(np.arange(3), np.array([1, 2]))
+    prefix, path = tmp_path / "out_text_document", tmp_path / "out.meta.jsonl"
+    assert document_origin(IndexedDataset(prefix), 0) is None
+    manifest = read_manifest(prefix)
+    assert manifest is not None
+    named = replace(manifest.origin, options={"provenance": path.name})
+    write_manifest(prefix, replace(manifest, origin=named))
+    dataset = IndexedDataset(prefix)
+    assert document_origin(dataset, 0) is None, "the file is not there"
+    path.write_bytes(provenance_line(1, source="a.jsonl", line=7, meta={"url": "u", "n": 3}))
+    assert document_origin(dataset, 0) is None
+    assert document_origin(dataset, 1) == "a.jsonl:7, url u, n 3"
+    path.write_bytes(b"oops\n")
+    with pytest.raises(DataError, match="begins no line of provenance"):
+        document_origin(dataset, 1)

@@ -1,4 +1,9 @@
-from megatron_aquila.observe.plot import plot_log
+import sys
+
+import pytest
+
+from megatron_aquila.errors import DataError
+from megatron_aquila.observe.plot import SETS, plot_lengths, plot_log
 
 
 def test_a_png_appears_whole(tmp_path):
@@ -13,3 +18,24 @@ def test_a_png_appears_whole(tmp_path):
 def test_a_log_without_throughput_is_drawn(tmp_path):
     plot_log([{"step": 1, "loss": 2.0}], tmp_path / "run.png", title="short")
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_lengths_are_drawn(tmp_path, ending, magic):
+    sets = {"a": [(0, 0, 3, 0), (1, 1, 2, 2)], "empty": []}
+    sets |= {f"set {number}": [(2, 3, number, 2 * number)] for number in range(SETS)}
+    path = tmp_path / f"lengths.{ending}"
+    plot_lengths(sets, path, title="lengths")
+    assert path.read_bytes().startswith(magic)
+    assert list(tmp_path.iterdir()) == [path]
+    if ending == "svg":
+        drawn = path.read_text()
+        assert f"the {SETS} largest of {SETS + 2} sets" in drawn
+        assert "set 9 (18 tokens)" in drawn
+        assert "empty" not in drawn
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DataError, match=r"needs the matplotlib package: pip install 'megatron_aquila\[plots\]'"):
+        plot_lengths({}, tmp_path / "x.png", title="")
