@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from megatron_aquila.config.cli import format_problems
-from megatron_aquila.errors import AquilaError, ConfigError
+from megatron_aquila.errors import AquilaError, ConfigError, format_problems
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Texts to ids in bulk: the tokenizers library as the reference, gigatoken as the fast way that must prove equal."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +9,11 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_aquila.data.fast_json import dumps
 from megatron_aquila.data.han_breaks import MARK, mark_id, pair_table
 from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks
 from megatron_aquila.data.tokenizer import Tokenizer
+from megatron_aquila.data.workers import beside
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Backend = Literal["auto", "gigatoken", "tokenizers"]
@@ -118,7 +119,8 @@ class GigatokenEncoder:
 
     @cached_property
     def _made(self) -> tuple[Any, "_Breaks | None"]:
-        return _gigatoken(self.tokenizer), _breaks(self.tokenizer)
+        breaks = beside(lambda: _breaks(self.tokenizer))
+        return _gigatoken(self.tokenizer), breaks()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (GigatokenEncoder, (self.tokenizer,))
@@ -183,14 +185,13 @@ def _gigatoken(tokenizer: Tokenizer) -> Any:
     """gigatoken's own object: special tokens are text unless allowed, nothing is put around a text."""
     import gigatoken
 
-    model = json.loads(tokenizer.model.to_str())
-    specials = model["added_tokens"]
+    specials = tokenizer.description["added_tokens"]
     if not tokenizer.allow_special_tokens:
         specials = [token for token in specials if not token["special"]]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     border = {"id": tokenizer.vocab_size, "content": BORDER, "special": True, **flags}
-    model.update(added_tokens=[*specials, border], post_processor=None, truncation=None, padding=None)
-    return gigatoken.Tokenizer.from_json(json.dumps(model)).backend
+    bare = {"added_tokens": [*specials, border], "post_processor": None, "truncation": None, "padding": None}
+    return gigatoken.Tokenizer.from_json(dumps(tokenizer.description | bare)).backend
 
 
 def _breaks(tokenizer: Tokenizer) -> _Breaks | None:

@@ -22,7 +22,7 @@ from megatron_aquila.data.records import BadRecord, ReadOptions
 from megatron_aquila.data.shards import Counts, Shard, ShardWriter, Step
 from megatron_aquila.data.streams import STDIN
 from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
-from megatron_aquila.data.workers import ordered_map
+from megatron_aquila.data.workers import beside, ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Engine = Literal["local", "ray"]
@@ -125,9 +125,10 @@ def preprocess(
     """
     _check(settings, tokenizer)
     pieces = _share(_plan(settings), settings.shard)
+    dtype = token_dtype(tokenizer.vocab_size)
+    pending_facts = beside(lambda: tokenizer_facts(tokenizer))
     chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
     say(f"tokenizer backend: {chosen.why}")
-    dtype = token_dtype(tokenizer.vocab_size)
     writer = ShardWriter(
         folder=Path(f"{settings.prefix}.partial").absolute(),
         names=settings.names,
@@ -137,7 +138,7 @@ def preprocess(
         dtype=dtype,
         skip_bad_records=settings.skip_bad_lines,
     )
-    facts = tokenizer_facts(tokenizer)
+    facts = pending_facts()
     output = Output(
         settings.prefix,
         names=settings.names,
