@@ -10,6 +10,7 @@
 
 #include "blending.hpp"
 #include "breaks.hpp"
+#include "documents.hpp"
 #include "legacy_shuffle.hpp"
 #include "sample_index.hpp"
 
@@ -110,11 +111,25 @@ py::bytes insert_breaks(const py::bytes& text, const Array<uint8_t>& table, uint
   return py::bytes(reinterpret_cast<const char*>(to.get()), written);
 }
 
+py::tuple split_documents(const Array<uint32_t>& ids, int64_t documents, int64_t border, int64_t mark, int64_t end) {
+  const auto ids_span = read(ids);
+  Array<uint32_t> tokens(ids_span.size);
+  Array<int64_t> lengths(documents);
+  const auto tokens_span = write(tokens);
+  const auto lengths_span = write(lengths);
+  int64_t written = 0;
+  {
+    py::gil_scoped_release release;
+    written = aquila::split_documents(ids_span, {border, mark, end}, tokens_span, lengths_span);
+  }
+  return py::make_tuple(tokens[py::slice(0, written, 1)], lengths);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() =
-      "Index building and the cutting of Han runs in C++; megatron_aquila.data.reference holds the same functions.";
+      "Index building and what an encoder needs around it in C++; megatron_aquila.data.reference holds the same functions.";
   module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
              py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
              py::arg("wide"));
@@ -125,5 +140,7 @@ PYBIND11_MODULE(_native, module) {
       .def("shuffle", &shuffle<int64_t>, py::arg("values").noconvert(), py::arg("report"));
   module.def("build_blending_indices", &build_blending_indices, py::arg("weights").noconvert(), py::arg("size"));
   module.def("build_exhaustive_blending_indices", &build_exhaustive_blending_indices, py::arg("sizes").noconvert());
+  module.def("split_documents", &split_documents, py::arg("ids").noconvert(), py::kw_only(), py::arg("documents"),
+             py::arg("border"), py::arg("mark"), py::arg("end"));
   module.def("insert_breaks", &insert_breaks, py::arg("text"), py::arg("table").noconvert(), py::arg("mark"));
 }

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from megatron_aquila.data.fast_json import dumps
 from megatron_aquila.data.han_breaks import MARK, mark_id, pair_table
-from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks
+from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks, split_documents
 from megatron_aquila.data.tokenizer import Tokenizer
 from megatron_aquila.data.workers import beside
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Backend = Literal["auto", "gigatoken", "tokenizers"]
 BORDER: Final = "\x02"  # stands between documents on their way to gigatoken; a text that holds it goes another way
+NO_ID: Final = -1
 PROBES: Final = (
     "",
     " ",
@@ -86,22 +87,12 @@ class GigatokenEncoder:
         joined = BORDER.join(texts)
         if MARK in joined or joined.count(BORDER) != max(len(texts) - 1, 0):
             return self._with_marks_inside(texts, end)
-        ids = self._ids((joined + BORDER if texts else "").encode())
-        borders = np.flatnonzero(ids == self.tokenizer.vocab_size)
-        lengths = np.diff(borders, prepend=-1) - 1
-        if end is None:
-            return Encoded(np.delete(ids, borders), lengths)
-        full = lengths > 0
-        ids[borders[full]] = end
-        return Encoded(ids if full.all() else np.delete(ids, borders[~full]), lengths + full)
-
-    def _ids(self, text: bytes) -> NDArray[np.uint32]:
+        text = (joined + BORDER if texts else "").encode()
         backend, breaks = self._made
-        if breaks is None:
-            return np.array(backend.encode(text))
-        ids = backend.encode(insert_breaks(text, breaks.table, ord(MARK)))
-        kept: NDArray[np.uint32] = ids[ids != breaks.mark_id]
-        return kept
+        ids = backend.encode(text if breaks is None else insert_breaks(text, breaks.table, ord(MARK)))
+        border, mark = self.tokenizer.vocab_size, NO_ID if breaks is None else breaks.mark_id
+        last = NO_ID if end is None else end
+        return Encoded(*split_documents(ids, documents=len(texts), border=border, mark=mark, end=last))
 
     def _with_marks_inside(self, texts: Sequence[str], end: int | None) -> Encoded:
         """Rare, so the reference does them one by one, and each run between them goes the fast way."""

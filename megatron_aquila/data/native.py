@@ -7,6 +7,7 @@ try:
         build_exhaustive_blending_indices,
         build_sample_index,
         insert_breaks,
+        split_documents,
     )
 
     INDEX_BUILDER = "C++ extension"
@@ -17,6 +18,7 @@ except ImportError:
         build_exhaustive_blending_indices,
         build_sample_index,
         insert_breaks,
+        split_documents,
     )
 
     INDEX_BUILDER = "numpy, slower: the C++ extension is not built (python setup.py build_ext --inplace)"
@@ -28,4 +30,5 @@ __all__ = [
     "build_exhaustive_blending_indices",
     "build_sample_index",
     "insert_breaks",
+    "split_documents",
 ]

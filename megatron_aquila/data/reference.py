@@ -108,3 +108,25 @@ def insert_breaks(text: bytes, table: NDArray[np.uint8], mark: int) -> bytes:
         out.append(character)
         before = code if is_han else 0
     return "".join(out).encode("utf-8")
+
+
+def split_documents(
+    ids: NDArray[np.uint32], *, documents: int, border: int, mark: int, end: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The tokens of documents of which each is followed by ``border``, end to end, and how many are each one's.
+
+    ``mark`` is no token; ``end`` is put behind every document that has any, where it is not negative.
+
+    Raises:
+        ValueError: not so many ``documents``, or tokens behind the last one.
+    """
+    ids = ids[ids != mark]
+    borders = np.flatnonzero(ids == border)
+    if len(borders) != documents or len(ids) != (borders[-1] + 1 if documents > 0 else 0):
+        raise ValueError(f"{len(borders)} borders, but {documents} documents")
+    lengths = np.diff(borders, prepend=-1) - 1
+    if end < 0:
+        return np.delete(ids, borders), lengths
+    full = lengths > 0
+    ids[borders[full]] = end
+    return np.delete(ids, borders[~full]), lengths + full

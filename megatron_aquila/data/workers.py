@@ -168,10 +168,12 @@ def _serve(function: Callable[[Any, Tell], object], pipe: "Connection[Any, Any]"
     os.environ[QUIET] = "false"
     for connection in inherited:
         connection.close()
-    gc.freeze()  # to look for garbage in what the parent made would copy its pages
+    gc.freeze()  # to look for garbage in what the parent made would copy its pages,
+    gc.disable()  # and among a million texts there is none: once an item is enough
     with suppress(EOFError, OSError):
         while True:
             item = pipe.recv()
+            gc.collect()
             try:
                 answer = (_DONE, function(item, lambda told: pipe.send((_TOLD, told))))
             except BrokenPipeError:

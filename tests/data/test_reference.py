@@ -186,3 +186,29 @@ def test_numpy_runs_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> No
     loaded = runpy.run_module("megatron_aquila.data.native")
     assert loaded["INDEX_BUILDER"].startswith("numpy, slower: the C++ extension is not built")
     assert loaded["build_sample_index"] is reference.build_sample_index
+
+
+@needs_extension
+@given(
+    documents=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=6),
+    mark=st.sampled_from([-1, 0, 3]),
+    end=st.sampled_from([-1, 0, 7]),
+)
+def test_documents_are_split_alike(documents: list[list[int]], mark: int, end: int) -> None:
+    ids = np.array([id for document in documents for id in (*document, 10)], dtype=np.uint32)
+    special = {"documents": len(documents), "border": 10, "mark": mark, "end": end}
+    theirs = reference.split_documents(ids.copy(), **special)
+    ours = _native.split_documents(ids, **special)
+    kept = [[id for id in document if id != mark] for document in documents]
+    whole = [[*tokens, end] if tokens and end >= 0 else tokens for tokens in kept]
+    for tokens, lengths in (theirs, ours):
+        assert tokens.tolist() == [id for document in whole for id in document]
+        assert lengths.tolist() == [len(document) for document in whole]
+        assert (tokens.dtype, lengths.dtype) == (np.uint32, np.int64)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(("ids", "documents"), [([10, 10], 1), ([10], 2), ([1], 0), ([10, 1], 1)])
+def test_borders_must_fit_the_documents(builder: ModuleType, ids: list[int], documents: int) -> None:
+    with pytest.raises(ValueError, match="borders"):
+        builder.split_documents(np.array(ids, dtype=np.uint32), documents=documents, border=10, mark=-1, end=-1)
