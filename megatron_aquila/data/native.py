@@ -7,6 +7,8 @@ try:
         build_exhaustive_blending_indices,
         build_sample_index,
         insert_breaks,
+        lay_out,
+        read_sample,
         split_documents,
     )
 
@@ -18,6 +20,8 @@ except ImportError:
         build_exhaustive_blending_indices,
         build_sample_index,
         insert_breaks,
+        lay_out,
+        read_sample,
         split_documents,
     )
 
@@ -30,5 +34,7 @@ __all__ = [
     "build_exhaustive_blending_indices",
     "build_sample_index",
     "insert_breaks",
+    "lay_out",
+    "read_sample",
     "split_documents",
 ]
