@@ -23,7 +23,17 @@ from megatron_aquila.verify.page import write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-attn", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "flash-attn",
+    "numpy",
+    "tokenizers",
+    "gigatoken",
+    "orjson",
+)
 
 T = TypeVar("T")
 Run = Callable[[], object]

@@ -17,8 +17,8 @@ HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.page` from the files in `benchmarks/results/`, each of which one command writes with the
 machine, the versions and the commit: `python -m benchmarks.ceilings`, `kernels`, `step`, `cpu`, `loader`,
-`checkpoint` or `index_build`, all with `--help`. The first three need a GPU. Figures of others, and of plans, are not
-on this page.
+`checkpoint`, `index_build` or `preprocess`, all with `--help`. The first three need a GPU. Figures of others, and of
+plans, are not on this page.
 
 MFU is as in [numerics.md](numerics.md): the model's FLOPs, attention counted causally, over the dense peak. Seconds are
 medians of calls taken in turns with what they are compared with. "Load" is how many processes wanted a core before and
@@ -173,6 +173,29 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
                 Column("peak MiB", "peak_mib"),
             ),
         },
+        "preprocess": {
+            "start-up": (
+                Column("seconds", "seconds", 1, 2),
+                Column("CPU seconds", "cpu_seconds", 1, 2),
+                Column("peak MiB, all processes", "peak_mib", 1, 0),
+                Column("slowest", "slowest", 1, 2),
+                Column("runs", "calls"),
+            ),
+            "corpora": (
+                Column("corpus", "corpus"),
+                Column("MB", "megabytes"),
+                Column("documents", "documents"),
+                Column("tokens", "tokens"),
+                Column("seconds", "seconds", 1, 2),
+                Column("MB/s", "megabytes_per_second"),
+                Column("CPU seconds", "cpu_seconds", 1, 2),
+                Column("MB per CPU second", "megabytes_per_cpu_second"),
+                Column("peak MiB, all processes", "peak_mib", 1, 0),
+                Column("backend", "backend"),
+                Column("slowest", "slowest", 1, 2),
+                Column("runs", "calls"),
+            ),
+        },
     }
 )
 
@@ -198,6 +221,10 @@ plain copies of the same tensors.""",
         "index_build": """\
 Document order, sample index and sample order of a data set, built and written: ours, and Megatron-LM's way repeated in
 numpy (its sample index is C++ too, ours in both).""",
+        "preprocess": """\
+JSON lines to token files by `aquila preprocess`, from the start of the command to closed and hashed files with their
+manifest: corpora, and one document alone for what starting takes. The fastest of the runs, with the corpus in memory;
+CPU seconds are of all processes together, and memory that several share is counted once.""",
     }
 )
 

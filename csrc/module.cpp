@@ -1,7 +1,9 @@
 // Python bindings: check shapes and dtypes, hand spans to the functions, nothing else.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -10,8 +12,10 @@
 
 #include "blending.hpp"
 #include "breaks.hpp"
+#include "documents.hpp"
 #include "legacy_shuffle.hpp"
 #include "sample_index.hpp"
+#include "samples.hpp"
 
 namespace py = pybind11;
 
@@ -110,11 +114,79 @@ py::bytes insert_breaks(const py::bytes& text, const Array<uint8_t>& table, uint
   return py::bytes(reinterpret_cast<const char*>(to.get()), written);
 }
 
+py::tuple split_documents(const Array<uint32_t>& ids, int64_t documents, int64_t border, int64_t mark, int64_t end) {
+  const auto ids_span = read(ids);
+  Array<uint32_t> tokens(ids_span.size);
+  Array<int64_t> lengths(documents);
+  const auto tokens_span = write(tokens);
+  const auto lengths_span = write(lengths);
+  int64_t written = 0;
+  {
+    py::gil_scoped_release release;
+    written = aquila::split_documents(ids_span, {border, mark, end}, tokens_span, lengths_span);
+  }
+  return py::make_tuple(tokens[py::slice(0, written, 1)], lengths);
+}
+
+template <typename T>
+aquila::Unaligned<T> read_anywhere(const Array<T>& array) {
+  return {reinterpret_cast<const char*>(read(array).data), array.size()};
+}
+
+template <typename Token>
+void read_sample(const Array<Token>& tokens, const Array<int64_t>& offsets, const Array<int32_t>& lengths,
+                 const Array<int32_t>& order, std::array<int64_t, 4> range, Array<int64_t>& out) {
+  read(out);  // its shape
+  if (offsets.size() != lengths.size()) throw std::invalid_argument("as many offsets as lengths");
+  const auto tokens_span = read(tokens);
+  const auto order_span = read(order);
+  const auto out_span = write(out);
+  const auto offsets_view = read_anywhere(offsets);
+  const auto lengths_view = read_anywhere(lengths);
+  py::gil_scoped_release release;
+  aquila::read_sample<Token>(tokens_span, offsets_view, lengths_view, order_span,
+                             {range[0], range[1], range[2], range[3]}, out_span);
+}
+
+template <typename... Tokens>
+void define_read_sample(py::module_& module) {
+  (module.def("read_sample", &read_sample<Tokens>, py::arg("tokens").noconvert(), py::arg("offsets").noconvert(),
+              py::arg("lengths").noconvert(), py::arg("order").noconvert(), py::arg("range"),
+              py::arg("out").noconvert()),
+   ...);
+}
+
+py::tuple lay_out(const Array<int64_t>& samples, int64_t eod, bool reset_positions, bool reset_attention,
+                  bool mask_loss) {
+  if (samples.ndim() != 2 || samples.shape(1) < 2)
+    throw std::invalid_argument("expected samples of two tokens or more");
+  const int64_t batch = samples.shape(0), seq_len = samples.shape(1) - 1;
+  Array<int64_t> tokens({batch, seq_len}), labels({batch, seq_len}), positions({batch, seq_len});
+  Array<float> loss_mask({batch, seq_len});
+  Array<int32_t> bounds(reset_attention ? batch * seq_len + 1 : 0);
+  const aquila::BatchView view{batch,
+                               seq_len,
+                               tokens.mutable_data(),
+                               labels.mutable_data(),
+                               loss_mask.mutable_data(),
+                               positions.mutable_data(),
+                               bounds.mutable_data()};
+  const aquila::Span<const int64_t> samples_span{samples.data(), samples.size()};
+  int64_t borders = 0;
+  {
+    py::gil_scoped_release release;
+    borders = aquila::lay_out(samples_span, {eod, reset_positions, reset_attention, mask_loss}, view);
+  }
+  const py::object found = reset_attention ? py::object(bounds[py::slice(0, borders, 1)].attr("copy")()) : py::none();
+  return py::make_tuple(tokens, labels, loss_mask, positions, found);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() =
-      "Index building and the cutting of Han runs in C++; megatron_aquila.data.reference holds the same functions.";
+      "Index building, reading of samples and what an encoder needs around it in C++; megatron_aquila.data.reference "
+      "holds the same functions.";
   module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
              py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
              py::arg("wide"));
@@ -125,5 +197,10 @@ PYBIND11_MODULE(_native, module) {
       .def("shuffle", &shuffle<int64_t>, py::arg("values").noconvert(), py::arg("report"));
   module.def("build_blending_indices", &build_blending_indices, py::arg("weights").noconvert(), py::arg("size"));
   module.def("build_exhaustive_blending_indices", &build_exhaustive_blending_indices, py::arg("sizes").noconvert());
+  define_read_sample<uint8_t, int8_t, uint16_t, int16_t, int32_t, int64_t, float, double>(module);
+  module.def("lay_out", &lay_out, py::arg("samples").noconvert(), py::kw_only(), py::arg("eod"),
+             py::arg("reset_positions"), py::arg("reset_attention"), py::arg("mask_loss"));
+  module.def("split_documents", &split_documents, py::arg("ids").noconvert(), py::kw_only(), py::arg("documents"),
+             py::arg("border"), py::arg("mark"), py::arg("end"));
   module.def("insert_breaks", &insert_breaks, py::arg("text"), py::arg("table").noconvert(), py::arg("mark"));
 }

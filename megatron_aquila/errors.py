@@ -66,3 +66,10 @@ class ConfigError(AquilaError):
         assert problems, "ConfigError needs at least one problem"
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def format_problems(error: ConfigError) -> str:
+    """What every command prints when the settings cannot run: one line a problem."""
+    count = len(error.problems)
+    head = "1 setting cannot run" if count == 1 else f"{count} settings cannot run"
+    return "\n".join([f"{head}:", *(f"  {problem}" for problem in error.problems)])

@@ -8,11 +8,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from megatron_aquila.config.cli import format_problems, parse, resolve
+from megatron_aquila.config.cli import parse, resolve
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.describe import TRAFFIC_COLUMNS, derived_rows, setting_rows, traffic_rows
 from megatron_aquila.config.migration_page import migration_page
-from megatron_aquila.errors import ConfigError
+from megatron_aquila.errors import ConfigError, format_problems
 from megatron_aquila.train.bubble import run_bubble
 
 USAGE = """usage: aquila config show [--world-size N] [FLAGS]     print every setting, its source, and what follows

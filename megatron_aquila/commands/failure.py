@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from megatron_aquila.config.cli import format_problems
-from megatron_aquila.errors import LOST_RANK, AquilaError, CommunicationError, ConfigError, Stopped
+from megatron_aquila.errors import LOST_RANK, AquilaError, CommunicationError, ConfigError, Stopped, format_problems
 
 CLOSED: Final = 141  # what a shell says of a program that SIGPIPE ended
 

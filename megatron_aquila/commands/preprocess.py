@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.data.encoders import Backend
@@ -159,8 +156,7 @@ def _shard(text: str) -> tuple[int, int]:
 @contextmanager
 def _shown(options: PreprocessOptions) -> Iterator[Callable[[Progress], None]]:
     """A bar in a terminal, else a line every ``log_interval`` documents."""
-    console = Console()
-    if not console.is_terminal:
+    if not sys.stdout.isatty():
         shown = 0
 
         def report(done: Progress) -> None:
@@ -171,8 +167,11 @@ def _shown(options: PreprocessOptions) -> Iterator[Callable[[Progress], None]]:
 
         yield report
         return
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn  # only a terminal waits for its import
+    from rich.progress import Progress as Bar
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, transient=True) as bar:
+    with Bar(*columns, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
         def move(done: Progress) -> None:

@@ -125,13 +125,6 @@ def with_config_flag(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def format_problems(error: ConfigError) -> str:
-    """What every command prints when the settings cannot run: one line a problem."""
-    count = len(error.problems)
-    head = "1 setting cannot run" if count == 1 else f"{count} settings cannot run"
-    return "\n".join([f"{head}:", *(f"  {problem}" for problem in error.problems)])
-
-
 @cache
 def _flags_type(options: type | None) -> Any:
     """A ``TypedDict`` of ``TypedDict``s, one a section, all their values optional and still text."""

@@ -1,7 +1,6 @@
 """Texts to ids in bulk: the tokenizers library as the reference, gigatoken as the fast way that must prove equal."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,13 +9,16 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_aquila.data.fast_json import dumps
 from megatron_aquila.data.han_breaks import MARK, mark_id, pair_table
-from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks
+from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks, split_documents
 from megatron_aquila.data.tokenizer import Tokenizer, library_of
+from megatron_aquila.data.workers import beside
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Backend = Literal["auto", "gigatoken", "tokenizers"]
 BORDER: Final = "\x02"  # stands between documents on their way to gigatoken; a text that holds it goes another way
+NO_ID: Final = -1
 PROBES: Final = (
     "",
     " ",
@@ -85,22 +87,12 @@ class GigatokenEncoder:
         joined = BORDER.join(texts)
         if MARK in joined or joined.count(BORDER) != max(len(texts) - 1, 0):
             return self._with_marks_inside(texts, end)
-        ids = self._ids((joined + BORDER if texts else "").encode())
-        borders = np.flatnonzero(ids == self.tokenizer.vocab_size)
-        lengths = np.diff(borders, prepend=-1) - 1
-        if end is None:
-            return Encoded(np.delete(ids, borders), lengths)
-        full = lengths > 0
-        ids[borders[full]] = end
-        return Encoded(ids if full.all() else np.delete(ids, borders[~full]), lengths + full)
-
-    def _ids(self, text: bytes) -> NDArray[np.uint32]:
+        text = (joined + BORDER if texts else "").encode()
         backend, breaks = self._made
-        if breaks is None:
-            return np.array(backend.encode(text))
-        ids = backend.encode(insert_breaks(text, breaks.table, ord(MARK)))
-        kept: NDArray[np.uint32] = ids[ids != breaks.mark_id]
-        return kept
+        ids = backend.encode(text if breaks is None else insert_breaks(text, breaks.table, ord(MARK)))
+        border, mark = self.tokenizer.vocab_size, NO_ID if breaks is None else breaks.mark_id
+        last = NO_ID if end is None else end
+        return Encoded(*split_documents(ids, documents=len(texts), border=border, mark=mark, end=last))
 
     def _with_marks_inside(self, texts: Sequence[str], end: int | None) -> Encoded:
         """Rare, so the reference does them one by one, and each run between them goes the fast way."""
@@ -118,7 +110,8 @@ class GigatokenEncoder:
 
     @cached_property
     def _made(self) -> tuple[Any, "_Breaks | None"]:
-        return _gigatoken(self.tokenizer), _breaks(self.tokenizer)
+        breaks = beside(lambda: _breaks(self.tokenizer))
+        return _gigatoken(self.tokenizer), breaks()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (GigatokenEncoder, (self.tokenizer,))
@@ -183,14 +176,14 @@ def _gigatoken(tokenizer: Tokenizer) -> Any:
     """gigatoken's own object: special tokens are text unless allowed, nothing is put around a text."""
     import gigatoken
 
-    model = json.loads(library_of(tokenizer).to_str())
-    specials = model["added_tokens"]
+    description = library_of(tokenizer).description
+    specials = description["added_tokens"]
     if not tokenizer.allow_special_tokens:
         specials = [token for token in specials if not token["special"]]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     border = {"id": tokenizer.vocab_size, "content": BORDER, "special": True, **flags}
-    model.update(added_tokens=[*specials, border], post_processor=None, truncation=None, padding=None)
-    return gigatoken.Tokenizer.from_json(json.dumps(model)).backend
+    bare = {"added_tokens": [*specials, border], "post_processor": None, "truncation": None, "padding": None}
+    return gigatoken.Tokenizer.from_json(dumps(description | bare)).backend
 
 
 def _breaks(tokenizer: Tokenizer) -> _Breaks | None:

@@ -5,10 +5,10 @@ neighbours that no token holds together can never be merged across: the BPE of t
 that is a word of its own is put there, and its id taken out again.
 """
 
-import json
 import re
 from collections.abc import Sequence
-from itertools import pairwise, product
+from functools import cache
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -20,11 +20,13 @@ MARK: Final = "\x01"
 TABLE_BITS: Final = 22
 MOST_PAIRS: Final = 1 << 18  # from tokens with parts of characters; beyond, cutting is not worth the doubt
 CHARACTER: Final = re.compile(rb"[\x80-\xbf]+|[^\x80-\xbf][\x80-\xbf]*")  # or the part of one at the end of a token
+WITH_PARTS: Final = re.compile("[^\n]*[\udc80-\udcff][^\n]*")  # a line that is not whole characters
+LATIN_1: Final = re.compile("[\0-\xff]*")
 
 
 def mark_id(tokenizer: Tokenizer) -> int | None:
     """The id of the mark, or ``None`` where this tokenizer's text may not be cut: only GPT-2's words are known."""
-    model = json.loads(library_of(tokenizer).to_str())
+    model = library_of(tokenizer).description
     bpe, words = model["model"], model["pre_tokenizer"]
     plain = bpe["type"] == "BPE" and not any(
         bpe.get(name)
@@ -33,7 +35,7 @@ def mark_id(tokenizer: Tokenizer) -> int | None:
     is_gpt2 = words == {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     if not plain or not is_gpt2 or model["normalizer"] is not None:
         return None
-    return library_of(tokenizer).token_to_id(byte_letters()[ord(MARK)])
+    return tokenizer.token_id(byte_letters()[ord(MARK)])
 
 
 def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
@@ -41,24 +43,13 @@ def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
 
     Two pairs of one hash only cost a cut. ``None``: too many tokens hold parts of characters.
     """
-    to_byte = {ord(letter): chr(byte) for byte, letter in enumerate(byte_letters())}
-    whole, broken = [], []
-    for token in library_of(tokenizer).get_vocab(with_added_tokens=False):
-        if token.isascii():
-            continue
-        try:
-            data = token.translate(to_byte).encode("latin-1")
-            whole.append(data.decode("utf-8"))
-        except UnicodeDecodeError:  # it begins or ends within a character
-            broken.append(data)
-        except UnicodeEncodeError:  # no bytes in letters: such a token is made of no text
-            continue
-    codes = np.frombuffer("\n".join(whole).encode("utf-32-le"), dtype="<u4")
-    pairs = _broken_pairs(broken)
-    if len(pairs) > MOST_PAIRS:
+    vocab = library_of(tokenizer).description["model"]["vocab"]
+    text = _text_of([token for token in vocab if not token.isascii()])
+    pairs = _broken_pairs(text)
+    if pairs is None:
         return None
-    left, right = (np.array([ord(pair[side]) for pair in pairs], dtype=np.uint32) for side in (0, 1))
-    left, right = np.concatenate([codes[:-1], left]), np.concatenate([codes[1:], right])
+    codes = np.frombuffer(WITH_PARTS.sub("", text).encode("utf-32-le"), dtype="<u4")
+    left, right = np.concatenate([np.stack([codes[:-1], codes[1:]]), pairs], axis=1)
     bits = np.zeros(1 << TABLE_BITS, dtype=np.uint8)
     is_wide = (left >= 0x3400) & (right >= 0x3400)  # Han is among these
     left, right = left[is_wide], right[is_wide]
@@ -66,25 +57,35 @@ def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
     return np.packbits(bits, bitorder="little")
 
 
-def _broken_pairs(tokens: Sequence[bytes]) -> set[tuple[str, str]]:
-    """The pairs of Han characters that such tokens reach across; more than ``MOST_PAIRS`` where there are too many."""
-    ends, beginnings = _parts()
-    pairs: set[tuple[str, str]] = set()
-    for token in tokens:
-        for left, right in pairwise(CHARACTER.findall(token)):
-            pairs.update(product(ends.get(left, ()), beginnings.get(right, ())))
-        if len(pairs) > MOST_PAIRS:
-            break
-    return pairs
+def _text_of(tokens: Sequence[str]) -> str:
+    """What tokens stand for, a line each; a byte of a character that is not whole is a low surrogate."""
+    to_byte = {ord(letter): chr(byte) for byte, letter in enumerate(byte_letters())}
+    text = "\n".join(tokens).translate(to_byte)
+    if not LATIN_1.fullmatch(text):  # a token that is no bytes in letters is made of no text
+        text = "\n".join(filter(LATIN_1.fullmatch, text.split("\n")))
+    return text.encode("latin-1").decode("utf-8", "surrogateescape")
 
 
-def _parts() -> tuple[dict[bytes, list[str]], dict[bytes, list[str]]]:
-    """The Han characters by what they end with, and by what they begin with, themselves included."""
-    ends: dict[bytes, list[str]] = {}
-    beginnings: dict[bytes, list[str]] = {}
-    for code in (*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000)):
-        data = chr(code).encode()
-        for size in (1, 2, 3):
-            ends.setdefault(data[-size:], []).append(chr(code))
-            beginnings.setdefault(data[:size], []).append(chr(code))
-    return ends, beginnings
+def _broken_pairs(text: str) -> NDArray[np.uint32] | None:
+    """The pairs of Han characters that tokens reach across that begin or end within one; uint32 ``[2, pairs]``.
+
+    ``None``: there are too many.
+    """
+    han = np.array([*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000)], dtype=np.uint32)
+    data = np.frombuffer("".join(map(chr, han)).encode(), dtype=np.uint8).reshape(-1, 3)
+
+    @cache
+    def with_bytes(part: bytes, first: int) -> NDArray[np.uint32]:
+        """The characters that have these bytes from the ``first`` on; none has more than three."""
+        held = data[:, first : first + len(part)]
+        return han[(held == np.frombuffer(part, dtype=np.uint8)).all(axis=1)] if held.shape[1] == len(part) else han[:0]
+
+    broken = [token.encode("utf-8", "surrogateescape") for token in WITH_PARTS.findall(text)]
+    pairs, count = [np.empty((2, 0), dtype=np.uint32)], 0
+    for before, after in {pair for token in broken for pair in pairwise(CHARACTER.findall(token))}:
+        left, right = with_bytes(before, 3 - len(before)), with_bytes(after, 0)
+        count += len(left) * len(right)
+        if count > MOST_PAIRS:
+            return None
+        pairs.append(np.stack([np.repeat(left, len(right)), np.tile(right, len(left))]))
+    return np.concatenate(pairs, axis=1)

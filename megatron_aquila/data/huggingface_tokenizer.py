@@ -54,7 +54,7 @@ def huggingface_files(tokenizer: Tokenizer, *, max_length: int | None = None) ->
         config["model_max_length"] = max_length
     named = {"tokenizer_config.json": config, "special_tokens_map.json": special}
     texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in named.items()}
-    return {"tokenizer.json": library_of(tokenizer).to_str(pretty=True), **texts}
+    return {"tokenizer.json": library_of(tokenizer).model.to_str(pretty=True), **texts}
 
 
 def check_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ def check_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Seque
         DataError: transformers is not installed, cannot load the folder, or gives other ids.
     """
     theirs = _loaded(folder)
-    model = library_of(tokenizer)
+    model = library_of(tokenizer).model
     pairs: list[tuple[str, object, object]] = [
         ("bos_token_id", theirs.bos_token_id, tokenizer.bos),
         ("eos_token_id", theirs.eos_token_id, tokenizer.eod),

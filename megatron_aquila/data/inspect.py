@@ -171,10 +171,10 @@ def script_shares(dataset: IndexedDataset, tokenizer: Tokenizer, *, seed: int = 
         starts = np.random.default_rng(seed).integers(0, len(tokens) - WINDOW, size=WINDOWS)
         tokens = np.concatenate([tokens[start : start + WINDOW] for start in np.sort(starts)])
     ids, counts = np.unique(tokens, return_counts=True)
-    special = tokenizer.model.get_added_tokens_decoder()
+    special = tokenizer.special_ids
     shares: dict[str, float] = {}
     for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
-        name = "special" if token in special and special[token].special else script_of(tokenizer.decode([token]))
+        name = "special" if token in special else script_of(tokenizer.decode([token]))
         shares[name] = shares.get(name, 0.0) + count / len(tokens)
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 

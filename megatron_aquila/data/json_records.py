@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from megatron_aquila.data.fast_json import fast_loads
 from megatron_aquila.data.records import (
     BadValue,
     Found,
@@ -16,11 +17,6 @@ from megatron_aquila.data.records import (
     too_long,
 )
 from megatron_aquila.data.streams import BYTE_ORDER_MARK
-
-try:
-    from orjson import loads as _fast_loads
-except ImportError:
-    _fast_loads = None  # type: ignore[assignment]
 
 UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 
@@ -37,19 +33,18 @@ def json_parser(options: ReadOptions) -> Callable[..., Found]:
     def parse(line: bytes, record: Any = None) -> Found:
         if len(line) > options.max_document_bytes:
             raise BadValue(Kind.TOO_LONG, too_long(options.max_document_bytes))
-        try:
-            record = fast(line) if record is None else record
-            found = texts(record)
-        except ValueError:
+        record = fast_loads(line) if record is None else record
+        if record is None:
             record = _loads(line)
             found = texts(record)
             check_surrogates(found, fields)
+        else:
+            found = texts(record)
         for token in tokens:  # a quote inside a string is escaped, so that this is a key, or a whole string
             if line.count(token) > 1:
                 _refuse_twice(line, fields)
         return found, meta_of(record, keep) if keep else None
 
-    fast = _not_fast if _fast_loads is None else _fast_loads
     return parse
 
 
@@ -57,18 +52,6 @@ def element_parser(options: ReadOptions) -> Parse:
     """``json_parser`` for an element of an array, of which the value may be known already."""
     parse = json_parser(options)
     return lambda element: parse(*element)
-
-
-def fast_loads(data: bytes) -> Any:
-    """The value, or None where orjson refuses it or is not installed."""
-    try:
-        return None if _fast_loads is None else _fast_loads(data)
-    except ValueError:
-        return None
-
-
-def _not_fast(line: bytes) -> Any:
-    raise ValueError("orjson is not installed")
 
 
 def _loads(line: bytes) -> Any:

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_aquila.data.documents import DocumentRules
+from megatron_aquila.data.native import lay_out
 from megatron_aquila.data.samples import Sample, SampleSource
 from megatron_aquila.errors import DataError
 
+NO_RULES: Final = DocumentRules(eod=-1, reset_positions=False, reset_attention=False, mask_loss=False)
 Ready = TypeVar("Ready")  # what a step takes: a microbatch, made ready for the device
 
 
@@ -36,19 +38,21 @@ def microbatch(
     documents: DocumentRules | None = None,
 ) -> MicroBatch:
     """B samples of S + 1 tokens each, int64, made ready for the model."""
-    tokens_BS = np.stack([tokens[:-1] for tokens in samples])
-    if documents is None:
-        loss_mask_BS = np.ones(tokens_BS.shape, dtype=np.float32)
-        positions_BS = np.broadcast_to(np.arange(tokens_BS.shape[1], dtype=np.int64), tokens_BS.shape).copy()
-    else:
-        loss_mask_BS, positions_BS = documents.loss_mask(tokens_BS), documents.positions(tokens_BS)
+    rules = NO_RULES if documents is None else documents
+    tokens_BS, labels_BS, loss_mask_BS, positions_BS, bounds = lay_out(
+        np.ascontiguousarray(samples),
+        eod=rules.eod,
+        reset_positions=rules.reset_positions,
+        reset_attention=rules.reset_attention,
+        mask_loss=rules.mask_loss,
+    )
     return MicroBatch(
         tokens_BS=tokens_BS,
-        labels_BS=np.stack([tokens[1:] for tokens in samples]),
+        labels_BS=labels_BS,
         loss_mask_BS=loss_mask_BS,
         positions_BS=positions_BS,
         source_B=source_B,
-        document_bounds=None if documents is None else documents.bounds(tokens_BS),
+        document_bounds=bounds,
     )
 
 

@@ -7,6 +7,9 @@ try:
         build_exhaustive_blending_indices,
         build_sample_index,
         insert_breaks,
+        lay_out,
+        read_sample,
+        split_documents,
     )
 
     INDEX_BUILDER = "C++ extension"
@@ -17,6 +20,9 @@ except ImportError:
         build_exhaustive_blending_indices,
         build_sample_index,
         insert_breaks,
+        lay_out,
+        read_sample,
+        split_documents,
     )
 
     INDEX_BUILDER = "numpy, slower: the C++ extension is not built (python setup.py build_ext --inplace)"
@@ -28,4 +34,7 @@ __all__ = [
     "build_exhaustive_blending_indices",
     "build_sample_index",
     "insert_breaks",
+    "lay_out",
+    "read_sample",
+    "split_documents",
 ]

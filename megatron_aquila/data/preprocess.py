@@ -24,7 +24,7 @@ from megatron_aquila.data.records import BadRecord, ReadOptions
 from megatron_aquila.data.shards import BAD, META, Counts, Shard, ShardWriter, Step
 from megatron_aquila.data.streams import STDIN, LineNumbers
 from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
-from megatron_aquila.data.workers import ordered_map
+from megatron_aquila.data.workers import beside, ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Engine = Literal["local", "ray"]
@@ -132,11 +132,12 @@ def preprocess(
     corpus = _plan(settings)
     _check_inputs(settings, corpus)
     pieces = _share(corpus, settings.shard)
+    dtype = token_dtype(tokenizer.vocab_size)
+    pending_facts = beside(lambda: tokenizer_facts(tokenizer))
     chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
     say(f"tokenizer backend: {chosen.why}")
     if settings.deduplicate and settings.shard is not None:
         say("--deduplicate with --shard: equal documents are found within this part, not between parts")
-    dtype = token_dtype(tokenizer.vocab_size)
     writer = ShardWriter(
         folder=partial_folder(settings.prefix).absolute(),
         names=settings.names,
@@ -148,7 +149,7 @@ def preprocess(
         limits=settings.limits,
         deduplicate=settings.deduplicate,
     )
-    facts = tokenizer_facts(tokenizer)
+    facts = pending_facts()
     output = Output(
         settings.prefix,
         names=settings.names,

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_aquila.data.documents import DocumentRules
+
 
 class LegacyShuffle:
     """``numpy.random.RandomState(seed).shuffle``; one after the other they continue the same stream.
@@ -108,3 +110,78 @@ def insert_breaks(text: bytes, table: NDArray[np.uint8], mark: int) -> bytes:
         out.append(character)
         before = code if is_han else 0
     return "".join(out).encode("utf-8")
+
+
+def split_documents(
+    ids: NDArray[np.uint32], *, documents: int, border: int, mark: int, end: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The tokens of documents of which each is followed by ``border``, end to end, and how many are each one's.
+
+    ``mark`` is no token; ``end`` is put behind every document that has any, where it is not negative.
+
+    Raises:
+        ValueError: not so many ``documents``, or tokens behind the last one.
+    """
+    ids = ids[ids != mark]
+    borders = np.flatnonzero(ids == border)
+    if len(borders) != documents or len(ids) != (borders[-1] + 1 if documents > 0 else 0):
+        raise ValueError(f"{len(borders)} borders, but {documents} documents")
+    lengths = np.diff(borders, prepend=-1) - 1
+    if end < 0:
+        return np.delete(ids, borders), lengths
+    full = lengths > 0
+    ids[borders[full]] = end
+    return np.delete(ids, borders[~full]), lengths + full
+
+
+def read_sample(
+    tokens: NDArray[Any],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    order: NDArray[np.int32],
+    range: tuple[int, int, int, int],
+    out: NDArray[np.int64],
+) -> None:
+    """The tokens of a sample to ``out``: ``range`` is a row of the sample index and the next one.
+
+    Args:
+        tokens: of the whole data set.
+        offsets: the byte at which each sequence begins.
+        lengths: tokens of each sequence.
+        order: the sequences as they are read.
+        range: place in the order and token in that sequence, of the first and of the last token.
+        out: as long as the sample.
+
+    Raises:
+        ValueError: the range leaves the order, a sequence or the tokens, or does not fill ``out``.
+    """
+    (first, begin, last, end), place = range, 0
+    if first < 0 or last >= len(order):
+        raise ValueError("a sample outside of the order")
+    sequences = order[first : last + 1]
+    if len(sequences) > 0 and not 0 <= sequences.min() <= sequences.max() < len(lengths):
+        raise ValueError("a sequence that does not exist")
+    stops = lengths[sequences].tolist()
+    stops[-1:] = [end + 1]
+    for sequence, start, stop in zip(sequences.tolist(), [begin] + [0] * (last - first), stops, strict=True):
+        source = int(offsets[sequence]) // tokens.dtype.itemsize + start
+        if start < 0 or stop < start or source + stop - start > len(tokens) or place + stop - start > len(out):
+            raise ValueError("a sample outside of its tokens")
+        out[place : place + stop - start] = tokens[source : source + stop - start]
+        place += stop - start
+    if place != len(out):
+        raise ValueError("a sample of too few tokens")
+
+
+def lay_out(
+    samples: NDArray[np.int64], *, eod: int, reset_positions: bool, reset_attention: bool, mask_loss: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64], NDArray[np.int32] | None]:
+    """Tokens, labels, loss mask and positions, ``[B, S]``, and document bounds of samples ``[B, S + 1]``.
+
+    The rules are those of ``DocumentRules``.
+    """
+    rules = DocumentRules(
+        eod=eod, reset_positions=reset_positions, reset_attention=reset_attention, mask_loss=mask_loss
+    )
+    tokens, labels = samples[:, :-1].copy(), samples[:, 1:].copy()
+    return tokens, labels, rules.loss_mask(tokens), rules.positions(tokens), rules.bounds(tokens)

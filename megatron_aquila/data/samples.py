@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDataset
-from megatron_aquila.data.native import LegacyShuffle, build_sample_index
+from megatron_aquila.data.native import LegacyShuffle, build_sample_index, read_sample
 from megatron_aquila.data.progress import Report, counting, ignore
 from megatron_aquila.errors import DataError
 
@@ -210,25 +210,26 @@ class PackedSamples:
         return np.array([stop], dtype=np.int64)
 
     def __getitem__(self, index: int) -> Sample:
-        found, place = np.empty(self.packing.seq_len + 1, dtype=np.int64), 0
-        tokens, offsets, width = self.dataset.tokens, self.dataset.offsets, self.dataset.dtype.itemsize
-        for sequence, start, stop in self._pieces(index):
-            first = int(offsets[sequence]) // width + start
-            found[place : place + stop - start] = tokens[first : first + stop - start]
-            place += stop - start
-        assert place == len(found), f"sample {index} has {place} tokens of {len(found)}"
+        found = np.empty(self.packing.seq_len + 1, dtype=np.int64)
+        data = self.dataset
+        read_sample(data.tokens, data.offsets, data.sequence_lengths, self.document_index, self._range(index), found)
         return Sample(found, 0)
 
     def spans(self, index: int) -> list[Span]:
         """``SampleSource.spans``; a sequence without tokens among them has an empty one."""
         return [Span(0, *piece) for piece in self._pieces(index)]
 
-    def _pieces(self, index: int) -> list[tuple[int, int, int]]:
-        """Sequence, start and stop of what a sample takes."""
+    def _range(self, index: int) -> tuple[int, int, int, int]:
+        """Place in the document index and token there, of a sample's first token and of its last."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.dataset.prefix} ({self.split}): it has {len(self)}")
         row = int(self.shuffle_index[index])
         (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
+        return first, begin, last, end
+
+    def _pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """Sequence, start and stop of what a sample takes."""
+        first, begin, last, end = self._range(index)
         sequences = self.document_index[first : last + 1]
         stops = self.dataset.sequence_lengths[sequences].tolist()
         stops[-1] = end + 1

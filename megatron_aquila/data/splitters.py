@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, Final
 
-from megatron_aquila.data.json_records import fast_loads
+from megatron_aquila.data.fast_json import fast_loads
 from megatron_aquila.data.records import Broken, Kind, Raw, too_long
 from megatron_aquila.data.streams import line_blocks
 

@@ -5,14 +5,15 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from megatron_aquila.data.fast_json import loads
 from megatron_aquila.data.manifest import TokenizerFacts
 from megatron_aquila.data.tokenizer_files import check_specials, read_json, read_merges, read_vocab
 from megatron_aquila.errors import ConfigError, DataError, Problem
@@ -92,7 +93,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def identity(self) -> object:
-        """What decides the ids, but for special tokens' roles and normalization, as JSON carries it."""
+        """What decides the ids, but for special tokens' roles and normalization, as JSON carries it; keys in order."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
@@ -134,6 +135,11 @@ class Tokenizer(ABC):
         """Id of the token that fills up a batch."""
         return self._id_of(self.pad_token)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that are no text."""
+        return frozenset(number for number in (self.bos, self.eod, self.pad) if number is not None)
+
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self.token_id(token)
 
@@ -161,10 +167,28 @@ class LibraryTokenizer(Tokenizer):
         """The text of ids, special tokens included."""
         return self.model.decode(ids, skip_special_tokens=False)
 
-    @cached_property  # the library makes a whole dict to answer
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be made again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The model as tokenizer.json has it, made and parsed once; not to be changed."""
+        described: dict[str, Any] = loads(self.model.to_str())
+        return described
+
+    @cached_property
     def vocab_size(self) -> int:
         """Ids run from 0 to one below this; special tokens are among them."""
-        return max(self.model.get_vocab().values(), default=-1) + 1
+        return max(self.vocab.values(), default=-1) + 1
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """The id of every token, special ones included."""
+        words = self.description["model"].get("vocab")
+        if not isinstance(words, dict):  # a Unigram model's are in a list, with their scores
+            return self.model.get_vocab()
+        return {**words, **{token["content"]: token["id"] for token in self.description["added_tokens"]}}
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it; ``None`` where it has none."""
@@ -184,18 +208,27 @@ class LibraryTokenizer(Tokenizer):
     @cached_property
     def unknown(self) -> int | None:
         """Id of the token for what the vocabulary cannot write."""
-        model = json.loads(self.model.to_str())["model"]
+        model = self.description["model"]
         token = model.get("unk_token")
         number = model.get("unk_id") if token is None else self.token_id(token)
         return number if isinstance(number, int) else None
 
     def identity(self) -> object:
         """What decides the ids, but for special tokens' roles and normalization, as JSON carries it."""
-        model = json.loads(self.model.to_str())["model"]
+        model = self.description["model"]
         specials = {number: token.content for number, token in self.model.get_added_tokens_decoder().items()}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", [])]
+        merges = model.get("merges", [])
+        if merges and isinstance(merges[0], str):  # as older files have them
+            merges = [pair.split(" ") for pair in merges]
         scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a Unigram model
-        return [self.model.get_vocab(), scores, merges, specials]
+        vocab = self.vocab
+        return [{token: vocab[token] for token in sorted(vocab)}, scores, merges, dict(sorted(specials.items()))]
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that are no text."""
+        added = self.model.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     @cached_property
     def _added(self) -> frozenset[int]:
@@ -204,16 +237,16 @@ class LibraryTokenizer(Tokenizer):
     @cached_property
     def _letters(self) -> dict[str, int] | None:
         """The byte of each letter where tokens are written in GPT-2's letters for bytes."""
-        decoder = json.loads(self.model.to_str())["decoder"]
+        decoder = self.description["decoder"]
         is_bytes = decoder is not None and '"ByteLevel"' in json.dumps(decoder)
         return {letter: byte for byte, letter in enumerate(byte_letters())} if is_bytes else None
 
 
-def library_of(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizers library's object. Raises ``DataError`` where another library is behind the tokenizer."""
+def library_of(tokenizer: Tokenizer) -> LibraryTokenizer:
+    """The tokenizer as one of the tokenizers library. Raises ``DataError`` where another library is behind it."""
     if not isinstance(tokenizer, LibraryTokenizer):
         raise DataError(f"a {tokenizer.kind} has no tokenizer.json; only tokenizers of vocab.json or tokenizer.json do")
-    return tokenizer.model
+    return tokenizer
 
 
 @cache
@@ -295,7 +328,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     identity = tokenizer.identity()
     assert isinstance(identity, list), f"{type(tokenizer).__name__} has an identity of {type(identity).__name__}"
     identity = [*identity, tokenizer.eod_token, probe]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:

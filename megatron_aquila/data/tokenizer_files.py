@@ -1,10 +1,10 @@
 """The files that a tokenizer is made of, read and checked."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
+from megatron_aquila.data.fast_json import loads
 from megatron_aquila.errors import DataError
 
 SHOWN: Final = 80  # characters of a wrong file that a message repeats
@@ -33,29 +33,27 @@ def check_specials(path: Path, vocab: Mapping[str, int], vocab_path: Path, expec
 def read_vocab(path: Path, first: str) -> dict[str, int]:
     """vocab.json: ids from 0 without a gap, that of ``first`` 0. Raises ``DataError`` where it is not."""
     entries = read_json(path)
-    vocab = {token: number for token, number in entries.items() if isinstance(number, int)}
-    if set(vocab.values()) != set(range(len(entries))) or vocab.get(first) != 0:
+    ids = entries.values()
+    if set(map(type, ids)) != {int} or set(ids) != set(range(len(entries))) or entries.get(first) != 0:
         raise DataError(f"{path}: not a vocabulary: ids must run from 0 without a gap, and {first} must have id 0")
-    return vocab
+    return cast(dict[str, int], entries)
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
     """merges.txt, in its order. Raises ``DataError`` where a line is no merge."""
-    merges = []
-    for number, line in enumerate(_lines(path), start=1):
-        if number == 1 and line.startswith("#version"):
-            continue
-        left, space, right = line.partition(" ")
-        if not (left and space and right) or " " in right:
+    lines = _lines(path)
+    first = 1 if lines and lines[0].startswith("#version") else 0
+    for number, line in enumerate(lines[first:], start=first + 1):
+        if line.count(" ") != 1 or line[0] == " " or line[-1] == " ":
             raise DataError(f"{path}:{number}: not a merge of two tokens: {_shortened(line)!r}; take merges.txt")
-        merges.append((left, right))
-    return merges
+    tokens = " ".join(lines[first:]).split(" ")
+    return list(zip(tokens[::2], tokens[1::2], strict=False))  # of no line there is one empty token
 
 
 def read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file. Raises ``DataError`` where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:

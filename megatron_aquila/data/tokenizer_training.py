@@ -61,7 +61,7 @@ def save_tokenizer_files(tokenizer: Tokenizer, out_dir: Path) -> None:
     Raises:
         DataError: the folder cannot be made or written; it is as it was then.
     """
-    model = json.loads(library_of(tokenizer).to_str())["model"]
+    model = library_of(tokenizer).description["model"]
     merges = [f"{left} {right}" for left, right in model["merges"]]
     files = {
         "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),

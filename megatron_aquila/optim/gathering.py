@@ -11,9 +11,9 @@ class Gathering:
     """Gathers ``buckets``, which lie in the order of the model, as they are read, the next one ahead.
 
     The next is the neighbour on the far side of the one that was read before: forward goes one way, backward the
-    other. A guess that fails costs a gather, nothing else. What is gathered follows from the order of reads alone, which
-    is the same on all replicas, as they run the same program. Of the others, what was read longest ago is let go of. At
-    first all are whole, to be filled.
+    other. A guess that fails costs a gather, nothing else. What is gathered follows from the order of reads alone,
+    which is the same on all replicas, as they run the same program. Of the others, what was read longest ago is let go
+    of. At first all are whole, to be filled.
     """
 
     def __init__(self, buckets: Sequence[Bucket], *, ahead: bool) -> None:

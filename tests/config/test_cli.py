@@ -6,10 +6,10 @@ from typing import Annotated, TypedDict
 import pytest
 import tyro
 
-from megatron_aquila.config.cli import format_problems, load_config, parse
+from megatron_aquila.config.cli import load_config, parse
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, spell
-from megatron_aquila.errors import ConfigError
+from megatron_aquila.errors import ConfigError, format_problems
 
 
 def load(text, **settings):

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from megatron_aquila.data import json_records, splitters
+from megatron_aquila.data import fast_json, splitters
 from megatron_aquila.data.inputs import Format, Piece, plan_pieces
 from megatron_aquila.data.readers import line_of, read_piece, read_texts
 from megatron_aquila.data.records import BadRecord, Document, Kind, ReadOptions, parse_template
@@ -52,7 +52,7 @@ def texts_in(*inputs: Path, **plan: Any) -> list[str]:
 def any_json(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without orjson: the same documents and the same faults."""
     if not request.param:
-        monkeypatch.setattr(json_records, "_fast_loads", None)
+        monkeypatch.setattr(fast_json, "orjson", None)
 
 
 BAD_LINES = {

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -186,3 +187,65 @@ def test_numpy_runs_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> No
     loaded = runpy.run_module("megatron_aquila.data.native")
     assert loaded["INDEX_BUILDER"].startswith("numpy, slower: the C++ extension is not built")
     assert loaded["build_sample_index"] is reference.build_sample_index
+
+
+@needs_extension
+@given(
+    documents=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=6),
+    mark=st.sampled_from([-1, 0, 3]),
+    end=st.sampled_from([-1, 0, 7]),
+)
+def test_documents_are_split_alike(documents: list[list[int]], mark: int, end: int) -> None:
+    ids = np.array([id for document in documents for id in (*document, 10)], dtype=np.uint32)
+    special = {"documents": len(documents), "border": 10, "mark": mark, "end": end}
+    theirs = reference.split_documents(ids.copy(), **special)
+    ours = _native.split_documents(ids, **special)
+    kept = [[id for id in document if id != mark] for document in documents]
+    whole = [[*tokens, end] if tokens and end >= 0 else tokens for tokens in kept]
+    for tokens, lengths in (theirs, ours):
+        assert tokens.tolist() == [id for document in whole for id in document]
+        assert lengths.tolist() == [len(document) for document in whole]
+        assert (tokens.dtype, lengths.dtype) == (np.uint32, np.int64)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(("ids", "documents"), [([10, 10], 1), ([10], 2), ([1], 0), ([10, 1], 1)])
+def test_borders_must_fit_the_documents(builder: ModuleType, ids: list[int], documents: int) -> None:
+    with pytest.raises(ValueError, match="borders"):
+        builder.split_documents(np.array(ids, dtype=np.uint32), documents=documents, border=10, mark=-1, end=-1)
+
+
+@needs_extension
+@given(
+    samples=st.integers(1, 3).flatmap(
+        lambda width: st.lists(st.lists(st.integers(0, 3), min_size=width + 1, max_size=width + 1), min_size=1)
+    ),
+    eod=st.sampled_from([-1, 0]),
+    rules=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_batches_are_laid_out_alike(samples: list[list[int]], eod: int, rules: tuple[bool, bool, bool]) -> None:
+    given_rules = dict(zip(("reset_positions", "reset_attention", "mask_loss"), rules, strict=True))
+    block = np.array(samples, dtype=np.int64)
+    theirs = reference.lay_out(block, eod=eod, **given_rules)
+    for ours, expected in zip(_native.lay_out(block, eod=eod, **given_rules), theirs, strict=True):
+        assert (ours is None) == (expected is None)
+        if expected is not None:
+            assert ours.dtype == expected.dtype
+            assert ours.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("dtype", ["u1", "i1", "<u2", "<i2", "<i4", "<i8", "<f4", "<f8"])
+def test_a_sample_is_read(builder: ModuleType, dtype: str) -> None:
+    tokens, out = np.arange(9).astype(dtype), np.empty(6, dtype=np.int64)
+    lengths, order = np.array([4, 0, 5], dtype=np.int32), np.array([2, 1, 0], dtype=np.int32)
+    offsets = np.array([0, 4, 4], dtype=np.int64) * tokens.dtype.itemsize
+    read = partial(builder.read_sample, tokens, offsets, lengths, order)
+    read((0, 2, 2, 2), out)
+    assert out.tolist() == [6, 7, 8, 0, 1, 2]
+    wrong = {(0, 2, 3, 2): "order", (0, 2, 2, 1): "few", (0, 1, 2, 2): "its tokens", (2, 2, 2, 9): "its tokens"}
+    for range_, why in wrong.items():
+        with pytest.raises(ValueError, match=why):
+            read(range_, out)
+    with pytest.raises(ValueError, match="does not exist"):
+        builder.read_sample(tokens, offsets, lengths, np.array([3], dtype=np.int32), (0, 0, 0, 5), out)

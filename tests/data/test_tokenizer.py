@@ -1,13 +1,17 @@
 """Ids are Aquila's, text stays text, and files that do not fit are refused."""
 
+import hashlib
 import json
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from megatron_aquila.data.tokenizer import (
+    _PROBE,
     AQUILA_GOLDEN_IDS,
     AQUILA_SPECIAL_TOKENS,
     AQUILA_VOCAB_SIZE,
@@ -151,3 +155,27 @@ def test_another_tokenizer_has_another_fingerprint(
 def test_the_end_of_a_document_is_in_the_fingerprint(tokenizer_files: dict[str, Path]) -> None:
     ours = small(tokenizer_files)
     assert fingerprint(replace(ours, eod_token="[CLS]")) != fingerprint(ours)
+
+
+def test_the_fingerprint_is_json_with_sorted_keys(tokenizer_files: dict[str, Path]) -> None:
+    ours = small(tokenizer_files)
+    model = json.loads(ours.model.to_str())["model"]
+    specials = {number: token.content for number, token in ours.model.get_added_tokens_decoder().items()}
+    identity = [ours.model.get_vocab(), [], model["merges"], specials, "</s>", ours.encode(_PROBE)]
+    assert fingerprint(ours) == hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def test_the_vocabulary_is_the_models(tokenizer_files: dict[str, Path]) -> None:
+    ours = small(tokenizer_files)
+    assert ours.vocab == ours.model.get_vocab()
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", 0.0), ("b", -1.0)], unk_id=0, byte_fallback=False))
+    unigram = replace(ours, model=model)
+    assert (unigram.vocab, unigram.vocab_size) == ({"a": 0, "b": 1}, 2)
+
+
+def test_only_the_model_is_pickled(tokenizer_files: dict[str, Path]) -> None:
+    ours = small(tokenizer_files)
+    size = len(pickle.dumps(ours))
+    assert ours.description is ours.description
+    assert len(pickle.dumps(ours)) == size
+    assert pickle.loads(pickle.dumps(ours)).encode("a b") == ours.encode("a b")

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aquila.data.workers import AHEAD, QUIET, ordered_map
+from megatron_aquila.data.workers import AHEAD, QUIET, beside, ordered_map
 from megatron_aquila.errors import DataError
+
+here = os.getpid()
 
 
 def act(item: int, tell: Callable[[object], None]) -> int:
@@ -111,3 +113,18 @@ def _runs(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in "ZX"
+
+
+def test_beside_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert beside(lambda: "there" if os.getpid() != here else "here")() == "there"
+    monkeypatch.setattr(sys, "platform", "other")
+    assert beside(lambda: "there" if os.getpid() != here else "here")() == "here"
+
+
+@pytest.mark.parametrize("end", [lambda: 1 / 0, lambda: os._exit(3)], ids=["raises", "dies"])
+def test_what_fails_beside_is_done_here(end: Callable[[], object]) -> None:
+    result = beside(lambda: "here" if os.getpid() == here else end())
+    assert result() == "here"
+    own = beside(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        own()
