@@ -68,7 +68,8 @@ def run_poisoned(
             patch.setattr(trainer, "runs_ahead", lambda machine: True)
         recorder = Recorder()
         run(config, recorder=recorder)
-    return recorder.notes, recorder.events, [(r.step, r.loss, r.applied) for r in recorder.reports]
+    notes = [note for note in recorder.notes if not note.startswith("saved")]  # with the time it took on this rank
+    return notes, recorder.events, [(r.step, r.loss, r.applied) for r in recorder.reports]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
