@@ -313,7 +313,7 @@ class TrainConfig:
         None, "save and stop after this many minutes", "--exit-minutes", "--exit-duration-in-mins"
     )
     stop_file: Path | None = setting(
-        None, "save and stop once this file is there; it is removed then; default `stop` in the save folder"
+        None, "save and stop once this file is there; it is removed then; default stop in the save folder"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute", "--device")
     kernels: tuple[str, ...] = setting(
@@ -408,7 +408,7 @@ class ObserveConfig:
     )
     profile_ranks: tuple[Whole, ...] = setting((0,), "ranks that are profiled", "--profile-ranks")
     breadcrumbs: bool = setting(
-        True, "keep every rank's last transfers in the log's folder, for `aquila doctor hang`", "--breadcrumbs"
+        True, "keep every rank's last transfers in the log's folder, for aquila doctor hang", "--breadcrumbs"
     )
     hang_dump_seconds: Positive = setting(120.0, "a rank without a transfer for so long writes its Python stack there")
     straggler_interval: Whole = setting(100, "steps between looks for slow ranks; 0 means never")

@@ -36,7 +36,7 @@ def test_an_empty_file_says_nothing(tmp_path):
         ("parallel: {lr: 1}\n", "run.yaml:1 parallel.lr: is no setting; did you mean optim.lr?"),
         ("optim: {learning_rate: 1}\n", "optim.learning_rate: is no setting; did you mean optim.lr or optim.min_lr?"),
         ("parallel: {tensor_model_parallel_size: 1}\n", "is no setting; did you mean parallel.tensor"),
-        ("observe: {qqqq: 1}\n", "run.yaml:1 observe.qqqq: is no setting; observe has observe.log_dir, "),
+        ("observe: {qqqq: 1}\n", "run.yaml:1 observe.qqqq: is no setting; observe has observe.breadcrumbs, "),
         ("qqqq: 1\n", "run.yaml:1 qqqq: is no setting; a file has checkpoint, data, model, "),
         ("seed: 1\nseed: 2\n", "run.yaml:2 seed: is given twice; keep one of them"),
         ("model: {num_layers: 1}\nmodel: {seq_len: 2}\n", "run.yaml:2 model: is given twice"),
