@@ -89,7 +89,9 @@ class Setting:
     @property
     def example(self) -> str:
         """A value that is allowed, for messages."""
-        return spell(self.default) if self.default not in (None, ()) else _EXAMPLES[self.metavar]
+        if self.default not in (None, ()):
+            return spell(self.default)
+        return self.choices[0] if self.choices else _EXAMPLES[self.metavar]
 
     @property
     def wanted(self) -> str:

@@ -88,6 +88,7 @@ def vocab_parallel_argmax(logits_SBVt: Tensor, *, tp: Group, vocab_size: int) ->
 
     Forward: two all-gathers of S x B values.
     """
+    logits_SBVt = logits_SBVt.detach()
     num_real = num_real_columns(logits_SBVt.shape[-1], tp, vocab_size)
     if num_real > 0:
         top_SB, column_SB = logits_SBVt[..., :num_real].max(-1)

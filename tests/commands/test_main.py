@@ -20,7 +20,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_usage_promises_no_more_than_there_is() -> None:
-    assert aquila.COMMANDS["tokenizer"] == "train a byte-level BPE tokenizer"
+    assert aquila.COMMANDS["tokenizer"] == "train, compare and extend tokenizers"
     assert aquila.COMMANDS["convert"] == "convert checkpoints to Hugging Face folders, or inspect one"
 
 
