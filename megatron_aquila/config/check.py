@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+from megatron_aquila.config.check_family import check_family
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.inputs import (
     check_data_path,
@@ -274,6 +275,8 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _heads: _SHAPE,
     _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
     _context: "parallel.context",
+    check_family: "model.position_embedding model.score_clamp parallel.context data.reset_position_ids "
+    "data.reset_attention_mask",
     _pipeline: _STAGES,
     _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks",
     _batch: f"{_LAYOUT} {_BATCH}",

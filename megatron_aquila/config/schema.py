@@ -304,7 +304,9 @@ class CheckpointConfig:
     save_interval: Count = setting(1000, "steps between checkpoints", "--save-interval")
     rampup_save_interval: Count | None = setting(None, "steps between checkpoints while the batch ramps up")
     keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
-    init_from_hf: Path | None = setting(None, "Hugging Face folder whose weights the run starts from", "--init-from-hf")
+    init_from_hf: Path | None = setting(
+        None, "published or converted weights that the run starts from", "--init-from-hf"
+    )
     load_optim: bool = setting(True, "also load the optimizer and the position in the data", "--load-optim")
     override_data: bool = setting(
         False, "resume although data sets, weights, split or tokenizer differ from the checkpoint's", "--override-data"

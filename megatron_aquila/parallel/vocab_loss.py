@@ -102,8 +102,8 @@ def linear_vocab_parallel_cross_entropy(
 ) -> Tensor:
     """``-log softmax(x @ weight.T)[label]`` of each token in nats: ``loss_SB`` in ``compute_dtype``.
 
-    With ``max_z_loss`` z it is (2, S, B), beside that z times the largest logit squared; with ``unit_rows`` the weight's
-    rows are used at length 1.
+    With ``max_z_loss`` z it is (2, S, B), beside that z times the largest logit squared; with ``unit_rows`` the rows of
+    the weight are used at length 1.
 
     ``(loss_SB * token_weights_SB).sum()`` is what may be differentiated, and nothing else: anything else raises
     ``RuntimeError`` in backward, on CUDA when the device gets there. Without weights nothing is. Weights stand in the

@@ -21,7 +21,7 @@ def test_config_and_shape_are_inverse() -> None:
     for shape in (SHAPE, odd):
         fields = llama_shape_fields(llama_config(shape, torch.float32, IDS))
         assert fields == {name: getattr(shape, name) for name in fields}
-        assert len(fields) == 9
+        assert len(fields) == 10
 
 
 def test_tensors_count_the_parameters() -> None:
