@@ -86,7 +86,7 @@ def export_huggingface(
         if found != size:
             raise CheckpointError(f"{reader.folder}: {name} has shape {found}, a model of this shape needs {size}")
     entries = [Entry(name, dtype, size, partial(_load, reader, name, dtype)) for name, size in names.items()]
-    shards = list(_shards(entries, max_shard_bytes))
+    shards = list(shards_of(entries, max_shard_bytes))
     with staged_folder(out_dir) as folder:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
@@ -109,7 +109,7 @@ def _load(reader: TensorReader, name: str, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _shards(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
+def shards_of(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
     """Entries in order, split so that a shard has at most ``max_bytes`` unless one tensor alone has more."""
     shard: list[Entry] = []
     for entry in entries:

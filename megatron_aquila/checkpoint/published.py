@@ -48,7 +48,7 @@ def open_weights(
 def open_family(
     folder: Path, config: Mapping[str, Any], family: Family, position_embedding: PositionEmbedding | None
 ) -> ForeignReader:
-    """Published files of ``family``. Raises CheckpointError where they ask for what is not offered or lack something."""
+    """Published files of ``family``. Raises CheckpointError where they ask for what is not offered or lack some."""
     problems = family.problems(config)
     if problems:
         raise CheckpointError(f"{folder}: " + "; ".join(problems))

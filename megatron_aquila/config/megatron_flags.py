@@ -316,7 +316,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--exit-on-missing-checkpoint": Always("a folder that --load names must hold a checkpoint"),
         "--no-save-rng": Always("no generator's state is saved: initial weights and data order follow from the seed"),
         "--no-save-optim": Refused(
-            "a checkpoint always holds the optimizer", "leave it out: aquila convert to-hf writes the weights alone"
+            "a checkpoint always holds the optimizer", "leave it out: aquila convert writes the weights alone"
         ),
         "--finetune": Refused("a new run from weights alone is said in other words", "use --load with --no-load-optim"),
         "--pretrained-checkpoint": Refused(

@@ -9,7 +9,6 @@ from torch import Tensor
 from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
 from megatron_aquila.checkpoint.layout import param_chunks
 from megatron_aquila.checkpoint.reader import TensorReader
-from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.self_check import Sizes
@@ -24,13 +23,12 @@ BOUND = 1e-5  # of the largest logit: docs/numerics.md, export to Hugging Face
 NUM_TEXTS, LONGEST = 2, 64
 
 
-def compare_logits(reader: CheckpointReader, folder: Path) -> str:
-    """A line on how far transformers' fp32 logits of ``folder`` are from those of our model of the checkpoint.
+def compare_logits(reader: TensorReader, folder: Path, shape: ModelShape) -> str:
+    """A line on how far transformers' fp32 logits of ``folder`` are from those of our model of ``reader``'s weights.
 
-    Ours gets the checkpoint's weights rounded to the exported type. One model is in memory at a time, in fp32. Raises
+    Ours gets the weights rounded to the exported type. One model is in memory at a time, in fp32. Raises
     CheckpointError when the logits differ by more than ``BOUND``, or when transformers misses or ignores a tensor.
     """
-    shape = reader.shape()
     size = (NUM_TEXTS, min(shape.seq_len, LONGEST))
     tokens_BS = torch.randint(shape.vocab_size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -87,7 +87,7 @@ def baichuan_files() -> dict[str, torch.Tensor]:
 
 
 def baichuan_logits(files: dict[str, torch.Tensor], *, alibi: bool) -> torch.Tensor:
-    """The 13B's slopes of 6 heads are 1/4, 1/16, 1/64, 1/256 and then 1/2, 1/8; biases count from the sample's start."""
+    """The 13B's slopes of 6 heads are 1/4, 1/16, 1/64, 1/256 and then 1/2, 1/8; biases count from the start."""
     slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
     inverse = 1.0 / 10000 ** (torch.arange(0, D, 2) / D)
     table = torch.outer(torch.arange(8.0), inverse).repeat(1, 2)
