@@ -65,7 +65,7 @@ def convert(reader: TensorReader, shape: ModelShape, target: Target, out_dir: Pa
             write(folder / name)
             done[name] = FileRecord((folder / name).stat().st_size, file_sha256(folder / name))
             _note(folder, plan | {"files": [*target.files]}, done)
-    target.finish(folder, done)
+    target.finish(folder, {name: done[name] for name in target.files})
     hashes = _read_back(reader, target.reopen(folder), shape, dtype)
     write_json(folder / CERTIFICATE, {**plan, "round_trip": "byte-equal", "sha256": hashes})
     return folder
