@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.check_family import check_family
+from megatron_aquila.config.context import check_context_heads, check_sequence
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.inputs import (
     check_data_path,
@@ -71,13 +72,6 @@ def _tensor(config: RunConfig, world: int | None) -> Iterator[Problem]:
         yield Problem("--tp", tp, why, f"use --vocab-multiple {better}")
     else:
         yield Problem("--tp", tp, why, f"use {_listed(_tensor_degrees(shape, world))}")
-
-
-def _context(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    if config.parallel.context != 1:
-        why = "context parallelism is not yet offered"
-        way_out = "use 1, with --sp and more --tp for long sequences"
-        yield Problem("--cp", config.parallel.context, why, way_out)
 
 
 def _pipeline(config: RunConfig, _world: int | None) -> Iterator[Problem]:
@@ -173,13 +167,6 @@ def _ramp(config: RunConfig, world: int | None) -> Iterator[Problem]:
         yield Problem("--rampup-batch", asked, why, f"let it end by {train.train_samples}")
 
 
-def _sequence(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    seq_len, tp = config.model.seq_len, config.parallel.tensor
-    if config.parallel.sequence and seq_len % tp:
-        why = f"sequence parallelism splits it over tp {tp}"
-        yield Problem("--seq-len", seq_len, why, f"use {_multiples(seq_len, tp)}, or --no-sp")
-
-
 def _learning_rate(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     optim = config.optim
     if optim.min_lr > optim.lr:
@@ -216,7 +203,7 @@ def _fp8(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         "ffn_size / tp": shape.ffn_size // tp,
         "num_heads x head_dim / tp": shape.attention_size // tp,
         "num_kv_heads x head_dim / tp": shape.kv_size // tp,
-        "micro_batch x seq_len": config.train.micro_batch * shape.seq_len,
+        "micro_batch x seq_len / cp": config.train.micro_batch * shape.seq_len // config.parallel.context,
     }
     bad = [f"{name} {size}" for name, size in sizes.items() if size % FP8_MULTIPLE]
     if bad:
@@ -274,18 +261,18 @@ _WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab
 RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _heads: _SHAPE,
     _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
-    _context: "parallel.context",
     check_family: "model.position_embedding model.score_clamp parallel.context data.reset_position_ids "
     "data.reset_attention_mask",
     _pipeline: _STAGES,
-    _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks",
+    _world: f"{_LAYOUT} {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks parallel.context_method",
     _batch: f"{_LAYOUT} {_BATCH}",
     _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
-    _sequence: "parallel.sequence parallel.tensor model.seq_len",
+    check_sequence: "parallel.context parallel.context_method parallel.sequence parallel.tensor model.seq_len",
+    check_context_heads: f"{_SHAPE} {_WIDTHS} parallel.context parallel.context_method parallel.tensor",
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",
     _precision: "train.precision train.device",
-    _fp8: f"{_SHAPE} {_WIDTHS} {_BATCH} model.seq_len parallel.tensor train.precision",
+    _fp8: f"{_SHAPE} {_WIDTHS} {_BATCH} model.seq_len parallel.tensor parallel.context train.precision",
     _grad_reduce: "parallel.grad_reduce train.precision",
     _optimizer_storage: "optim.optimizer optim.moments_dtype optim.master_weights optim.beta1 optim.beta2 "
     "train.precision",
@@ -352,17 +339,18 @@ def _product(config: RunConfig) -> tuple[str, str]:
 
 
 def _layouts(config: RunConfig, world: int) -> str:
-    """The layouts nearest to the one asked for that this model and world allow, as advice."""
+    """The layouts nearest to the one asked for that this model and world allow with its cp, as advice."""
     layout, shape = config.parallel, model_shape(config.model)
     chunks = FIXED_CHUNKS.get(layout.schedule, 1 if layout.chunks is None else layout.chunks)
+    cp, without = (layout.context, "") if world % layout.context == 0 else (1, " --cp 1")
     works = [
         (tp, pp)
-        for tp in _tensor_degrees(shape, world)
-        for pp in range(1, min(shape.num_layers // chunks, world // tp) + 1)
-        if world % (tp * pp) == 0
+        for tp in _tensor_degrees(shape, world // cp)
+        for pp in range(1, min(shape.num_layers // chunks, world // (tp * cp)) + 1)
+        if world % (tp * cp * pp) == 0 and (layout.context_method == "ring" or shape.num_heads % (tp * cp) == 0)
     ]
     works.sort(key=lambda at: abs(math.log(at[0] / layout.tensor)) + abs(math.log(at[1] / layout.pipeline)))
-    nearest = [f"--tp {tp} --pp {pp}" for tp, pp in sorted(works[:6])]
+    nearest = [f"--tp {tp} --pp {pp}{without}" for tp, pp in sorted(works[:6])]
     return f"use {_listed(nearest)}, or start a multiple of {_model_ranks(config)} processes"
 
 

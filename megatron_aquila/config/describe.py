@@ -32,6 +32,8 @@ def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[
     tokens = config.train.train_samples * shape.seq_len
     batch, microbatches = config.train.global_batch, full_microbatches(config, derived)
     layout = f"{grid.world_size} = tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}"
+    if grid.cp > 1:
+        layout += f", {config.parallel.context_method} attention over cp"
     return [
         ("ranks", layout + (", sequence parallel" if config.parallel.sequence else "")),
         ("parameters", f"{num_params(shape):,} (and padding to {shape.padded_vocab_size:,} vocabulary rows)"),

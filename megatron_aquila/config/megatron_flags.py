@@ -217,16 +217,16 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         **_family(
             _SPEED,
-            "--manual-gc --manual-gc-interval "
-            "--empty-unused-memory-level --num-dataset-builder-threads --no-mmap-bin-files --async-save "
-            "--align-grad-reduce --align-param-gather --use-ring-exchange-p2p --use-tp-pp-dp-mapping "
-            "--nccl-communicator-config-path",
+            "--manual-gc --manual-gc-interval --empty-unused-memory-level --num-dataset-builder-threads "
+            "--no-mmap-bin-files --async-save --align-grad-reduce --align-param-gather --use-ring-exchange-p2p "
+            "--use-tp-pp-dp-mapping --nccl-communicator-config-path",
         ),
         "--cross-entropy-loss-fusion": Always("with the output projection, in chunks of --loss-chunk-tokens"),
         "--cross-entropy-fusion-impl": Always("the output projection is part of it", ("linear",)),
         "--no-async-tensor-model-parallel-allreduce": Always(
             "the bits are the same; --no-overlap switches this overlap off, with all others"
         ),
+        "--cp-comm-type": Refused("it has other words", "use --cp-method ring for p2p, --cp-method ulysses for a2a"),
         "--no-overlap-p2p-communication": Refused("one switch serves all communication", "use --no-overlap"),
         "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib", _bucket_mib),
         **_family(_SHARDING, "--use-torch-fsdp2 --use-custom-fsdp --data-parallel-sharding-strategy"),

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Lt
 
 from megatron_aquila.plan.recompute import Kind, Method
+from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.shape import NormOrder, PositionEmbedding, Precision
 from megatron_aquila.plan.stages import ScheduleName
 
@@ -88,7 +89,12 @@ class ParallelConfig:
 
     tensor: Count = setting(1, "tensor-parallel degree", "--tp", "--tensor-model-parallel-size")
     pipeline: Count = setting(1, "pipeline-parallel degree", "--pp", "--pipeline-model-parallel-size")
-    context: Count = setting(1, "context-parallel degree", "--cp", "--context-parallel-size")
+    context: Count = setting(1, "context-parallel degree: ranks that share a sample", "--cp", "--context-parallel-size")
+    context_method: ContextMethod = setting(
+        "ring",
+        "how the ranks of a sample attend: keys and values go around, or tokens change places with heads",
+        "--cp-method",
+    )
     data: Count | None = setting(None, "data-parallel degree; default what the world size leaves", "--dp")
     sequence: bool = setting(
         False, "split norms and residuals along the sequence over tp", "--sp", "--sequence-parallel"

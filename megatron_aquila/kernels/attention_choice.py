@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_aquila.kernels.self_check import Sizes
 
-CHANGE_SCORES = ("blocks", "reference")
+CHANGE_SCORES = ("score_blocks", "reference")
 LONGEST_PLAIN = 1024  # tokens of a sample, whose scores take 128 MiB a layer with 32 heads
 
 SDPA_BACKENDS: Mapping[str, SDPBackend] = MappingProxyType(
@@ -22,13 +22,26 @@ SDPA_BACKENDS: Mapping[str, SDPBackend] = MappingProxyType(
 )
 
 
+RING: Mapping[str, str] = MappingProxyType(  # attention by blocks, and why it is tried; the first two on a GPU
+    {
+        "blocks_flash": "torch's own flash attention, block by block",
+        "blocks_efficient": "block by block, it takes float32",
+        "blocks": "torch's flash attention for CPUs, block by block",
+        "blocks_reference": "the plain one, block by block",
+    }
+)
+
+
 def attention_preferences(device: torch.device, sizes: Sizes) -> dict[str, str]:
     """On a GPU by what is fastest on its generation; with documents a varlen kernel goes before cuDNN's, which is none.
 
     From Hopper on flash attention 2 is published to take 1.7 to 2.3 times as long as cuDNN.
     """
     if sizes.scores is not None:
-        return {"blocks": "the only one that biases and clamps scores"}
+        return {"score_blocks": "the only one that biases and clamps scores"}
+    if sizes.is_ring:
+        names = ("blocks_flash", "blocks_efficient", "blocks_reference") if device.type == "cuda" else ("blocks",)
+        return {name: RING[name] for name in names}
     if device.type != "cuda":
         return {"sdpa": "torch's flash attention for CPUs"}
     generation, _ = torch.cuda.get_device_capability(device)
@@ -48,7 +61,9 @@ def why_attention_refused(name: str, *, device: torch.device, dtype: torch.dtype
     The plain one holds all scores, and torch says what its backends take. Asked at the run's own shape: what is tried
     against the reference is shorter.
     """
-    if name == "reference" and sizes.seq_len > LONGEST_PLAIN:
+    if sizes.is_ring and name not in RING:
+        return "ring attention goes block by block: use one of " + ", ".join(RING)
+    if name in ("reference", "blocks_reference") and sizes.seq_len > LONGEST_PLAIN:
         return f"it holds the scores of all pairs of {sizes.seq_len} tokens"
     if sizes.scores is not None and name not in CHANGE_SCORES:
         return "it neither biases nor clamps scores, and this model does"

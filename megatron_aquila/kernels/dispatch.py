@@ -26,6 +26,7 @@ from megatron_aquila.kernels.attention import (
 )
 from megatron_aquila.kernels.attention_blocks import causal_attention_blocks
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
+from megatron_aquila.kernels.blocks import BLOCKS_CPU, BLOCKS_EFFICIENT, BLOCKS_FLASH, BLOCKS_REFERENCE
 from megatron_aquila.kernels.compiled import compiled
 from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.rms_norm import (
@@ -75,8 +76,12 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "flash_attn": causal_attention_flash,
             "flash_attn_3": causal_attention_flash_3,
             "flash_attn_4": causal_attention_flash_4,
-            "blocks": causal_attention_blocks,
+            "score_blocks": causal_attention_blocks,
             "reference": causal_attention_reference,
+            "blocks": BLOCKS_CPU,
+            "blocks_flash": BLOCKS_FLASH,
+            "blocks_efficient": BLOCKS_EFFICIENT,
+            "blocks_reference": BLOCKS_REFERENCE,
         },
         "adamw": {"own": adamw_, "torch_fused": adamw_torch_, "apex": adamw_apex_, "triton": adamw_triton_},
     }
@@ -113,6 +118,8 @@ OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
             (("varlen_attn", "window_size"),),
         ),
         "sdpa_efficient": OptionalPackage("torch's memory-efficient attention", HALF | {torch.float32}, ()),
+        "blocks_flash": OptionalPackage("torch's flash attention", HALF, ()),
+        "blocks_efficient": OptionalPackage("torch's memory-efficient attention", HALF | {torch.float32}, ()),
         **{
             name: OptionalPackage(title, HALF, tuple((module, function) for function, _ in FLASH_TAKES), FLASH_TAKES)
             for name, title, module in (

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.rms_norm import Order
-from megatron_aquila.kernels.scores import Scores
 
 
 class RmsNorm(Protocol):
@@ -49,12 +48,10 @@ class RopeQkv(Protocol):
 class CausalAttention(Protocol):
     """The signature of ``causal_attention``."""
 
-    def __call__(
-        self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None, **changes: Scores
-    ) -> Tensor:
+    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
         """``softmax(q k^T / sqrt(D)) v`` over the earlier tokens, of the same document where documents are given.
 
-        A kernel that was chosen for scores which change takes these as ``scores``; the others take no such keyword.
+        A kernel that was chosen for scores which change (``Sizes.scores``) takes them as ``scores``; others take none.
         """
         ...
 

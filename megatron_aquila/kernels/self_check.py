@@ -27,7 +27,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """What kernels are compiled for, and so are tried at: the run's own."""
+    """What kernels are compiled for, and so are tried at: the run's own. ``is_ring``: attention is by blocks."""
 
     hidden_size: int = 96
     ffn_size: int = 80
@@ -36,6 +36,7 @@ class Sizes:
     num_kv_heads: int = 2
     seq_len: int = 256
     has_documents: bool = False
+    is_ring: bool = False
     norm_order: Order = "aquila"
     interleaved: bool = False
     scores: Scores | None = None

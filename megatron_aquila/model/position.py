@@ -1,6 +1,8 @@
 """Where attention learns of positions: turned queries and keys, or scores that sink with distance."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -47,7 +49,9 @@ def _unturned(
 def attention_of(shape: ModelShape, kernels: Kernels, tp: Group) -> CausalAttention:
     """The attention of this rank's heads, with what ``shape`` does to its scores. Local."""
     scores = rank_scores(shape, tp)
-    return kernels.attention if scores is None else partial(kernels.attention, scores=scores)
+    if scores is None:
+        return kernels.attention
+    return partial(cast(Callable[..., Tensor], kernels.attention), scores=scores)  # chosen as one that takes them
 
 
 def rank_scores(shape: ModelShape, tp: Group) -> Scores | None:

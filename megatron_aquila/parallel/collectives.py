@@ -132,6 +132,39 @@ def begin_reduce_scatter_flat_(
     return Pending(shard_out, work, operand=sent, finish=None if out is shard_out else lambda: _copy(shard_out, out))
 
 
+def begin_pass_on(x: Tensor, group: Group, *, overlap: bool) -> Pending:
+    """Begin to send ``x`` to the next rank of the group, and to receive the one before's: a turn of the ring."""
+    if group.size == 1:
+        return Pending(x)
+    received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    after, before = (group.ranks[(group.rank + step) % group.size] for step in (1, -1))
+    turn = ((dist.isend, x, after), (dist.irecv, received, before))
+    works: list[Any]
+    if dist.get_backend(group.handle) == "nccl":  # one after the other, each would wait until its peer came to it
+        works = dist.batch_isend_irecv([dist.P2POp(begin, y, peer, group.handle) for begin, y, peer in turn])
+    else:
+        works = [begin(y, peer, group=group.handle) for begin, y, peer in turn]
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    turning = Pending(received, operand=x, finish=wait)
+    if not overlap:
+        turning.wait()
+    return turning
+
+
+def all_to_all(x: Tensor, group: Group) -> Tensor:
+    """The r-th equal slice along dim 0 goes to rank r; what came takes its place, in rank order."""
+    if group.size == 1:
+        return x
+    assert x.shape[0] % group.size == 0, f"shape {tuple(x.shape)} does not split over {group.size} ranks"
+    received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    dist.all_to_all_single(received, x, group=group.handle)
+    return received
+
+
 def _sum_in_order(out: Tensor, terms: Tensor) -> None:
     out.copy_(terms[0])
     for term in terms[1:]:

@@ -31,6 +31,7 @@ class Group:
 class ParallelContext:
     """Where this process stands and whom it talks to.
 
+    ``cp`` joins the ranks that share the tokens of a sample.
     ``pp`` joins the ranks of one pipeline, ``pp_links`` carry its messages: see ``pp_link``. ``dp_cp`` joins the
     replicas of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all, and so
     does ``host_world``, which carries tensors on the CPU. Groups of the same ranks share a communicator, links
@@ -91,6 +92,7 @@ class ParallelContext:
             for up in ((True, False) if pp_turns_back else (op == "F",))
         ]
         world_group = group("world", "tp", "cp", "dp", "pp")
+        alone = len(grid.groups("dp", "cp")) == 1 or 1 == grid.dp < grid.cp  # nor may a ring wait for gradients
         return cls(
             grid=grid,
             rank=rank,
@@ -100,7 +102,7 @@ class ParallelContext:
             dp=group("dp", "dp"),
             pp=group("pp", "pp"),
             pp_links={link: group("pp_link", "pp", own=link if index else None) for index, link in enumerate(kinds)},
-            dp_cp=group("dp_cp", "dp", "cp", own="dp_cp" if len(grid.groups("dp", "cp")) == 1 else None),
+            dp_cp=group("dp_cp", "dp", "cp", own="dp_cp" if alone else None),
             world=world_group,
             host_world=_on_host(world_group, timeout),
         )

@@ -12,6 +12,7 @@ from megatron_aquila.plan.buckets import rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
 from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
+from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
 
@@ -41,7 +42,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """What the estimate needs beside the shape; every count of tokens is ``micro_batch * shape.seq_len``."""
+    """What the estimate needs beside the shape; every count of tokens is ``micro_batch * shape.seq_len / cp``."""
 
     shape: ModelShape
     grid: RankGrid
@@ -50,6 +51,7 @@ class MemoryPlan:
     num_microbatches: int
     schedule: ScheduleName = "1f1b"
     sequence_parallel: bool = False
+    context_method: ContextMethod = "ring"
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "sgd"] = "adamw"
     moments_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -216,10 +218,15 @@ class MemoryPlan:
         """Bytes that autograd keeps of one layer and microbatch, less the outputs of ``modules``.
 
         Elements a token, 1/tp of each: q, k, v and the attention's output, gate and up 2 F, their product F; in at
-        least four bytes the attention's log-sum 1 a head. Beside them the two norms.
+        least four bytes the attention's log-sum 1 a head. Ulysses keeps q, k and v of whole samples and fewer heads,
+        copies of k's and v's among them, and the output both so and as it is split. Beside them the two norms.
         """
         shape, attention, product = self.shape, "attention" not in modules, "swiglu" not in modules
-        shard = (1 + attention) * shape.attention_size + 2 * shape.kv_size + (2 + product) * shape.ffn_size
+        outputs, kv_size = int(attention), shape.kv_size
+        if attention and self.grid.cp > 1 and self.context_method == "ulysses":
+            shared = self.grid.tp * num_shared_heads(shape.num_kv_heads // self.grid.tp, self.grid.cp)
+            outputs, kv_size = 2, shared * shape.head_dim
+        shard = (1 + outputs) * shape.attention_size + 2 * kv_size + (2 + product) * shape.ffn_size
         wide = self._wide * attention * shape.num_heads
         return 2 * self._norm(modules) + (self._item * shard + wide) * self._tokens // self.grid.tp
 
@@ -272,18 +279,28 @@ class MemoryPlan:
         )
 
     def _temporaries(self, stage: int) -> int:
-        """Bytes of the widest moment of a backward: the widest of three.
+        """Bytes of the widest moment of a backward: the widest of four.
 
         SwiGLU's: the gradient that came, F, those that leave, 2 F, and a product in at least four bytes, F; where that
         is wider than the type, gate, up and the gradient in it, too, 3 F. A linear's: gradients of gate, up and their
         product, x gathered twice, and the largest weight's gradient, which lives until it is added to the main
-        gradient. And the loss's.
+        gradient. A ring's. And the loss's.
         """
         shape, ffn = self.shape, self._tokens * self.shape.ffn_size // self.grid.tp
         swiglu = ffn * (3 * self._item + self._wide * (4 if self._wide > self._item else 1))
         largest = max(2 * shape.ffn_size, shape.padded_vocab_size) * shape.hidden_size // self.grid.tp
         linear = self._item * (3 * ffn + 2 * self._tokens * shape.hidden_size + largest)
-        return max(swiglu, linear, self._scores(), self._loss() if self.stages.has_head(stage) else 0)
+        return max(swiglu, linear, self._scores(), self._ring(), self._loss() if self.stages.has_head(stage) else 0)
+
+    def _ring(self) -> int:
+        """Bytes of the widest moment of a ring's backward: the output's gradient, q's summed and a block's of it; keys
+        and values here and on their way, and a block's gradients of them; and their sums, here, leaving and coming.
+        """
+        if self.grid.cp == 1 or self.context_method != "ring":
+            return 0
+        queries = self.shape.attention_size * (2 * self._item + self._wide)
+        keys = 2 * self.shape.kv_size * (3 * self._item + 3 * self._wide)
+        return self._tokens * (queries + keys) // self.grid.tp
 
     def _scores(self) -> int:
         """Bytes of attention's widest moment where it holds scores, a block of queries at a time: of these the raw and

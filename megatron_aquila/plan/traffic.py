@@ -12,13 +12,15 @@ from megatron_aquila.plan.grid import Axis, RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
 from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
+from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import StagePlan
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive"]
-GroupName = Literal["tp", "pp", "dp_cp", "world"]
+GroupName = Literal["tp", "cp", "pp", "dp_cp", "world"]
 AXES: dict[GroupName, tuple[Axis, ...]] = {
     "tp": ("tp",),
+    "cp": ("cp",),
     "pp": ("pp",),
     "dp_cp": ("dp", "cp"),
     "world": ("tp", "cp", "dp", "pp"),
@@ -59,6 +61,7 @@ class TrafficPlan:
     micro_batch: int
     num_microbatches: int
     sequence_parallel: bool = False
+    context_method: ContextMethod = "ring"
     precision: Precision = "bf16"
     bucket_bytes: int = 128 * 2**20
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
@@ -84,6 +87,7 @@ class TrafficPlan:
             yield from self._linears("embedding", columns=0, rows=1)  # summed as a row-parallel linear's output is
         yield from self._linears("layers", columns=2, rows=2, times=len(self.stages.layers[stage]))
         yield from self._recomputed(stage)
+        yield from self._attention(stage)
         if self.stages.has_head(stage):
             yield from self._head()
         yield from self._messages(stage)
@@ -116,6 +120,32 @@ class TrafficPlan:
             calls = [("all-gather", columns), ("reduce-scatter", rows)]
         for kind, count in calls:
             yield self._row("layers recomputed", kind, "tp", count, self._hidden_states)
+
+    def _attention(self, stage: int) -> Iterator[Traffic]:
+        """Attention over samples that are split over cp: forward, the same where it is recomputed, and backward.
+
+        A ring passes on the other ranks' keys and values both ways, and in backward their gradients until they are
+        home. Ulysses has one all-to-all of q, k and v and one of the output, and backward the same.
+        """
+        cp, layers = self.grid.cp, len(self.stages.layers[stage])
+        if cp == 1:
+            return
+        times, again = layers * self.num_microbatches, 0
+        for plan in (self.recompute.at(stage, microbatch) for microbatch in range(self.num_microbatches)):
+            again += sum(plan.groups) + (layers - sum(plan.groups)) * ("attention" in plan.modules)
+        calls: list[tuple[tuple[Kind, ...], int, int]]  # kinds, how often, bytes of each
+        heads, kv_heads = (n // self.grid.tp for n in (self.shape.num_heads, self.shape.num_kv_heads))
+        each = self._tokens * self.shape.head_dim * self._item
+        if self.context_method == "ring":
+            kinds: tuple[Kind, ...] = ("send", "receive")
+            calls, wide = [(kinds, cp - 1, 2 * kv_heads * each)], max(4, self._item) // self._item
+            for kind in kinds:
+                yield self._row("gradients of k and v", kind, "cp", times * cp, 2 * kv_heads * each * wide)
+        else:
+            calls = [(("all-to-all",), 1, size * each) for size in (heads + 2 * num_shared_heads(kv_heads, cp), heads)]
+        for what, count in (("forward", times), ("recomputed", again), ("backward", times)):
+            for kind, often, size in ((kind, often, size) for kinds, often, size in calls for kind in kinds):
+                yield self._row(f"attention {what}", kind, "cp", count * often, size)
 
     def _head(self) -> Iterator[Traffic]:
         """The output projection and the loss, where no logits are kept all in forward: x is gathered once.

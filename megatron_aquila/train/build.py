@@ -1,10 +1,11 @@
 """From settings to a run: one line a part. The rooms of the layer below meet here and nowhere else."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.loader import MicroBatch
+from megatron_aquila.kernels.blocks import BlockAttention
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.ops import Kernels
@@ -27,15 +29,18 @@ from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import gather_objects
-from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.parallel.ring import RingAttention
+from megatron_aquila.parallel.ulysses import UlyssesAttention
 from megatron_aquila.parallel.weight_grads import WeightGradQueue
 from megatron_aquila.pipeline.action import Program
 from megatron_aquila.pipeline.checks import check, needed_link_depth
 from megatron_aquila.pipeline.engine import Engine, LossFn
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.wire import P2PWire, Wire
+from megatron_aquila.plan.sequence import num_shared_heads, shard_pieces
 from megatron_aquila.plan.shape import ModelShape, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -95,6 +100,7 @@ def build_machine(
     """
     if kernels is None:
         kernels = run_kernels(config, derived.shape, ctx)
+    kernels = split_attention(config.parallel, kernels, ctx)
     placement = Placement(
         tp=ctx.tp,
         sequence_parallel=config.parallel.sequence,
@@ -152,6 +158,16 @@ def run_kernels(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> K
     )
 
 
+def split_attention(parallel: ParallelConfig, kernels: Kernels, ctx: ParallelContext) -> Kernels:
+    """The kernels with an attention whose tokens are split over cp, made of the one that they have."""
+    if ctx.cp.size == 1:
+        return kernels
+    if parallel.context_method == "ulysses":
+        return replace(kernels, attention=UlyssesAttention(cp=ctx.cp, attention=kernels.attention))
+    assert isinstance(kernels.attention, BlockAttention), f"a ring needs attention by blocks, not {kernels.attention}"
+    return replace(kernels, attention=RingAttention(cp=ctx.cp, kernel=kernels.attention, overlap=parallel.overlap))
+
+
 def run_products(config: RunConfig, ctx: ParallelContext) -> Products:
     """How the blocks' linears multiply. What one rank's device cannot do is refused on all, by two all-gathers."""
     if config.train.precision != "fp8":
@@ -161,14 +177,19 @@ def run_products(config: RunConfig, ctx: ParallelContext) -> Products:
 
 def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Sizes:
     """What this rank's kernels are tried at."""
+    num_heads, num_kv_heads = shape.num_heads // ctx.tp.size, shape.num_kv_heads // ctx.tp.size
+    is_ring = ctx.cp.size > 1 and config.parallel.context_method == "ring"
+    if ctx.cp.size > 1 and not is_ring:
+        num_heads, num_kv_heads = (n // ctx.cp.size for n in (num_heads, num_shared_heads(num_kv_heads, ctx.cp.size)))
     return Sizes(
         hidden_size=shape.hidden_size,
         ffn_size=shape.ffn_size // ctx.tp.size,
         head_dim=shape.head_dim,
-        num_heads=shape.num_heads // ctx.tp.size,
-        num_kv_heads=shape.num_kv_heads // ctx.tp.size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         seq_len=shape.seq_len,
         has_documents=config.data.reset_attention_mask,
+        is_ring=is_ring,
         norm_order=shape.norm_order,
         interleaved=shape.position_embedding == "rope-interleaved",
         scores=rank_scores(shape, ctx.tp),
@@ -177,7 +198,7 @@ def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> 
 
 def build_wire(config: RunConfig, derived: Derived, ctx: ParallelContext, *, link_depth: int) -> P2PWire:
     """What activations and their gradients travel over, of this rank's part of a microbatch's sequence."""
-    rows = derived.shape.seq_len // (ctx.tp.size if config.parallel.sequence else 1)
+    rows = derived.shape.seq_len // ctx.cp.size // (ctx.tp.size if config.parallel.sequence else 1)
     return P2PWire(
         ctx,
         stage_rank=derived.stages.stage_rank,
@@ -291,23 +312,35 @@ def loss_scaling(config: RunConfig) -> LossScaling:
     )
 
 
-def host_batch(micro: MicroBatch, number: int = 0, *, pinned: bool = False) -> Batch:
-    """A microbatch, the step's ``number``-th, as tensors on the host.
+def context_pieces(parallel: ParallelConfig, shape: ModelShape, cp: Group) -> tuple[range, ...]:
+    """The places of a sample whose tokens this rank holds."""
+    return shard_pieces(shape.seq_len, cp=cp.size, rank=cp.rank, method=parallel.context_method)
 
-    ``pinned``: in memory that a GPU reads by itself. This copies, and may wait for the driver, so a loader's thread
-    does it.
+
+def host_batch(
+    micro: MicroBatch, number: int = 0, *, pieces: tuple[range, ...] | None = None, pinned: bool = False
+) -> Batch:
+    """A microbatch, the step's ``number``-th, as tensors on the host, of the tokens in ``pieces`` (None: all).
+
+    Its documents are those of the whole samples. ``pinned``: in memory that a GPU reads by itself. This copies, and may
+    wait for the driver, so a loader's thread does it.
     """
 
     def tensor(values: NDArray[Any]) -> Tensor:
         found = torch.from_numpy(values)
         return found.pin_memory() if pinned else found
 
+    def of_tokens(values_BS: NDArray[Any]) -> Tensor:
+        if pieces is None or sum(map(len, pieces)) == values_BS.shape[1]:
+            return tensor(values_BS)
+        return tensor(np.concatenate([values_BS[:, piece.start : piece.stop] for piece in pieces], axis=1))
+
     bounds = micro.document_bounds
     return Batch(
-        tokens_BS=tensor(micro.tokens_BS),
-        labels_BS=tensor(micro.labels_BS),
-        loss_mask_BS=tensor(micro.loss_mask_BS),
-        positions_BS=tensor(micro.positions_BS),
+        tokens_BS=of_tokens(micro.tokens_BS),
+        labels_BS=of_tokens(micro.labels_BS),
+        loss_mask_BS=of_tokens(micro.loss_mask_BS),
+        positions_BS=of_tokens(micro.positions_BS),
         source_B=tensor(micro.source_B),
         documents=None if bounds is None else Documents(tuple(bounds.tolist()), tensor(bounds)),
         microbatch=number,

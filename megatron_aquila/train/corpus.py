@@ -24,7 +24,7 @@ from megatron_aquila.data.verify import check_largest_token
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.train.build import host_batch
+from megatron_aquila.train.build import context_pieces, host_batch
 from megatron_aquila.train.launcher import Launch
 
 
@@ -266,9 +266,12 @@ def build_corpus(
 ) -> Corpus:
     """Build the indices where they are missing and open them. Collective: the first rank of each node builds.
 
+    The ranks of a cp group read the same samples, and keep their own tokens of them.
+
     ``segments`` as in ``build_sources``; ``identity`` is rank 0's, which has read the tokenizer.
     """
     documents, opened = shared_rules(identity, ctx), dict[str, IndexedDataset]()
+    pieces = context_pieces(config.parallel, derived.shape, ctx.cp)
 
     def build(build_missing: bool) -> Sources:
         return build_sources(config, segments=segments, build=build_missing, report=lines(print), opened=opened)
@@ -287,7 +290,7 @@ def build_corpus(
             dp_size=ctx.dp.size,
             micro_batch=config.train.micro_batch,
             vocab_size=derived.shape.vocab_size,
-            prepare=partial(host_batch, pinned=ctx.device.type == "cuda"),
+            prepare=partial(host_batch, pieces=pieces, pinned=ctx.device.type == "cuda"),
             prefetch=config.data.prefetch,
             batch_at=batch_at,
             documents=documents,

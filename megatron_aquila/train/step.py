@@ -158,22 +158,22 @@ def agree(
     """Count the labels of the global batch; ask whether any rank wants to stop or has failed.
 
     ``batches`` are on the host, and so is what the ranks say: one all-reduce over all of them that waits for no GPU,
-    which may still be at work on the step before. The ranks of a tp or pp group hold the same microbatches: only the
-    first of each counts them.
+    which may still be at work on the step before. The ranks of a tp or pp group hold the same tokens: only the first
+    of each counts them. Those of a cp group hold parts of the same samples, whose lengths the first one counts.
     """
     counts_here = ctx.tp.rank == 0 and ctx.pp.rank == 0
     counts = torch.zeros(4, dtype=torch.float64)
     if counts_here:
         for batch in batches:
             counts[0] += batch.loss_mask_BS.sum(dtype=torch.float64)
-            counts[1] += attended(batch)
+            counts[1] += attended(batch, cp=ctx.cp.size) * (ctx.cp.rank == 0)
     counts[2:] = torch.tensor([stop_requested, failed])
     num_tokens, pairs, stops, failures = all_reduce_(counts, ctx.host_world).tolist()
     return Agreement(num_tokens=round(num_tokens), attended=round(pairs), stop_requested=stops > 0, failed=failures > 0)
 
 
-def attended(batch: Batch) -> int:
-    """The sum of the squared lengths of what attention works on: twice its pairs of tokens."""
+def attended(batch: Batch, *, cp: int) -> int:
+    """The sum of the squared lengths of what attention works on, on ``cp`` ranks: twice its pairs of tokens."""
     if batch.documents is None:
-        return batch.tokens_BS.shape[0] * batch.tokens_BS.shape[1] ** 2
+        return batch.tokens_BS.shape[0] * (batch.tokens_BS.shape[1] * cp) ** 2
     return sum(length**2 for length in batch.documents.lengths)

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.kernels.blocks import BLOCKS_FLASH
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context, kernel_sizes
@@ -147,11 +147,8 @@ def _leaves_meta(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device") is not None and torch.device(kwargs["device"]) != META
 
 
-def flash_attention(
-    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None, **changes: Scores
-) -> Tensor:
+def flash_attention(q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
     """Torch's flash kernel by name: on ``meta`` its front door takes the plain one, which would keep S x S scores."""
-    assert not changes, f"torch's flash kernel has no {changes}"
     assert documents is None, "documents do not change what is kept; leave them out of a dry run"
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBKD, v_SBKD))
     o_BNSD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
@@ -164,14 +161,16 @@ def dry_machine(config: RunConfig, world_size: int) -> Machine:
     ctx = create_context(config, derived, META)
     sizes = kernel_sizes(config, derived.shape, ctx)
     kernels = choose_kernels(META, DTYPES[config.train.precision], sizes=sizes)
+    is_ring = derived.grid.cp > 1 and config.parallel.context_method == "ring"
+    attention = BLOCKS_FLASH if is_ring else flash_attention
     if sizes.scores is None:
-        kernels = replace(kernels, attention=flash_attention)
+        kernels = replace(kernels, attention=attention)
     return build_machine(config, derived, ctx, kernels=kernels)
 
 
-def dry_batch(shape: ModelShape, micro_batch: int) -> Batch:
-    """A microbatch without data."""
-    tokens_BS = torch.empty(micro_batch, shape.seq_len, dtype=torch.int64, device=META)
+def dry_batch(shape: ModelShape, micro_batch: int, *, cp: int = 1) -> Batch:
+    """A microbatch without data: one rank's tokens, where ``cp`` ranks share each sample."""
+    tokens_BS = torch.empty(micro_batch, shape.seq_len // cp, dtype=torch.int64, device=META)
     return Batch(
         tokens_BS=tokens_BS,
         labels_BS=torch.empty_like(tokens_BS),

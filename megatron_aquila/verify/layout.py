@@ -27,6 +27,8 @@ class Layout:
     schedule: str = "1f1b"
     chunks: int = 1
     dp: int = 1
+    cp: int = 1
+    cp_method: str = "ring"
     micro_batch: int = 1
     recompute: str = "none"
     overlap: bool = False
@@ -37,7 +39,7 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Processes it needs."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,6 +67,8 @@ WORDS: Mapping[str, str] = {
     "schedule": "{}",
     "chunks": "chunks {}",
     "dp": "dp {}",
+    "cp": "cp {}",
+    "cp_method": "{}",
     "micro_batch": "mbs {}",
     "recompute": "recompute {}",
     "overlap": "overlap",
@@ -76,6 +80,7 @@ NEEDS: Mapping[str, str] = {  # without the second the first is nothing
     "sequence": "tp",
     "small_buckets": "dp",
     "deterministic": "dp",
+    "cp_method": "cp",
 }
 
 
@@ -98,9 +103,11 @@ def requested_layout(config: RunConfig) -> Layout:
         schedule=parallel.schedule,
         chunks=num_chunks(parallel),
         dp=dp,
+        cp=parallel.context,
+        cp_method=parallel.context_method if parallel.context > 1 else "ring",
         micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
         recompute=config.train.recompute,
-        overlap=parallel.overlap and parallel.tensor * parallel.pipeline * dp > 1,
+        overlap=parallel.overlap and parallel.tensor * parallel.context * parallel.pipeline * dp > 1,
         small_buckets=dp > 1,
         deterministic=parallel.deterministic_reduce and dp > 1,
         fused=parallel.fuse_main_grads,
@@ -116,6 +123,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
     by_hand = parallel.stage_layers is not None and len(parallel.stage_layers) == layout.pp * layout.chunks
     schedule: Any = layout.schedule
     recompute: Any = layout.recompute
+    method: Any = layout.cp_method
     by_stage = {} if layout.pp * layout.chunks == parallel.pipeline * num_chunks(parallel) else NOT_BY_STAGE
     return replace(
         config,
@@ -128,6 +136,8 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             chunks=layout.chunks,
             stage_layers=parallel.stage_layers if by_hand and layout.pp * layout.chunks > 1 else None,
             data=layout.dp,
+            context=layout.cp,
+            context_method=method,
             overlap=layout.overlap,
             bucket_mib=BUCKET_MIB[layout.small_buckets],
             grad_reduce="fp32",  # rounding to bf16 on the way is not what float64 can prove

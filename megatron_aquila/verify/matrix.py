@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.plan.recompute import Kind
+from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.stages import ScheduleName
 from megatron_aquila.verify.compare import Row
 from megatron_aquila.verify.cover import pairwise_cover
@@ -23,6 +24,8 @@ AXES: Mapping[str, Sequence[Any]] = {
     "tp": (1, 2, 4),
     "pp": (1, 2, 4),
     "dp": (1, 2),
+    "cp": (1, 2, 4),
+    "cp_method": get_args(ContextMethod),
     "micro_batch": (1, 2),
     "sequence": YES_OR_NO,
     "schedule": get_args(ScheduleName),
@@ -34,7 +37,7 @@ AXES: Mapping[str, Sequence[Any]] = {
     "fused": YES_OR_NO,
     "documents": YES_OR_NO,
 }
-LARGEST = Layout(**{name: max(AXES[name]) for name in ("tp", "pp", "dp", "micro_batch", "chunks")})
+LARGEST = Layout(**{name: max(AXES[name]) for name in ("tp", "pp", "dp", "cp", "micro_batch", "chunks")})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +89,7 @@ def matrix_cases() -> tuple[MatrixCase, ...]:
 
 def twin_of(layout: Layout) -> Layout | None:
     """The one process whose gradients those of ``layout`` must equal bit for bit; none where sums are split."""
-    if layout.tp > 1 or layout.dp > 1:
+    if layout.tp * layout.cp * layout.dp > 1:
         return None
     twin = Layout(micro_batch=layout.micro_batch, fused=layout.fused)
     return None if twin == layout else twin

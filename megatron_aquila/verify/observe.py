@@ -13,7 +13,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.model.init import initialize_
 from megatron_aquila.parallel.batch import Batch
-from megatron_aquila.train.build import Machine, build_machine, create_context
+from megatron_aquila.train.build import Machine, build_machine, context_pieces, create_context
 from megatron_aquila.train.corpus import document_rules
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
@@ -106,7 +106,7 @@ def build_small(config: RunConfig) -> Machine:
     """The machine of this process's world, with its weights filled from the seed. Collective."""
     parallel = config.parallel
     assert parallel.data is not None, "a small config names its data-parallel degree"
-    derived = derive(config, parallel.tensor * parallel.pipeline * parallel.data)
+    derived = derive(config, parallel.tensor * parallel.context * parallel.pipeline * parallel.data)
     machine = build_machine(config, derived, create_context(config, derived, torch.device("cpu")))
     initialize_(machine.infos, seed=config.seed)
     machine.optimizer.refresh_masters()
@@ -124,6 +124,7 @@ def machine_batches(machine: Machine) -> list[Batch]:
         dp=dp.size,
         dp_rank=dp.rank,
         documents=document_rules(config.data, config.data.eod_token_id),
+        pieces=context_pieces(config.parallel, machine.derived.shape, machine.ctx.cp),
     )
 
 

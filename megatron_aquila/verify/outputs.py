@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_aquila.checkpoint.layout import Chunk
-from megatron_aquila.train.build import Machine
+from megatron_aquila.train.build import Machine, context_pieces
 
 
 @contextmanager
@@ -31,6 +31,7 @@ class _Record:
     def __init__(self, machine: Machine) -> None:
         train, shape, ctx = machine.config.train, machine.derived.shape, machine.ctx
         self._micro_batch, self._dp, self._tp = train.micro_batch, ctx.dp, ctx.tp
+        self._pieces = context_pieces(machine.config.parallel, shape, ctx.cp)
         self._whole = (train.global_batch, shape.seq_len, shape.hidden_size)
         self._microbatch: dict[int, int] = {}
         self._open: int | None = None  # the stage whose forward runs; a recomputation is outside of it
@@ -54,9 +55,15 @@ class _Record:
         if self._open is None:
             return
         sample = (self._microbatch[self._open] * self._dp.size + self._dp.rank) * self._micro_batch
-        rows = x.shape[0]
-        first = self._tp.rank * rows if rows < self._whole[1] else 0  # tokens are split over tp, or all are here
-        self.chunks.append(Chunk(name, self._whole, (sample, first, 0), x.detach().transpose(0, 1).clone()))
+        rows, held = x.shape[0], sum(map(len, self._pieces))
+        first = self._tp.rank * rows if rows < held else 0  # they are split over tp, or all are here
+        places = [place for piece in self._pieces for place in piece][first : first + rows]
+        x_BSH = x.detach().transpose(0, 1).clone()
+        for piece in self._pieces:
+            here = [row for row, place in enumerate(places) if place in piece]
+            if here:
+                offset = (sample, places[here[0]], 0)
+                self.chunks.append(Chunk(name, self._whole, offset, x_BSH[:, here[0] : here[-1] + 1]))
 
 
 def layers(stage: Any) -> Iterator[tuple[str, nn.Module]]:

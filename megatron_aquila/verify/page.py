@@ -15,7 +15,21 @@ from megatron_aquila.errors import AquilaError
 from megatron_aquila.verify.compare import BOUND, Row
 from megatron_aquila.verify.matrix import MatrixCase, MatrixRow
 
-HEADER = ("tp", "sp", "pp", "schedule", "chunks", "dp", "mbs", "recompute", "overlap", "buckets", "fused", "documents")
+HEADER = (
+    "tp",
+    "sp",
+    "cp",
+    "pp",
+    "schedule",
+    "chunks",
+    "dp",
+    "mbs",
+    "recompute",
+    "overlap",
+    "buckets",
+    "fused",
+    "documents",
+)
 
 
 def case_cells(case: MatrixCase) -> list[str]:
@@ -26,6 +40,7 @@ def case_cells(case: MatrixCase) -> list[str]:
     return [
         str(layout.tp),
         "yes" if layout.sequence else "–",
+        "1" if layout.cp == 1 else f"{layout.cp} {layout.cp_method}",
         str(layout.pp),
         layout.schedule if has_schedule else "–",
         str(layout.chunks) if has_schedule else "–",

@@ -38,6 +38,8 @@ def _claims(requested: Layout) -> Iterator[Claim]:
             yield Claim(axis=axis, layout=layout)
             yield Claim(axis=axis, layout=layout, twin=one, bits="gradients")
     yield Claim(axis="dp (ZeRO-1)", layout=dp)
+    if "cp" in asked:
+        yield Claim(axis=f"cp ({requested.cp_method})", layout=Layout(cp=requested.cp, cp_method=requested.cp_method))
     yield Claim(axis="micro-batch size", layout=Layout(micro_batch=requested.micro_batch))
     yield Claim(axis="fused main grads", layout=Layout(fused=requested.fused))
     for option in ("recompute", "overlap"):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from megatron_aquila.data.documents import DocumentRules
@@ -12,12 +13,19 @@ from megatron_aquila.train.build import host_batch
 from megatron_aquila.verify.shrink import EOD
 
 
-def sample_batch(shape: ModelShape, samples: range, *, seed: int, documents: DocumentRules | None = None) -> Batch:
+def sample_batch(
+    shape: ModelShape,
+    samples: range,
+    *,
+    seed: int,
+    documents: DocumentRules | None = None,
+    pieces: tuple[range, ...] | None = None,
+) -> Batch:
     """Samples ``samples`` of an endless sequence; the same whoever asks. Sample i is a function of (seed, i).
 
     A prefix of each sample's labels is masked, of a length that differs from sample to sample: a mean of microbatch
     means then differs from the mean over tokens. Sample i has i % 4 ends of documents, one of them in the middle: with
-    ``documents`` they are kept apart as the loader does.
+    ``documents`` they are kept apart as the loader does. ``pieces``: the tokens that are kept, as in ``host_batch``.
     """
     rows = []
     for sample in samples:
@@ -28,10 +36,9 @@ def sample_batch(shape: ModelShape, samples: range, *, seed: int, documents: Doc
         rows.append(row)
     source_B = torch.tensor([sample % 2 for sample in samples])
     micro = microbatch(torch.stack(rows).numpy(), source_B.numpy(), documents)
-    batch = host_batch(micro)
-    position = torch.arange(shape.seq_len).expand(len(samples), -1)
-    masked = torch.tensor([(3 * sample) % (shape.seq_len // 2) for sample in samples])[:, None]
-    return replace(batch, loss_mask_BS=batch.loss_mask_BS * (position >= masked))
+    masked = np.array([(3 * sample) % (shape.seq_len // 2) for sample in samples])[:, None]
+    micro.loss_mask_BS[np.arange(shape.seq_len) < masked] = 0
+    return host_batch(micro, pieces=pieces)
 
 
 def rank_batches(
@@ -43,13 +50,15 @@ def rank_batches(
     dp: int,
     dp_rank: int,
     documents: DocumentRules | None = None,
+    pieces: tuple[range, ...] | None = None,
 ) -> list[Batch]:
     """One data-parallel rank's microbatches of the global batch, in the order the loader deals them."""
     step = micro_batch * dp
     starts = range(dp_rank * micro_batch, global_batch, step)
     return [
         replace(
-            sample_batch(shape, range(start, start + micro_batch), seed=seed, documents=documents), microbatch=number
+            sample_batch(shape, range(start, start + micro_batch), seed=seed, documents=documents, pieces=pieces),
+            microbatch=number,
         )
         for number, start in enumerate(starts)
     ]

@@ -1,5 +1,6 @@
 """The user's own settings, made small: same structure and switches, a model that float64 on a laptop can prove."""
 
+import math
 from dataclasses import replace
 
 from megatron_aquila.config.derive import given_layers, num_chunks
@@ -23,11 +24,13 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
     optimizer's constants. ``largest`` is the layout with every axis at its requested degree.
     """
     model, kv_heads = config.model, config.model.num_kv_heads
-    group = model.num_heads // (model.num_heads if kv_heads is None else kv_heads)
+    group = max(1, model.num_heads // (model.num_heads if kv_heads is None else kv_heads))
     alibi = model.position_embedding == "alibi"
     # two a rank: with one, a query head could not read the wrong one; 3, 6 or 12 heads have slopes of both kinds
     small_kv = (3 if alibi else 2) * largest.tp
-    num_heads = small_kv * max(1, group)
+    if largest.cp_method == "ulysses":
+        group *= largest.cp // math.gcd(largest.cp, 2 * group)  # a tensor rank's query heads split over cp
+    num_heads = small_kv * group
     stage_layers = small_stages(given_layers(config.parallel))
     stages = largest.pp * largest.chunks
     samples = max(MICROBATCHES * largest.dp * largest.micro_batch, 2 * largest.pp)

@@ -59,8 +59,17 @@ CASES = [
      "not replicated; use 1, 2, 4 or 8"),
     (None, {"tensor": 8, "vocab_multiple": 1, "vocab_size": 1001}, "--tp 8: padded_vocab_size 1001 is not divisible by "
      "8; use --vocab-multiple 8"),
-    (None, {"context": 2}, "--cp 2: context parallelism is not yet offered; use 1, with --sp and more --tp for long "
-     "sequences"),
+    (None, {"context": 2, "seq_len": 510}, "--seq-len 510: ring attention over cp 2 splits it into 4 pieces; use 508 "
+     "or 512"),
+    (None, {"context": 2, "context_method": "ulysses", "seq_len": 511}, "--seq-len 511: ulysses attention over cp 2 "
+     "splits it into 2 pieces; use 510 or 512"),
+    (None, {"context": 2, "sequence": True, "tensor": 8, "seq_len": 2052}, "--seq-len 2052: ring attention over cp 2 "
+     "splits it into 4 pieces and sequence parallelism splits what a rank holds over tp 8; use 2048 or 2064, or "
+     "--no-sp"),
+    (None, {"context": 3, "context_method": "ulysses", "seq_len": 2049}, "--cp 3: ulysses splits the 32 query heads of "
+     "a tensor rank, which 3 does not divide; use 2, or --cp-method ring, which splits no heads"),
+    (5, {"context": 2, "global_batch": 5}, "--cp 2: 2 ranks do not divide the world size 5; use --tp 1 --pp 1 --cp 1 "
+     "or --tp 1 --pp 5 --cp 1, or start a multiple of 2 processes"),
     (None, {"pipeline": 33}, "--pp 33: 32 layers cannot fill 33 stages; use 1 to 32"),
     (None, {"pipeline": 2, "stage_layers": (32,)}, "--stage-layers 32: pp is 2, not 1; leave it out "
      "for a balanced split"),
@@ -125,7 +134,7 @@ CASES = [
      "CUDA has no fp64; use bf16 or fp32, or --device cpu"),
     (None, {"precision": "fp8", "hidden_size": 72, "num_heads": 4, "num_kv_heads": 1, "seq_len": 8, "micro_batch": 1},
      "--precision fp8: hidden_size 72, num_heads x head_dim / tp 72, num_kv_heads x head_dim / tp 18 and micro_batch x "
-     "seq_len 8 are no multiples of 16; change the sizes, or use bf16"),
+     "seq_len / cp 8 are no multiples of 16; change the sizes, or use bf16"),
     (None, {"moments_dtype": "bf16", "precision": "fp32"}, "--moments-dtype bf16: fp32 has no use for it: only bf16 "
      "weights are as narrow; use fp32, or --precision bf16"),
     (None, {"master_weights": "remainder", "precision": "fp16"}, "--master-weights remainder: fp16 has no use for it: "
@@ -195,12 +204,12 @@ def test_the_layouts_that_a_message_lists_work():
 
 
 def test_problems_come_together():
-    found = problems(4, tensor=3, pipeline=7, context=2, micro_batch=4, global_batch=6, min_lr=1.0)
+    found = problems(4, tensor=3, pipeline=7, context=2, seq_len=2046, micro_batch=4, global_batch=6, min_lr=1.0)
     assert [line.split(":")[0].rpartition(" ")[0] for line in found] == [
         "--tp",
-        "--cp",
         "--tp 3 --cp 2 --pp",
         "--global-batch",
+        "--seq-len",
         "--min-lr",
     ]
 

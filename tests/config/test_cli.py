@@ -158,11 +158,10 @@ def test_all_problems_come_at_once(tmp_path):
         "--qk-layernorm",
         "--attention-dropout",
         "--tp",
-        "--cp",
         "--tp 3 --cp 2 --pp 7",
     ]
     shown = format_problems(error).splitlines()
-    assert shown[0] == "8 settings cannot run:"
+    assert shown[0] == "7 settings cannot run:"
     assert all(line.startswith("  ") for line in shown[1:])
     assert format_problems(failure("--qk-layernorm")).splitlines()[0] == "1 setting cannot run:"
 

@@ -40,3 +40,9 @@ def test_what_differs_from_the_defaults():
     assert setting_rows(loaded, changed_only=True) == [("parallel.tensor", "2", "flag --tp")]
     assert len(setting_rows(loaded)) == len(all_settings())
     assert ("parallel.pipeline", "1", "flag --pp") in setting_rows(loaded)
+
+
+def test_how_a_sample_is_shared_is_said():
+    config = load_config(["--preset", "aquila2-34b", "--cp", "2", "--cp-method", "ulysses"], world_size=512).config
+    rows = dict(derived_rows(config, derive(config, 512), bubble=0.0857))
+    assert rows["ranks"] == "512 = tp 4 x cp 2 x dp 16 x pp 4, ulysses attention over cp, sequence parallel"

@@ -64,11 +64,16 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
             [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3]],
             [{"cp"}, {"dp"}, {"dp_cp"}, {"world"}],
         ),
+        (
+            RankGrid(tp=2, cp=2),
+            [[0, 1], [2, 3], [0, 2], [1, 3], [0, 2], [1, 3]],
+            [{"tp"}, {"cp"}, {"dp_cp"}, {"world"}],
+        ),
     ],
     ids=str,
 )
 def test_no_communicator_is_made_twice(pool, grid: RankGrid, made: list[list[int]], shared: list[set[str]]) -> None:
-    """Links but the first have one of their own. Every rank makes the same ones in the same order."""
+    """Links but the first, and a ring, have one of their own. Every rank makes the same ones in the same order."""
     assert pool(4).run(communicators, grid) == [(made, shared)] * 4
 
 

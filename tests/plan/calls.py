@@ -9,11 +9,15 @@ Ranks = tuple[int, ...]
 Tally = dict[tuple[str, Ranks], tuple[int, int]]
 
 
-def counted(calls: Iterable[Call], pp: Ranks) -> Tally:
-    """``pp`` stands for both ends of a message."""
-    return _tally(
-        (call.kind, pp if call.kind in ("send", "receive") else call.ranks, 1, call.num_bytes) for call in calls
-    )
+def counted(calls: Iterable[Call], *links: Ranks) -> Tally:
+    """The groups ``links`` stand for both ends of their messages."""
+
+    def ranks(call: Call) -> Ranks:
+        if call.kind not in ("send", "receive"):
+            return call.ranks
+        return next(link for link in links if set(call.ranks) <= set(link))
+
+    return _tally((call.kind, ranks(call), 1, call.num_bytes) for call in calls)
 
 
 def as_planned(rows: Iterable[Traffic], groups: Mapping[str, Ranks]) -> Tally:

@@ -48,7 +48,7 @@ def calls_of_a_step(config: RunConfig) -> tuple[list[Call], dict[str, tuple[int,
     with CallRecorder() as recorder:
         train_step(machine, data, begin.state, stop_requested=False)
     data.close()
-    return recorder.calls, {name: getattr(ctx, name).ranks for name in ("tp", "pp", "dp_cp", "world")}
+    return recorder.calls, {name: getattr(ctx, name).ranks for name in ("tp", "cp", "pp", "dp_cp", "world")}
 
 
 LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
@@ -71,18 +71,26 @@ LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
     (2, {"tp": 2, "recompute": "full"}, "bf16"),
     (2, {"tp": 2, "sequence": True, "recompute": "full"}, "bf16"),
     (2, {"tp": 2, "sequence": True, "recompute": "selective"}, "bf16"),
+    (2, {"context": 2}, "bf16"),
+    (2, {"context": 2, "context_method": "ulysses"}, "bf16"),
+    (4, {"context": 4, "context_method": "ulysses", "recompute": "full"}, "fp32"),
+    (4, {"context": 2, "recompute": "full"}, "bf16"),
+    (4, {"context": 2, "pp": 2, "overlap": False, "recompute_modules": ("attention",)}, "bf16"),
+    (4, {"context": 2, "tp": 2, "sequence": True, "recompute_modules": ("norms", "attention")}, "fp64"),
 ]
 
 
 @pytest.mark.parametrize(("world", "layout", "precision"), LAYOUTS)
 def test_a_real_step_makes_the_planned_calls_and_no_other(world, layout, precision, tmp_path, pool):
-    settings = {name: layout[name] for name in ("recompute", "loss_chunk_tokens") if name in layout}
+    names = ("recompute", "recompute_modules", "loss_chunk_tokens")
+    settings = {name: layout[name] for name in names if name in layout}
+    settings |= {"recompute": "selective"} if "recompute_modules" in layout else {}
     config = split(tiny_config(tmp_path), **{name: value for name, value in layout.items() if name not in settings})
     config = replace(config, train=replace(config.train, precision=precision, **settings))
     plan = traffic_plan(config, derive(config, world))
     for rank, (calls, groups) in enumerate(pool(world).run(calls_of_a_step, config)):
         rows = plan.of_rank(plan.grid.coords(rank)["pp"])
-        assert counted(calls, groups["pp"]) == as_planned(rows, groups), f"rank {rank}"
+        assert counted(calls, groups["pp"], groups["cp"]) == as_planned(rows, groups), f"rank {rank}"
         assert bool(calls) == (world > 1)
 
 

@@ -3,6 +3,7 @@
 ``python -m tests.verify.mutants PAGE`` writes the table into a page.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -129,6 +130,7 @@ def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
 OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
+RING, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
 FULLY, LITTLE = Layout(recompute="full"), Layout(recompute="selective")
 APART = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
@@ -714,6 +716,131 @@ def scores_not_clamped() -> Any:
     from megatron_aquila.model import position
 
     return patched(position, "rank_scores", lambda shape, tp: None)
+
+
+# Context parallelism.
+
+
+@mutant("the loss is divided by one cp rank's tokens", RING, "cp (ring)", "loss")
+def tokens_of_one_context_rank() -> Any:
+    from megatron_aquila.train import step
+
+    return patched(step, "all_reduce_", unreduced)
+
+
+@mutant("rope positions are off by one on a cp shard", RING, "cp (ring)", "output of model.layers.0.self_attn")
+def positions_off_by_one_on_a_shard() -> Any:
+    right = observe.machine_batches
+
+    def wrong(machine: Any) -> Any:
+        late = machine.ctx.cp.rank > 0
+        return [replace(batch, positions_BS=batch.positions_BS + late) for batch in right(machine)]
+
+    return patched(observe, "machine_batches", wrong)
+
+
+def _other_blocks_of_ring(wrong: Callable[..., Any]) -> Any:
+    """What meets in a step of the ring is ``wrong(ring_blocks, bounds, **places)``."""
+    from megatron_aquila.parallel import ring
+
+    return patched(ring, "ring_blocks", partial(wrong, ring.ring_blocks))
+
+
+@mutant("a ring's step has the mask of the next one", RING, "cp (ring)", "output of model.layers.0.self_attn")
+def mask_of_another_block() -> Any:
+    def wrong(right: Any, bounds: Any, *, owner: int, cp: int, **places: Any) -> Any:
+        return right(bounds, owner=(owner - 1) % cp, cp=cp, **places)
+
+    return _other_blocks_of_ring(wrong)
+
+
+@mutant(
+    "a document that crosses a shard's border is cut there",
+    RING,
+    "cp (ring)",
+    "output of model.layers.0.self_attn",
+    *APART,
+)
+def documents_end_with_a_shard() -> Any:
+    def wrong(right: Any, bounds: Any, *, rank: int, owner: int, **places: Any) -> Any:
+        return right(bounds, rank=rank, owner=owner, **places) if rank == owner else []
+
+    return _other_blocks_of_ring(wrong)
+
+
+@mutant(
+    "keys of other shards are seen across documents", RING, "cp (ring)", "output of model.layers.0.self_attn", *APART
+)
+def other_shards_know_no_documents() -> Any:
+    def wrong(right: Any, bounds: Any, *, rank: int, owner: int, **places: Any) -> Any:
+        return right(bounds if rank == owner else None, rank=rank, owner=owner, **places)
+
+    return _other_blocks_of_ring(wrong)
+
+
+@mutant("a ring's parts are added without rescaling", RING, "cp (ring)", "output of model.layers.0.self_attn")
+def parts_not_rescaled() -> Any:
+    from megatron_aquila.parallel import ring
+
+    def wrong(total: Any, part: Any) -> None:
+        total[0].add_(part[0])
+        total[1].copy_(torch.logaddexp(total[1], part[1]))
+
+    return patched(ring, "merge_", wrong)
+
+
+@mutant(
+    "gradients of keys and values stop a rank before home",
+    RING,
+    "cp (ring)",
+    "gradient of model.layers.2.self_attn.v_proj.weight",
+)
+def key_gradients_on_the_wrong_rank() -> Any:
+    from megatron_aquila.parallel import ring
+
+    right = ring.begin_pass_on
+
+    def not_home() -> Any:
+        turns = itertools.count(1)
+
+        def wrong(x: torch.Tensor, cp: Any, *, overlap: bool) -> Pending:
+            return Pending(x) if next(turns) == 2 * cp.size - 1 else right(x, cp, overlap=overlap)
+
+        return patched(ring, "begin_pass_on", wrong)
+
+    return within(ring._Ring, "backward", not_home)
+
+
+@mutant("Ulysses gives the ranks each other's key heads", ULYSSES, "cp (ulysses)", "output of model.layers.0.self_attn")
+def key_heads_of_another_context_rank() -> Any:
+    from megatron_aquila.parallel.ulysses import UlyssesAttention
+
+    right = UlyssesAttention.__call__
+
+    def wrong(self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Any = None) -> torch.Tensor:
+        return right(self, q, k.roll(k.shape[2] // self.cp.size, 2), v, documents)
+
+    return patched(UlyssesAttention, "__call__", wrong)
+
+
+@mutant(
+    "Ulysses leaves the ranks' tokens in another order", ULYSSES, "cp (ulysses)", "output of model.layers.0.self_attn"
+)
+def tokens_in_another_order() -> Any:
+    from megatron_aquila.parallel import ulysses
+
+    right = ulysses._to_heads
+    return patched(ulysses, "_to_heads", lambda x, cp: right(x, cp).roll(x.shape[0], 0))
+
+
+@mutant("gradients are summed over dp only, not over cp", RING, "cp (ring)", "gradient of lm_head.weight")
+def no_sum_over_context_ranks() -> Any:
+    from megatron_aquila.optim import buckets
+
+    def own(out: torch.Tensor, full: torch.Tensor, group: Any, **_: Any) -> Pending:
+        return Pending(out.copy_(full.chunk(group.size)[group.rank]))
+
+    return patched(buckets, "begin_reduce_scatter_flat_", own)
 
 
 def mutants_table() -> str:

@@ -7,13 +7,23 @@ from megatron_aquila.verify.layout import NEEDS, WORDS, Layout, is_supported, re
 from megatron_aquila.verify.shrink import shrink, small_stages
 
 FULL = Layout(
-    tp=2, sequence=True, pp=2, schedule="zb-v", chunks=2, dp=2, micro_batch=2, small_buckets=True, deterministic=True
+    tp=2,
+    sequence=True,
+    pp=2,
+    schedule="zb-v",
+    chunks=2,
+    dp=2,
+    cp=2,
+    cp_method="ulysses",
+    micro_batch=2,
+    small_buckets=True,
+    deterministic=True,
 )
 
 
 def test_it_names_what_is_not_the_simplest() -> None:
     assert str(Layout()) == "one process"
-    assert str(FULL) == "tp 2 sp pp 2 zb-v chunks 2 dp 2 mbs 2 small buckets deterministic"
+    assert str(FULL) == "tp 2 sp pp 2 zb-v chunks 2 dp 2 cp 2 ulysses mbs 2 small buckets deterministic"
     assert set(WORDS) == {field.name for field in fields(Layout)}
 
 
@@ -53,6 +63,18 @@ def test_the_settings_say_what_is_asked_for() -> None:
     plain = ParallelConfig(pipeline=2, schedule="zb-v", overlap=False, fuse_main_grads=False)
     staged = requested_layout(replace(config, parallel=plain))
     assert staged == Layout(pp=2, schedule="zb-v", chunks=2, micro_batch=2)
+
+
+def test_how_samples_are_split_is_asked_for() -> None:
+    parallel = ParallelConfig(context=4, context_method="ulysses", fuse_main_grads=False)
+    asked = requested_layout(RunConfig(parallel=parallel))
+    assert asked == Layout(cp=4, cp_method="ulysses", overlap=True)
+    assert asked.world_size == 4
+    assert requested_layout(RunConfig(parallel=replace(parallel, context=1))) == Layout()
+    small = with_layout(RunConfig(), asked).parallel
+    assert (small.context, small.context_method) == (4, "ulysses")
+    heads = [shrink(RunConfig(model=ModelConfig(num_heads=4)), layout).model.num_heads for layout in (Layout(), asked)]
+    assert heads == [2, 4], "every rank gets a query head"
 
 
 def test_small_config_keeps_structure() -> None:

@@ -64,6 +64,18 @@ def test_layouts_hold_with_documents_kept_apart(pool: Pools) -> None:
     assert documents.holds
 
 
+def test_split_samples_hold_with_documents_across_their_borders(pool: Pools) -> None:
+    rows = [*Parity(APART, Layout(cp=2, overlap=True), pool).rows()]
+    assert [row.axis for row in rows] == ["world of one", "cp (ring)", "overlap", "all together", "document masks"]
+    others = [
+        Layout(cp=2, cp_method="ulysses", tp=2, sequence=True, recompute="selective"),
+        Layout(cp=2, pp=2, schedule="zb-h1", recompute="full", overlap=True),
+    ]
+    parity = Parity(APART, Layout(tp=2, pp=2, cp=2), pool)
+    rows += [parity.judge(Claim(axis=str(layout), layout=layout)) for layout in others]
+    assert all(row.holds for row in rows), [row for row in rows if not row.holds]
+
+
 def test_a_bug_is_blamed_on_the_fewest_options(pool: Pools) -> None:
     """A bug of tp, met in a layout of everything, is a bug of tp."""
     ran: list[Layout] = []
