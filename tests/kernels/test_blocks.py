@@ -87,7 +87,11 @@ def not_merged(q, k, v, is_causal):
 def test_self_checks_know_right_from_wrong(documents, dtype):
     """What every such kernel must pass on a GPU before it is chosen there."""
     check = partial(
-        why_refused, "attention", device=torch.device("cpu"), dtype=dtype, sizes=Sizes(has_documents=documents)
+        why_refused,
+        "attention",
+        device=torch.device("cpu"),
+        dtype=dtype,
+        sizes=Sizes(has_documents=documents, is_ring=True),
     )
     for kernel in KERNELS.values():
         assert check(kernel) is None
