@@ -111,8 +111,8 @@ def resume(at: Layout) -> None:
 
 def convert(at: Layout) -> None:
     """A Hugging Face folder; the command reloads it in transformers and refuses it unless logits and ids are ours."""
-    places = ["--checkpoint", at.out / "checkpoints", "--output", at.out / "huggingface"]
-    run(sys.executable, "-m", "megatron_aquila", "convert", "to-hf", *places)
+    places = ["--from", at.out / "checkpoints", "--to", at.out / "huggingface"]
+    run(sys.executable, "-m", "megatron_aquila", "convert", *places)
 
 
 def generate(at: Layout) -> None:

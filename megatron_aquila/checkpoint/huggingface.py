@@ -26,7 +26,7 @@ from megatron_aquila.errors import CheckpointError
 from megatron_aquila.plan.shape import ModelShape
 
 _SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 class HuggingFaceReader(TensorReader):
@@ -38,10 +38,10 @@ class HuggingFaceReader(TensorReader):
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder; name one with config.json and safetensors")
-        self.config = _read_json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         tensors: dict[str, StoredTensor] = {}
-        for file in _weight_files(folder):
-            tensors |= _table(folder / file)
+        for file in weight_files(folder):
+            tensors |= read_table(folder / file)
         super().__init__(folder, tensors, files={})
 
     def shape_fields(self) -> Mapping[str, object]:
@@ -89,7 +89,7 @@ def export_huggingface(
         if found != size:
             raise CheckpointError(f"{reader.folder}: {name} has shape {found}, a model of this shape needs {size}")
     entries = [Entry(name, dtype, size, partial(_load, reader, name, dtype)) for name, size in names.items()]
-    shards = list(_shards(entries, max_shard_bytes))
+    shards = list(shards_of(entries, max_shard_bytes))
     with staged_folder(out_dir) as folder:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
@@ -97,10 +97,10 @@ def export_huggingface(
             write_tensors(folder / file, shard, metadata={"format": "pt"})
             weight_map |= {entry.key: file for entry in shard}
         total = sum(entry.num_bytes for entry in entries)
-        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(folder / "config.json", llama_config(shape, dtype, ids))
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / "config.json", llama_config(shape, dtype, ids))
         special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
-        _write_json(folder / "generation_config.json", special)
+        write_json(folder / "generation_config.json", special)
         if finish is not None:
             finish(folder)
 
@@ -112,7 +112,7 @@ def _load(reader: TensorReader, name: str, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _shards(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
+def shards_of(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
     """Entries in order, split so that a shard has at most ``max_bytes`` unless one tensor alone has more."""
     shard: list[Entry] = []
     for entry in entries:
@@ -123,25 +123,25 @@ def _shards(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
     yield shard
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files: those of the index, or the single one."""
-    if (folder / _INDEX).is_file():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{folder / _INDEX}: it has no weight_map; download it again")
+            raise CheckpointError(f"{folder / INDEX}: it has no weight_map; download it again")
         return sorted({Path(file).name for file in weight_map.values()})
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
     pickles = sorted(path.name for ending in ("*.bin", "*.pt", "*.pth") for path in folder.glob(ending))
     if pickles:
         raise CheckpointError(
-            f"{folder / pickles[0]}: pickled weights are refused, as unpickling runs whatever code they hold; convert "
-            "them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            f"{folder / pickles[0]}: a run does not start from pickled weights; convert them first: "
+            "aquila convert --from DIR --to NEW_DIR"
         )
-    raise CheckpointError(f"{folder}: it holds neither {_SINGLE} nor {_INDEX}")
+    raise CheckpointError(f"{folder}: it holds neither {_SINGLE} nor {INDEX}")
 
 
-def _table(path: Path) -> dict[str, StoredTensor]:
+def read_table(path: Path) -> dict[str, StoredTensor]:
     """What one file holds, from its header."""
     out: dict[str, StoredTensor] = {}
     try:
@@ -158,7 +158,8 @@ def _table(path: Path) -> dict[str, StoredTensor]:
     return out
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in ``path``. Raises CheckpointError where it cannot be read or is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -168,5 +169,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write an object under a temporary name and rename it. Raises OSError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -4,14 +4,15 @@ Published Aquila2 weights have exactly these names and shapes under ``model_type
 every tool loads without remote code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_aquila.checkpoint.llama_rope import rope_entries, rope_fields, rope_problems
-from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_strips, whole
+from megatron_aquila.plan.shape import ModelShape, PositionEmbedding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +42,40 @@ def llama_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     for number in range(shape.num_layers):
         out |= {f"model.layers.{number}.{name}.weight": size for name, size in layer.items()}
     return out | {"model.norm.weight": (hidden,), "lm_head.weight": (shape.vocab_size, hidden)}
+
+
+def llama_map(shape: ModelShape) -> TensorMap:
+    """Our tensors are theirs, but that the files pair rotary features half a head apart."""
+    ours = llama_tensors(shape)
+    return renamed_map(shape, {name: name for name in ours}, "rope")
+
+
+def renamed_map(shape: ModelShape, keys: Mapping[str, str], theirs: PositionEmbedding) -> TensorMap:
+    """Our tensors under the names ``keys``; q and k in the order of rotary pairs ``theirs``."""
+    ours = llama_tensors(shape)
+    strips = (strip for name, key in keys.items() for strip in renamed(shape, name, key, ours[name], theirs))
+    return TensorMap(ours, {key: ours[name] for name, key in keys.items()}, strips)
+
+
+def renamed(
+    shape: ModelShape, name: str, key: str, size: tuple[int, ...], theirs: PositionEmbedding
+) -> Iterator[Strip]:
+    """Our tensor ``name`` as the whole of ``key``; q and k in the order of rotary pairs ``theirs``."""
+    heads = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}.get(name.split(".")[-2])
+    if heads is None:
+        yield whole(name, key, size)
+        return
+    rows = head_rows(heads, shape.head_dim, ours=shape.position_embedding, theirs=theirs)
+    yield from row_strips(name, key, rows, shape.hidden_size)
+
+
+def llama_cannot_hold(shape: ModelShape) -> str | None:
+    """What of the model config.json has no word for. A clamp of scores far from where they are is left out."""
+    if shape.position_embedding == "alibi":
+        return "positions are rotary"
+    if shape.norm_head:
+        return "the head is used as it is stored"
+    return None
 
 
 def llama_config(shape: ModelShape, dtype: torch.dtype, ids: SpecialIds) -> dict[str, object]:
@@ -89,6 +124,7 @@ def llama_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "vocab_size": config["vocab_size"],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         **rope_fields(config),
+        "norm_head": False,
     }
 
 

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+from megatron_aquila.config.check_family import check_family
 from megatron_aquila.config.checkpoints import check_retention
-from megatron_aquila.config.context import check_context_heads, check_context_scores, check_sequence
+from megatron_aquila.config.context import check_context_heads, check_sequence
 from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
 from megatron_aquila.config.elastic import check_elastic, model_ranks
 from megatron_aquila.config.inputs import (
@@ -264,6 +265,8 @@ _WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab
 RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _heads: _SHAPE,
     _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
+    check_family: "model.position_embedding model.score_clamp parallel.context data.reset_position_ids "
+    "data.reset_attention_mask",
     _pipeline: _STAGES,
     _world: f"{_LAYOUT} parallel.elastic {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks "
     "parallel.context_method",
@@ -271,7 +274,6 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_elastic: f"{_LAYOUT} {_BATCH} train.rampup_batch parallel.elastic",
     _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
     check_sequence: "parallel.context parallel.context_method parallel.sequence parallel.tensor model.seq_len",
-    check_context_scores: "parallel.context model.position_embedding model.score_clamp",
     check_context_heads: f"{_SHAPE} {_WIDTHS} parallel.context parallel.context_method parallel.tensor",
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",

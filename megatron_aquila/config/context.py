@@ -27,15 +27,6 @@ def check_sequence(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     yield Problem("--seq-len", seq_len, " and ".join(whys), f"use {', or '.join([' or '.join(near), *ways_out])}")
 
 
-def check_context_scores(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    """Attention over split samples neither biases scores nor clamps them."""
-    model, cp = config.model, config.parallel.context
-    flags = {"--position-embedding alibi": model.position_embedding == "alibi"}
-    flags[f"--score-clamp {model.score_clamp}"] = model.score_clamp is not None
-    for flag in (flag for flag, given in flags.items() if given and cp > 1):
-        yield Problem("--cp", cp, f"attention over split samples does not change scores, as {flag} asks", "use 1")
-
-
 def check_context_heads(config: RunConfig, world: int | None) -> Iterator[Problem]:
     """Ulysses deals each tensor rank's query heads to its context ranks; key/value heads are copied where too few."""
     layout, shape = config.parallel, model_shape(config.model)

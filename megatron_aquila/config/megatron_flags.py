@@ -117,7 +117,6 @@ _NAMED_BY_WANDB = Refused("the offline run is named when it is uploaded", "leave
 _XPU = Refused("belongs to Kunlun XPU, which is not offered", "leave it out")
 _SERVE = Refused("serving is not offered", "use aquila convert and a server of Hugging Face models")
 _RMS_NORM = "every norm is an RMSNorm without bias"
-_ROPE = "positions are rotary"
 _FUSED = "kernels are chosen by device and dtype, and logged at start; there are no biases and no dropout to fuse"
 _OVERLAP = "collectives run beside computation; --no-overlap switches that off"
 _ONE_MODEL = "there is one implementation of the model"
@@ -160,18 +159,15 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--untie-embeddings-and-output-weights": Always("the head has its own weight"),
         "--apply-layernorm-rms": Always(_RMS_NORM),
         "--normalization": Always(_RMS_NORM, ("RMSNorm",)),
-        "--use-rotary-position-embeddings": Always(_ROPE),
+        "--use-rotary-position-embeddings": Always("positions are rotary unless --position-embedding says alibi"),
         "--no-position-embedding": Always("there is no learned position"),
-        "--position-embedding-type": Always(_ROPE, ("rope",)),
         "--rotary-percent": Always("all of a head is rotated", ("1.0",)),
         "--max-position-embeddings": Follows("model.seq_len"),
         **_family(
             Refused("how positions are stretched has one name", "use --rope-scaling with --rope-factor"),
             "--use-rope-scaling --rope-scaling-factor --rotary-seq-len-interpolation-factor",
         ),
-        "--rotary-interleaved": Refused(
-            "rotary halves are split here, as in Hugging Face's files", "leave it out, and start from such files"
-        ),
+        "--rotary-interleaved": Sets("model.position_embedding", "rope-interleaved"),
         **_family(Refused("the MLP is gated by SiLU", "use --swiglu"), "--squared-relu --openai-gelu"),
         "--add-qkv-bias": Refused("no linear layer has a bias", "leave it out"),
         "--qk-layernorm": Refused("queries and keys are not normalized", "leave it out"),
@@ -195,8 +191,8 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             _vocab_multiple,
         ),
         "--rotary-interleaved-patch": Refused(
-            "rotary halves are split here, as in Hugging Face's files",
-            "start from the published Hugging Face weights with --init-from-hf: they are in this form already",
+            "its checkpoints have permuted rows, and are read into their true order",
+            "leave it out, and start with --init-from-hf from the published weights or from aquila convert's",
         ),
         **_family(
             _INIT,
@@ -320,7 +316,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--exit-on-missing-checkpoint": Always("a folder that --load names must hold a checkpoint"),
         "--no-save-rng": Always("no generator's state is saved: initial weights and data order follow from the seed"),
         "--no-save-optim": Refused(
-            "a checkpoint always holds the optimizer", "leave it out: aquila convert to-hf writes the weights alone"
+            "a checkpoint always holds the optimizer", "leave it out: aquila convert writes the weights alone"
         ),
         "--finetune": Refused("a new run from weights alone is said in other words", "use --load with --no-load-optim"),
         "--pretrained-checkpoint": Refused(

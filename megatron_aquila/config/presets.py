@@ -1,8 +1,10 @@
-"""The Aquila2 recipes as data: what differs from the defaults, each number with its source.
+"""The recipes as data: what differs from the defaults, each number with its source.
 
 Sources. *7B*, *34B*, *70B*: FlagScale's published scripts, tags v0.1 and v0.2,
 ``examples/aquila/{7B,34B,70B}/pretrain_aquila_*_distributed_*.sh``. *v1*: FlagAI's ``Aquila-pretrain.yaml``, the
-from-scratch run of the 7B's predecessor.
+from-scratch run of the 7B's predecessor, and its ``config.json``. *Llama*: Touvron et al., Llama 2 (2023), table 1
+and section 2.2, and the config.json of its weights. *Baichuan*: Yang et al., Baichuan 2 (2023), tables 1-3, section 2,
+and the config.json of its weights. Where a source names no batch, that of Llama-2 stands: 4 M tokens.
 """
 
 from collections.abc import Mapping
@@ -107,15 +109,90 @@ _70B = {  # 70B
     "checkpoint.save_interval": 500,
 }
 
+_AQUILA_2023 = {  # v1; the network as in FlagAI's aquila_model.py, its blocks and attentions
+    **_SCRATCH_7B,
+    "model.ffn_size": 11008,
+    "model.norm_order": "llama",
+    "model.position_embedding": "rope-interleaved",
+    "model.score_clamp": 1024.0,
+    "model.init_std": 0.006,
+}
+
+_AQUILACODE = {  # FlagAI's Aquila-code.yaml: trains the 7B on
+    **_AQUILA_2023,
+    "optim.lr": 2e-5,
+    "optim.min_lr": 2e-6,
+}
+
+_LLAMA2_7B = {  # Llama
+    **{name: value for name, value in _COMMON.items() if name != "data.tokenizer_type"},
+    "data.tokenizer_type": "HuggingFaceTokenizer",
+    "model.vocab_size": 32000,
+    "model.num_layers": 32,
+    "model.hidden_size": 4096,
+    "model.num_heads": 32,
+    "model.ffn_size": 11008,
+    "model.vocab_multiple": 128,
+    "model.seq_len": 4096,
+    "model.norm_order": "llama",
+    "model.init_std": 0.02,
+    "optim.lr": 3e-4,
+    "optim.min_lr": 3e-5,
+    "optim.lr_warmup_samples": 2_048_000,  # 2,000 steps
+    "train.train_samples": 488_281_250,  # 2.00 T tokens
+    "train.micro_batch": 1,
+    "train.global_batch": 1024,
+    "train.precision": "bf16",
+    "checkpoint.save_interval": 1000,
+}
+
+_ATOM_7B = {  # FlagAlpha/Llama2-Chinese: Llama-2's network with a vocabulary of 65,000, trained on
+    **_LLAMA2_7B,
+    "model.vocab_size": 65000,
+    "optim.lr": 3e-5,  # its train/pretrain/pretrain.sh
+    "optim.min_lr": 3e-6,
+}
+
+_BAICHUAN2_7B = {  # Baichuan
+    **_LLAMA2_7B,
+    "model.vocab_size": 125696,
+    "model.norm_eps": 1e-6,
+    "model.norm_head": True,
+    "model.max_z_loss": 2e-4,
+    "optim.lr": 2e-4,
+    "optim.min_lr": 2e-5,
+    "optim.clip_grad": 0.5,
+    "train.train_samples": 634_765_625,  # 2.6 T tokens
+}
+
+_BAICHUAN2_13B = {
+    **_BAICHUAN2_7B,
+    "model.num_layers": 40,
+    "model.hidden_size": 5120,
+    "model.num_heads": 40,
+    "model.ffn_size": 13696,
+    "model.position_embedding": "alibi",
+    "parallel.tensor": 8,
+    "parallel.sequence": True,
+    "optim.lr": 1.5e-4,
+    "optim.min_lr": 1.5e-5,
+}
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "aquila2-7b": _SCRATCH_7B,
         "aquila2-7b-continue": _CONTINUE_7B,
         "aquila2-34b": _34B,
         "aquila2-70b": _70B,
+        "aquila-7b": _AQUILA_2023,
+        "aquilacode-7b": _AQUILACODE,
+        "llama-2-7b": _LLAMA2_7B,
+        "atom-7b": _ATOM_7B,
+        "baichuan2-7b": _BAICHUAN2_7B,
+        "baichuan2-13b": _BAICHUAN2_13B,
     }
 )
 
 CONTINUATIONS: Mapping[str, str] = MappingProxyType(  # presets that train published weights on: the one from scratch
-    {"aquila2-7b-continue": "aquila2-7b"}
+    {"aquila2-7b-continue": "aquila2-7b", "aquilacode-7b": "aquila-7b", "atom-7b": "llama-2-7b"}
 )

@@ -366,7 +366,9 @@ class CheckpointConfig:
     on_corrupt: Literal["fallback", "stop"] = setting(
         "fallback", "where the newest checkpoint of a folder is damaged: the last good one before it, or none"
     )
-    init_from_hf: Path | None = setting(None, "Hugging Face folder whose weights the run starts from", "--init-from-hf")
+    init_from_hf: Path | None = setting(
+        None, "published or converted weights that the run starts from", "--init-from-hf"
+    )
     load_optim: bool = setting(True, "also load the optimizer and the position in the data", "--load-optim")
     override_data: bool = setting(
         False, "resume although data sets, weights, split or tokenizer differ from the checkpoint's", "--override-data"

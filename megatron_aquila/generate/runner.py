@@ -15,6 +15,7 @@ from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, Head, build_stages
 from megatron_aquila.model.cache import KVCache
+from megatron_aquila.model.position import rank_scores
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import all_gather, gather_objects
 from megatron_aquila.parallel.context import ParallelContext
@@ -158,6 +159,8 @@ def build_runner(source: Source, ctx: ParallelContext, *, dtype: torch.dtype | N
         seq_len=shape.seq_len,
         has_documents=False,
         norm_order=shape.norm_order,
+        interleaved=shape.position_embedding == "rope-interleaved",
+        scores=rank_scores(shape, ctx.tp),
     )
     kernels = choose_kernels(ctx.device, dtype, sizes=sizes, share=lambda mine: gather_objects(mine, ctx.world))
     placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=dtype, device=ctx.device)

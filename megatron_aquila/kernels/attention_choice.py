@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_aquila.kernels.self_check import Sizes
 
-CHANGE_SCORES = ("rows", "reference")
+CHANGE_SCORES = ("score_blocks", "reference")
 LONGEST_PLAIN = 1024  # tokens of a sample, whose scores take 128 MiB a layer with 32 heads
 
 SDPA_BACKENDS: Mapping[str, SDPBackend] = MappingProxyType(
@@ -37,11 +37,11 @@ def attention_preferences(device: torch.device, sizes: Sizes) -> dict[str, str]:
 
     From Hopper on flash attention 2 is published to take 1.7 to 2.3 times as long as cuDNN.
     """
+    if sizes.scores is not None:
+        return {"score_blocks": "the only one that biases and clamps scores"}
     if sizes.is_ring:
         names = ("blocks_flash", "blocks_efficient", "blocks_reference") if device.type == "cuda" else ("blocks",)
         return {name: RING[name] for name in names}
-    if sizes.scores is not None:
-        return {"rows": "the only one that biases and clamps scores"}
     if device.type != "cuda":
         return {"sdpa": "torch's flash attention for CPUs"}
     generation, _ = torch.cuda.get_device_capability(device)

@@ -16,7 +16,7 @@ def unit_rows(weight: Tensor) -> Tensor:
 
 
 def through_unit_rows_(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of ``unit_rows(weight)`` in place made that of ``weight``: only its part across each row, shorter."""
+    """The gradient of ``unit_rows(weight)`` made that of ``weight``: its part across each row, over the length."""
     wide = weight.to(grad.dtype)
     length = _lengths(wide)
     unit = wide / length

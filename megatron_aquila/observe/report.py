@@ -15,7 +15,8 @@ class StepReport:
     behind the step before.
 
     ``grad_norm`` is that of the unscaled gradients, ``loss_scale`` what they were scaled with (1 but in fp16).
-    ``z_loss`` is what the max-z loss added where it was differentiated, if the model has one. ``source_loss`` is the mean loss of each entry of the blend that had tokens in this step. ``num_tokens`` counts the
+    ``z_loss`` is what the max-z loss added to ``loss`` where it was differentiated, if the model has one.
+    ``source_loss`` is the mean loss of each entry of the blend that had tokens in this step. ``num_tokens`` counts the
     labels that entered the loss; ``computed_tokens`` counts every token that went through the model (what FLOPs are
     counted from). ``attention_share`` is what documents kept apart leave of attention's FLOPs: the sum of their squared
     lengths over that of the samples'.

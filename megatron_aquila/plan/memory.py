@@ -19,6 +19,7 @@ from megatron_aquila.plan.stages import ScheduleName, StagePlan
 ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 2}
 GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp16": 4, "fp32": 4, "fp64": 8, "fp8": 4}
 MOMENTS = {"adamw": 2, "sgd": 0}
+MOST_SCORES = 2**26  # as of kernels.attention_blocks; a test holds the two together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,14 +196,15 @@ class MemoryPlan:
         """Bytes that autograd keeps of one microbatch, every op saving its inputs once; a test traces the model.
 
         This is 8.0 GiB of the 7B at 2,048 tokens, without recomputation. Of a recomputed group its input is kept.
-        Beside the layers: the rotary tables, the embedding's rows and which of them are this rank's, the final norm's
-        input and scale and the gradient of its output, and each token's weight in the loss. Where main gradients are
-        not added to within the product, also the head's own. Where the logits are kept, instead of these two the norm's
-        output, a maximum and two sums.
+        Beside the layers: the rotary tables, if positions turn, the embedding's rows and which of them are this rank's,
+        the final norm's input and scale and the gradient of its output, and each token's weight in the loss. Where
+        main gradients are not added to within the product, also the head's own. Where the logits are kept, instead of
+        these two the norm's output, a maximum and two sums.
         """
         layers = len(self.stages.layers[stage]) - sum(recompute.groups)
         groups = len(recompute.groups) * self._item * self.shape.hidden_size * self._residual_tokens
-        kept = layers * self._layer(recompute.modules) + groups + self._wide * 2 * self.shape.head_dim * self._tokens
+        tables = 0 if self.shape.position_embedding == "alibi" else self._wide * 2 * self.shape.head_dim * self._tokens
+        kept = layers * self._layer(recompute.modules) + groups + tables
         if self.stages.has_embedding(stage):
             kept += (8 + 1) * self._tokens
         if self.stages.has_head(stage):
@@ -263,14 +265,18 @@ class MemoryPlan:
         """Bytes of the loss's widest moment.
 
         With the logits kept: a softmax and its narrow copy. Else a chunk's logits, of some of them a wide copy and the
-        exponentials, or x's gradient of the chunk; that of all tokens, and under sequence parallel x gathered.
+        exponentials, or x's gradient of the chunk; that of all tokens, and under sequence parallel x gathered. Where
+        the head's rows are used at length 1, beside it these rows and in float32 or wider their gradient.
         """
+        rows = self._columns * self.shape.hidden_size * (self._item + self._wide) if self.shape.norm_head else 0
         if self._keeps_logits:
-            return self._tokens * self._columns * (self._wide + self._item)
+            return rows + self._tokens * self._columns * (self._wide + self._item)
         row_bytes, hidden = self._item * self._columns, self._item * self.shape.hidden_size
         chunk = loss_chunk_tokens(self._tokens, row_bytes=row_bytes, wanted=self.loss_chunk_tokens)
         wide = min(chunk, wide_rows(self._columns)) * self._columns * self._wide * (1 + (self._wide > self._item))
-        return chunk * row_bytes + max(wide, chunk * hidden) + self._tokens * hidden * (1 + self.sequence_parallel)
+        return (
+            rows + chunk * row_bytes + max(wide, chunk * hidden) + self._tokens * hidden * (1 + self.sequence_parallel)
+        )
 
     def _temporaries(self, stage: int) -> int:
         """Bytes of the widest moment of a backward: the widest of four.
@@ -284,7 +290,7 @@ class MemoryPlan:
         swiglu = ffn * (3 * self._item + self._wide * (4 if self._wide > self._item else 1))
         largest = max(2 * shape.ffn_size, shape.padded_vocab_size) * shape.hidden_size // self.grid.tp
         linear = self._item * (3 * ffn + 2 * self._tokens * shape.hidden_size + largest)
-        return max(swiglu, linear, self._ring(), self._loss() if self.stages.has_head(stage) else 0)
+        return max(swiglu, linear, self._scores(), self._ring(), self._loss() if self.stages.has_head(stage) else 0)
 
     def _ring(self) -> int:
         """Bytes of the widest moment of a ring's backward: the output's gradient, q's summed and a block's of it; keys
@@ -295,3 +301,14 @@ class MemoryPlan:
         queries = self.shape.attention_size * (2 * self._item + self._wide)
         keys = 2 * self.shape.kv_size * (3 * self._item + 3 * self._wide)
         return self._tokens * (queries + keys) // self.grid.tp
+
+    def _scores(self) -> int:
+        """Bytes of attention's widest moment where it holds scores, a block of queries at a time: of these the raw and
+        the held ones, the weights' gradient and its copies; and, wide, the gradients of all keys and values.
+        """
+        shape = self.shape
+        if shape.position_embedding != "alibi" and shape.score_clamp is None:
+            return 0
+        heads = self.micro_batch * shape.num_heads // self.grid.tp
+        scores = min(MOST_SCORES, heads * shape.seq_len**2)
+        return 4 * self._wide * scores + 2 * self._wide * self._tokens * shape.kv_size // self.grid.tp

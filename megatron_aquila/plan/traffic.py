@@ -150,13 +150,16 @@ class TrafficPlan:
     def _head(self) -> Iterator[Traffic]:
         """The output projection and the loss, where no logits are kept all in forward: x is gathered once.
 
-        Of every token each rank gives two numbers, chunk by chunk.
+        Of every token each rank gives two numbers, chunk by chunk; with a max-z loss four.
         """
         num_microbatches, wide = self.num_microbatches, max(4, self._item)
         if self.loss_chunk_tokens == 0:
             yield from self._linears("head", columns=1, rows=0)
             yield self._row("loss: maximum", "all-reduce", "tp", num_microbatches, self._tokens * wide)
             yield self._row("loss: label and sum", "all-reduce", "tp", num_microbatches, 2 * self._tokens * wide)
+            if self.shape.max_z_loss > 0:
+                what = "loss: largest logit and its count"
+                yield self._row(what, "all-reduce", "tp", 2 * num_microbatches, self._tokens * wide)
             return
         hidden_states = self._tokens * self.shape.hidden_size * self._item
         calls: tuple[Kind, ...] = ("all-gather", "reduce-scatter") if self.sequence_parallel else ("all-reduce",)
@@ -165,7 +168,7 @@ class TrafficPlan:
         row_bytes = self.shape.padded_vocab_size // self.grid.tp * self._item
         chunk = loss_chunk_tokens(self._tokens, row_bytes=row_bytes, wanted=self.loss_chunk_tokens)
         chunks = -(-self._tokens // chunk)
-        numbers = 2 * self.grid.tp * self._tokens * wide
+        numbers = (4 if self.shape.max_z_loss > 0 else 2) * self.grid.tp * self._tokens * wide
         yield replace(
             self._row("loss: label and sum", "all-gather", "tp", num_microbatches, numbers),
             count=num_microbatches * chunks,
@@ -202,7 +205,8 @@ class TrafficPlan:
         """What all ranks agree on, in float64: counts before the step, its norm, loss and tokens of each source."""
         yield self._row("token count", "all-reduce", "world", 1, 4 * 8)
         yield self._row("gradient norm", "all-reduce", "world", 1, 8)
-        yield self._row("loss sums", "all-reduce", "world", 1, 2 * self.num_sources * 8)
+        sums = 3 if self.shape.max_z_loss > 0 else 2
+        yield self._row("loss sums", "all-reduce", "world", 1, sums * self.num_sources * 8)
 
     def _row(self, what: str, kind: Kind, group: GroupName, count: int, each: int) -> Traffic:
         """``count`` calls of ``each`` bytes."""

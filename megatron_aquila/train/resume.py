@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_aquila.checkpoint.agree import agreed
-from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
 from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
+from megatron_aquila.checkpoint.published import open_weights
+from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.staging import Staging
 from megatron_aquila.checkpoint.store import CheckpointReader, Save
 from megatron_aquila.config.schema import DataConfig, RunConfig
@@ -109,9 +110,9 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
     return conversions(reader, machine.config.optim)
 
 
-def open_published(folder: Path, shape: ModelShape, *, same_positions: bool = True) -> HuggingFaceReader:
+def open_published(folder: Path, shape: ModelShape, *, same_positions: bool = True) -> TensorReader:
     """A Hugging Face folder of a model of ``shape``. Raises ``CheckpointError`` naming every size that differs."""
-    reader = HuggingFaceReader(folder)
+    reader = open_weights(folder, position_embedding=shape.position_embedding)
     problems = reader.shape_problems(shape, same_positions=same_positions)
     if problems:
         raise CheckpointError(f"--init-from-hf {folder}: " + "; ".join(problems) + rope_way_out(problems))

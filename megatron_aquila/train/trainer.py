@@ -262,8 +262,8 @@ def train(
     """Run from ``state`` to the end of the run, or until asked to stop. Collective; returns the last state.
 
     Stopping is agreed before each step, takes effect there, and saves what is not saved yet. ``came_from`` is the
-    checkpoint that ``state`` and all tensors are of, to which the run may go back. Raises ``AquilaError`` where the run is lost,
-    or, once it is saved, where it stops for bad numbers.
+    checkpoint that ``state`` and all tensors are of, to which the run may go back. Raises ``AquilaError``
+    where the run is lost, or, once it is saved, where it stops for bad numbers.
     """
     corpus.train.leave_out(state.skipped_samples, seq_len=machine.derived.shape.seq_len)
     loop = Loop(machine, corpus, state, reporter, stops, came_from)

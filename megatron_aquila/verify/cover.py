@@ -1,7 +1,7 @@
 """Few cases in which every two settings meet: a covering array, chosen greedily. Pure."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,21 @@ Case = Mapping[str, Any]  # axis -> value
 def pairwise_cover(axes: Mapping[str, Sequence[Any]], is_allowed: Callable[[Case], bool]) -> list[Case]:
     """Allowed cases in which every two values of two axes that can meet do.
 
-    Each has, of all cases, the most pairs that none before it has: AETG (Cohen et al. 1997) with the whole grid as
-    candidates. Among equals it is the first of the grid, so that what stands first in an axis is preferred.
+    Among equals it is the first of the grid, so that what stands first in an axis is preferred.
     """
-    grid = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-    cases: list[Case] = [case for case in grid if is_allowed(case)]
+    return cover(axes, [case for case in grid(axes) if is_allowed(case)])
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> Iterator[Case]:
+    """Every combination, the last axis fastest."""
+    return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+
+
+def cover(axes: Mapping[str, Sequence[Any]], cases: Sequence[Case]) -> list[Case]:
+    """Few of ``cases`` that have every pair of values which any of them has.
+
+    Each has, of all, the most pairs that none before it has: AETG (Cohen et al. 1997), with ``cases`` as candidates.
+    """
     pairs_of = _pairs(axes, cases)
     missing = np.zeros(pairs_of.max(initial=-1) + 1, dtype=bool)
     missing[pairs_of] = True

@@ -21,7 +21,6 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.kernels.blocks import BLOCKS_FLASH
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context, kernel_sizes
@@ -148,11 +147,8 @@ def _leaves_meta(kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("device") is not None and torch.device(kwargs["device"]) != META
 
 
-def flash_attention(
-    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None, **changes: Scores
-) -> Tensor:
+def flash_attention(q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
     """Torch's flash kernel by name: on ``meta`` its front door takes the plain one, which would keep S x S scores."""
-    assert not changes, f"torch's flash kernel has no {changes}"
     assert documents is None, "documents do not change what is kept; leave them out of a dry run"
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBKD, v_SBKD))
     o_BNSD: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]

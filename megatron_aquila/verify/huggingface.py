@@ -8,29 +8,31 @@ from torch import Tensor
 
 from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
 from megatron_aquila.checkpoint.layout import param_chunks
-from megatron_aquila.checkpoint.store import CheckpointReader
+from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import build_stages
+from megatron_aquila.model.position import rank_scores
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import plan_stages
 
 BOUND = 1e-5  # of the largest logit: docs/numerics.md, export to Hugging Face
 NUM_TEXTS, LONGEST = 2, 64
 
 
-def compare_logits(reader: CheckpointReader, folder: Path) -> str:
-    """A line on how far transformers' fp32 logits of ``folder`` are from those of our model of the checkpoint.
+def compare_logits(reader: TensorReader, folder: Path, shape: ModelShape) -> str:
+    """A line on how far transformers' fp32 logits of ``folder`` are from those of our model of ``reader``'s weights.
 
-    Ours gets the checkpoint's weights rounded to the exported type. One model is in memory at a time, in fp32. Raises
+    Ours gets the weights rounded to the exported type. One model is in memory at a time, in fp32. Raises
     CheckpointError when the logits differ by more than ``BOUND``, or when transformers misses or ignores a tensor.
     """
-    shape = reader.shape()
     size = (NUM_TEXTS, min(shape.seq_len, LONGEST))
     tokens_BS = torch.randint(shape.vocab_size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = _our_logits(reader, HuggingFaceReader(folder).tensors["lm_head.weight"].dtype, tokens_BS)
+        ours = our_logits(reader, shape, HuggingFaceReader(folder).tensors["lm_head.weight"].dtype, tokens_BS)
         theirs = _their_logits(folder, tokens_BS)
     error = float((ours - theirs).abs().max() / theirs.abs().max())
     if not error <= BOUND:  # also when it is not a number
@@ -40,9 +42,10 @@ def compare_logits(reader: CheckpointReader, folder: Path) -> str:
     return f"fp32 logits agree with transformers: largest difference {error:.1e} of the largest logit"
 
 
-def _our_logits(reader: CheckpointReader, dtype: torch.dtype, tokens_BS: Tensor) -> Tensor:
-    shape, ctx = reader.shape(), ParallelContext.single()
-    kernels = choose_kernels(ctx.device, torch.float32)
+def our_logits(reader: TensorReader, shape: ModelShape, dtype: torch.dtype, tokens_BS: Tensor) -> Tensor:
+    """Our model's fp32 logits_BSV, of the reader's weights rounded to ``dtype``. The whole model is in memory."""
+    ctx = ParallelContext.single()
+    kernels = choose_kernels(ctx.device, torch.float32, sizes=Sizes(scores=rank_scores(shape, ctx.tp)))
     placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=torch.float32, device=ctx.device)
     (stage,) = build_stages(shape, plan_stages(shape, 1), pp_rank=0, placement=placement, kernels=kernels).values()
     for info in stage.param_infos():

@@ -1,5 +1,6 @@
 """The grid of everything that can be combined, proved by a sample in which every two settings meet."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from megatron_aquila.plan.recompute import Kind
 from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.stages import ScheduleName
 from megatron_aquila.verify.compare import Row
-from megatron_aquila.verify.cover import pairwise_cover
+from megatron_aquila.verify.cover import cover, grid, pairwise_cover
 from megatron_aquila.verify.layout import Layout, is_supported
 from megatron_aquila.verify.parity import Parity
 from megatron_aquila.verify.pool import WorkerPool
@@ -20,17 +21,19 @@ from megatron_aquila.verify.rows import Claim
 MOST_PROCESSES = 8
 YES_OR_NO = (False, True)
 # What stands first is preferred where the cover leaves a choice.
-AXES: Mapping[str, Sequence[Any]] = {
+SPLITS: Mapping[str, Sequence[Any]] = {
     "tp": (1, 2, 4),
     "pp": (1, 2, 4),
     "dp": (1, 2),
     "cp": (1, 2, 4),
     "cp_method": get_args(ContextMethod),
     "zero": (1, 2, 3),
-    "micro_batch": (1, 2),
     "sequence": YES_OR_NO,
     "schedule": get_args(ScheduleName),
     "chunks": (1, 2),
+}
+SWITCHES: Mapping[str, Sequence[Any]] = {
+    "micro_batch": (1, 2),
     "recompute": get_args(Kind),
     "overlap": YES_OR_NO,
     "small_buckets": YES_OR_NO,
@@ -38,6 +41,7 @@ AXES: Mapping[str, Sequence[Any]] = {
     "fused": YES_OR_NO,
     "documents": YES_OR_NO,
 }
+AXES = {**SPLITS, **SWITCHES}
 LARGEST = Layout(**{name: max(AXES[name]) for name in ("tp", "pp", "dp", "cp", "micro_batch", "chunks")})
 
 
@@ -83,8 +87,11 @@ def is_case(values: Mapping[str, Any]) -> bool:
 
 @cache
 def matrix_cases() -> tuple[MatrixCase, ...]:
-    """The sample, cheap cases first."""
-    found = [case_of(values) for values in pairwise_cover(AXES, is_case)]
+    """The sample, cheap cases first: of every split with each of a few settings of the switches in which all meet."""
+    switches = pairwise_cover(SWITCHES, lambda values: True)
+    splits = (values for values in grid(SPLITS) if Layout(**values).world_size <= MOST_PROCESSES)
+    cases = [values for split, others in itertools.product(splits, switches) if is_case(values := {**split, **others})]
+    found = [case_of(values) for values in cover(AXES, cases)]
     return tuple(sorted(found, key=lambda case: case.layout.world_size))
 
 

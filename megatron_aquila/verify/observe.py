@@ -31,8 +31,9 @@ PATIENCE = 300.0  # seconds, on a crowded machine; what hangs in a collective is
 class Observation:
     """Everything a layout may not change.
 
-    Of a first step what the layers give, loss (all that is differentiated), gradients, their norm, and parameters after an update by each rule. Of a
-    second over the same batch the loss, and after SGD the gradients: what was kept from the first must not show.
+    Of a first step what the layers give, loss (all that is differentiated), gradients, their norm, and parameters after
+    an update by each rule. Of a second over the same batch the loss, and after SGD the gradients: what was kept from
+    the first must not show.
     """
 
     outputs: Mapping[str, Tensor]

@@ -210,7 +210,7 @@ def test_folders_that_cannot_be_read(folder: Path) -> None:
     file.unlink()
     refused(f"it holds neither model.safetensors nor {INDEX}")
     (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
-    refused(r"pytorch_model-00001-of-00002.bin: pickled weights are refused.*save_pretrained\(NEW_DIR\)")
+    refused(r"pytorch_model-00001-of-00002.bin: a run does not start from pickled weights; .*aquila convert --from")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "../model-1.safetensors"}}))
     refused("folder/model-1.safetensors: it cannot be read: No such file")
     (folder / INDEX).write_text("{}")

@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import llama_tensors
+from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
 from megatron_aquila.commands import convert
 from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.plan.shape import ModelShape
 from tests.checkpoint.toy import SHAPE as TOY
 
 SHAPE = replace(TOY, vocab_size=280, padded_vocab_size=384)
@@ -54,7 +56,7 @@ def checkpoint(tmp_path: Path, tokenizer_dir: Path) -> Path:
 
 
 def to_hf(checkpoint: Path, output: Path, *more: str) -> int:
-    return convert.main(["to-hf", "--checkpoint", str(checkpoint), "--output", str(output), *more])
+    return convert.main(["--from", str(checkpoint), "--to", str(output), *more])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", None])
@@ -92,18 +94,19 @@ def test_the_tokenizer_can_be_named(checkpoint: Path, tmp_path: Path, tokenizer_
 def test_a_folder_that_differs_gets_no_name(checkpoint: Path, tmp_path: Path) -> None:
     seen: list[Path] = []
 
-    def refuse(reader: CheckpointReader, tokenizer: Tokenizer, folder: Path) -> str:
-        assert reader.step == 7
+    def refuse(reader: TensorReader, tokenizer: Tokenizer | None, folder: Path, shape: ModelShape) -> str:
+        assert reader.folder.name == "step_0000007"
+        assert tokenizer is not None
         assert tokenizer.vocab_size == SHAPE.vocab_size
         assert (folder / "tokenizer.json").is_file()
         seen.append(folder)
         raise CheckpointError("they differ")
 
-    options = convert.ToHf(checkpoint=checkpoint, output=tmp_path / "out")
+    options = convert.Convert(source=checkpoint, output=tmp_path / "out")
     with pytest.raises(CheckpointError, match="they differ"):
-        convert.to_hf(options, refuse)
+        convert.convert(options, refuse)
     assert len(seen) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tmp", "run"]
 
 
 def test_without_transformers_it_is_refused(
@@ -146,10 +149,8 @@ def test_aquilas_size_means_aquilas_ids(
     monkeypatch.setattr("megatron_aquila.data.huggingface_tokenizer.check_aquila_ids", seen.append)
     monkeypatch.setattr("megatron_aquila.verify.huggingface.compare_logits", lambda *_: "fp32 logits equal")
     reader = CheckpointReader(checkpoint)
-    monkeypatch.setattr(reader, "shape", lambda: replace(SHAPE, vocab_size=size))
-    line = convert.compare_in_transformers(
-        reader, load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tokenizer_dir), tokenizer_dir
-    )
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tokenizer_dir)
+    line = convert.compare_in_transformers(reader, tokenizer, tokenizer_dir, replace(SHAPE, vocab_size=size))
     assert line == "token ids are equal, fp32 logits equal"
     assert seen == ([tokenizer_dir] if asked else [])
 
@@ -172,7 +173,7 @@ def test_aquilas_own_tokenizer(
     flags = zip(("--vocab-file", "--merge-file", "--special-tokens-file"), map(str, names), strict=True)
     assert to_hf(checkpoint, tmp_path / "out", *(word for pair in flags for word in pair)) == 2
     assert "'Hello world' has the ids" in capsys.readouterr().err
-    assert not list(tmp_path.glob("out*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_an_error_and_leaves_nothing(

@@ -49,8 +49,6 @@ def test_the_defaults_run(world):
 
 
 CASES = [
-    (None, {"context": 2, "position_embedding": "alibi"}, "--cp 2: attention over split samples does not change "
-     "scores, as --position-embedding alibi asks; use 1"),
     (None, {"rope_factor": 4.0}, "--rope-factor 4.0: positions are not stretched: --rope-scaling is none; give "
      "--rope-scaling linear, ntk, yarn or llama3, or use 1"),
     (None, {"rope_scaling": "yarn"}, "--rope-scaling yarn: --rope-factor is 1, which stretches nothing; give e.g. "

@@ -126,8 +126,8 @@ def test_one_text_is_one_value_where_it_holds_no_blank(tmp_path):
         ("--load-optim false", "--load-optim false: takes no value; use --load-optim or --no-load-optim"),
         ("--sequence_parallel=True", "--sequence_parallel True: takes no value; use --sp or --no-sp"),
         ("stray", "stray: belongs to no flag; settings are given as --flag value"),
-        ("--preset aquila-7b", "--preset aquila-7b: no preset has this name; did you mean aquila2-7b"),
-        ("--preset gpt", "--preset gpt: no preset has this name; use aquila2-34b, aquila2-70b, aquila2-7b, "),
+        ("--preset aquila2-7", "--preset aquila2-7: no preset has this name; did you mean aquila2-7b"),
+        ("--preset gpt", "--preset gpt: no preset has this name; use aquila-7b, aquila2-34b, aquila2-70b, "),
         ("--config absent.yaml", "--config absent.yaml: No such file or directory; give a YAML file"),
     ],
 )

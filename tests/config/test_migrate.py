@@ -96,7 +96,7 @@ def test_no_flag_has_two_meanings():
         ("--swiglu yes", "give the flag alone"),
         ("--bf16 true", "give the flag alone"),
         ("--transformer-impl transformer_engine", "use local or leave it out"),
-        ("--no-save-optim", "leave it out: aquila convert to-hf"),
+        ("--no-save-optim", "leave it out: aquila convert writes"),
         ("--exit-interval 10 --gbs 4", "use --exit-samples 40 "),
         ("--ckpt-format torch_dist", "leave it out"),
         ("--ckpt-step 100 --load runs/a", "use --load runs/a/step_0000100"),

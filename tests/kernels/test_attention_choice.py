@@ -14,6 +14,7 @@ from megatron_aquila.kernels.attention import causal_attention, causal_attention
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, SDPA_BACKENDS
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.kernels.self_check import Sizes, why_refused
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -257,3 +258,10 @@ def test_a_gpu_has_a_fused_one_at_aquilas_sizes(num_heads: int, num_kv_heads: in
     hopper = torch.cuda.get_device_capability()[0] == 9
     if hopper and not has_documents:
         assert choose_kernels(CUDA, torch.bfloat16, sizes=sizes).reasons["attention"].startswith("sdpa_cudnn: ")
+
+
+def test_scores_that_change_have_a_kernel_of_their_own() -> None:
+    sizes = Sizes(scores=Scores(clamp=1.0), seq_len=4096)
+    assert choose_kernels(CPU, torch.float32, sizes=sizes).reasons["attention"].startswith("score_blocks: the only one")
+    with pytest.raises(ConfigError, match=r"--kernels attention=sdpa: .*neither biases nor clamps"):
+        choose_kernels(CPU, torch.float32, forced={"attention": "sdpa"}, sizes=sizes)

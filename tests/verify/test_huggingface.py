@@ -33,7 +33,7 @@ def export(tmp_path: Path, dtype: torch.dtype) -> tuple[CheckpointReader, Path]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_logits_agree(tmp_path: Path, dtype: torch.dtype) -> None:
     reader, folder = export(tmp_path, dtype)
-    assert compare_logits(reader, folder).startswith("fp32 logits agree")
+    assert compare_logits(reader, folder, reader.shape()).startswith("fp32 logits agree")
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
@@ -43,7 +43,7 @@ def test_one_wrong_value_is_seen(tmp_path: Path, name: str) -> None:
     tensors[name].view(-1)[3] += 0.1
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"logits differ from .* of the largest, more than 1e-05"):
-        compare_logits(reader, folder)
+        compare_logits(reader, folder, reader.shape())
 
 
 def test_a_tensor_that_transformers_would_draw_at_random_is_seen(tmp_path: Path) -> None:
@@ -52,4 +52,4 @@ def test_a_tensor_that_transformers_would_draw_at_random_is_seen(tmp_path: Path)
     tensors["model.layers.9.mlp.up_proj.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"transformers"):
-        compare_logits(reader, folder)
+        compare_logits(reader, folder, reader.shape())

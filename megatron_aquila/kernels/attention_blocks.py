@@ -12,7 +12,7 @@ from megatron_aquila.kernels.scores import Scores
 MOST_SCORES = 2**26  # of a block: 256 MiB in float32
 
 
-def causal_attention_rows(
+def causal_attention_blocks(
     q_SBND: Tensor,
     k_SBKD: Tensor,
     v_SBKD: Tensor,

@@ -1,0 +1,238 @@
+"""Converting weights: file by file, one tensor in memory, to be taken up again where it was killed.
+
+What is finished lies in ``OUT.tmp`` with its hash in ``progress.json``. The folder gets its name when every tensor has
+been read back byte-equal, and whoever asked for more has been satisfied.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_aquila.checkpoint.families import Family
+from megatron_aquila.checkpoint.folders import LATEST, MANIFEST, beside, step_folder, sync_folder, write_text
+from megatron_aquila.checkpoint.huggingface import INDEX, read_json, shards_of, write_json
+from megatron_aquila.checkpoint.llama import SpecialIds, llama_tensors
+from megatron_aquila.checkpoint.manifest import Json, Manifest, Piece, StoredTensor, piece_key
+from megatron_aquila.checkpoint.megatron import FILE, MegatronForm, megatron_map, write_megatron, write_tracker
+from megatron_aquila.checkpoint.published import open_weights
+from megatron_aquila.checkpoint.reader import TensorReader
+from megatron_aquila.checkpoint.rectangles import Rectangle
+from megatron_aquila.checkpoint.tensorfile import Entry, FileRecord, file_sha256, write_tensors
+from megatron_aquila.errors import CheckpointError
+from megatron_aquila.plan.shape import ModelShape
+
+PROGRESS = "progress.json"
+CERTIFICATE = "certificate.json"
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """A form to write: ``files`` one after the other, each by its own call, then by ``finish`` what names them.
+
+    ``reopen`` opens the finished folder.
+    """
+
+    kind: str
+    files: Mapping[str, Callable[[Path], None]]
+    finish: Callable[[Path, Mapping[str, FileRecord]], None]
+    reopen: Callable[[Path], TensorReader]
+
+
+def convert(reader: TensorReader, shape: ModelShape, target: Target, out_dir: Path, *, dtype: torch.dtype) -> Path:
+    """Write ``target`` beside ``out_dir`` and read every tensor back; returns the folder, under its temporary name.
+
+    Files that an earlier, killed run has finished are kept where they still have their hash. Leaves a certificate.
+    Raises CheckpointError when ``out_dir`` exists, a value is not finite in ``dtype``, or a tensor comes back other
+    than it was.
+    """
+    if out_dir.exists():
+        raise CheckpointError(f"{out_dir}: it exists already; choose a new folder or remove it")
+    folder = beside(out_dir, "tmp")
+    plan = {"from": str(reader.folder.resolve()), "to": target.kind, "dtype": str(dtype), "shape": asdict(shape)}
+    done = _finished(folder, plan | {"files": [*target.files]})
+    for name, write in target.files.items():
+        if name not in done:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write(folder / name)
+            done[name] = FileRecord((folder / name).stat().st_size, file_sha256(folder / name))
+            _note(folder, plan | {"files": [*target.files]}, done)
+    target.finish(folder, {name: done[name] for name in target.files})
+    hashes = _read_back(reader, target.reopen(folder), shape, dtype)
+    write_json(folder / CERTIFICATE, {**plan, "round_trip": "byte-equal", "sha256": hashes})
+    return folder
+
+
+def publish(folder: Path, out_dir: Path, *, logits: str) -> None:
+    """Note in the certificate how logits were compared, write SHA256SUMS, give the folder its name. Raises OSError."""
+    write_json(folder / CERTIFICATE, read_json(folder / CERTIFICATE) | {"logits": logits})
+    (folder / PROGRESS).unlink(missing_ok=True)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{file_sha256(path)}  {path.relative_to(folder)}\n" for path in paths]
+    write_text(folder / "SHA256SUMS", "".join(lines))
+    os.rename(folder, out_dir)
+    sync_folder(out_dir.parent)
+
+
+def _finished(folder: Path, plan: Mapping[str, object]) -> dict[str, FileRecord]:
+    """Files of a killed run of the same plan that are whole; of another plan the folder is emptied."""
+    plan = json.loads(json.dumps(plan))
+    if (folder / PROGRESS).is_file():
+        noted = read_json(folder / PROGRESS)
+        if noted.get("plan") == plan:
+            found = {name: FileRecord(*record) for name, record in noted["done"].items()}
+            return {name: record for name, record in found.items() if _is_whole(folder / name, record)}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return {}
+
+
+def _is_whole(path: Path, record: FileRecord) -> bool:
+    return path.is_file() and path.stat().st_size == record.size and file_sha256(path) == record.sha256
+
+
+def _note(folder: Path, plan: Mapping[str, object], done: Mapping[str, FileRecord]) -> None:
+    write_json(folder / PROGRESS, {"plan": plan, "done": {name: (one.size, one.sha256) for name, one in done.items()}})
+
+
+def _read_back(reader: TensorReader, written: TensorReader, shape: ModelShape, dtype: torch.dtype) -> dict[str, str]:
+    """The hash of every tensor, equal on both sides."""
+    hashes = {}
+    for name in llama_tensors(shape):
+        ours, theirs = digest(reader.read(name).to(dtype)), digest(written.read(name))
+        if ours != theirs:
+            raise CheckpointError(
+                f"{written.folder}: {name} was read back other than it was written; nothing was named"
+            )
+        hashes[name] = ours
+    return hashes
+
+
+class PlainHead(TensorReader):
+    """A model whose head's rows are used at length 1, as one whose rows have it: for programs that know no other."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        super().__init__(reader.folder, reader.tensors, files={})
+        self._reader = reader
+
+    def shape_fields(self) -> Mapping[str, object]:
+        """Those of the model, with a plain head."""
+        return {**self._reader.shape_fields(), "norm_head": False, "max_z_loss": 0.0}
+
+    def read(self, name: str) -> Tensor:
+        """One whole logical tensor; the head's rows divided by their length, in float32 or wider, rounded once."""
+        tensor = self._reader.read(name)
+        if name != "lm_head.weight":
+            return tensor
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return torch.nn.functional.normalize(wide, dim=1).to(tensor.dtype)
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, in hex."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def finite(reader: TensorReader, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor as it will be written. Raises CheckpointError for a value that ``dtype`` does not hold."""
+    tensor = reader.read(name).to(dtype)
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{reader.folder}: {name} has values that are not finite in {dtype}; choose a wider type")
+    return tensor
+
+
+def huggingface_target(
+    reader: TensorReader, shape: ModelShape, family: Family, *, dtype: torch.dtype, max_bytes: int, ids: SpecialIds
+) -> Target:
+    """Published files of ``family``: config.json, generation_config.json, safetensors shards and their index."""
+    why = family.cannot_hold(shape)
+    if why is not None:
+        raise CheckpointError(f"--family {family.name}: its files cannot hold this model: {why}")
+    tensor_map, read = family.tensor_map(shape), partial(finite, reader, dtype)
+    entries = [
+        Entry(key, dtype, size, partial(tensor_map.their_tensor, key, read)) for key, size in tensor_map.theirs.items()
+    ]
+    shards = list(shards_of(entries, max_bytes))
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+
+    def finish(folder: Path, _records: Mapping[str, FileRecord]) -> None:
+        weight_map = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        total = sum(entry.num_bytes for entry in entries)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / "config.json", family.config(shape, dtype, ids))
+        special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+        write_json(folder / "generation_config.json", special)
+
+    return Target(
+        kind=f"huggingface {family.name}",
+        files={name: partial(_write_shard, shard, {"format": "pt"}) for name, shard in zip(names, shards, strict=True)},
+        finish=finish,
+        reopen=partial(open_weights, family=family.name, position_embedding=shape.position_embedding),
+    )
+
+
+def checkpoint_target(
+    reader: TensorReader, shape: ModelShape, *, dtype: torch.dtype, max_bytes: int, state: Mapping[str, Json]
+) -> Target:
+    """A checkpoint of ours at step 0, of weights alone."""
+    read = partial(finite, reader, dtype)
+    entries = [
+        Entry(piece_key(name, (0,) * len(size)), dtype, size, partial(read, name))
+        for name, size in llama_tensors(shape).items()
+    ]
+    shards = list(shards_of(entries, max_bytes))
+    step = step_folder(Path(), 0)
+    files = {str(step / f"rank_{number:05d}.safetensors"): shard for number, shard in enumerate(shards)}
+
+    def finish(folder: Path, records: Mapping[str, FileRecord]) -> None:
+        tensors = {
+            entry.key.partition("@")[0]: StoredTensor(
+                entry.shape,
+                dtype,
+                (Piece(Path(file).name, entry.key, Rectangle((0,) * len(entry.shape), entry.shape)),),
+            )
+            for file, shard in files.items()
+            for entry in shard
+        }
+        named = {Path(file).name: record for file, record in records.items()}
+        manifest = Manifest(step=0, state={**state, "shape": asdict(shape)}, files=named, tensors=tensors)
+        write_text(folder / step / MANIFEST, manifest.render())
+        write_text(folder / LATEST, f"{step.name}\n")
+
+    return Target(
+        kind="checkpoint",
+        files={file: partial(_write_shard, shard, None) for file, shard in files.items()},
+        finish=finish,
+        reopen=lambda folder: open_weights(folder / step),
+    )
+
+
+def megatron_target(reader: TensorReader, shape: ModelShape, form: MegatronForm, *, dtype: torch.dtype) -> Target:
+    """Megatron's classic checkpoint, iteration 0."""
+    if shape.position_embedding == "alibi" or shape.norm_head:
+        raise CheckpointError("Megatron's classic form has rotary positions and a plain head; this model has others")
+    megatron_map(shape, form)  # says now what does not divide
+    read = partial(finite, reader, dtype)
+    ranks = [form.folder(tp, pp) for pp in range(form.pp) for tp in range(form.tp)]
+
+    def write(rank: str, path: Path) -> None:
+        write_megatron(path.parents[2], shape, form, read, iteration=0, dtype=dtype, only=rank)
+
+    return Target(
+        kind=f"megatron tp {form.tp} pp {form.pp}",
+        files={f"iter_0000000/{rank}/{FILE}": partial(write, rank) for rank in ranks},
+        finish=lambda folder, _: write_tracker(folder, 0),
+        reopen=partial(open_weights, vocab_size=shape.vocab_size, position_embedding=shape.position_embedding),
+    )
+
+
+def _write_shard(entries: Sequence[Entry], metadata: Mapping[str, str] | None, path: Path) -> None:
+    write_tensors(path, entries, metadata)

@@ -1,0 +1,70 @@
+"""Opening weights of any kind: which program wrote them is seen from what lies in the folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_aquila.checkpoint.aquila_2023 import aquila_map
+from megatron_aquila.checkpoint.families import FAMILIES, Family, family_of_config
+from megatron_aquila.checkpoint.folders import LATEST, MANIFEST
+from megatron_aquila.checkpoint.foreign import ForeignReader, open_tables
+from megatron_aquila.checkpoint.huggingface import HuggingFaceReader, read_json
+from megatron_aquila.checkpoint.megatron import is_megatron, open_megatron
+from megatron_aquila.checkpoint.reader import TensorReader
+from megatron_aquila.checkpoint.store import CheckpointReader
+from megatron_aquila.errors import CheckpointError
+from megatron_aquila.plan.shape import ModelShape, PositionEmbedding
+
+
+def open_weights(
+    folder: Path,
+    *,
+    family: str | None = None,
+    position_embedding: PositionEmbedding | None = None,
+    vocab_size: int | None = None,
+) -> TensorReader:
+    """The weights in ``folder``: a checkpoint of ours, Megatron's classic one, or published files of a known family.
+
+    ``position_embedding``: the order of rotary pairs to have q and k in; default the files'. ``family`` and
+    ``vocab_size`` stand in for what the files do not say. Raises CheckpointError where nothing is recognised.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder; name one with weights")
+    if (folder / MANIFEST).is_file() or (folder / LATEST).is_file():
+        return CheckpointReader(folder)
+    if is_megatron(folder):
+        return open_megatron(folder, vocab_size=vocab_size, position_embedding=position_embedding)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: it holds no {MANIFEST} or {LATEST} (a checkpoint), no config.json (published weights) and no "
+            "mp_rank_00 (Megatron's); name the folder with one of them"
+        )
+    config = read_json(folder / "config.json")
+    known = FAMILIES[family] if family is not None else family_of_config(config)
+    is_plain = known.name == "llama" and position_embedding in (None, "rope") and any(folder.glob("*.safetensors"))
+    return HuggingFaceReader(folder) if is_plain else open_family(folder, config, known, position_embedding)
+
+
+def open_family(
+    folder: Path, config: Mapping[str, Any], family: Family, position_embedding: PositionEmbedding | None
+) -> ForeignReader:
+    """Published files of ``family``. Raises CheckpointError where they ask for what is not offered or lack some."""
+    problems = family.problems(config)
+    if problems:
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
+    try:
+        fields = family.shape_fields(config)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: it has no entry {error}; not of family {family.name}"
+        ) from error
+    form: Any = fields.get("position_embedding", "rope")
+    if position_embedding is not None and "alibi" not in (form, position_embedding):
+        form = position_embedding
+    fields = {**fields, "position_embedding": form}
+    whole: dict[str, Any] = {**fields, "padded_vocab_size": fields["vocab_size"], "seq_len": 1}
+    found, theirs = open_tables(folder)
+    is_packed = family.name == "aquila" and any("Wqkv" in key for key in found)
+    shape = ModelShape(**whole)
+    tensor_map = aquila_map(shape, packed=True) if is_packed else family.tensor_map(shape)
+    return ForeignReader(folder, tensor_map, fields, found=found, theirs=theirs)

@@ -1,0 +1,177 @@
+"""Every family into a checkpoint, through Megatron's form, and out again; killed on the way, and taken up."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_aquila.checkpoint import conversion
+from megatron_aquila.checkpoint.families import FAMILIES, family_of_shape
+from megatron_aquila.checkpoint.llama import SpecialIds
+from megatron_aquila.checkpoint.published import open_weights
+from megatron_aquila.checkpoint.tensorfile import write_tensors
+from megatron_aquila.commands import convert
+from tests.checkpoint.test_families import (
+    AQUILA,
+    BAICHUAN,
+    aquila_files,
+    aquila_logits,
+    baichuan_files,
+    error,
+    folder_of,
+)
+
+ALIBI = BAICHUAN | {"position_embedding": "alibi"}
+SMALL = ("--shard-size", "0.004MB", "--seq-len", "16")
+
+
+def run(source: Path, output: Path, *more: str) -> None:
+    assert convert.main(["--from", str(source), "--to", str(output), *SMALL, *more]) == 0
+
+
+def published(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture
+def aquila(tmp_path: Path) -> Path:
+    (tmp_path / "aquila").mkdir()
+    return folder_of(tmp_path / "aquila", AQUILA, aquila_files(), "module")
+
+
+@pytest.mark.parametrize(
+    ("config", "make"), [(AQUILA, aquila_files), (BAICHUAN, baichuan_files), (ALIBI, baichuan_files)]
+)
+def test_published_weights_come_back_byte_for_byte(tmp_path: Path, config, make) -> None:
+    files = make()
+    (tmp_path / "in").mkdir()
+    source = folder_of(tmp_path / "in", config, files)
+    (source / "tokenizer_config.json").write_text("{}")
+    run(source, tmp_path / "ours")
+    certificate = json.loads((tmp_path / "ours/certificate.json").read_text())
+    assert certificate["round_trip"] == "byte-equal"
+    assert "transformers does not know" in certificate["logits"]
+    target = conversion.huggingface_target  # a converted checkpoint names no tokenizer: the library function
+    reader = open_weights(tmp_path / "ours")
+    family = family_of_shape(reader.shape())
+    if config is AQUILA:
+        family = FAMILIES["aquila"]
+    wanted = {"dtype": torch.float32, "max_bytes": 5000, "ids": SpecialIds(bos=None, eos=None, pad=None)}
+    folder = conversion.convert(
+        reader, reader.shape(), target(reader, reader.shape(), family, **wanted), tmp_path / "out", dtype=torch.float32
+    )
+    conversion.publish(folder, tmp_path / "out", logits="")
+    again = published(tmp_path / "out")
+    assert set(again) == set(files)
+    assert all(torch.equal(again[name], files[name]) for name in files)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert not list((tmp_path / "out").rglob("progress.json"))
+    assert "certificate.json" in (tmp_path / "out/SHA256SUMS").read_text()
+    run(source, tmp_path / "copied", "--to-format", "hf", "--family", family.name)
+    assert (tmp_path / "copied/tokenizer_config.json").is_file()
+
+
+def test_through_megatrons_form_and_half_split(aquila: Path, tmp_path: Path) -> None:
+    expected = aquila_logits(torch.load(aquila / "pytorch_model.bin")["module"])
+    run(aquila, tmp_path / "megatron", "--to-format", "megatron", "--tp", "2", "--pp", "2", "--vocab-multiple", "8")
+    run(tmp_path / "megatron", tmp_path / "ours", "--position-embedding", "rope-interleaved")
+    reader = open_weights(tmp_path / "ours")
+    first = open_weights(aquila)
+    assert all(torch.equal(reader.read(name), first.read(name)) for name in first.tensors)
+    assert reader.shape_fields()["position_embedding"] == "rope-interleaved"
+    run(aquila, tmp_path / "halves", "--position-embedding", "rope", "--dtype", "fp32")
+    assert error(open_weights(tmp_path / "halves"), expected) < 1e-5
+
+
+def test_a_unit_length_head_becomes_a_plain_one_for_llama(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
+    (tmp_path / "in").mkdir()
+    source = folder_of(tmp_path / "in", BAICHUAN, baichuan_files())
+    run(source, tmp_path / "out", "--to-format", "hf", "--family", "llama")
+    assert "fp32 logits agree" in json.loads((tmp_path / "out/certificate.json").read_text())["logits"]
+    head = published(tmp_path / "out")["lm_head.weight"]
+    torch.testing.assert_close(head.norm(dim=1), torch.ones(len(head)))
+
+
+def test_a_killed_conversion_is_taken_up(aquila: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def killed(path: Path, *args, **kwargs):
+        if len(written) == 3:
+            path.write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write_tensors(path, *args, **kwargs)
+
+    monkeypatch.setattr(conversion, "write_tensors", killed)
+    assert convert.main(["--from", str(aquila), "--to", str(tmp_path / "out"), *SMALL]) == 130
+    assert not (tmp_path / "out").exists()
+    assert len(json.loads((tmp_path / "out.tmp/progress.json").read_text())["done"]) == 3
+    damaged = tmp_path / "out.tmp/step_0000000" / written[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    again: list[str] = []
+
+    def watched(path: Path, *args, **kwargs):
+        again.append(path.name)
+        return write_tensors(path, *args, **kwargs)
+
+    monkeypatch.setattr(conversion, "write_tensors", watched)
+    run(aquila, tmp_path / "out")
+    assert written[0] not in again
+    assert written[2] not in again
+    assert written[1] in again, "a damaged file is written anew"
+    run(aquila, tmp_path / "straight")
+    for file in (tmp_path / "straight/step_0000000").iterdir():
+        assert (tmp_path / "out/step_0000000" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_other_settings_begin_anew(aquila: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp/progress.json").write_text(json.dumps({"plan": {"from": "elsewhere"}, "done": {}}))
+    (tmp_path / "out.tmp/stray").write_text("")
+    run(aquila, tmp_path / "out")
+    assert not (tmp_path / "out/stray").exists()
+
+
+def test_what_is_read_back_otherwise_gets_no_name(
+    aquila: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = conversion.digest
+    seen: list[int] = []
+
+    def wrong(tensor: torch.Tensor) -> str:
+        seen.append(1)
+        return right(tensor + 1) if len(seen) == 6 else right(tensor)
+
+    monkeypatch.setattr(conversion, "digest", wrong)
+    assert convert.main(["--from", str(aquila), "--to", str(tmp_path / "out"), *SMALL]) == 2
+    assert "was read back other than it was written" in capsys.readouterr().err
+    assert (tmp_path / "out.tmp").is_dir()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (("--shard-size", "5"), "--shard-size 5: it is no size"),
+        (("--to-format", "hf", "--family", "baichuan2"), "--family baichuan2: its files cannot hold this model"),
+        (("--to-format", "megatron", "--tp", "4"), "num_kv_heads 6 by 4"),
+        (("--dtype", "fp16"), "not finite in torch.float16"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(aquila: Path, tmp_path: Path, more, why, capsys) -> None:
+    files = aquila_files()
+    files["norm.weight"][0] = 1e30
+    torch.save(files, aquila / "pytorch_model.bin")
+    assert convert.main(["--from", str(aquila), "--to", str(tmp_path / "out"), *more]) == 2
+    assert why in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_megatrons_form_holds_neither_alibi_nor_a_unit_length_head(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    source = folder_of(tmp_path / "in", ALIBI, baichuan_files())
+    assert convert.main(["--from", str(source), "--to", str(tmp_path / "out"), "--to-format", "megatron"]) == 2
+    assert "rotary positions and a plain head" in capsys.readouterr().err
