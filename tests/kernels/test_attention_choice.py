@@ -263,5 +263,5 @@ def test_a_gpu_has_a_fused_one_at_aquilas_sizes(num_heads: int, num_kv_heads: in
 def test_scores_that_change_have_a_kernel_of_their_own() -> None:
     sizes = Sizes(scores=Scores(clamp=1.0), seq_len=4096)
     assert choose_kernels(CPU, torch.float32, sizes=sizes).reasons["attention"].startswith("score_blocks: the only one")
-    with pytest.raises(ConfigError, match="--kernels attention=sdpa: .*neither biases nor clamps"):
+    with pytest.raises(ConfigError, match=r"--kernels attention=sdpa: .*neither biases nor clamps"):
         choose_kernels(CPU, torch.float32, forced={"attention": "sdpa"}, sizes=sizes)
