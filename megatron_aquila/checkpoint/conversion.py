@@ -145,7 +145,9 @@ def digest(tensor: Tensor) -> str:
 def finite(reader: TensorReader, dtype: torch.dtype, name: str) -> Tensor:
     """A tensor as it will be written. Raises CheckpointError for a value that ``dtype`` does not hold."""
     tensor = reader.read(name).to(dtype)
-    if not all(piece.isfinite().all() for piece in tensor.flatten().split(PIECE)):  # it takes as much memory again
+    if not all(
+        piece.isfinite().all() for piece in torch.split(tensor.flatten(), PIECE)
+    ):  # it takes as much memory again
         raise CheckpointError(f"{reader.folder}: {name} has values that are not finite in {dtype}; choose a wider type")
     return tensor
 
