@@ -29,6 +29,7 @@ from megatron_aquila.checkpoint.tensorfile import Entry, FileRecord, file_sha256
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.plan.shape import ModelShape
 
+PIECE = 2**24  # elements
 PROGRESS = "progress.json"
 CERTIFICATE = "certificate.json"
 Read = Callable[[str], Tensor]
@@ -42,7 +43,7 @@ class Target:
     """
 
     kind: str
-    files: Mapping[str, Callable[[Path], None]]
+    files: Mapping[str, Callable[[Path], FileRecord]]
     finish: Callable[[Path, Mapping[str, FileRecord]], None]
     reopen: Callable[[Path], TensorReader]
 
@@ -62,8 +63,7 @@ def convert(reader: TensorReader, shape: ModelShape, target: Target, out_dir: Pa
     for name, write in target.files.items():
         if name not in done:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            write(folder / name)
-            done[name] = FileRecord((folder / name).stat().st_size, file_sha256(folder / name))
+            done[name] = write(folder / name)
             _note(folder, plan | {"files": [*target.files]}, done)
     target.finish(folder, {name: done[name] for name in target.files})
     hashes = _read_back(reader, target.reopen(folder), shape, dtype)
@@ -74,9 +74,10 @@ def convert(reader: TensorReader, shape: ModelShape, target: Target, out_dir: Pa
 def publish(folder: Path, out_dir: Path, *, logits: str) -> None:
     """Note in the certificate how logits were compared, write SHA256SUMS, give the folder its name. Raises OSError."""
     write_json(folder / CERTIFICATE, read_json(folder / CERTIFICATE) | {"logits": logits})
-    (folder / PROGRESS).unlink(missing_ok=True)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{file_sha256(path)}  {path.relative_to(folder)}\n" for path in paths]
+    known = {name: record[1] for name, record in read_json(folder / PROGRESS)["done"].items()}
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names if name != PROGRESS]
+    (folder / PROGRESS).unlink()
     write_text(folder / "SHA256SUMS", "".join(lines))
     os.rename(folder, out_dir)
     sync_folder(out_dir.parent)
@@ -144,7 +145,9 @@ def digest(tensor: Tensor) -> str:
 def finite(reader: TensorReader, dtype: torch.dtype, name: str) -> Tensor:
     """A tensor as it will be written. Raises CheckpointError for a value that ``dtype`` does not hold."""
     tensor = reader.read(name).to(dtype)
-    if not tensor.isfinite().all():
+    if not all(
+        piece.isfinite().all() for piece in torch.split(tensor.flatten(), PIECE)
+    ):  # it takes as much memory again
         raise CheckpointError(f"{reader.folder}: {name} has values that are not finite in {dtype}; choose a wider type")
     return tensor
 
@@ -223,8 +226,9 @@ def megatron_target(reader: TensorReader, shape: ModelShape, form: MegatronForm,
     read = partial(finite, reader, dtype)
     ranks = [form.folder(tp, pp) for pp in range(form.pp) for tp in range(form.tp)]
 
-    def write(rank: str, path: Path) -> None:
+    def write(rank: str, path: Path) -> FileRecord:
         write_megatron(path.parents[2], shape, form, read, iteration=0, dtype=dtype, only=rank)
+        return FileRecord(path.stat().st_size, file_sha256(path))
 
     return Target(
         kind=f"megatron tp {form.tp} pp {form.pp}",
@@ -234,5 +238,5 @@ def megatron_target(reader: TensorReader, shape: ModelShape, form: MegatronForm,
     )
 
 
-def _write_shard(entries: Sequence[Entry], metadata: Mapping[str, str] | None, path: Path) -> None:
-    write_tensors(path, entries, metadata)
+def _write_shard(entries: Sequence[Entry], metadata: Mapping[str, str] | None, path: Path) -> FileRecord:
+    return write_tensors(path, entries, metadata)

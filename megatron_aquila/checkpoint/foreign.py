@@ -48,7 +48,7 @@ class ForeignReader(TensorReader):
         }
         super().__init__(folder, tensors, files={})
         self.tensor_map, self._fields = tensor_map, fields
-        self._load = lru_cache(maxsize=2)(theirs)  # q, k and v come one after the other out of one tensor
+        self._load = lru_cache(maxsize=1)(theirs)  # q, k and v come one after the other out of one tensor
 
     def shape_fields(self) -> Fields:
         """What the folder says of its model."""

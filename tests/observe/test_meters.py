@@ -129,3 +129,8 @@ def test_attention_counts_the_documents_that_are_kept_apart():
     assert row["mfu"] == pytest.approx(1024 * 4.5e9 / 312e12)
     assert row["gemm_share"] == pytest.approx(1024 * 4.5e9 / 1e12)
     assert row["mfu_full_attention"] == pytest.approx(1024 * 7e9 / 312e12), "a convention that knows no documents"
+
+
+def test_the_max_z_loss_has_a_column_of_its_own_where_there_is_one():
+    assert "z_loss" not in meter().row(REPORT)
+    assert meter().row(replace(REPORT, z_loss=0.25))["z_loss"] == 0.25
