@@ -71,7 +71,11 @@ class TensorReader(ABC):
                 if common is not None:
                     wanted[piece.file].append((piece, chunk, common))
                     found += common.numel
-            assert found == chunk.tensor.numel(), f"{chunk.name}: {found} of {chunk.tensor.numel()} elements on disk"
+            if found != chunk.tensor.numel():
+                raise CheckpointError(
+                    f"{self.folder}: of {chunk.name} it holds {found} of the {chunk.tensor.numel()} elements that are "
+                    "needed here; use another checkpoint"
+                )
         for file, copies in sorted(wanted.items()):
             if verify_hash:
                 self._verify(file)

@@ -92,7 +92,7 @@ def load_and_save(config: RunConfig, world: int) -> None:
     begin = start.find_start(config, derived, start.resolve_checkpoint(config.checkpoint, ctx.world), None)
     machine = build.build_machine(config, derived, ctx)
     resume.load_weights(machine, begin)
-    resume.save(machine, begin.state, None)
+    resume.begin_save(machine, begin.state, None).finish()
 
 
 def gradients_of(config: RunConfig) -> tuple[float, float]:

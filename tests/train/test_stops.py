@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from megatron_aquila.checkpoint.store import Save
 from megatron_aquila.errors import RunFolderError, Stopped
 from megatron_aquila.train import evaluate as evaluating
-from megatron_aquila.train import trainer
+from megatron_aquila.train import saving
 from megatron_aquila.train.stops import StopRequest, stop_on_signals
 from tests.train.runs import Recorder, run, split, tiny_config
 
@@ -88,13 +89,13 @@ def test_a_stop_file_stops_before_the_next_step_and_saves_once(tmp_path: Path) -
 
 
 def test_a_signal_within_a_save_does_not_save_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = trainer.save
+    right = saving.begin_save
 
-    def signalled(*args: Any) -> Path:
+    def signalled(*args: Any) -> Save:
         signal.raise_signal(signal.SIGTERM)
         return right(*args)
 
-    monkeypatch.setattr(trainer, "save", signalled)
+    monkeypatch.setattr(saving, "begin_save", signalled)
     recorder = run(tiny_config(tmp_path), recorder=Saves())
     assert isinstance(recorder, Saves)
     assert [report.step for report in recorder.reports] == [1, 2]

@@ -272,10 +272,10 @@ def query_heads_read_group_n_mod_k() -> Any:
 
 @mutant("rotary positions grow twice as fast", ONE, "world of one", "output of model.layers.0.self_attn")
 def rope_twice_as_fast() -> Any:
-    from megatron_aquila.model import aquila
+    from megatron_aquila.model import position
 
-    right = aquila.rope_tables
-    return patched(aquila, "rope_tables", lambda positions, **settings: right(positions * 2, **settings))
+    right = position.rope_tables
+    return patched(position, "rope_tables", lambda positions, **settings: right(positions * 2, **settings))
 
 
 @mutant("a microbatch's loss is divided by its own tokens", ONE, "world of one", "gradient of lm_head.weight")
@@ -547,7 +547,7 @@ def reduced_too_early() -> Any:
             self._missing -= 1
             if self._missing == len(self.layout.slots):
                 self._missing = 0
-                self._on_complete()
+                self._on_complete(self)
 
     def at_once(self: Bucket) -> None:
         right(self)
@@ -574,23 +574,30 @@ def mask_ignored() -> Any:
     *APART,
 )
 def mask_off_by_one() -> Any:
-    from megatron_aquila.data.documents import DocumentRules
+    from megatron_aquila.data import loader
 
-    right = DocumentRules.bounds
+    right = loader.lay_out
 
-    def wrong(self: DocumentRules, tokens: Any) -> Any:
-        bounds = right(self, tokens)
-        return bounds - (bounds % tokens.shape[1] == tokens.shape[1] // 2 + 1)
+    def wrong(samples: Any, **rules: Any) -> Any:
+        tokens, labels, mask, positions, bounds = right(samples, **rules)
+        if bounds is not None:
+            bounds = bounds - (bounds % tokens.shape[1] == tokens.shape[1] // 2 + 1)
+        return tokens, labels, mask, positions, bounds
 
-    return patched(DocumentRules, "bounds", wrong)
+    return patched(loader, "lay_out", wrong)
 
 
 @mutant("positions count on", ONE, "world of one", "output of model.layers.0.self_attn", "reset_position_ids")
 def positions_not_reset() -> Any:
-    from megatron_aquila.data.documents import DocumentRules
+    return _laid_out_without("reset_positions")
 
-    right = DocumentRules.positions
-    return patched(DocumentRules, "positions", lambda self, tokens: right(replace(self, reset_positions=False), tokens))
+
+def _laid_out_without(rule: str) -> Any:
+    """Batches as if ``rule`` were not asked for."""
+    from megatron_aquila.data import loader
+
+    right = loader.lay_out
+    return patched(loader, "lay_out", lambda samples, **rules: right(samples, **{**rules, rule: False}))
 
 
 @mutant(
@@ -611,10 +618,7 @@ def positions_skip_one_after_a_start() -> Any:
 
 @mutant("the loss counts what follows the end of a document", ONE, "world of one", "loss", *APART)
 def end_of_document_counts() -> Any:
-    from megatron_aquila.data.documents import DocumentRules
-
-    right = DocumentRules.loss_mask
-    return patched(DocumentRules, "loss_mask", lambda self, tokens: right(replace(self, mask_loss=False), tokens))
+    return _laid_out_without("mask_loss")
 
 
 # Context parallelism.

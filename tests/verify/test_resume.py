@@ -104,7 +104,7 @@ def test_new_processes_are_spoiled_too(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig()
     with pytest.raises(ConfigError):
-        small_run(replace(config, parallel=replace(config.parallel, context=2)), tmp_path, steps=1)
+        small_run(replace(config, parallel=replace(config.parallel, context=3)), tmp_path, steps=1)
     assert selftest.main(["resume", "--steps", "0"]) == 2
     assert "there is nothing to stop" in capsys.readouterr().err
     assert selftest.main([]) == 2
