@@ -62,7 +62,7 @@ setup(
         "kernels": ["triton>=3.6"],
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
-        "spm": ["sentencepiece"],
+        "spm": ["sentencepiece", "protobuf"],
         "lm-eval": ["lm_eval"],
         "benchmarks": ["transformers>=5", "liger-kernel"],
         "dev": [
@@ -83,6 +83,7 @@ setup(
             "zstandard",
             "pyarrow",
             "sentencepiece",
+            "protobuf",
             'gigatoken; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },

@@ -12,7 +12,7 @@ COMMANDS = {
     "preprocess": "turn jsonl corpora into .bin/.idx token files",
     "data": "verify, inspect, merge, index and trace token files",
     "tokenizer": "train, compare and extend tokenizers",
-    "convert": "convert checkpoints to Hugging Face folders, or inspect one",
+    "convert": "turn weights of one form into another, or inspect a checkpoint",
     "ckpt": "list, verify, compare, tag and prune checkpoints",
     "generate": "continue texts, or chat, with a checkpoint or a Hugging Face folder",
     "evaluate": "perplexity and accuracy on token files, by source",

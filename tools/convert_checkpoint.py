@@ -1,4 +1,4 @@
-"""Checkpoints to Hugging Face folders; the same as ``aquila convert``."""
+"""Weights of one form into another; the same as ``aquila convert``."""
 
 import sys
 

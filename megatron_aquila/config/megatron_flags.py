@@ -107,7 +107,7 @@ _SEARCH = Refused(
 )
 _SPEED = Refused("changes speed only and is not offered", "leave it out")
 _MOE = Refused("mixtures of experts are not offered", "leave it out: every MLP is dense")
-_SHARDING = Refused("optimizer states are sharded, weights and gradients are not yet", "leave it out")
+_SHARDING = Refused("what replicas share out has one setting", "use --zero 1, 2 or 3")
 _BALANCE = Refused(
     "stages are balanced with the head counted, or given by their layers",
     "leave it out, or use --stage-layers or --pipeline-layout",

@@ -32,13 +32,13 @@ def test_the_page_is_current():
 
 def test_without_results_every_benchmark_is_not_measured_yet():
     text = page([])
-    assert text.count(NOT_MEASURED) == len(ABOUT) == 7
+    assert text.count(NOT_MEASURED) == len(ABOUT)
     assert ABOUT.keys() == TABLES.keys()
 
 
 def test_a_result_says_where_it_comes_from_and_how_ours_compares():
     text = page([RESULT | {"tables": {"step": STEPS}}])
-    assert text.count(NOT_MEASURED) == 6
+    assert text.count(NOT_MEASURED) == len(ABOUT) - 1
     assert "- G, 79.6 GiB, C, 4 cores, 2 threads, 8.0 GiB; load 0.5 before, 1.5 after" in text
     assert "- commit abc with changes, 2000-01-02T03:04:05+00:00" in text
     assert "- tiny False, models 7b 34b-8" in text

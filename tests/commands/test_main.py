@@ -21,7 +21,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_usage_promises_no_more_than_there_is() -> None:
     assert aquila.COMMANDS["tokenizer"] == "train, compare and extend tokenizers"
-    assert aquila.COMMANDS["convert"] == "convert checkpoints to Hugging Face folders, or inspect one"
+    assert aquila.COMMANDS["convert"] == "turn weights of one form into another, or inspect a checkpoint"
 
 
 def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
