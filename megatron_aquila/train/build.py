@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import Derived, bucket_bytes
-from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
+from megatron_aquila.config.optim import OptimConfig
+from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.data.loader import MicroBatch
 from megatron_aquila.kernels.blocks import BlockAttention
 from megatron_aquila.kernels.dispatch import choose_kernels

@@ -2,7 +2,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megatron_aquila.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.optim import OptimConfig
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.verify.layout import NEEDS, WORDS, Layout, is_supported, requested_layout, with_layout
 from megatron_aquila.verify.shrink import shrink, small_stages
 
