@@ -3,7 +3,9 @@
 # ruff: noqa: RUF009 -- setting() makes a dataclass field
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from megatron_aquila.config.fields import Count, NotNegative, Positive, Share, Whole, setting
 
@@ -35,6 +37,12 @@ class OptimConfig:
     moments_dtype: Literal["fp32", "bf16"] = setting("fp32", "type that Adam's moments are kept in between steps")
     master_weights: Literal["fp32", "remainder"] = setting(
         "fp32", "how bf16 weights' fp32 masters are kept: whole, or as the 16 bits that the weights lack"
+    )
+    offload_optimizer: Annotated[float, Ge(0), Le(1)] = setting(
+        0.0,
+        "share of masters and moments that are kept, and updated, in the host's memory instead of the GPU's",
+        "--offload-optimizer",
+        "--optimizer-offload-fraction",
     )
     weight_decay: NotNegative = setting(0.1, "decoupled weight decay of matrices; norms have none")
     clip_grad: NotNegative = setting(1.0, "largest global gradient norm; 0 means no clipping", "--clip-grad")
