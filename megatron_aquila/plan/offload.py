@@ -1,6 +1,7 @@
-"""Which buckets' optimizer states a rank keeps in its host's memory instead of its device's."""
+"""Which buckets' optimizer states a rank keeps in its host's memory instead of its device's, and what that takes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 
 def on_host(sizes: Sequence[int], share: float) -> tuple[bool, ...]:
@@ -13,3 +14,22 @@ def on_host(sizes: Sequence[int], share: float) -> tuple[bool, ...]:
         if sum(sizes[one] for one in chosen) < share * sum(sizes):
             chosen.add(place)
     return tuple(place in chosen for place in range(len(sizes)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostMemory:
+    """Bytes that one rank's offloaded shards take on its host. Beside a GPU the first two are pinned.
+
+    ``gradients`` as they are summed up, and ``weights``, are copies of the device's: what travels. With 32-bit weights
+    and more those copies are the masters.
+    """
+
+    gradients: int
+    weights: int
+    master_weights: int
+    optimizer_states: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts together."""
+        return sum(getattr(self, part.name) for part in fields(self))
