@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "pipeline": {"plan", "parallel"},
     "model": {"plan", "parallel", "kernels"},
     "data": {"plan", "_native"},
-    "optim": {"parallel", "kernels"},
+    "optim": {"plan", "parallel", "kernels"},
     "checkpoint": {"plan", "parallel"},
 }
 BELOW = set(MAY_IMPORT)

@@ -159,6 +159,7 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         recompute=derived.recompute,
         fuse_main_grads=config.parallel.fuse_main_grads,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
+        offload_optimizer=config.optim.offload_optimizer,
     )
 
 
@@ -184,4 +185,5 @@ def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
         recompute=derived.recompute,
         num_sources=max(1, len(sources(*(path for _, path in training_blends(config.data))))),
         loss_chunk_tokens=config.train.loss_chunk_tokens,
+        offload_optimizer=config.optim.offload_optimizer,
     )

@@ -8,6 +8,7 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, spell, value_of
 from megatron_aquila.plan.flops import flops_per_token, num_params
 from megatron_aquila.plan.memory import Memory
+from megatron_aquila.plan.offload import HostMemory
 from megatron_aquila.plan.stages import idle_share
 
 GIB, MIB = 2**30, 2**20
@@ -48,9 +49,12 @@ def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[
 
 
 def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
-    """One line of estimated memory, by purpose, for each pipeline rank."""
-    plan = memory_plan(config, derived)
-    return [(f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in range(derived.stages.num_ranks)]
+    """One line of estimated memory, by purpose, for each pipeline rank; one more each where its host has some of it."""
+    plan, ranks = memory_plan(config, derived), range(derived.stages.num_ranks)
+    rows = [(f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in ranks]
+    if config.optim.offload_optimizer > 0:
+        rows += [(f"host memory, pp rank {rank}", memory_words(plan.host_of_rank(rank))) for rank in ranks]
+    return rows
 
 
 TRAFFIC_COLUMNS = ("what", "call", "between ranks", "calls", "of bytes", "sent")
@@ -105,7 +109,7 @@ def _bubble(config: RunConfig, derived: Derived, bubble: float) -> str:
     return f"{100 * bubble:.2f} % of a step, {name} with {microbatches} microbatches on equal stages"
 
 
-def memory_words(memory: Memory) -> str:
+def memory_words(memory: Memory | HostMemory) -> str:
     """The total and every part that is not zero, e.g. ``26.4 GiB: weights 4.1 GiB, ...``."""
     parts = [(part.name.replace("_", " "), getattr(memory, part.name)) for part in fields(memory)]
     named = ", ".join(f"{name} {_size(size)}" for name, size in parts if size)

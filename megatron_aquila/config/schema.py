@@ -6,34 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le, Lt
 
+from megatron_aquila.config.fields import Count, NotNegative, Positive, Whole, setting
+from megatron_aquila.config.optim import OptimConfig
 from megatron_aquila.plan.recompute import Kind, Method
 from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.shape import NormOrder, PositionEmbedding, Precision, RopeScaling
 from megatron_aquila.plan.stages import ScheduleName
 
-Count = Annotated[int, Ge(1)]
-Whole = Annotated[int, Ge(0)]
-Positive = Annotated[float, Gt(0), Lt(math.inf)]
-NotNegative = Annotated[float, Ge(0), Lt(math.inf)]
-Share = Annotated[float, Ge(0), Lt(1)]
-TrainedPart = Literal["embeddings", "head", "vocabulary", "norms"]
-Decay = Literal["cosine", "linear", "constant", "wsd"]
 ZeroLevel = Annotated[int, Ge(1), Le(3)]
-WsdDecay = Literal["linear", "cosine", "exponential", "minus_sqrt"]
-
-
-def setting(default: Any, help: str, *flags: str) -> Any:
-    """A field with its help text and its spellings on the command line.
-
-    The first spelling is ours; further ones are Megatron-LM's and FlagScale's. With none given the flag is the field's
-    name in kebab case. A tuple field takes several values; a bool field also gets ``--no-...``.
-    """
-    metadata: Mapping[str, Any] = {"help": help, "flags": flags}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,39 +199,6 @@ class DataConfig:
         None, "the token that ends a document, for the three switches above; default the tokenizer's"
     )
     prefetch: Whole = setting(2, "steps of batches read ahead", "--prefetch", "--num-workers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The update, its learning rate (all lengths are in samples), and the loss scale of fp16."""
-
-    optimizer: Literal["adamw", "sgd"] = setting("adamw", "update rule", "--optimizer")
-    train_only: TrainedPart | None = setting(
-        None, "train this part alone, all else stays as it is; vocabulary: embeddings and head; default everything"
-    )
-    lr: Positive = setting(3e-4, "peak learning rate")
-    min_lr: NotNegative = setting(3e-5, "final learning rate")
-    lr_decay: Decay = setting("cosine", "shape of the decay", "--lr-decay", "--lr-decay-style")
-    lr_warmup_samples: Whole = setting(0, "samples of linear warm-up from 0")
-    lr_decay_samples: Count | None = setting(None, "samples until min_lr, warm-up included; default train_samples")
-    lr_wsd_decay_samples: Count | None = setting(None, "samples of the final decay of wsd")
-    lr_wsd_decay: WsdDecay = setting(
-        "linear", "shape of the final decay of wsd", "--lr-wsd-decay", "--lr-wsd-decay-style"
-    )
-    beta1: Share = setting(0.9, "decay of Adam's first moment", "--beta1", "--adam-beta1")
-    beta2: Share = setting(0.95, "decay of Adam's second moment", "--beta2", "--adam-beta2")
-    eps: Positive = setting(1e-8, "Adam's epsilon", "--eps", "--adam-eps")
-    moments_dtype: Literal["fp32", "bf16"] = setting("fp32", "type that Adam's moments are kept in between steps")
-    master_weights: Literal["fp32", "remainder"] = setting(
-        "fp32", "how bf16 weights' fp32 masters are kept: whole, or as the 16 bits that the weights lack"
-    )
-    weight_decay: NotNegative = setting(0.1, "decoupled weight decay of matrices; norms have none")
-    clip_grad: NotNegative = setting(1.0, "largest global gradient norm; 0 means no clipping", "--clip-grad")
-    initial_loss_scale: Positive = setting(2.0**32, "fp16: what the loss is first multiplied with for its gradients")
-    min_loss_scale: Positive = setting(1.0, "fp16: the lowest loss scale")
-    loss_scale_window: Count = setting(1000, "fp16: finite steps in a row after which the loss scale is doubled")
-    hysteresis: Count = setting(2, "fp16: overflows, since the scale last grew, from which on each halves it")
-    loss_scale: Positive | None = setting(None, "fp16: a constant loss scale instead")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,8 +76,9 @@ def adamw_torch_(
 ) -> None:
     """``adamw_`` by torch's fused kernel: two passes over memory, not fifteen. Roundings differ in the last bit.
 
-    For GPUs. On a CPU the last elements of a tensor are rounded unlike the others, so that a split would show. The
-    kernel's own ``grad_scale`` is float32, divides, and is written back into the gradient: multiplied here instead.
+    On a CPU the last elements of a tensor are rounded unlike the others, so that a split shows, unless it is at a
+    multiple of 64 elements, as the borders of optimizer shards are. The kernel's own ``grad_scale`` is float32,
+    divides, and is written back into the gradient: multiplied here instead.
     """
     count, found_inf = step.float(), (~applies).float()
     for weight, g, mean, square in _opened(WIDENED, param, grad, exp_avg, exp_avg_sq, remainder):

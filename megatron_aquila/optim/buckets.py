@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_aquila.optim.flat import Flat
 from megatron_aquila.optim.groups import BucketLayout, Piece, main_dtype
+from megatron_aquila.optim.host import Fetch, Host
 from megatron_aquila.parallel.collectives import Pending, begin_all_gather_flat_, begin_reduce_scatter_flat_
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.weight_grads import MainGrad
@@ -65,6 +66,8 @@ class Bucket:
     gradient that autograd produces is added there at once, in ``main_dtype``, and dropped, so that 16-bit gradients of
     many microbatches are summed in float32. ``master`` is this rank's shard as updates change it: a copy in
     ``main_dtype`` for 16-bit weights, else the weights' own shard, then with a ``remainder`` where ``storage`` says so.
+    With a ``host`` all that an update touches is there: it reads ``update_grad`` and leaves ``new_weights``, which are
+    copies of the shards; else they are the shards themselves.
     ``on_complete`` is called when the last gradient of a step has been added; where gradients are sharded, when every
     parameter has had one more, and then there is something to reduce.
     """
@@ -77,14 +80,16 @@ class Bucket:
         reduction: Reduction = Reduction(),
         storage: Storage = Storage(),
         sharding: Sharding = Sharding(),
+        host: Host | None = None,
         on_complete: Callable[["Bucket"], None] = lambda _bucket: None,
     ) -> None:
         device, own_type = layout.slots[0].info.param.device, main_dtype(layout.dtype)
-        self.layout, self.sharding = layout, sharding
+        self.layout, self.sharding, self.host = layout, sharding, host
         self._group, self._reduction, self._on_complete = group, reduction, on_complete
         self._missing: int | None = None  # gradients still to come before a reduction, None while they are not counted
         self._reducing: Pending | None = None
         self._gathering: Pending | None = None
+        self._fetching: Fetch | None = None
         self._weights = Flat(layout.size, layout.dtype, device)
         self._grads = Flat(layout.size, own_type, device)
         self.weights, self.grads = self._weights.tensor, self._grads.tensor
@@ -95,12 +100,15 @@ class Bucket:
         self._own = self.weights[own]
         self.weight_shard = self._own.clone() if sharding.weights else self._own
         self.grad_shard = torch.zeros_like(self.grads[own]) if sharding.gradients else self.grads[own]
+        self.update_grad, self.new_weights = self.grad_shard, self.weight_shard
+        if host is not None:
+            self.update_grad, self.new_weights = host.like(self.grad_shard), host.like(self.weight_shard)
         self.remainder: Tensor | None = None
-        self.master = self.weight_shard
+        self.master = self.new_weights
         if storage.has_remainders and layout.dtype is torch.bfloat16:
-            self.remainder = torch.zeros_like(self.weight_shard, dtype=torch.int16)
+            self.remainder = torch.zeros_like(self.master, dtype=torch.int16)
         else:
-            self.master = self.weight_shard.to(own_type)  # no copy if the type is the same
+            self.master = self.new_weights.to(own_type)  # no copy if the type is the same
         self.pieces: list[Piece] = layout.pieces(group.rank)
         if sharding.gradients:
             self._grads.let_go()
@@ -113,7 +121,7 @@ class Bucket:
     @property
     def publish(self) -> Tensor | None:
         """Where an update leaves the weights to be published, rounded; None where it updates the weights themselves."""
-        return self.weight_shard if self.keeps_master else None
+        return self.new_weights if self.keeps_master else None
 
     @property
     def is_complete(self) -> bool:
@@ -165,11 +173,25 @@ class Bucket:
             self.bring_in()
         self._missing = None
 
+    def begin_fetch(self) -> None:
+        """Begin to copy the sums to the host, if the update is made there."""
+        if self.host is not None:
+            self._fetching = self.host.fetch(self.grad_shard, self.update_grad)
+
+    def await_fetch(self) -> None:
+        """Wait until the host has the sums. It then also has what it last sent: that was before them."""
+        assert self._fetching is not None, "the sums were never fetched"
+        self._fetching.wait()
+        self._fetching = None
+
     def begin_publish(self) -> None:
         """Begin to give ``weight_shard`` to every replica. Communicates: one all-gather, in place.
 
-        Where weights are sharded nothing is gathered before it is read: what was, is let go of.
+        Where weights are sharded nothing is gathered before it is read: what was, is let go of. Those that were updated
+        on the host are sent from there first, in the device's order of work.
         """
+        if self.host is not None:
+            self.weight_shard.copy_(self.new_weights, non_blocking=True)
         if self.sharding.weights:
             self.let_go()
         else:
@@ -198,7 +220,8 @@ class Bucket:
         if self.sharding.weights:
             self.weight_shard.copy_(self._own)
             self.let_go()
-        self.master.copy_(self.weight_shard)
+        self.new_weights.copy_(self.weight_shard)
+        self.master.copy_(self.new_weights)
         if self.remainder is not None:
             self.remainder.zero_()
 

@@ -1,6 +1,7 @@
 """The optimizer: gradients summed, states, and as asked gradients and weights, sharded over the replicas (ZeRO)."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,21 @@ from megatron_aquila.optim.buckets import Bucket, Reduction, Sharding, Storage
 from megatron_aquila.optim.clip import Clip, counted_spans, squared_norm
 from megatron_aquila.optim.gathering import Gathering
 from megatron_aquila.optim.groups import plan_buckets
+from megatron_aquila.optim.host import Host
 from megatron_aquila.optim.rules import Rule
 from megatron_aquila.parallel.collectives import all_reduce_
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import FlatRange, ParamInfo
 from megatron_aquila.parallel.weight_grads import MainGrad
+from megatron_aquila.plan.offload import on_host
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offload:
+    """What share of a rank's shards has its masters and states on the host, and the ``rule`` that updates there."""
+
+    share: float
+    rule: Rule
 
 
 class DistributedOptimizer:
@@ -32,6 +43,10 @@ class DistributedOptimizer:
     theirs, and has memory only until then. With ``sharding.weights`` (ZeRO-3) a bucket is gathered before it is read
     and let go of after that. Both leave the buckets of vectors as they are: norms are small, and read everywhere.
 
+    With ``offload`` some buckets are updated on the host, while the device updates the others: their gradients are
+    copied there as they are reduced, and the weights back. ``step`` then waits for the device, once for the norm and
+    once for each of these gradients, and computes on the host before it returns.
+
     Bucket sizes and shard borders change nothing element by element; what differs between layouts is the order in which
     more than two replicas' gradients are summed (not with ``reduction.in_rank_order``), and in which the squares of the
     norm are.
@@ -47,10 +62,14 @@ class DistributedOptimizer:
         reduction: Reduction = Reduction(),
         storage: Storage = Storage(),
         sharding: Sharding = Sharding(),
+        offload: Offload | None = None,
     ) -> None:
         layouts = plan_buckets(infos, bucket_bytes=bucket_bytes, num_shards=ctx.dp_cp.size)
         self._ctx = ctx
         self._rule = rule
+        self._offload = offload
+        self._host = None if offload is None else Host(ctx.device)
+        places = on_host([layout.size for layout in layouts], 0.0 if offload is None else offload.share)
         self._buckets = [
             Bucket(
                 layout,
@@ -58,9 +77,10 @@ class DistributedOptimizer:
                 reduction=reduction,
                 storage=storage,
                 sharding=sharding if layout.weight_decay else Sharding(),
+                host=self._host if is_on_host else None,
                 on_complete=self._reduce_round if layout.weight_decay and sharding.gradients else self._reduce_complete,
             )
-            for layout in layouts
+            for layout, is_on_host in zip(layouts, places, strict=True)
         ]
         self._whole_sums = [bucket for bucket in self._buckets if not bucket.sharding.gradients]
         self._sharded_sums = [bucket for bucket in self._buckets if bucket.sharding.gradients]
@@ -69,7 +89,7 @@ class DistributedOptimizer:
         )
         self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.main_grads}
         self._states = [
-            {name: torch.zeros_like(bucket.grad_shard, dtype=storage.moments) for name in rule.state}
+            {name: torch.zeros_like(bucket.update_grad, dtype=storage.moments) for name in rule.state}
             for bucket in self._buckets
         ]
         self._reduces_early, self._most_under_way = reduction.overlap, reduction.most_under_way
@@ -98,6 +118,8 @@ class DistributedOptimizer:
         One that gets more while its bucket is reduced is an error; one that gets fewer is waited for until
         ``reduce_gradients``.
         """
+        if self._host is not None:
+            self._host.settle(self._ctx.device)
         for bucket in self._buckets:
             bucket.begin_step(num_microbatches)
 
@@ -113,8 +135,10 @@ class DistributedOptimizer:
             self._begin_reduce()
         for bucket in self._whole_sums:
             bucket.finish_reduce()
+            bucket.begin_fetch()
         for bucket in self._sharded_sums:
             bucket.finish_sharded()
+            bucket.begin_fetch()
         self._num_begun = 0
 
     def clip(self, max_norm: float, *, loss_scale: float = 1.0) -> Clip:
@@ -134,19 +158,32 @@ class DistributedOptimizer:
         """
         self._settle()
         self._applied_steps += clip.applies
-        for bucket, state in reversed([*zip(self._buckets, self._states, strict=True)]):
-            self._rule.update_(
-                bucket.master,
-                bucket.grad_shard,
-                state,
-                lr=lr,
-                decays=bucket.layout.weight_decay,
-                step=self._applied_steps,
-                clip=clip,
-                publish=bucket.publish,
-                remainder=bucket.remainder,
-            )
-            bucket.begin_publish()
+        question = None if self._host is None else self._host.ask(clip, self._applied_steps)
+        here = [place for place, bucket in enumerate(self._buckets) if bucket.host is None]
+        for place in reversed(here):
+            self._update(place, self._rule, lr, clip, self._applied_steps)
+        if question is None or self._offload is None:
+            return
+        clip, step = question.wait()
+        for place in (place for place in range(len(self._buckets)) if place not in here):
+            self._buckets[place].await_fetch()
+            self._update(place, self._offload.rule, lr, clip, step)
+
+    def _update(self, place: int, rule: Rule, lr: float, clip: Clip, step: Tensor) -> None:
+        """Update one bucket where its states are, and begin to share its weights."""
+        bucket = self._buckets[place]
+        rule.update_(
+            bucket.master,
+            bucket.update_grad,
+            self._states[place],
+            lr=lr,
+            decays=bucket.layout.weight_decay,
+            step=step,
+            clip=clip,
+            publish=bucket.publish,
+            remainder=bucket.remainder,
+        )
+        bucket.begin_publish()
 
     def wait_for_weights(self, params: Iterable[nn.Parameter] | None = None) -> None:
         """Wait until ``params`` (None: all) are this step's on every replica. Local; nothing where they already are.
@@ -195,8 +232,9 @@ class DistributedOptimizer:
         """
         self.wait_for_weights()
         kept = [bucket for bucket in self._buckets if bucket.keeps_master]
-        wrong = [bucket.master.to(bucket.weights.dtype).ne(bucket.weight_shard) for bucket in kept]
-        if not wrong or not bool(torch.stack([one.any() for one in wrong]).any()):
+        shards = [bucket.weight_shard.to(bucket.master.device) for bucket in kept]
+        wrong = [bucket.master.to(shard.dtype).ne(shard) for bucket, shard in zip(kept, shards, strict=True)]
+        if not wrong or not bool(torch.stack([one.any().to(self._ctx.device) for one in wrong]).any()):
             return []
         return [
             piece.flat.info.name

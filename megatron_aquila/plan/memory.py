@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_aquila.plan.buckets import rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
+from megatron_aquila.plan.offload import HostMemory, on_host
 from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
 from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape, Precision
@@ -63,6 +64,7 @@ class MemoryPlan:
     recompute: RecomputePlan = KEEP_ALL
     fuse_main_grads: bool = True
     loss_chunk_tokens: int | None = None
+    offload_optimizer: float = 0.0
 
     def of_rank(self, rank: int) -> Memory:
         """Bytes of pipeline rank ``rank``: of all its stages."""
@@ -71,16 +73,26 @@ class MemoryPlan:
         limit, tp = self.bucket_bytes // gradient, self.grid.tp
         buckets = rank_buckets(self.shape, self.stages, rank, tp=tp, limit=limit, num_shards=num_shards)
         params = sum(buckets)
-        shard = params // num_shards
+        shard = params // num_shards - self._offloaded(rank)  # whose masters and states are here
         return Memory(
             weights=params * self._item,
             main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
-            master_weights=shard * (2 if self.master_weights == "remainder" else 4) if self._item < 4 else 0,
-            optimizer_states=shard * (2 if self.moments_dtype == "bf16" else gradient) * MOMENTS[self.optimizer],
+            master_weights=shard * self._master,
+            optimizer_states=shard * self._moments,
             activations=self._kept(rank),
             logits=sum(max(1, count) * self._logits(stage) for stage, count in self._by_stage(rank).items()),
             temporaries=max(self._temporaries(stage) + self._recomputed(stage) for stage in stages)
             + max(buckets) * self._copied_while_reduced(),
+        )
+
+    def host_of_rank(self, rank: int) -> HostMemory:
+        """Bytes of pipeline rank ``rank`` in its host's memory, of what the device has not."""
+        shard = self._offloaded(rank)
+        return HostMemory(
+            gradients=shard * GRADIENT_BYTES[self.precision],
+            weights=shard * self._item,
+            master_weights=shard * self._master,
+            optimizer_states=shard * self._moments,
         )
 
     def peak(self) -> Memory:
@@ -134,6 +146,23 @@ class MemoryPlan:
         travels = 2 if self.grad_reduce == "bf16" else GRADIENT_BYTES[self.precision]
         copies = (self.grad_reduce == "bf16") + self.deterministic_reduce
         return travels * copies * (2 if self.overlap else 1)
+
+    def _offloaded(self, rank: int) -> int:
+        """Elements of a rank's shards that are on its host."""
+        num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // GRADIENT_BYTES[self.precision]
+        sizes = rank_buckets(self.shape, self.stages, rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
+        chosen = zip(sizes, on_host(sizes, self.offload_optimizer), strict=True)
+        return sum(size for size, is_on_host in chosen if is_on_host) // num_shards
+
+    @property
+    def _master(self) -> int:
+        """Bytes of an element's master, where that is not the weight."""
+        return 0 if self._item >= 4 else 2 if self.master_weights == "remainder" else 4
+
+    @property
+    def _moments(self) -> int:
+        """Bytes of an element's optimizer states."""
+        return MOMENTS[self.optimizer] * (2 if self.moments_dtype == "bf16" else GRADIENT_BYTES[self.precision])
 
     @property
     def _item(self) -> int:

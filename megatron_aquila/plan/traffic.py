@@ -11,19 +11,21 @@ from megatron_aquila.plan.buckets import rank_buckets
 from megatron_aquila.plan.grid import Axis, RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
+from megatron_aquila.plan.offload import on_host
 from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
 from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.stages import StagePlan
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive"]
-GroupName = Literal["tp", "cp", "pp", "dp_cp", "world"]
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive", "to host", "from host"]
+GroupName = Literal["tp", "cp", "pp", "dp_cp", "world", "host"]
 AXES: dict[GroupName, tuple[Axis, ...]] = {
     "tp": ("tp",),
     "cp": ("cp",),
     "pp": ("pp",),
     "dp_cp": ("dp", "cp"),
     "world": ("tp", "cp", "dp", "pp"),
+    "host": (),
 }
 
 
@@ -32,7 +34,7 @@ class Traffic:
     """Calls of one purpose and kind that a rank makes in a step.
 
     ``num_bytes`` counts the whole tensor of every call: what an all-gather returns, and what all others take.
-    ``group_size`` ranks take part in each.
+    ``group_size`` ranks take part in each; what goes to a rank's own host and comes from there is no other rank's.
     """
 
     what: str
@@ -69,6 +71,7 @@ class TrafficPlan:
     recompute: RecomputePlan = KEEP_ALL
     num_sources: int = 1
     loss_chunk_tokens: int | None = None
+    offload_optimizer: float = 0.0
 
     def of_rank(self, pp_rank: int) -> tuple[Traffic, ...]:
         """One step of any rank at ``pp_rank`` of the pipeline, by purpose; nothing is said in a group of one."""
@@ -78,8 +81,9 @@ class TrafficPlan:
             *self._norm_gradients(stages),
             *self._replicas(pp_rank),
             *self._world(),
+            *self._host(pp_rank),
         ]
-        return _merged(row for row in rows if row.group_size > 1 and row.count > 0)
+        return _merged(row for row in rows if (row.group_size > 1 or row.group == "host") and row.count > 0)
 
     def _of_stage(self, stage: int) -> Iterator[Traffic]:
         """What happens for every microbatch."""
@@ -200,6 +204,15 @@ class TrafficPlan:
         for size in rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards):
             yield self._row("gradients", kind, "dp_cp", 1, size * reduced)
             yield self._row("weights", "all-gather", "dp_cp", 1, size * self._item)
+
+    def _host(self, pp_rank: int) -> Iterator[Traffic]:
+        """The shards that are updated on the host: their gradients go there, and their weights come back."""
+        num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // self._gradient
+        sizes = rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
+        for size, is_on_host in zip(sizes, on_host(sizes, self.offload_optimizer), strict=True):
+            if is_on_host:
+                yield self._row("gradients", "to host", "host", 1, size // num_shards * self._gradient)
+                yield self._row("weights", "from host", "host", 1, size // num_shards * self._item)
 
     def _world(self) -> Iterator[Traffic]:
         """What all ranks agree on, in float64: counts before the step, its norm, loss and tokens of each source."""

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import Derived, bucket_bytes
-from megatron_aquila.config.schema import OptimConfig, ParallelConfig, RunConfig
+from megatron_aquila.config.optim import OptimConfig
+from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.data.loader import MicroBatch
+from megatron_aquila.kernels.adamw import adamw_torch_
 from megatron_aquila.kernels.blocks import BlockAttention
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
@@ -23,7 +25,7 @@ from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
 from megatron_aquila.model.position import rank_scores
 from megatron_aquila.optim.buckets import Reduction, Sharding, Storage
-from megatron_aquila.optim.distributed import DistributedOptimizer
+from megatron_aquila.optim.distributed import DistributedOptimizer, Offload
 from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.optim.rules import AdamW, Rule, Sgd
 from megatron_aquila.optim.scaler import LossScaling
@@ -129,6 +131,7 @@ def build_machine(
         reduction=reduction(config.parallel),
         storage=storage(config.optim),
         sharding=Sharding(gradients=config.parallel.zero >= 2, weights=config.parallel.zero >= 3),
+        offload=offload(config.optim, kernels, ctx.device),
     )
     if config.parallel.zero >= 3:
         placement.weight_reads.announce_to(lambda weight: optimizer.wait_for_weights([weight]))
@@ -229,6 +232,15 @@ def storage(optim: OptimConfig) -> Storage:
         moments=torch.bfloat16 if optim.moments_dtype == "bf16" else None,
         has_remainders=optim.master_weights == "remainder",
     )
+
+
+def offload(optim: OptimConfig, kernels: Kernels, device: torch.device) -> Offload | None:
+    """What of the optimizer is on the host, and its rule there: beside a GPU by torch's fused kernel for CPUs."""
+    if optim.offload_optimizer == 0:
+        return None
+    if device.type == "cuda":
+        kernels = replace(kernels, adamw=adamw_torch_)
+    return Offload(share=optim.offload_optimizer, rule=update_rule(optim, kernels))
 
 
 def wait_before_forward(stages: Iterable[nn.Module], optimizer: DistributedOptimizer) -> None:

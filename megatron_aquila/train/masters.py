@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
-from megatron_aquila.config.schema import OptimConfig
+from megatron_aquila.config.optim import OptimConfig
 from megatron_aquila.kernels.remainder import join, split
 
 MASTER, REMAINDER, MOMENTS = (

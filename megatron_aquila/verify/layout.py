@@ -12,13 +12,15 @@ NOT_BY_STAGE: Mapping[str, Any] = {  # what is recomputed in stages that are not
     f"recompute_{field}_per_stage": () for field in ("granularity", "method", "layers")
 }
 LARGEST_MICRO_BATCH = 2  # two samples at once show what more would
+OFFLOADED = 0.9  # of the optimizer: all but a bucket or two, so that both sides update
 BUCKET_MIB = {False: 1.0, True: 1 / 64}  # the whole small model in two buckets, or one for every few weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """One way to run the model. The default is the simplest: one process, nothing deferred, overlapped or computed
-    again. ``small_buckets``: so small that the small model has several.
+    again. ``small_buckets``: so small that the small model has several. ``offload``: part of the optimizer is on the
+    host.
     """
 
     tp: int = 1
@@ -36,6 +38,7 @@ class Layout:
     small_buckets: bool = False
     deterministic: bool = False
     fused: bool = False
+    offload: bool = False
 
     @property
     def world_size(self) -> int:
@@ -77,6 +80,7 @@ WORDS: Mapping[str, str] = {
     "small_buckets": "small buckets",
     "deterministic": "deterministic",
     "fused": "fused",
+    "offload": "offload",
 }
 NEEDS: Mapping[str, str] = {  # without the second the first is nothing
     "sequence": "tp",
@@ -115,6 +119,7 @@ def requested_layout(config: RunConfig) -> Layout:
         small_buckets=dp > 1,
         deterministic=parallel.deterministic_reduce and dp > 1,
         fused=parallel.fuse_main_grads,
+        offload=config.optim.offload_optimizer > 0,
     )
 
 
@@ -149,5 +154,6 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             deterministic_reduce=layout.deterministic,
             fuse_main_grads=layout.fused,
         ),
+        optim=replace(config.optim, offload_optimizer=OFFLOADED if layout.offload else 0.0),
         train=replace(config.train, micro_batch=layout.micro_batch, recompute=recompute, **by_stage),
     )

@@ -39,6 +39,7 @@ SWITCHES: Mapping[str, Sequence[Any]] = {
     "small_buckets": YES_OR_NO,
     "deterministic": YES_OR_NO,
     "fused": YES_OR_NO,
+    "offload": YES_OR_NO,
     "documents": YES_OR_NO,
 }
 AXES = {**SPLITS, **SWITCHES}

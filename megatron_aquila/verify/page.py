@@ -28,6 +28,7 @@ HEADER = (
     "overlap",
     "buckets",
     "fused",
+    "offload",
     "documents",
 )
 
@@ -50,6 +51,7 @@ def case_cells(case: MatrixCase) -> list[str]:
         "yes" if layout.overlap else "–",
         (buckets + ", deterministic" * layout.deterministic) if layout.dp > 1 else "–",
         "yes" if layout.fused else "–",
+        "yes" if layout.offload else "–",
         "apart" if case.documents else "–",
     ]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_aquila.config.schema import OptimConfig, RunConfig
+from megatron_aquila.config.optim import OptimConfig
+from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.verify.observe import RULES, Observation
 from megatron_aquila.verify.reference import (

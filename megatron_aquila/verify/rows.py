@@ -43,7 +43,7 @@ def _claims(requested: Layout) -> Iterator[Claim]:
     yield Claim(axis="ZeRO", layout=replace(dp, zero=requested.zero))
     yield Claim(axis="micro-batch size", layout=Layout(micro_batch=requested.micro_batch))
     yield Claim(axis="fused main grads", layout=Layout(fused=requested.fused))
-    for option in ("recompute", "overlap"):
+    for option in ("recompute", "overlap", "offload"):
         if option in asked:
             yield Claim(axis=option, layout=requested, twin=requested.without(option))
     if "small_buckets" in asked:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_aquila.kernels import adamw
 from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
 from megatron_aquila.kernels.remainder import join, split
+from megatron_aquila.optim.groups import ALIGNMENT
 
 SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SIZE, STEPS = 203, 4
@@ -60,6 +61,28 @@ def test_fused_differs_by_roundings_only(dtype: torch.dtype) -> None:
 @given(cuts=st.sets(st.integers(1, SIZE - 1), max_size=9))
 def test_a_split_parameter_is_updated_to_the_same_bits(cuts: set[int]) -> None:
     assert all(map(torch.equal, ours(adamw_, torch.float32, (0, *sorted(cuts), SIZE)), ours(adamw_, torch.float32)))
+
+
+@given(cuts=st.sets(st.integers(1, 9), max_size=3), threads=st.sampled_from((1, 2)))
+def test_a_split_where_shards_end_is_updated_to_the_same_bits_by_the_fused_one_too(
+    cuts: set[int], threads: int
+) -> None:
+    def updated(borders: list[int]) -> list[torch.Tensor]:
+        size = 10 * ALIGNMENT
+        state = [torch.linspace(-1, 1, size), torch.zeros(size), torch.zeros(size)]
+        grad = torch.linspace(-2, 3, size).sin()
+        for start, stop in pairwise(borders):
+            param, *moments = (x[start * ALIGNMENT : stop * ALIGNMENT] for x in state)
+            there = grad[start * ALIGNMENT : stop * ALIGNMENT]
+            adamw_torch_(param, there, *moments, step=torch.tensor(1), **SETTINGS, **NOW)
+        return state
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert all(map(torch.equal, updated([0, *sorted(cuts), 10]), updated([0, 10])))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wrong_steps_would_show() -> None:

@@ -11,11 +11,11 @@ import torch
 
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import derive
+from megatron_aquila.config.optim import OptimConfig
 from megatron_aquila.config.schema import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
-    OptimConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_aquila.config.derive import derive
-from megatron_aquila.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.optim import OptimConfig
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import microbatch
 from megatron_aquila.errors import ConfigError

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_aquila.checkpoint.store import CheckpointReader
-from megatron_aquila.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.optim import OptimConfig
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.optim.trained import PARTS
 from megatron_aquila.verify.layout import Layout, with_layout
 from megatron_aquila.verify.observe import Observation, build_small, join_ranks, observe_rank

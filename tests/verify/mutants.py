@@ -130,6 +130,7 @@ def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
 OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
+OFFLOAD = Layout(dp=2, small_buckets=True, offload=True)
 RING, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
 FULLY, LITTLE = Layout(recompute="full"), Layout(recompute="selective")
 APART = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
@@ -555,6 +556,51 @@ def reduced_too_early() -> Any:
         self._reducing.wait()
 
     return both(patched(Bucket, "_count", wrong), patched(Bucket, "begin_reduce", at_once))
+
+
+# The optimizer on the host.
+
+
+@mutant(
+    "the weights that come back from the host are the masters' before the update",
+    OFFLOAD,
+    "offload",
+    "model.embed_tokens.weight after sgd",
+)
+def stale_master() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+
+    right_update, right_fetch = Bucket.begin_publish, Bucket.await_fetch
+
+    def remember(self: Bucket) -> None:
+        right_fetch(self)
+        self.before = self.new_weights.clone()  # type: ignore[attr-defined]
+
+    def wrong(self: Bucket) -> None:
+        right_update(self)
+        if self.host is not None:
+            self.weight_shard.copy_(self.before)  # type: ignore[attr-defined]
+
+    return both(patched(Bucket, "await_fetch", remember), patched(Bucket, "begin_publish", wrong))
+
+
+@mutant(
+    "one bucket's gradients never come to the host",
+    OFFLOAD,
+    "offload",
+    "model.embed_tokens.weight after sgd",
+)
+def gradient_not_fetched() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+
+    right = Bucket.begin_fetch
+
+    def wrong(self: Bucket) -> None:
+        right(self)
+        if self.host is not None and any(slot.info.name == "model.embed_tokens.weight" for slot in self.layout.slots):
+            self.update_grad.zero_()
+
+    return patched(Bucket, "begin_fetch", wrong)
 
 
 # Documents. Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So

@@ -2,7 +2,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from megatron_aquila.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.optim import OptimConfig
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.verify.layout import NEEDS, WORDS, Layout, is_supported, requested_layout, with_layout
 from megatron_aquila.verify.shrink import shrink, small_stages
 
@@ -90,3 +91,13 @@ def test_small_config_keeps_structure() -> None:
     assert with_layout(small, Layout(pp=2)).parallel.stage_layers == (2, 1)
     assert with_layout(small, Layout()).parallel.stage_layers is None
     assert with_layout(small, Layout(pp=3)).parallel.stage_layers is None
+
+
+def test_part_of_the_optimizer_is_offloaded() -> None:
+    config = RunConfig(
+        optim=OptimConfig(offload_optimizer=0.1), parallel=ParallelConfig(overlap=False, fuse_main_grads=False)
+    )
+    asked = requested_layout(config)
+    assert asked == Layout(offload=True)
+    assert with_layout(config, asked).optim.offload_optimizer == 0.9
+    assert with_layout(config, Layout()).optim.offload_optimizer == 0

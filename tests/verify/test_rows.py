@@ -49,3 +49,8 @@ def test_a_schedule_is_proved_on_one_rank_too() -> None:
     alone = Layout(schedule="zb-h1")
     assert ("schedule", alone, None) in rows
     assert ("schedule", alone, Layout()) in rows
+
+
+def test_the_host_is_held_against_the_device_bit_for_bit() -> None:
+    rows = [(claim.axis, claim.layout, claim.twin) for claim in claims(Layout(tp=2, offload=True))]
+    assert ("offload", Layout(tp=2, offload=True), Layout(tp=2)) in rows

@@ -1,0 +1,20 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_aquila.plan.offload import on_host
+
+
+@given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=20), share=st.floats(0, 1))
+def test_it_is_the_share_that_was_asked_for_and_no_bucket_more(sizes: list[int], share: float) -> None:
+    chosen = on_host(sizes, share)
+    there = [size for size, is_on_host in zip(sizes, chosen, strict=True) if is_on_host]
+    here = [size for size, is_on_host in zip(sizes, chosen, strict=True) if not is_on_host]
+    assert sum(there) >= share * sum(sizes)
+    assert not there or sum(there) - min(there) < share * sum(sizes)
+    assert not (there and here) or min(there) >= max(here)
+
+
+def test_none_all_and_the_first_of_equal_ones() -> None:
+    assert on_host([3, 3, 1], 0) == (False, False, False)
+    assert on_host([3, 3, 1], 1) == (True, True, True)
+    assert on_host([1, 3, 3], 0.4) == (False, True, False)
