@@ -13,7 +13,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.describe import TRAFFIC_COLUMNS, derived_rows, setting_rows, traffic_rows
 from megatron_aquila.config.migration_page import migration_page
 from megatron_aquila.errors import ConfigError, format_problems
-from megatron_aquila.train.bubble import run_bubble
+from megatron_aquila.train.bubble import run_bubble, run_schedule
 
 USAGE = """usage: aquila config show [--world-size N] [FLAGS]     print every setting, its source, and what follows
        aquila config from-megatron                     print the table of Megatron-LM's flags"""
@@ -54,7 +54,7 @@ def _show(argv: Sequence[str]) -> int:
     title = "what follows" if world_size is not None else "what follows, on the fewest ranks"
     _print_rows("settings", ("setting", "value", "from"), setting_rows(loaded))
     _print_rows(title, ("", ""), derived_rows(loaded.config, derived, bubble=run_bubble(loaded.config, derived)))
-    busiest, traffic = traffic_rows(loaded.config, derived)
+    busiest, traffic = traffic_rows(loaded.config, derived, run_schedule(loaded.config, derived))
     if traffic:
         title = f"communication of a step, pipeline rank {busiest}: calls, their bytes, and what leaves the rank"
         _print_rows(title, TRAFFIC_COLUMNS, traffic)

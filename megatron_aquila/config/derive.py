@@ -11,6 +11,7 @@ from megatron_aquila.plan.layout import layout_layers
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.recompute import MODULES, RecomputePlan, per_stage, plan_recompute
 from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN, ModelShape, ffn_size, padded_vocab_size
+from megatron_aquila.plan.sharding import Order
 from megatron_aquila.plan.stages import FIXED_CHUNKS, StagePlan, plan_stages
 from megatron_aquila.plan.traffic import TrafficPlan
 
@@ -160,6 +161,7 @@ def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
         fuse_main_grads=config.parallel.fuse_main_grads,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         offload_optimizer=config.optim.offload_optimizer,
+        zero=config.parallel.zero,
     )
 
 
@@ -168,8 +170,8 @@ def bucket_bytes(config: RunConfig) -> int:
     return math.ceil(config.parallel.bucket_mib * 2**20)
 
 
-def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
-    """The communication of a step at the run's full batch."""
+def traffic_plan(config: RunConfig, derived: Derived, order: Order | None = None) -> TrafficPlan:
+    """The communication of a step at the run's full batch, with ``--zero 2`` or 3 whose work has this ``order``."""
     return TrafficPlan(
         shape=derived.shape,
         grid=derived.grid,
@@ -186,4 +188,8 @@ def traffic_plan(config: RunConfig, derived: Derived) -> TrafficPlan:
         num_sources=max(1, len(sources(*(path for _, path in training_blends(config.data))))),
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         offload_optimizer=config.optim.offload_optimizer,
+        zero=config.parallel.zero,
+        overlap=config.parallel.overlap,
+        fuse_main_grads=config.parallel.fuse_main_grads,
+        order=order,
     )

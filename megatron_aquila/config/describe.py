@@ -9,6 +9,7 @@ from megatron_aquila.config.settings import all_settings, spell, value_of
 from megatron_aquila.plan.flops import flops_per_token, num_params
 from megatron_aquila.plan.memory import Memory
 from megatron_aquila.plan.offload import HostMemory
+from megatron_aquila.plan.sharding import Order
 from megatron_aquila.plan.stages import idle_share
 
 GIB, MIB = 2**30, 2**20
@@ -60,9 +61,12 @@ def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
 TRAFFIC_COLUMNS = ("what", "call", "between ranks", "calls", "of bytes", "sent")
 
 
-def traffic_rows(config: RunConfig, derived: Derived) -> tuple[int, list[tuple[str, ...]]]:
-    """The pipeline rank that sends the most in a step at the full batch, and its rows under ``TRAFFIC_COLUMNS``."""
-    plan = traffic_plan(config, derived)
+def traffic_rows(config: RunConfig, derived: Derived, order: Order) -> tuple[int, list[tuple[str, ...]]]:
+    """The pipeline rank that sends the most in a step at the full batch, and its rows under ``TRAFFIC_COLUMNS``.
+
+    ``order`` of the step's work: what the pipeline's schedule says.
+    """
+    plan = traffic_plan(config, derived, order)
     by_rank = [plan.of_rank(pp_rank) for pp_rank in range(derived.grid.pp)]
     busiest = max(range(derived.grid.pp), key=lambda pp_rank: sum(row.sent_bytes for row in by_rank[pp_rank]))
     return busiest, [

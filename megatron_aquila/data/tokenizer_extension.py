@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -76,7 +78,7 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 
 def _extend_sentencepiece(base: SentencePieceTokenizer, added: SentencePieceTokenizer) -> SentencePieceTokenizer:
-    from sentencepiece import sentencepiece_model_pb2 as pb2
+    pb2: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # its messages are made as it is imported
 
     whole, other = pb2.ModelProto(), pb2.ModelProto()
     whole.ParseFromString(base.proto)

@@ -45,10 +45,10 @@ class Gathering:
         self._whole = [*self._buckets]
 
     def let_go(self) -> None:
-        """Forget all that is whole: the shards have changed, or are all that is wanted."""
+        """Forget all that is whole: the shards have changed, or are all that is wanted. Every step begins alike."""
         for bucket in self._whole:
             bucket.let_go()
-        self._whole = []
+        self._whole, self._last = [], 0
 
     def _hold(self, bucket: Bucket) -> None:
         """Gather ``bucket``, as the one read last; of the others only as many stay as may."""

@@ -4,7 +4,7 @@ The same arithmetic as ``optim.groups`` does on real parameters; a test holds th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import StagePlan
@@ -38,32 +38,49 @@ def stage_parameters(shape: ModelShape, stages: StagePlan, stage: int, tp: int) 
         yield from (norm, matrix(shape.padded_vocab_size))
 
 
+@dataclass(frozen=True, slots=True)
+class StageBucket:
+    """A bucket of ``stage``: the places of its parameters among the stage's, and its elements, padding included."""
+
+    stage: int
+    places: tuple[int, ...]
+    elements: int
+    decays: bool
+
+
 def rank_buckets(
     shape: ModelShape, stages: StagePlan, pp_rank: int, *, tp: int, limit: int, num_shards: int
-) -> list[int]:
-    """``bucket_sizes`` of all stages of a pipeline rank."""
+) -> list[StageBucket]:
+    """``stage_buckets`` of all stages of a pipeline rank, in the order of the model."""
     return [
-        size
+        bucket
         for stage in stages.stages_of(pp_rank)
-        for size in bucket_sizes(list(stage_parameters(shape, stages, stage, tp)), limit=limit, num_shards=num_shards)
+        for bucket in stage_buckets(
+            list(stage_parameters(shape, stages, stage, tp)), stage=stage, limit=limit, num_shards=num_shards
+        )
     ]
 
 
-def bucket_sizes(parameters: Sequence[ParameterSize], *, limit: int, num_shards: int) -> list[int]:
-    """Elements of each bucket of one stage, padding included, with at most ``limit`` of parameters (or one larger).
+def stage_buckets(parameters: Sequence[ParameterSize], *, stage: int, limit: int, num_shards: int) -> list[StageBucket]:
+    """The buckets of one stage, each with at most ``limit`` elements of parameters (or one larger).
 
     They are filled from the end of the stage. Parameters that decay and those that do not have buckets of their own; a
     bucket splits into ``num_shards`` shards.
     """
-    open_buckets: dict[bool, int] = {}
-    full: list[int] = []
-    for parameter in reversed(parameters):
-        size = open_buckets.get(parameter.decays, 0)
-        if size > 0 and size + parameter.elements > limit:
-            full.append(size)
-            size = 0
-        open_buckets[parameter.decays] = _aligned(size + parameter.elements)
-    return [num_shards * _aligned(-(-size // num_shards)) for size in (*full, *open_buckets.values())]
+    open_buckets: dict[bool, StageBucket] = {}
+    full: list[StageBucket] = []
+    for place, parameter in reversed([*enumerate(parameters)]):
+        bucket = open_buckets.get(parameter.decays, StageBucket(stage, (), 0, parameter.decays))
+        if bucket.places and bucket.elements + parameter.elements > limit:
+            full.append(bucket)
+            bucket = StageBucket(stage, (), 0, parameter.decays)
+        elements = _aligned(bucket.elements + parameter.elements)
+        open_buckets[parameter.decays] = replace(bucket, places=(place, *bucket.places), elements=elements)
+    whole = [
+        replace(bucket, elements=num_shards * _aligned(-(-bucket.elements // num_shards)))
+        for bucket in (*full, *open_buckets.values())
+    ]
+    return sorted(whole, key=lambda bucket: bucket.places)
 
 
 def _aligned(size: int) -> int:

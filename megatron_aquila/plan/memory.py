@@ -5,16 +5,18 @@ Not in it: the device's own context, NCCL's buffers and fragmentation (2 to 4 Gi
 of a step, 28 bytes each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_aquila.plan.buckets import rank_buckets, stage_parameters
+from megatron_aquila.plan.buckets import StageBucket, rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
 from megatron_aquila.plan.offload import HostMemory, on_host
 from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
 from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape, Precision
+from megatron_aquila.plan.sharding import MOST_WHOLE, Held, Pass, ShardedMatrices
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
 
 ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 2}
@@ -65,6 +67,7 @@ class MemoryPlan:
     fuse_main_grads: bool = True
     loss_chunk_tokens: int | None = None
     offload_optimizer: float = 0.0
+    zero: int = 1
 
     def of_rank(self, rank: int) -> Memory:
         """Bytes of pipeline rank ``rank``: of all its stages."""
@@ -72,17 +75,17 @@ class MemoryPlan:
         num_shards = self.grid.size("dp", "cp")
         limit, tp = self.bucket_bytes // gradient, self.grid.tp
         buckets = rank_buckets(self.shape, self.stages, rank, tp=tp, limit=limit, num_shards=num_shards)
-        params = sum(buckets)
-        shard = params // num_shards - self._offloaded(rank)  # whose masters and states are here
+        # those whose masters and states are not on the host
+        shard = sum(bucket.elements for bucket in buckets) // num_shards - self._offloaded(rank)
         return Memory(
-            weights=params * self._item,
-            main_grads=params * gradient,  # ZeRO-1 shards what follows, not these
+            weights=self._held(rank, buckets, from_level=3) * self._item,
+            main_grads=self._held(rank, buckets, from_level=2) * gradient,
             master_weights=shard * self._master,
             optimizer_states=shard * self._moments,
             activations=self._kept(rank),
             logits=sum(max(1, count) * self._logits(stage) for stage, count in self._by_stage(rank).items()),
             temporaries=max(self._temporaries(stage) + self._recomputed(stage) for stage in stages)
-            + max(buckets) * self._copied_while_reduced(),
+            + self._reduced_at_once(buckets) * self._copied_while_reduced(),
         )
 
     def host_of_rank(self, rank: int) -> HostMemory:
@@ -139,18 +142,77 @@ class MemoryPlan:
         """Elements of this rank's shard of the stage, padded rows included; norms are whole on every rank."""
         return sum(parameter.elements for parameter in stage_parameters(self.shape, self.stages, stage, self.grid.tp))
 
+    def _held(self, rank: int, buckets: Sequence[StageBucket], *, from_level: int) -> int:
+        """Elements of weights (``from_level`` 3) or gradients (2): all, or from that level of ZeRO on norms, this rank's
+        shard of the matrices, and what of these is whole at the widest moment.
+        """
+        matrices = [bucket for bucket in buckets if bucket.decays]
+        whole, sharded = (sum(bucket.elements for bucket in some) for some in (buckets, matrices))
+        if self.zero < from_level:
+            return whole
+        at_once = self._whole_at_once(rank, matrices, from_level=from_level)
+        return whole - sharded + sharded // self.grid.size("dp", "cp") + at_once
+
+    def _whole_at_once(self, rank: int, matrices: Sequence[StageBucket], *, from_level: int) -> int:
+        """Elements of ``matrices`` that have memory at once. Where one stage's work repeats itself, it is followed.
+
+        Else at most so many of the largest: of weights three; of gradients one that is summed, one that is reduced, and
+        two whose sums a zero-bubble or interleaved schedule leaves open, the head's and the embedding's.
+        """
+        if not matrices:
+            return 0
+        (stage, *others), num_shards = self.stages.stages_of(rank), self.grid.size("dp", "cp")
+        by_microbatch = self.recompute.stages[stage] if self.recompute.stages else ()
+        if others or self.schedule in ("zb-h1", "zb-v") or len(by_microbatch) > 1:
+            sizes = sorted((bucket.elements for bucket in matrices), reverse=True)
+            if from_level == 3:
+                return sum(sizes[:MOST_WHOLE])
+            is_open = self.stages.has_head(self.stages.stages_of(rank)[-1]) + self.stages.has_embedding(stage)
+            return sum(sizes[: 2 + is_open]) + sizes[0] // num_shards
+        work = ShardedMatrices(
+            stages=self.stages,
+            buckets=matrices,
+            num_shards=num_shards,
+            recompute=self.recompute,
+            keeps_logits=self._keeps_logits,
+            fuse_main_grads=self.fuse_main_grads,
+            overlap=self.overlap,
+        )
+        passes = self._few_passes(rank, stage)
+        held: Held = work.gathered(passes) if from_level == 3 else work.reduced(passes)
+        return held.most
+
+    def _few_passes(self, rank: int, stage: int) -> list[Pass]:
+        """Every neighbourhood of passes that a schedule of whole backwards has on a rank with one stage."""
+        count = min(4, self.num_microbatches)
+        ahead = count if self.schedule == "gpipe" else min(2, self.in_flight(rank))
+        forwards: list[Pass] = [("F", stage, microbatch) for microbatch in range(count)]
+        passes = forwards[:ahead]
+        for microbatch in range(count):
+            passes += [("B", stage, microbatch), *forwards[microbatch + ahead : microbatch + ahead + 1]]
+        return passes
+
+    def _reduced_at_once(self, buckets: Sequence[StageBucket]) -> int:
+        """Elements of the largest bucket; where gradients are sharded, those of all norms may be beside it."""
+        norms = sum(bucket.elements for bucket in buckets if not bucket.decays) if self.zero > 1 else 0
+        return max(bucket.elements for bucket in buckets) + norms
+
     def _copied_while_reduced(self) -> int:
-        """Bytes an element of a bucket that a reduction which is not in place holds: of two buckets with overlap."""
+        """Bytes an element of a bucket that a reduction which is not in place holds: of two buckets with overlap.
+
+        Of sharded gradients one round is under way at a time.
+        """
         if self.grid.size("dp", "cp") == 1:
             return 0
         travels = 2 if self.grad_reduce == "bf16" else GRADIENT_BYTES[self.precision]
         copies = (self.grad_reduce == "bf16") + self.deterministic_reduce
-        return travels * copies * (2 if self.overlap else 1)
+        return travels * copies * (2 if self.overlap and self.zero == 1 else 1)
 
     def _offloaded(self, rank: int) -> int:
         """Elements of a rank's shards that are on its host."""
         num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // GRADIENT_BYTES[self.precision]
-        sizes = rank_buckets(self.shape, self.stages, rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
+        buckets = rank_buckets(self.shape, self.stages, rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
+        sizes = [bucket.elements for bucket in buckets]
         chosen = zip(sizes, on_host(sizes, self.offload_optimizer), strict=True)
         return sum(size for size, is_on_host in chosen if is_on_host) // num_shards
 

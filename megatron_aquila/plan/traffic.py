@@ -3,11 +3,11 @@
 ``docs/communication.md`` gives the formulas in words; a test counts the calls of real steps and demands equality.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_aquila.plan.buckets import rank_buckets
+from megatron_aquila.plan.buckets import StageBucket, rank_buckets
 from megatron_aquila.plan.grid import Axis, RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
@@ -15,6 +15,7 @@ from megatron_aquila.plan.offload import on_host
 from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
 from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape, Precision
+from megatron_aquila.plan.sharding import Order, ShardedMatrices
 from megatron_aquila.plan.stages import StagePlan
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive", "to host", "from host"]
@@ -55,7 +56,9 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrafficPlan:
-    """What the count needs beside the shape. ``num_sources`` are the data sets of the blend."""
+    """What the count needs beside the shape. ``num_sources`` are the data sets of the blend; with sharded gradients or
+    weights it takes the ``order`` of a step's work, where nothing is left of a validation before it.
+    """
 
     shape: ModelShape
     grid: RankGrid
@@ -72,6 +75,10 @@ class TrafficPlan:
     num_sources: int = 1
     loss_chunk_tokens: int | None = None
     offload_optimizer: float = 0.0
+    zero: int = 1
+    overlap: bool = True
+    fuse_main_grads: bool = True
+    order: Order | None = None
 
     def of_rank(self, pp_rank: int) -> tuple[Traffic, ...]:
         """One step of any rank at ``pp_rank`` of the pipeline, by purpose; nothing is said in a group of one."""
@@ -201,14 +208,36 @@ class TrafficPlan:
         kind: Kind = "all-to-all" if self.deterministic_reduce else "reduce-scatter"
         reduced = 2 if self.grad_reduce == "bf16" else self._gradient
         num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // self._gradient
-        for size in rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards):
-            yield self._row("gradients", kind, "dp_cp", 1, size * reduced)
-            yield self._row("weights", "all-gather", "dp_cp", 1, size * self._item)
+        buckets = rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
+        for bucket, (reductions, gathers) in zip(buckets, self._times(pp_rank, buckets), strict=True):
+            yield self._row("gradients", kind, "dp_cp", reductions, bucket.elements * reduced)
+            yield self._row("weights", "all-gather", "dp_cp", gathers, bucket.elements * self._item)
+
+    def _times(self, pp_rank: int, buckets: Sequence[StageBucket]) -> Iterator[tuple[int, int]]:
+        """How often each bucket is reduced and gathered: once, or where it is sharded as the work on it goes."""
+        if self.zero == 1:
+            yield from ((1, 1) for _ in buckets)
+            return
+        assert self.order is not None, f"the order of work decides what --zero {self.zero} communicates"
+        matrices = ShardedMatrices(
+            stages=self.stages,
+            buckets=[bucket for bucket in buckets if bucket.decays],
+            num_shards=self.grid.size("dp", "cp"),
+            recompute=self.recompute,
+            keeps_logits=self.loss_chunk_tokens == 0,
+            fuse_main_grads=self.fuse_main_grads,
+            overlap=self.overlap,
+        )
+        passes = self.order[pp_rank]
+        reductions = iter(matrices.reduced(passes).times)
+        gathers = iter(matrices.gathered(passes).times if self.zero == 3 else [1] * len(matrices.buckets))
+        yield from ((next(reductions), next(gathers)) if bucket.decays else (1, 1) for bucket in buckets)
 
     def _host(self, pp_rank: int) -> Iterator[Traffic]:
         """The shards that are updated on the host: their gradients go there, and their weights come back."""
         num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // self._gradient
-        sizes = rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
+        buckets = rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
+        sizes = [bucket.elements for bucket in buckets]
         for size, is_on_host in zip(sizes, on_host(sizes, self.offload_optimizer), strict=True):
             if is_on_host:
                 yield self._row("gradients", "to host", "host", 1, size // num_shards * self._gradient)

@@ -107,13 +107,30 @@ def _for_backend(tensor: Tensor) -> Tensor:
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as above
     """While active, the bytes of all living tensors on ``meta`` that were made or touched; 1 is what the host reads.
 
-    ``live`` are the bytes now, ``peak`` the most there were. A storage counts once, however many views it has.
+    ``live`` are the bytes now, ``peak`` the most there were. A storage counts once, however many views it has, and with
+    the size that it has been given last.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}  # bytes of each storage
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> "StorageTracker":
+        def resize_(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+            out = self._resize(storage, num_bytes)  # nothing of torch is told of it
+            if storage._cdata in self._known:
+                self._count(storage._cdata, num_bytes)
+            return out
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]  # as above
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # as above
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -130,17 +147,20 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # as 
         return out
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self._known:
             return
-        self._known.add(key)
-        self.live += num_bytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, num_bytes)
+        self._known[key] = 0
+        self._count(key, storage.nbytes())
+        weakref.finalize(storage, self._forget, key)
 
-    def _forget(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.live -= num_bytes
+    def _count(self, key: int, num_bytes: int) -> None:
+        self.live += num_bytes - self._known[key]
+        self.peak = max(self.peak, self.live)
+        self._known[key] = num_bytes
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._known.pop(key)
 
 
 def _leaves_meta(kwargs: Mapping[str, Any]) -> bool:

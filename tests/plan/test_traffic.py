@@ -18,12 +18,13 @@ from megatron_aquila.optim.groups import plan_buckets
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.params import Constant, ParamInfo
 from megatron_aquila.parallel.placement import Placement
-from megatron_aquila.plan.buckets import ParameterSize, bucket_sizes, stage_parameters
+from megatron_aquila.plan.buckets import ParameterSize, stage_buckets, stage_parameters
 from megatron_aquila.plan.flops import num_params
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.stages import plan_stages
 from megatron_aquila.plan.traffic import Traffic, TrafficPlan
 from megatron_aquila.train import build, corpus, resume, start
+from megatron_aquila.train.bubble import run_schedule
 from megatron_aquila.train.launcher import Launch, read_launch
 from megatron_aquila.train.step import train_step
 from megatron_aquila.verify.dry import Call, CallRecorder
@@ -51,6 +52,15 @@ def calls_of_a_step(config: RunConfig) -> tuple[list[Call], dict[str, tuple[int,
     return recorder.calls, {name: getattr(ctx, name).ranks for name in ("tp", "cp", "pp", "dp_cp", "world")}
 
 
+SHARDED = [
+    {"zero": 2},
+    {"zero": 3},
+    {"zero": 3, "overlap": False},
+    {"zero": 3, "recompute": "full"},
+    {"zero": 2, "schedule": "gpipe"},
+    {"zero": 3, "schedule": "gpipe", "loss_chunk_tokens": 0, "deterministic_reduce": True},
+    {"zero": 3, "schedule": "zb-h1", "fuse_main_grads": False, "recompute": "selective"},
+]
 LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
     (1, {}, "bf16"),
     (2, {"tp": 2}, "bf16"),
@@ -76,6 +86,10 @@ LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
     (4, {"context": 4, "context_method": "ulysses", "recompute": "full"}, "fp32"),
     (4, {"context": 2, "recompute": "full"}, "bf16"),
     (4, {"context": 2, "pp": 2, "overlap": False, "recompute_modules": ("attention",)}, "bf16"),
+    *((2, {"bucket_mib": 1 / 64} | sharded, "fp64") for sharded in SHARDED),
+    (4, {"zero": 3, "pp": 2, "bucket_mib": 1 / 256}, "bf16"),
+    (4, {"zero": 3, "pp": 2, "schedule": "zb-v", "stage_layers": (1, 1, 1, 0), "bucket_mib": 1 / 256}, "fp32"),
+    (4, {"zero": 2, "pp": 2, "chunks": 2, "stage_layers": (0, 1, 1, 1), "bucket_mib": 1 / 64}, "fp32"),
     (4, {"context": 2, "tp": 2, "sequence": True, "recompute_modules": ("norms", "attention")}, "fp64"),
 ]
 
@@ -87,7 +101,8 @@ def test_a_real_step_makes_the_planned_calls_and_no_other(world, layout, precisi
     settings |= {"recompute": "selective"} if "recompute_modules" in layout else {}
     config = split(tiny_config(tmp_path), **{name: value for name, value in layout.items() if name not in settings})
     config = replace(config, train=replace(config.train, precision=precision, **settings))
-    plan = traffic_plan(config, derive(config, world))
+    derived = derive(config, world)
+    plan = traffic_plan(config, derived, run_schedule(config, derived))
     for rank, (calls, groups) in enumerate(pool(world).run(calls_of_a_step, config)):
         rows = plan.of_rank(plan.grid.coords(rank)["pp"])
         assert counted(calls, groups["pp"], groups["cp"]) == as_planned(rows, groups), f"rank {rank}"
@@ -176,14 +191,17 @@ def test_what_leaves_a_rank():
     limit=st.integers(1, 2000),
     num_shards=st.integers(1, 5),
 )
-def test_bucket_sizes_are_the_optimizers(sizes, limit, num_shards):
+def test_buckets_are_the_optimizers(sizes, limit, num_shards):
     infos = [
         ParamInfo(param=nn.Parameter(torch.empty(size)), stage=0, weight_decay=decays, init=Constant(0), parts=())
         for size, decays in sizes
     ]
     layouts = plan_buckets(infos, bucket_bytes=4 * limit, num_shards=num_shards)
-    planned = bucket_sizes([ParameterSize(*size) for size in sizes], limit=limit, num_shards=num_shards)
-    assert sorted(planned) == sorted(layout.size for layout in layouts)
+    parameters = [ParameterSize(*size) for size in sizes]
+    planned = stage_buckets(parameters, stage=0, limit=limit, num_shards=num_shards)
+    place = {id(info): place for place, info in enumerate(infos)}
+    real = [(layout.size, tuple(place[id(slot.info)] for slot in reversed(layout.slots))) for layout in layouts]
+    assert [(bucket.elements, bucket.places) for bucket in planned] == real[::-1], "sizes and order"
 
 
 def test_parameters_of_a_stage_are_the_models():

@@ -19,6 +19,7 @@ from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm_reference
 from megatron_aquila.model.aquila import build_stages
 from megatron_aquila.optim.buckets import Reduction
+from megatron_aquila.optim.flat import Flat
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.pipeline.checks import check
@@ -276,6 +277,44 @@ def test_reductions_hold_copies_of_two_buckets_at_most(reduction):
         assert peak() > planned, "copies of all buckets at once are more than is planned"
 
 
+SHARDED = [  # what is shared out, on which pipeline rank, and how far above the peak the plan may be
+    ({"zero": 2}, 0, 1.06),
+    ({"zero": 2, "deterministic_reduce": True}, 0, 1.06),
+    ({"zero": 2, "grad_reduce": "bf16", "overlap": False}, 0, 1.08),
+    ({"zero": 3}, 0, 1.06),
+    ({"zero": 3, "overlap": False, "fuse_main_grads": False}, 0, 1.25),
+    ({"zero": 3, "schedule": "gpipe"}, 0, 1.2),
+    ({"zero": 3, "pipeline": 2}, 1, 1.15),
+    ({"zero": 3, "pipeline": 2, "schedule": "zb-h1"}, 0, 1.3),
+    ({"zero": 3, "pipeline": 2, "schedule": "zb-v"}, 0, 1.45),
+]
+
+
+@pytest.mark.parametrize(("sharding", "pp_rank", "above"), SHARDED)
+def test_what_is_sharded_has_the_memory_that_is_planned(sharding, pp_rank, above):
+    """Shards to the byte; what is whole beside them within bounds, as not all that is widest is so at once."""
+    model = ModelConfig(num_layers=4, hidden_size=1024, num_heads=8, seq_len=256, vocab_size=16384)
+    parallel = ParallelConfig(bucket_mib=16, **sharding)
+    config = RunConfig(model=model, parallel=parallel, train=TrainConfig(global_batch=16))
+    derived = derive(config, 8)
+    with fake_world(derived.grid.rank(dp=1, pp=pp_rank), 8), StorageTracker() as storages:
+        machine = dry_machine(config, 8)
+        machine.optimizer.refresh_masters()  # what is whole to be filled is let go of
+        static, kept = storages.live, kinds_of_storage(machine)
+        storages.peak = static
+        dry_step(machine, [dry_batch(derived.shape, 1) for _ in range(16 // derived.grid.dp)])
+        peak = storages.peak
+    plan = memory_plan(config, derived)
+    memory = plan.of_rank(pp_rank)
+    with mock.patch.object(MemoryPlan, "_whole_at_once", mock.Mock(return_value=0)):
+        shards = plan.of_rank(pp_rank)
+    expected = {"weight": shards.weights, "grad": shards.main_grads, "master": memory.master_weights}
+    assert expected.items() <= kept.items()
+    assert static == sum(kept.values()) + COUNT
+    assert peak <= memory.total <= above * peak
+    assert shards.total < peak, "without what is whole the plan would be too small"
+
+
 def test_a_kernel_that_keeps_more_is_seen():
     """The tracker's own mutant: a norm by plain autograd keeps float32 copies, which the formula does not have."""
     config = RunConfig(model=ModelConfig(num_layers=2, hidden_size=64, num_heads=4, seq_len=64, vocab_size=128))
@@ -335,6 +374,22 @@ def test_the_host_reads_ones_and_storages_are_let_go():
         del half
     assert storages.live == 0
     assert storages.peak >= 32
+
+
+def test_memory_that_is_let_go_of_and_taken_again_is_counted():
+    with StorageTracker() as storages:
+        flat = Flat(4, torch.float32, META)
+        view = flat.tensor[:2]
+        flat.let_go()
+        assert storages.live == 0
+        flat.take()
+        assert (storages.live, storages.peak) == (16, 16)
+        other = torch.empty(3, dtype=torch.int8, device=META)
+        flat.let_go()
+        assert (storages.live, storages.peak) == (3, 19)
+        del view, other, flat
+    assert storages.live == 0
+    Flat(4, torch.float32, torch.device("cpu")).let_go()  # nobody counts
 
 
 def test_a_call_that_is_not_counted_is_refused():
