@@ -10,8 +10,8 @@ from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.layout import layout_layers
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.recompute import MODULES, RecomputePlan, per_stage, plan_recompute
-from megatron_aquila.plan.sharding import Order
 from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN, ModelShape, ffn_size, padded_vocab_size
+from megatron_aquila.plan.sharding import Order
 from megatron_aquila.plan.stages import FIXED_CHUNKS, StagePlan, plan_stages
 from megatron_aquila.plan.traffic import TrafficPlan
 

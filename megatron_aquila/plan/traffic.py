@@ -13,8 +13,8 @@ from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
 from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
 from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
-from megatron_aquila.plan.sharding import Order, ShardedMatrices
 from megatron_aquila.plan.shape import ModelShape, Precision
+from megatron_aquila.plan.sharding import Order, ShardedMatrices
 from megatron_aquila.plan.stages import StagePlan
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive"]
