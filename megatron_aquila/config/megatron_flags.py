@@ -4,15 +4,24 @@ One table serves the command line (``config.migrate``) and ``docs/from-megatron.
 their Megatron spelling (``--tensor-model-parallel-size``) are aliases in the schema and need no row.
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.config.settings import spell
-
-Values = Sequence[str]
+from megatron_aquila.config.ways_out import (
+    Values,
+    bucket_mib,
+    chunks,
+    in_samples,
+    profile_first,
+    profile_last,
+    stage_layers,
+    step_folder,
+    vocab_multiple,
+    warmup_samples,
+    zero_level,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,48 +59,6 @@ class Refused:
 Meaning = Sets | Always | Follows | Refused
 
 
-def _vocab_multiple(values: Values, config: RunConfig) -> str:
-    return f"use --vocab-multiple {int(values[0]) * config.parallel.tensor} ({values[0]} x tp {config.parallel.tensor})"
-
-
-def _in_samples(flag: str) -> Callable[[Values, RunConfig], str]:
-    return lambda values, config: f"use {flag} {int(values[0]) * config.train.global_batch} (steps x global batch)"
-
-
-def _warmup_samples(values: Values, config: RunConfig) -> str:
-    return f"use --lr-warmup-samples {round(float(values[0]) * config.train.train_samples)} (of --train-samples)"
-
-
-def _bucket_mib(values: Values, config: RunConfig) -> str:
-    return f"use --bucket-mib {int(values[0]) * 4 / 2**20:g} ({values[0]} gradients of 4 bytes)"
-
-
-def _step_folder(values: Values, config: RunConfig) -> str:
-    return f"use --load {config.checkpoint.load or 'FOLDER'}/step_{int(values[0]):07d}"
-
-
-def _stage_layers(values: Values, config: RunConfig) -> str:
-    """``1 15 3 15 15 15``, a count of stages before each device type's layers, is ``--stage-layers 15 15 15 15``."""
-    rest, layers = iter(int(value) for value in values), list[int]()
-    for count in rest:
-        layers += itertools.islice(rest, count)
-    return f"use --stage-layers {spell(layers)}"
-
-
-def _chunks(values: Values, config: RunConfig) -> str:
-    stages = config.model.num_layers // int(values[0])
-    return f"use --chunks {max(1, stages // config.parallel.pipeline)} (layers / {values[0]} / pp)"
-
-
-def _profile_first(values: Values, config: RunConfig) -> str:
-    """Megatron-LM's profiler starts once so many steps are done."""
-    return f"use --profile-steps {int(values[0]) + 1}-LAST"
-
-
-def _profile_last(values: Values, config: RunConfig) -> str:
-    return f"use --profile-steps FIRST-{values[0]}"
-
-
 def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
     """The same meaning for several flags."""
     return dict.fromkeys(flags.split(), meaning)
@@ -107,7 +74,7 @@ _SEARCH = Refused(
 )
 _SPEED = Refused("changes speed only and is not offered", "leave it out")
 _MOE = Refused("mixtures of experts are not offered", "leave it out: every MLP is dense")
-_SHARDING = Refused("what replicas share out has one setting", "use --zero 1, 2 or 3")
+_FSDP = Refused("gradients and weights are sharded by the same optimizer", "use --zero 3")
 _BALANCE = Refused(
     "stages are balanced with the head counted, or given by their layers",
     "leave it out, or use --stage-layers or --pipeline-layout",
@@ -192,7 +159,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--make-vocab-size-divisible-by": Refused(
             "Megatron-LM multiplies it by tp, so the model would depend on the layout",
             "use --vocab-multiple with this number times tp",
-            _vocab_multiple,
+            vocab_multiple,
         ),
         "--rotary-interleaved-patch": Refused(
             "its checkpoints have permuted rows, and are read into their true order",
@@ -232,8 +199,9 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         "--cp-comm-type": Refused("it has other words", "use --cp-method ring for p2p, --cp-method ulysses for a2a"),
         "--no-overlap-p2p-communication": Refused("one switch serves all communication", "use --no-overlap"),
-        "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib", _bucket_mib),
-        **_family(_SHARDING, "--use-torch-fsdp2 --use-custom-fsdp --data-parallel-sharding-strategy"),
+        "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib", bucket_mib),
+        **_family(_FSDP, "--use-torch-fsdp2 --use-custom-fsdp --use-megatron-fsdp"),
+        "--data-parallel-sharding-strategy": Refused("levels are numbers", "use --zero 1, 2 or 3", zero_level),
         **_family(
             _BALANCE,
             "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
@@ -248,7 +216,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step --tp-comm-overlap",
         ),
         "--num-layers-per-virtual-pipeline-stage": Refused(
-            "stages are counted, not their layers", "use --chunks, the stages on each rank", _chunks
+            "stages are counted, not their layers", "use --chunks, the stages on each rank", chunks
         ),
         "--recompute-activations": Sets("train.recompute", "selective"),
         "--checkpoint-activations": Refused("it is said in other words", "use --recompute full"),
@@ -260,21 +228,21 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--hetero-mode --hetero-device-types --hetero-current-device-type --hetero-micro-batch-sizes",
         ),
         "--hetero-pipeline-stages": Refused(
-            "stages are given by their layers alone", "use --stage-layers without the counts", _stage_layers
+            "stages are given by their layers alone", "use --stage-layers without the counts", stage_layers
         ),
         **_family(_XPU, "--memory-saving --findmax-opt"),
         # Length and learning rate
-        "--train-iters": Refused("lengths are in samples", "use --train-samples", _in_samples("--train-samples")),
+        "--train-iters": Refused("lengths are in samples", "use --train-samples", in_samples("--train-samples")),
         "--lr-warmup-iters": Refused(
-            "lengths are in samples", "use --lr-warmup-samples", _in_samples("--lr-warmup-samples")
+            "lengths are in samples", "use --lr-warmup-samples", in_samples("--lr-warmup-samples")
         ),
         "--lr-decay-iters": Refused(
-            "lengths are in samples", "use --lr-decay-samples", _in_samples("--lr-decay-samples")
+            "lengths are in samples", "use --lr-decay-samples", in_samples("--lr-decay-samples")
         ),
         "--lr-wsd-decay-iters": Refused(
-            "lengths are in samples", "use --lr-wsd-decay-samples", _in_samples("--lr-wsd-decay-samples")
+            "lengths are in samples", "use --lr-wsd-decay-samples", in_samples("--lr-wsd-decay-samples")
         ),
-        "--exit-interval": Refused("lengths are in samples", "use --exit-samples", _in_samples("--exit-samples")),
+        "--exit-interval": Refused("lengths are in samples", "use --exit-samples", in_samples("--exit-samples")),
         "--lr-warmup-init": Always("the warm-up starts from 0", ("0.0",)),
         "--start-weight-decay": Follows("optim.weight_decay"),
         "--end-weight-decay": Follows("optim.weight_decay"),
@@ -290,7 +258,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "leave it out, and watch the log's field applied",
         ),
         "--exit-signal-handler": Always("SIGTERM ends the run before its next step, saved"),
-        "--lr-warmup-fraction": Refused("lengths are in samples", "use --lr-warmup-samples", _warmup_samples),
+        "--lr-warmup-fraction": Refused("lengths are in samples", "use --lr-warmup-samples", warmup_samples),
         **_family(_ADAN, "--adan-beta1 --adan-beta2 --adan-beta3 --adan-eps"),
         # Data
         "--data-impl": Always("indexed datasets are mapped into memory", ("mmap",)),
@@ -326,7 +294,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--pretrained-checkpoint": Refused(
             "a new run from weights alone is said in other words", "use --load with --no-load-optim"
         ),
-        "--ckpt-step": Refused("a step is a folder", "use --load FOLDER/step_N, N in seven digits", _step_folder),
+        "--ckpt-step": Refused("a step is a folder", "use --load FOLDER/step_N, N in seven digits", step_folder),
         **_family(
             Refused("there is one format, which any layout loads", "leave it out"),
             "--ckpt-format --dist-ckpt-format --ckpt-convert-format --ckpt-fully-parallel-load",
@@ -361,12 +329,12 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--profile-step-start": Refused(
             "both steps are named in one flag, and both are profiled",
             "use --profile-steps FIRST-LAST, FIRST one more than here",
-            _profile_first,
+            profile_first,
         ),
         "--profile-step-end": Refused(
             "both steps are named in one flag, and both are profiled",
             "use --profile-steps FIRST-LAST, LAST as here",
-            _profile_last,
+            profile_last,
         ),
         "--use-pytorch-profiler": Always("--profile-steps writes a trace of torch's profiler"),
         **_family(_NAMED_BY_WANDB, "--wandb-exp-name --wandb-entity"),

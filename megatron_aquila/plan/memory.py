@@ -143,8 +143,8 @@ class MemoryPlan:
         return sum(parameter.elements for parameter in stage_parameters(self.shape, self.stages, stage, self.grid.tp))
 
     def _held(self, rank: int, buckets: Sequence[StageBucket], *, from_level: int) -> int:
-        """Elements of weights (``from_level`` 3) or gradients (2): all, or from that level of ZeRO on norms, this rank's
-        shard of the matrices, and what of these is whole at the widest moment.
+        """Elements of weights (``from_level`` 3) or gradients (2): all, or from that level of ZeRO on norms, the
+        rank's shard of the matrices, and what of these is whole at the widest moment.
         """
         matrices = [bucket for bucket in buckets if bucket.decays]
         whole, sharded = (sum(bucket.elements for bucket in some) for some in (buckets, matrices))

@@ -79,6 +79,8 @@ def ways_to_save(config: RunConfig) -> str:
     ways += narrower_states(config)
     if config.optim.offload_optimizer < 1:
         ways.append("use --offload-optimizer 1")
+    if config.parallel.zero < 3:
+        ways.append(f"raise --zero (now {config.parallel.zero}) where there are several replicas")
     ways += [f"raise --tp (now {config.parallel.tensor})", f"raise --pp (now {config.parallel.pipeline})"]
     return ", ".join([*ways, "or use more data-parallel ranks: optimizer states are sharded over them"])
 

@@ -11,6 +11,7 @@ from megatron_aquila.config.migration_page import migration_page
 from megatron_aquila.config.presets import PRESETS
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, flag_names, value_of
+from megatron_aquila.config.ways_out import zero_level
 from megatron_aquila.errors import ConfigError
 from tests.config.flagscale_scripts import ADDED_FLAGS, LATER, SCRIPT_7B, SCRIPT_34B, SCRIPT_70B
 
@@ -174,3 +175,17 @@ def test_the_page_has_every_flag():
             assert meaning.why in page
     for setting in all_settings().values():
         assert all(f"`{flag}`" in page for flag in setting.flags)
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (["no_shard"], "use --zero 1"),
+        (["optim"], "use --zero 1"),
+        (["optim_grads"], "use --zero 2"),
+        (["optim_grads_params"], "use --zero 3"),
+        (["all"], "use --zero 1, 2 or 3"),
+    ],
+)
+def test_what_is_sharded_is_a_level(words, way_out):
+    assert zero_level(words, RunConfig()) == way_out

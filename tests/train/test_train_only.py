@@ -30,6 +30,7 @@ LAYOUTS = [
     Layout(),
     Layout(tp=2, sequence=True, pp=2, overlap=True, fused=True),
     Layout(pp=2, dp=2, small_buckets=True),
+    Layout(dp=2, zero=3, overlap=True, small_buckets=True),
 ]
 
 
@@ -52,7 +53,7 @@ def start() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("part", "layout"), [(part, LAYOUTS[0]) for part in PARTS] + [
-    ("embeddings", LAYOUTS[1]), ("vocabulary", LAYOUTS[2]), ("head", LAYOUTS[1])
+    ("embeddings", LAYOUTS[1]), ("vocabulary", LAYOUTS[2]), ("head", LAYOUTS[1]), ("vocabulary", LAYOUTS[3])
 ], ids=str)  # fmt: skip
 def test_gradients_are_those_of_a_whole_training_and_the_rest_stays(
     pool: Callable[[int], WorkerPool], part: str, layout: Layout

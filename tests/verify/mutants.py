@@ -129,6 +129,7 @@ def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
 OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
+ZERO_2, ZERO_3 = Layout(dp=2, zero=2), Layout(dp=2, zero=3)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
 OFFLOAD = Layout(dp=2, small_buckets=True, offload=True)
 RING, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
@@ -601,6 +602,78 @@ def gradient_not_fetched() -> Any:
             self.update_grad.zero_()
 
     return patched(Bucket, "begin_fetch", wrong)
+
+
+# Sharded gradients and weights.
+
+
+def _other_bring_in(wrong: Callable[[Any, torch.Tensor], None]) -> Any:
+    """What is done, in place of adding it to the sum, with the shard of a round that has been reduced."""
+    from megatron_aquila.optim.buckets import Bucket
+
+    def bring_in(self: Bucket) -> None:
+        if self._reducing is not None:
+            wrong(self, self._reducing.wait())
+            self._reducing = None
+            self._grads.let_go()
+
+    return patched(Bucket, "bring_in", bring_in)
+
+
+@mutant("a round of sharded gradients is never brought in", ZERO_2, "ZeRO", "gradient of lm_head.weight")
+def round_lost() -> Any:
+    return _other_bring_in(lambda bucket, shard: None)
+
+
+@mutant("the gradients of a round are counted twice", ZERO_2, "ZeRO", "gradient of lm_head.weight")
+def round_counted_twice() -> Any:
+    return _other_bring_in(lambda bucket, shard: bucket.grad_shard.add_(shard).add_(shard))
+
+
+@mutant("a shard of gradients begins an element late", ZERO_2, "ZeRO", "gradient of lm_head.weight")
+def gradient_border_off_by_one() -> Any:
+    return _other_bring_in(lambda bucket, shard: bucket.grad_shard.add_(shard.roll(1)))
+
+
+@mutant("a shard of weights begins an element late", ZERO_3, "ZeRO", "output of model.embed_tokens")
+def weight_border_off_by_one() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+
+    right = Bucket.take_weights
+
+    def wrong(self: Bucket) -> None:
+        right(self)
+        self.weight_shard.copy_(self.weight_shard.roll(1))
+
+    return patched(Bucket, "take_weights", wrong)
+
+
+@mutant("what was gathered is kept after an update", ZERO_3, "ZeRO", "model.embed_tokens.weight after sgd")
+def gathered_before_the_update() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+    from megatron_aquila.optim.distributed import DistributedOptimizer
+
+    right = Bucket.begin_publish
+
+    def publish(self: Bucket) -> None:
+        if not self.sharding.weights:
+            right(self)
+
+    return both(patched(DistributedOptimizer, "_settle", lambda self: None), patched(Bucket, "begin_publish", publish))
+
+
+@mutant("a bucket is let go of while it is read", ZERO_3, "ZeRO", "output of model.embed_tokens")
+def let_go_too_early() -> Any:
+    """Its memory belongs to something else then."""
+    from megatron_aquila.optim.gathering import Gathering
+
+    right = Gathering.read
+
+    def wrong(self: Gathering, bucket: Any) -> None:
+        right(self, bucket)
+        bucket.weights.zero_()
+
+    return patched(Gathering, "read", wrong)
 
 
 # Documents. Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So
