@@ -65,6 +65,7 @@ def main() -> int:
             if minutes > options.minutes or sum(outcome.fired for outcome in outcomes) >= options.injections:
                 break
             with small_disk(Path(name) / f"run_{number}") as is_small:
+                kinds = [kind for kind in kinds if is_small or kind != "full-start"]
                 drill = Drill(
                     ground,
                     Path(name) / f"run_{number}",

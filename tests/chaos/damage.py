@@ -21,8 +21,11 @@ T = TypeVar("T")
 Undo = Callable[[], None]
 
 
-def damage(fault: Fault, run: Path, prefixes: list[str]) -> tuple[Undo, list[str]]:
-    """Do what the fault says; how to undo it, and what ``ckpt verify`` or ``data verify`` say of it."""
+def damage(fault: Fault, run: Path, prefixes: list[str], filler: Path | None) -> tuple[Undo, list[str]]:
+    """Do what the fault says; how to undo it, and what ``ckpt verify`` or ``data verify`` say of it.
+
+    ``filler`` may fill the disk that ``run`` is on.
+    """
     share = fault.share
     if fault.kind in ("cut-checkpoint", "flip-checkpoint"):
         folder = find_checkpoint(run)
@@ -40,6 +43,10 @@ def damage(fault: Fault, run: Path, prefixes: list[str]) -> tuple[Undo, list[str
             os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
         return undo, list(verify(prefix).problems)
+    if fault.kind == "full-start":
+        assert filler is not None, "the disk is not small: it cannot be filled"
+        fill(filler)
+        return filler.unlink, []
     if fault.kind == "lose-latest":
         lose(run / LATEST, share)
     elif fault.kind == "torn-ledger":
@@ -55,6 +62,13 @@ def damage(fault: Fault, run: Path, prefixes: list[str]) -> tuple[Undo, list[str
 
 def nothing() -> None:
     """What is damaged stays so."""
+
+
+def fill(filler: Path) -> None:
+    """Leave the disk without a byte."""
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"\0" * 4096):
+            pass
 
 
 def pick(among: Sequence[T], share: float) -> T:

@@ -130,7 +130,7 @@ class Drill:
         self._marks.folder.mkdir(parents=True)
         self._filler = folder / "filler" if is_small else None
         self.outcomes = [Outcome(fault, "torchrun" if torchrun else "forked", layout) for fault in faults]
-        self._starts = 0
+        self._starts, self._known = 0, list[str]()
         self._pending: list[Outcome] = []
 
     def go(self) -> list[Outcome]:
@@ -259,15 +259,16 @@ class Drill:
         starts = lost_samples(events)
         lost, self._starts = sum(starts[self._starts :]), len(starts)
         about = (self._pending or [outcome for outcome in self.outcomes if outcome.fired] or self.outcomes)[-1]
-        if lost > 0 or report.problems:
-            about.lost += lost
-            about.wrong += [problem for problem in report.problems if problem not in about.wrong]
-            about.recovered = False
+        fresh = [problem for problem in report.problems if problem not in self._known]
+        self._known += fresh
+        about.lost += lost
+        about.wrong += [f"samples were lost: {lost}"] * (lost > 0) + fresh
+        about.recovered = about.recovered and not about.wrong
 
     def _damaged(self, outcome: Outcome) -> None:
         """Do it to the folder, start, undo it where the start refused."""
         fault, kind = outcome.fault, KINDS[outcome.fault.kind]
-        undo, found = damage(fault, self._run, self._ground.prefixes)
+        undo, found = damage(fault, self._run, self._ground.prefixes, self._filler)
         if fault.kind.endswith(("-checkpoint", "-data")) and not found:
             outcome.wrong.append("nothing was found wrong by reading everything")
         outcome.fired = True

@@ -41,6 +41,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "term-eval": Kind(title="SIGTERM in a validation", ending="stops", reason="stopped at step"),
         "term-save": Kind(title="SIGTERM in a save", ending="stops", reason="stopped at step"),
         "full-disk": Kind(title="the disk is full in a save", ending="refuses", reason="could not be saved"),
+        "full-start": Kind(
+            title="the disk is full at a start", ending="refuses", inside=False, reason="No space left on device"
+        ),
         "nan-skip": Kind(title="NaN in a gradient, `--on-nonfinite skip`", ending="goes on", reason="not finite"),
         "nan-rewind": Kind(title="NaN in a gradient, `rewind`", ending="goes on", reason="back to step_"),
         "nan-stop": Kind(title="NaN in a gradient, `stop`", ending="refuses", reason="the update was left out"),

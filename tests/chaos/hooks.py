@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from megatron_aquila.commands import pretrain
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.train import evaluate, run, trainer
 from megatron_aquila.train.record import RunRecord
+from tests.chaos.damage import fill, pick
 from tests.chaos.faults import KINDS, Fault
 
 PLAN = "AQUILA_CHAOS"
@@ -183,17 +183,15 @@ class Injector:
             self.before(staging, "write_stream", self._refuse)
             return
 
-        def fill(*_: Any) -> None:
+        def fill_now(*_: Any) -> None:
             if not self.is_now:
                 return
             self.fire()
-            with suppress(OSError), self._filler.open("wb", buffering=0) as file:
-                while file.write(b"\0" * 4096):
-                    pass
+            fill(self._filler)
             if self._fault.share > 0.5:
                 os.truncate(self._filler, self._filler.stat().st_size - 8192)
 
-        self.before(staging, "header_and_order", fill)
+        self.before(staging, "header_and_order", fill_now)
 
     def _refuse(self, *_: Any) -> None:
         if self.is_now:
@@ -206,8 +204,8 @@ class Injector:
         def to_nan(optimizer: DistributedOptimizer, *_: Any) -> None:
             if self.is_now:
                 self.fire()
-                shard = optimizer._buckets[0].grad_shard
-                shard[int(self._fault.share * len(shard))] = torch.nan
+                counted = pick(optimizer._counted, self._fault.share)  # not padding, which no norm counts
+                counted[int(self._fault.share * len(counted))] = torch.nan
 
         self.before(DistributedOptimizer, "clip", to_nan)
 

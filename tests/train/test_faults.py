@@ -93,7 +93,7 @@ def test_twenty_in_a_row_end_the_run_and_steps_that_lower_the_loss_scale_do_not_
         judge = faults.Judge(tiny_config_train(), rule)
 
         def look(number: int, judge: faults.Judge = judge, scale: LossScale = scale) -> faults.Fault | None:
-            step = Step(state=state, stop_requested=False, samples=(8 * number, 8 * number + 8), told=None)
+            step = Step(state=state, samples=(8 * number, 8 * number + 8), told=None)
             return judge.fault(step, StepOutcome(replace(state, loss_scale=scale), REPORT, is_finite=False))
 
         found = [look(number) for number in range(19)]
