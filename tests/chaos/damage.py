@@ -45,8 +45,9 @@ def damage(fault: Fault, run: Path, prefixes: list[str], filler: Path | None) ->
         return undo, list(verify(prefix).problems)
     if fault.kind == "full-start":
         assert filler is not None, "the disk is not small: it cannot be filled"
-        fill(filler)
-        return filler.unlink, []
+        full = filler.with_name("full")  # the filler goes at the next start
+        fill(full)
+        return full.unlink, []
     if fault.kind == "lose-latest":
         lose(run / LATEST, share)
     elif fault.kind == "torn-ledger":
