@@ -1,6 +1,7 @@
 """``python -m tests.chaos``: real faults in real runs, until as many have come as are asked for, or time is over."""
 
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -56,6 +57,7 @@ def rounds(options: Options) -> Iterator[tuple[str, str, list[str]]]:
 def main() -> int:
     """Returns the exit status: 1 where anything was not as it should be."""
     options = tyro.cli(Options, prog="python -m tests.chaos")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is mounted and started goes with it
     rng, began, outcomes = random.Random(options.seed), time.monotonic(), list[Outcome]()
     command, text = " ".join(["python -m tests.chaos", *sys.argv[1:]]), ""
     with tempfile.TemporaryDirectory(prefix="aquila_chaos_") as name:

@@ -42,7 +42,7 @@ class Forked:
         self._processes: list[BaseProcess] = []
         for rank in range(WORLD):
             args = (rank, WORLD, port, str(plan), list(flags), str(out))
-            self._processes.append(context.Process(target=hooks.forked, args=args))
+            self._processes.append(context.Process(target=hooks.forked, args=args, daemon=True))
         for process in self._processes:
             process.start()
 
@@ -82,9 +82,11 @@ class Torchrun:
         try:
             return [self._process.wait(timeout=seconds + grace)]
         except subprocess.TimeoutExpired:
-            self._process.terminate()  # it ends its workers; killed, it would leave them behind
-            self._process.wait(timeout=60)
             raise TimeoutError(f"torchrun did not end within {seconds:.0f} s") from None
+        finally:
+            if self._process.poll() is None:
+                self._process.terminate()  # it ends its workers; killed, it would leave them behind
+                self._process.wait(timeout=60)
 
     def is_over(self) -> bool:
         return self._process.poll() is not None
