@@ -61,7 +61,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             inside=False,
             reason="a run is writing here",
         ),
-        "cut-data": Kind(title="data file cut off", ending="refuses", inside=False, reason="is cut off"),
+        "cut-data": Kind(title="data file cut off", ending="refuses", inside=False, reason="write the data set again"),
         "flip-data": Kind(title="bit flipped in a data file", ending="refuses", inside=False, reason="digest"),
         "two-runs": Kind(title="a second run on the same folder", ending="refuses", reason="a run is writing here"),
     }
