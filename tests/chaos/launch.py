@@ -75,6 +75,7 @@ class Torchrun:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
         words += ["--max-restarts", str(restarts), "-m", "tests.chaos.hooks", *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), hooks.PLAN: str(plan)}
+        environment["TMPDIR"] = str(out.parent)  # where it leaves its own
         with out.open("ab") as file:
             self._process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
