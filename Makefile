@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test chaos check clean
 
 quickstart: ## the whole job on this machine's CPU: corpus, tokenizer, train, resume, convert, generate
 	$(PYTHON) tools/bootstrap.py --venv $(VENV) quickstart
@@ -12,6 +12,10 @@ quickstart: ## the whole job on this machine's CPU: corpus, tokenizer, train, re
 test: ## the whole test suite; ARGS goes to pytest
 	$(PYTHON) tools/bootstrap.py --venv $(VENV) dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+chaos: ## real faults in real runs, for about half an hour; the table goes into docs/reliability.md. ARGS: see --help
+	$(PYTHON) tools/bootstrap.py --venv $(VENV) dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.chaos $(ARGS)
 
 check: ## format, lint, types, spelling
 	$(PYTHON) tools/bootstrap.py --venv $(VENV) dev

@@ -11,13 +11,20 @@ from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import Group
 
 
-def choose(path: Path, world: Group, *, falls_back: bool, warn: Callable[[str], None]) -> Path:
+def choose(
+    path: Path,
+    world: Group,
+    *,
+    falls_back: bool,
+    warn: Callable[[str], None],
+    passed_over: Callable[[Path, str], None] = lambda folder, reason: None,
+) -> Path:
     """The step's folder to load, with every file's hash verified. Collective over ``world``: all ranks get the same.
 
     A ``path`` that is a step means that one or none. Of a run's folder it is the step that ``latest`` names; with
     ``falls_back`` the newest whole one before it where that is damaged, and the newest of all where ``latest`` is lost
-    or garbled. ``warn`` is told of all that is passed over. Rank 0 looks for all; each rank hashes its share of the
-    files. Raises CheckpointError on every rank where no checkpoint is left.
+    or garbled. ``warn`` is told of all that is passed over, ``passed_over`` of each damaged step and why. Rank 0 looks
+    for all; each rank hashes its share of the files. Raises CheckpointError on every rank where no checkpoint is left.
     """
 
     def look() -> list[str]:
@@ -32,6 +39,7 @@ def choose(path: Path, world: Group, *, falls_back: bool, warn: Callable[[str], 
             if following is None:
                 raise
             warn(f"DAMAGED CHECKPOINT, passed over: {error}\n  the next older one is tried: {following}")
+            passed_over(folder, str(error))
         else:
             return folder
     raise AssertionError(f"{path}: no candidates")

@@ -195,7 +195,8 @@ def _mapping(path: Path) -> mmap.mmap:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("w+b") as file:
-        file.truncate(FILE_BYTES)
+        # A file with holes would be a SIGBUS, and no error, where the disk is full.
+        os.posix_fallocate(file.fileno(), 0, FILE_BYTES)
         mapped = mmap.mmap(file.fileno(), FILE_BYTES)
     if path.exists():
         os.replace(path, path.with_suffix(".previous"))

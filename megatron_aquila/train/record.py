@@ -3,12 +3,15 @@
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from uuid import uuid4
 
 from megatron_aquila import __version__
 from megatron_aquila.checkpoint.agree import together
+from megatron_aquila.checkpoint.folders import MANIFEST
+from megatron_aquila.checkpoint.manifest import Manifest
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, value_of
 from megatron_aquila.data.samples import SampleSource
@@ -21,6 +24,7 @@ from megatron_aquila.train.start import Start, checkpoint_name
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.upcoming import upcoming
 
+CLOCK_SECONDS = 0.01  # both times are rounded
 SOURCE_TREE = Path(__file__).parents[2]
 
 
@@ -52,18 +56,10 @@ class RunRecord:
     def to_be_saved(self, state: TrainState) -> TrainState:
         """The state as a checkpoint is to hold it: with the digest of what comes next. Reads that."""
         ahead = upcoming(self._source, state.consumed_samples)
-        about = {
-            "parent": state.parent,
-            "step": state.step,
-            "samples": state.consumed_samples,
-            "ranges": self._taken,
-            "skipped": state.skipped_samples,
-            "next_samples": [ahead.start, ahead.stop],
-            "digest": ahead.digest,
-        }
-        self._under_way.append(about)
+        state = replace(state, taken=tuple(self._taken), upcoming=ahead)
+        self._under_way.append(checkpoint_event(state))
         self._taken = []
-        return replace(state, upcoming=ahead)
+        return state
 
     def saved(self, checkpoint: Path) -> None:
         """The oldest state that was to be saved is whole on the disk."""
@@ -98,6 +94,46 @@ class RunRecord:
             failed=failed,
             ranges=[*(one for about in self._under_way for one in about["ranges"]), *self._taken],
         )
+
+
+def checkpoint_event(state: TrainState) -> dict[str, Any]:
+    """The fields of a ledger's ``checkpoint``, but for its name, of the state that it holds."""
+    ahead = state.upcoming
+    return {
+        "parent": state.parent,
+        "step": state.step,
+        "samples": state.consumed_samples,
+        "ranges": state.taken,
+        "skipped": state.skipped_samples,
+        "next_samples": None if ahead is None else [ahead.start, ahead.stop],
+        "digest": None if ahead is None else ahead.digest,
+    }
+
+
+def unrecorded(config: RunConfig, start: Start) -> dict[str, Any] | None:
+    """The ``checkpoint`` event of the run's own one that it starts from, where the ledger lacks it.
+
+    A kill came after `latest` was written and before the ledger's line was. Raises ``AquilaError`` where one of them
+    cannot be read.
+    """
+    folder, found = ledger_folder(config), start.checkpoint
+    if folder is None or found is None or not start.with_optimizer or not is_own(config, found):
+        return None
+    manifest = Manifest.read(found / MANIFEST)
+    state, name = TrainState.from_json(cast(Mapping[str, Any], manifest.state["train"])), checkpoint_name(found)
+    if not state.taken or not (folder / LEDGER_NAME).exists():  # of a version that did not keep them
+        return None
+    for event in read_ledger(folder):
+        told = event["event"] == "checkpoint" and event["name"] == name
+        if told and datetime.fromisoformat(event["time"]).timestamp() > manifest.saved - CLOCK_SECONDS:
+            return None
+    return {"name": name, **checkpoint_event(state)}
+
+
+def is_own(config: RunConfig, checkpoint: Path) -> bool:
+    """Whether the checkpoint lies in the folder that the run saves to."""
+    save = config.checkpoint.save
+    return save is not None and checkpoint.parent.resolve() == save.resolve()
 
 
 def digest_line(saved: Mapping[str, Any]) -> str:
@@ -139,7 +175,7 @@ def start_event(
         else {
             "name": checkpoint_name(found),
             "path": str(found),
-            "own": settings.save is not None and found.parent.resolve() == settings.save.resolve(),
+            "own": is_own(config, found),
             "step": state.step,
             "samples": state.consumed_samples,
         },

@@ -1,6 +1,6 @@
 """A run from its settings to its last checkpoint: what is found, built, loaded, in this order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from megatron_aquila.train.build import Machine, build_machine, create_context
 from megatron_aquila.train.corpus import Corpus, build_corpus, identify
 from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.presence import presence
-from megatron_aquila.train.record import named, start_event
+from megatron_aquila.train.record import named, start_event, unrecorded
 from megatron_aquila.train.report import open_reporter
 from megatron_aquila.train.resume import load_weights
-from megatron_aquila.train.start import Start, find_start, resolve_checkpoint
+from megatron_aquila.train.start import Start, checkpoint_name, find_start, resolve_checkpoint
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.stops import StopRequest
 from megatron_aquila.train.trainer import train
@@ -31,11 +31,15 @@ from megatron_aquila.train.upcoming import check_upcoming
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A run that is ready for its next step. ``corpus`` is to be closed."""
+    """A run that is ready for its next step. ``corpus`` is to be closed.
+
+    ``passed_over``: names of damaged checkpoints before the one it starts from, and what is wrong with each.
+    """
 
     machine: Machine
     corpus: Corpus
     start: Start
+    passed_over: Sequence[tuple[str, str]] = ()
 
     @property
     def came_from(self) -> Path | None:
@@ -56,7 +60,10 @@ def prepare(
 
     What fails on one rank fails on all, with one text. ``announce`` is called before anything takes long.
     """
-    checkpoint = resolve_checkpoint(config.checkpoint, ctx.world, log.line)
+    bad: list[tuple[str, str]] = []
+    checkpoint = resolve_checkpoint(
+        config.checkpoint, ctx.world, log.line, lambda folder, reason: bad.append((checkpoint_name(folder), reason))
+    )
     identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
     start = agreed(lambda: find_start(config, derived, checkpoint, identity), ctx.world)
     machine = build_machine(config, derived, ctx)
@@ -72,7 +79,7 @@ def prepare(
         log.line(line)
     for line in load_weights(machine, start):
         log.line(line)
-    return Prepared(machine=machine, corpus=corpus, start=start)
+    return Prepared(machine=machine, corpus=corpus, start=start, passed_over=bad)
 
 
 def pretrain(
@@ -105,7 +112,13 @@ def train_in_folder(
     state = named(run.start.state, config, ctx)
     try:
         with open_reporter(run.machine, log) as reporter:
+            missing = agreed(lambda: unrecorded(config, run.start) if ctx.rank == 0 else None, ctx.world)
             if ctx.rank == 0:
+                if missing is not None:
+                    reporter.record("checkpoint", **missing)
+                for bad, reason in run.passed_over:
+                    chosen = None if run.start.checkpoint is None else checkpoint_name(run.start.checkpoint)
+                    reporter.record("fallback", bad=bad, checkpoint=chosen, reason=reason)
                 reporter.record("start", **start_event(config, ctx, run.start, state, run.corpus.identity))
             return train(run.machine, run.corpus, state, reporter, stops, came_from=run.came_from)
     finally:

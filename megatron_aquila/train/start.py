@@ -34,11 +34,15 @@ class Start:
 
 
 def resolve_checkpoint(
-    settings: CheckpointConfig, world: Group, warn: Callable[[str], None] = lambda text: None
+    settings: CheckpointConfig,
+    world: Group,
+    warn: Callable[[str], None] = lambda text: None,
+    passed_over: Callable[[Path, str], None] = lambda folder, reason: None,
 ) -> Path | None:
     """The step folder to take tensors from: ``--load``, or with ``--resume`` what ``--save`` holds. Collective.
 
-    Its files are verified; ``--on-corrupt`` says what becomes of a damaged one, and ``warn`` is told. Rank 0 follows
+    Its files are verified; ``--on-corrupt`` says what becomes of a damaged one, and ``warn`` is told, as is
+    ``passed_over`` of each one that is not taken and why. Rank 0 follows
     ``latest`` for all, so that a save by another job cannot give ranks different steps. Raises ``CheckpointError`` on
     every rank where ``--load`` names nothing, or where the run would write into a folder that another one has filled.
     """
@@ -51,7 +55,10 @@ def resolve_checkpoint(
         return None if path is None else str(path)
 
     (name, *_) = together(lambda: resolve() if world.rank == 0 else None, world)
-    return None if name is None else choose(Path(name), world, falls_back=settings.on_corrupt == "fallback", warn=warn)
+    if name is None:
+        return None
+    falls_back = settings.on_corrupt == "fallback"
+    return choose(Path(name), world, falls_back=falls_back, warn=warn, passed_over=passed_over)
 
 
 def rope_way_out(problems: Sequence[str]) -> str:

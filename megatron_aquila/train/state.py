@@ -42,7 +42,8 @@ class TrainState:
     ``skipped_samples`` are half-open ranges that are not trained on, ascending: those of steps that were not applied,
     and those that the user, or a rewind, left out; these may lie ahead, and are then consumed without being read.
     ``recent`` are the figures of the last steps, from which it is told what is a spike. ``run`` is the ledger's name of
-    the run, ``parent`` that of the checkpoint it went on from. ``upcoming`` is set where a checkpoint is made.
+    the run, ``parent`` that of the checkpoint it went on from. Where a checkpoint is made ``upcoming`` is set, and
+    ``taken``, the ranges that steps took since ``parent``.
     """
 
     seed: int
@@ -56,6 +57,7 @@ class TrainState:
     recent: tuple[Figures, ...] = ()
     run: str = ""
     parent: str | None = None
+    taken: Ranges = ()
     upcoming: Upcoming | None = None
 
     def moved_on(self, *, samples: int, tokens: int) -> "TrainState":
@@ -98,6 +100,7 @@ class TrainState:
             "recent": [],
             "run": "",
             "parent": None,
+            "taken": [],
             "upcoming": None,
             **values,
         }
@@ -109,6 +112,7 @@ class TrainState:
         nested = {
             "index_segments": tuple(values["index_segments"]),
             "skipped_samples": tuple((start, stop) for start, stop in values["skipped_samples"]),
+            "taken": tuple((start, stop) for start, stop in values["taken"]),
             "loss_scale": LossScale(**values["loss_scale"]),
             "upcoming": None if values["upcoming"] is None else Upcoming(**values["upcoming"]),
             "recent": tuple(Figures(**figures) for figures in values["recent"]),

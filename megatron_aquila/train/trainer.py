@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from megatron_aquila.checkpoint.folders import step_folder
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.errors import AquilaError
+from megatron_aquila.errors import AquilaError, CommunicationError, RunFolderError
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.sanity import check_replicated
 from megatron_aquila.train.build import Machine
@@ -140,8 +140,14 @@ class Loop:
         self._stops.begin()
         with closing(self._profiler):
             why = end_of_run(self._machine.config, self.state)
-            while why is None:
-                why = self._step()
+            try:
+                while why is None:
+                    why = self._step()
+            except (CommunicationError, RunFolderError):  # not every rank is here, or the folder is another run's
+                raise
+            except AquilaError:  # raised on every rank: what was begun before is good
+                self._saver.finish()
+                raise
             self._saver.finish()
         self._machine.optimizer.wait_for_weights()
         return why
@@ -176,12 +182,8 @@ class Loop:
 
     def _take(self) -> Step | None:
         """Launch a step; None where the ranks agreed to stop instead."""
-        try:
-            with self._stragglers.measure():
-                return self._steps.take(self.state, stop_requested=self._stops.is_asked)
-        except AquilaError:  # raised on every rank
-            self._saver.finish()
-            raise
+        with self._stragglers.measure():
+            return self._steps.take(self.state, stop_requested=self._stops.is_asked)
 
     def _stop(self) -> str:
         """Save what is not saved yet, as the run was asked to stop before its next step; why it was."""
@@ -189,6 +191,7 @@ class Loop:
         self._reporter.note(self._profiler.after(self.state.step, last=True))
         if self._machine.config.checkpoint.save is not None:
             self._save()
+            self._saver.finish()  # a stop file is not honoured before
         reason = self._stops.reason
         self._stops.honour()
         return reason

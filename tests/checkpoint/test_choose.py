@@ -54,6 +54,21 @@ def test_the_one_before_a_damaged_one_on_all_ranks(root: Path, pool: Pool) -> No
     assert "step_0000002/manifest.json: it is damaged" in warnings[1]
 
 
+def test_what_is_passed_over_is_told_with_the_reason(root: Path) -> None:
+    flip(root / "step_0000003" / FILE, -1)
+    told: list[tuple[str, str]] = []
+    choose(
+        root,
+        ParallelContext.single().world,
+        falls_back=True,
+        warn=lambda text: None,
+        passed_over=lambda folder, reason: told.append((folder.name, reason)),
+    )
+    ((name, reason),) = told
+    assert name == "step_0000003"
+    assert "it is damaged" in reason
+
+
 def test_stop_means_stop_and_a_named_step_is_never_replaced(root: Path) -> None:
     flip(root / "step_0000003" / FILE, -1)
     for path, falls_back in ((root, False), (root / "step_0000003", True)):

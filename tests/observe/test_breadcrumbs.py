@@ -161,3 +161,18 @@ def test_any_damage_gives_a_trail_or_a_typed_error(tmp_path: Path, data: st.Data
     except RunFolderError:
         return
     assert found.waiting is None or found.waiting.what()
+
+
+def test_a_full_disk_is_an_error_and_not_a_sigbus_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with holes can be mapped on a full disk; whoever writes into the holes dies."""
+    recorder = Recorder()
+    recorder.keep_in(tmp_path)
+    file = tmp_path / "breadcrumbs" / "rank_00000.bin"
+    assert file.stat().st_blocks * 512 >= file.stat().st_size
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        Recorder().keep_in(tmp_path)

@@ -1,15 +1,21 @@
 """What a run tells its ledger; whole runs by their command line are in commands/test_ledger.py."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_aquila.config.derive import derive
+from megatron_aquila.observe.ledger import LEDGER_NAME, Ledger, read_ledger
 from megatron_aquila.observe.lineage import check_ledger
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train import record
-from megatron_aquila.train.record import RunRecord, commit, plain
+from megatron_aquila.train.record import RunRecord, commit, plain, unrecorded
+from megatron_aquila.train.start import find_start, resolve_checkpoint
 from megatron_aquila.train.state import TrainState
-from tests.train.runs import Recorder
+from tests.train.runs import Recorder, run, tiny_config
 from tests.train.test_upcoming import source
 
 
@@ -50,3 +56,40 @@ def test_the_commit_is_the_source_trees_or_none(tmp_path: Path, monkeypatch: pyt
     assert commit() is None, "installed as a package"
     (tmp_path / ".git").mkdir()
     assert commit() is None, "no repository"
+
+
+def without_last(folder: Path, event: str) -> list[dict[str, Any]]:
+    """Cut off the ledger what follows the last such event, and that too; what was cut off."""
+    events = read_ledger(folder)
+    last = max(number for number, one in enumerate(events) if one["event"] == event)
+    lines = (folder / LEDGER_NAME).read_text().splitlines(keepends=True)
+    (folder / LEDGER_NAME).write_text("".join(lines[:last]))
+    return [dict(one) for one in events[last:]]
+
+
+def test_a_checkpoint_that_a_kill_kept_from_the_ledger_is_recorded_at_the_next_start(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, eval_interval=0, exit_samples=32)
+    folder = config.checkpoint.save
+    assert folder is not None
+    ledger = Ledger(folder / LEDGER_NAME)
+    ledger.write("start", origin="fresh", run="r", checkpoint=None, samples=0, skipped=[])
+    for event in run(config).events:
+        ledger.write(event.pop("event"), **event)
+    again = replace(config, checkpoint=replace(config.checkpoint, resume=True))
+    derived, world = derive(again, 1), ParallelContext.single().world
+    start = find_start(again, derived, resolve_checkpoint(again.checkpoint, world), None)
+    assert unrecorded(again, start) is None, "the ledger has it"
+    missing, _ = without_last(folder, "checkpoint")
+    found = unrecorded(again, start)
+    assert found is not None
+    assert json.loads(json.dumps(found)) == {name: missing[name] for name in missing if name not in ("event", "time")}
+    # a step that was saved before, in a part of the run that was given up, is another checkpoint
+    earlier = missing | {"time": "2020-01-01T00:00:00+00:00"}
+    with (folder / LEDGER_NAME).open("a") as file:
+        file.write(json.dumps(earlier) + "\n")
+    assert unrecorded(again, start) is not None
+    elsewhere = replace(again, checkpoint=replace(again.checkpoint, save=tmp_path / "other"))
+    assert unrecorded(elsewhere, start) is None, "of another folder's run"
+    assert unrecorded(again, replace(start, checkpoint=None)) is None
+    (folder / LEDGER_NAME).unlink()
+    assert unrecorded(again, start) is None, "of a run without a ledger"

@@ -10,7 +10,7 @@ import torch
 from megatron_aquila.checkpoint import staging
 from megatron_aquila.checkpoint.integrity import examine
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.errors import CheckpointError
+from megatron_aquila.errors import CheckpointError, CommunicationError, RunFolderError
 from megatron_aquila.train import trainer
 from megatron_aquila.train.saving import Saver
 from megatron_aquila.verify.pool import WorkerPool
@@ -102,6 +102,38 @@ def test_a_step_that_fails_on_all_ranks_still_publishes_what_was_begun(
         run(config)
     assert config.checkpoint.save is not None
     assert (config.checkpoint.save / "latest").read_text() == "step_0000002\n"
+
+
+@pytest.mark.parametrize("error", [RunFolderError, CommunicationError])
+def test_who_has_lost_the_folder_or_another_rank_publishes_nothing(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks are not at this place: whoever waited for them in a save would mix up two transfers."""
+    original = trainer.train_step
+
+    def breaks(*args: object, **kwargs: object) -> object:
+        if args[2].step == 2:  # type: ignore[attr-defined]
+            raise error("lost")
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "train_step", breaks)
+    monkeypatch.setattr(Saver, "poll", lambda saver: None)
+    with pytest.raises(error, match="lost"):
+        run(resumed(tiny_config(tmp_path), save_interval=2))
+    assert not (tmp_path / "run" / "latest").exists()
+
+
+def test_a_validation_that_fails_on_all_ranks_still_publishes_what_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*args: object, **kwargs: object) -> object:
+        raise CheckpointError("the validation")
+
+    monkeypatch.setattr(trainer, "evaluate", breaks)
+    monkeypatch.setattr(Saver, "poll", lambda saver: None)
+    with pytest.raises(CheckpointError, match="the validation"):
+        run(resumed(tiny_config(tmp_path), save_interval=2))
+    assert (tmp_path / "run" / "latest").read_text() == "step_0000002\n"
 
 
 def test_little_memory_is_a_longer_stall_and_nothing_else(tmp_path: Path) -> None:

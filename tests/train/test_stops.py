@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_aquila.checkpoint.store import Save
+from megatron_aquila.checkpoint import store
 from megatron_aquila.errors import RunFolderError, Stopped
 from megatron_aquila.train import evaluate as evaluating
-from megatron_aquila.train import saving
+from megatron_aquila.train.saving import Saver
 from megatron_aquila.train.stops import StopRequest, stop_on_signals
 from tests.train.runs import Recorder, run, split, tiny_config
 
@@ -88,19 +88,41 @@ def test_a_stop_file_stops_before_the_next_step_and_saves_once(tmp_path: Path) -
     assert not file.exists()
 
 
-def test_a_signal_within_a_save_does_not_save_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = saving.begin_save
+@pytest.mark.parametrize("place", ["begin", "finish"])
+def test_a_signal_within_a_save_does_not_save_again(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(Saver, place)
 
-    def signalled(*args: Any) -> Save:
-        signal.raise_signal(signal.SIGTERM)
-        return right(*args)
+    def signalled(saver: Saver, *args: Any) -> None:
+        if place == "begin" or saver._under_way is not None:
+            signal.raise_signal(signal.SIGTERM)
+        right(saver, *args)
 
-    monkeypatch.setattr(saving, "begin_save", signalled)
+    monkeypatch.setattr(Saver, place, signalled)
     recorder = run(tiny_config(tmp_path), recorder=Saves())
     assert isinstance(recorder, Saves)
-    assert [report.step for report in recorder.reports] == [1, 2]
+    assert recorder.of(len(recorder.reports)) == 1
     assert recorder.of(2) == 1
     assert "SIGTERM" in recorder.notes[-1]
+
+
+def test_a_stop_file_is_honoured_once_the_save_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, right, there = tmp_path / "enough", store.put_in_place, []
+
+    class Touching(Recorder):
+        def step(self, report: Any) -> None:
+            if report.step == 3:
+                file.touch()
+
+    def placed(temporary: Path, final: Path) -> None:
+        there.append((final.name, file.exists()))
+        right(temporary, final)
+
+    monkeypatch.setattr(store, "put_in_place", placed)
+    run(tiny_config(tmp_path, stop_file=file, eval_interval=0), recorder=Touching())
+    assert there[-1] == ("step_0000003", True), "a kill here would make the next start go on"
+    assert not file.exists()
 
 
 def test_a_stop_before_the_first_step_saves_nothing(tmp_path: Path) -> None:
