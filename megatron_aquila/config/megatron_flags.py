@@ -4,15 +4,23 @@ One table serves the command line (``config.migrate``) and ``docs/from-megatron.
 their Megatron spelling (``--tensor-model-parallel-size``) are aliases in the schema and need no row.
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from megatron_aquila.config.megatron_values import (
+    Values,
+    bucket_mib,
+    chunks,
+    in_samples,
+    profile_first,
+    profile_last,
+    stage_layers,
+    step_folder,
+    vocab_multiple,
+    warmup_samples,
+)
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.config.settings import spell
-
-Values = Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,48 +56,6 @@ class Refused:
 
 
 Meaning = Sets | Always | Follows | Refused
-
-
-def _vocab_multiple(values: Values, config: RunConfig) -> str:
-    return f"use --vocab-multiple {int(values[0]) * config.parallel.tensor} ({values[0]} x tp {config.parallel.tensor})"
-
-
-def _in_samples(flag: str) -> Callable[[Values, RunConfig], str]:
-    return lambda values, config: f"use {flag} {int(values[0]) * config.train.global_batch} (steps x global batch)"
-
-
-def _warmup_samples(values: Values, config: RunConfig) -> str:
-    return f"use --lr-warmup-samples {round(float(values[0]) * config.train.train_samples)} (of --train-samples)"
-
-
-def _bucket_mib(values: Values, config: RunConfig) -> str:
-    return f"use --bucket-mib {int(values[0]) * 4 / 2**20:g} ({values[0]} gradients of 4 bytes)"
-
-
-def _step_folder(values: Values, config: RunConfig) -> str:
-    return f"use --load {config.checkpoint.load or 'FOLDER'}/step_{int(values[0]):07d}"
-
-
-def _stage_layers(values: Values, config: RunConfig) -> str:
-    """``1 15 3 15 15 15``, a count of stages before each device type's layers, is ``--stage-layers 15 15 15 15``."""
-    rest, layers = iter(int(value) for value in values), list[int]()
-    for count in rest:
-        layers += itertools.islice(rest, count)
-    return f"use --stage-layers {spell(layers)}"
-
-
-def _chunks(values: Values, config: RunConfig) -> str:
-    stages = config.model.num_layers // int(values[0])
-    return f"use --chunks {max(1, stages // config.parallel.pipeline)} (layers / {values[0]} / pp)"
-
-
-def _profile_first(values: Values, config: RunConfig) -> str:
-    """Megatron-LM's profiler starts once so many steps are done."""
-    return f"use --profile-steps {int(values[0]) + 1}-LAST"
-
-
-def _profile_last(values: Values, config: RunConfig) -> str:
-    return f"use --profile-steps FIRST-{values[0]}"
 
 
 def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
@@ -188,7 +154,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--make-vocab-size-divisible-by": Refused(
             "Megatron-LM multiplies it by tp, so the model would depend on the layout",
             "use --vocab-multiple with this number times tp",
-            _vocab_multiple,
+            vocab_multiple,
         ),
         "--rotary-interleaved-patch": Refused(
             "its checkpoints have permuted rows, and are read into their true order",
@@ -228,7 +194,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         "--cp-comm-type": Refused("it has other words", "use --cp-method ring for p2p, --cp-method ulysses for a2a"),
         "--no-overlap-p2p-communication": Refused("one switch serves all communication", "use --no-overlap"),
-        "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib", _bucket_mib),
+        "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib", bucket_mib),
         **_family(_SHARDING, "--use-torch-fsdp2 --use-custom-fsdp --data-parallel-sharding-strategy"),
         **_family(
             _BALANCE,
@@ -244,7 +210,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step --tp-comm-overlap",
         ),
         "--num-layers-per-virtual-pipeline-stage": Refused(
-            "stages are counted, not their layers", "use --chunks, the stages on each rank", _chunks
+            "stages are counted, not their layers", "use --chunks, the stages on each rank", chunks
         ),
         "--recompute-activations": Sets("train.recompute", "selective"),
         "--checkpoint-activations": Refused("it is said in other words", "use --recompute full"),
@@ -256,21 +222,21 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--hetero-mode --hetero-device-types --hetero-current-device-type --hetero-micro-batch-sizes",
         ),
         "--hetero-pipeline-stages": Refused(
-            "stages are given by their layers alone", "use --stage-layers without the counts", _stage_layers
+            "stages are given by their layers alone", "use --stage-layers without the counts", stage_layers
         ),
         **_family(_XPU, "--memory-saving --findmax-opt"),
         # Length and learning rate
-        "--train-iters": Refused("lengths are in samples", "use --train-samples", _in_samples("--train-samples")),
+        "--train-iters": Refused("lengths are in samples", "use --train-samples", in_samples("--train-samples")),
         "--lr-warmup-iters": Refused(
-            "lengths are in samples", "use --lr-warmup-samples", _in_samples("--lr-warmup-samples")
+            "lengths are in samples", "use --lr-warmup-samples", in_samples("--lr-warmup-samples")
         ),
         "--lr-decay-iters": Refused(
-            "lengths are in samples", "use --lr-decay-samples", _in_samples("--lr-decay-samples")
+            "lengths are in samples", "use --lr-decay-samples", in_samples("--lr-decay-samples")
         ),
         "--lr-wsd-decay-iters": Refused(
-            "lengths are in samples", "use --lr-wsd-decay-samples", _in_samples("--lr-wsd-decay-samples")
+            "lengths are in samples", "use --lr-wsd-decay-samples", in_samples("--lr-wsd-decay-samples")
         ),
-        "--exit-interval": Refused("lengths are in samples", "use --exit-samples", _in_samples("--exit-samples")),
+        "--exit-interval": Refused("lengths are in samples", "use --exit-samples", in_samples("--exit-samples")),
         "--lr-warmup-init": Always("the warm-up starts from 0", ("0.0",)),
         "--start-weight-decay": Follows("optim.weight_decay"),
         "--end-weight-decay": Follows("optim.weight_decay"),
@@ -286,7 +252,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "leave it out, and watch the log's field applied",
         ),
         "--exit-signal-handler": Always("SIGTERM ends the run before its next step, saved"),
-        "--lr-warmup-fraction": Refused("lengths are in samples", "use --lr-warmup-samples", _warmup_samples),
+        "--lr-warmup-fraction": Refused("lengths are in samples", "use --lr-warmup-samples", warmup_samples),
         **_family(_ADAN, "--adan-beta1 --adan-beta2 --adan-beta3 --adan-eps"),
         # Data
         "--data-impl": Always("indexed datasets are mapped into memory", ("mmap",)),
@@ -322,7 +288,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--pretrained-checkpoint": Refused(
             "a new run from weights alone is said in other words", "use --load with --no-load-optim"
         ),
-        "--ckpt-step": Refused("a step is a folder", "use --load FOLDER/step_N, N in seven digits", _step_folder),
+        "--ckpt-step": Refused("a step is a folder", "use --load FOLDER/step_N, N in seven digits", step_folder),
         **_family(
             Refused("there is one format, which any layout loads", "leave it out"),
             "--ckpt-format --dist-ckpt-format --ckpt-convert-format --ckpt-fully-parallel-load",
@@ -357,12 +323,12 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--profile-step-start": Refused(
             "both steps are named in one flag, and both are profiled",
             "use --profile-steps FIRST-LAST, FIRST one more than here",
-            _profile_first,
+            profile_first,
         ),
         "--profile-step-end": Refused(
             "both steps are named in one flag, and both are profiled",
             "use --profile-steps FIRST-LAST, LAST as here",
-            _profile_last,
+            profile_last,
         ),
         "--use-pytorch-profiler": Always("--profile-steps writes a trace of torch's profiler"),
         **_family(_NAMED_BY_WANDB, "--wandb-exp-name --wandb-entity"),
