@@ -45,6 +45,12 @@ def stage_layers(values: Values, config: RunConfig) -> str:
     return f"use --stage-layers {spell(layers)}"
 
 
+def micro_batch_per_dp(values: Values, config: RunConfig) -> str:
+    """``2 3 4 1``, replicas of a device type and their micro-batch, is ``--micro-batch-per-dp 3 3 1 1 1 1``."""
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return f"use --micro-batch-per-dp {spell([size for count, size in pairs for _ in range(int(count))])}"
+
+
 def chunks(values: Values, config: RunConfig) -> str:
     """``--num-layers-per-virtual-pipeline-stage``."""
     stages = config.model.num_layers // int(values[0])
