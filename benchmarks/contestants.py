@@ -92,9 +92,7 @@ def our_step(config: RunConfig, device: torch.device) -> Run:
     fill_(machine)
     loader = BatchLoader(
         RandomTokens(derived.shape.vocab_size, derived.shape.seq_len),
-        dp_rank=0,
-        dp_size=1,
-        micro_batch=config.train.micro_batch,
+        share=derived.batches.share_of(0),
         vocab_size=derived.shape.vocab_size,
         prepare=partial(host_batch, pinned=device.type == "cuda"),
         batch_at=derived.batches.global_batch_at,

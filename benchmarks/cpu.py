@@ -234,7 +234,7 @@ def counted_calls(config: RunConfig, rank: int) -> list[Call]:
     """What one rank says in one step."""
     with fake_world(rank, WORLD), StorageTracker(), CallRecorder() as recorder:
         machine = dry_machine(config, WORLD)
-        micro_batch, count = config.train.micro_batch, full_microbatches(config, machine.derived)
+        micro_batch, count = config.train.micro_batch, full_microbatches(machine.derived)
         dry_step(machine, [dry_batch(machine.derived.shape, micro_batch) for _ in range(count)])
     calls: list[Call] = recorder.calls
     return calls

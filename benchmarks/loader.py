@@ -24,6 +24,7 @@ from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.plan.batches import ReplicaShare
 from megatron_aquila.train.build import host_batch
 
 CPU = torch.device("cpu")
@@ -173,9 +174,7 @@ def _loader(source: SampleSource, rules: DocumentRules | None) -> BatchLoader[Ba
     """A loader that reads in the calling thread, nothing ahead."""
     return BatchLoader(
         source,
-        dp_rank=0,
-        dp_size=1,
-        micro_batch=MICRO_BATCH,
+        share=ReplicaShare(size=MICRO_BATCH, round_size=MICRO_BATCH),
         vocab_size=VOCAB_SIZE,
         prepare=host_batch,
         documents=rules,

@@ -195,8 +195,9 @@ def with_run(options: ScheduleOptions, settings: Sequence[str]) -> tuple[Schedul
     name: ScheduleName = config.parallel.schedule if options.schedule is None else options.schedule
     chunks = options.chunks if options.compare else derived.stages.chunks
     microbatches = microbatches if options.microbatches is None else options.microbatches
+    sizes = " or ".join(str(size) for size in sorted(set(derived.batches.micro_batches)))
     about = (
-        f"tp {grid.tp} x pp {grid.pp} x dp {grid.dp}, global batch {batch}, micro-batch {config.train.micro_batch}; "
+        f"tp {grid.tp} x pp {grid.pp} x dp {grid.dp}, global batch {batch}, micro-batch {sizes}; "
         f"layers by stage {' '.join(str(len(layers)) for layers in derived.stages.layers)}\n"
     )
     if not options.stage_times:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from megatron_aquila.config.check_family import check_family
 from megatron_aquila.config.checkpoints import check_retention
 from megatron_aquila.config.context import check_context_heads, check_sequence
-from megatron_aquila.config.derive import given_layers, model_shape, num_chunks
+from megatron_aquila.config.derive import given_layers, known_replicas, micro_batches_of, model_shape, num_chunks
 from megatron_aquila.config.elastic import check_elastic, model_ranks
 from megatron_aquila.config.inputs import (
     check_data_path,
@@ -20,6 +20,7 @@ from megatron_aquila.config.inputs import (
 )
 from megatron_aquila.config.profile import check_profile
 from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
+from megatron_aquila.config.replicas import check_micro_batches
 from megatron_aquila.config.rope import check_rope
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
@@ -202,12 +203,13 @@ def _fp8(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     if config.train.precision != "fp8":
         return
     tp, shape = config.parallel.tensor, model_shape(config.model)
+    micro_batch = math.gcd(*micro_batches_of(config.train, 1))  # if this fits, each of them does
     sizes = {
         "hidden_size": shape.hidden_size,
         "ffn_size / tp": shape.ffn_size // tp,
         "num_heads x head_dim / tp": shape.attention_size // tp,
         "num_kv_heads x head_dim / tp": shape.kv_size // tp,
-        "micro_batch x seq_len / cp": config.train.micro_batch * shape.seq_len // config.parallel.context,
+        "micro_batch x seq_len / cp": micro_batch * shape.seq_len // config.parallel.context,
     }
     bad = [f"{name} {size}" for name, size in sizes.items() if size % FP8_MULTIPLE]
     if bad:
@@ -257,7 +259,8 @@ _STAGES = (
     "parallel.pipeline parallel.schedule parallel.chunks parallel.stage_layers parallel.pipeline_layout "
     "model.num_layers"
 )
-_BATCH = "train.global_batch train.micro_batch"
+_MICRO_BATCH = "train.micro_batch train.micro_batch_per_dp"
+_BATCH = f"train.global_batch {_MICRO_BATCH}"
 _SHAPE = "model.num_heads model.num_kv_heads model.hidden_size model.head_dim"
 _PATHS = "data.path data.train_path data.valid_path data.phases"
 _WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab_size model.vocab_multiple"
@@ -270,6 +273,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _pipeline: _STAGES,
     _world: f"{_LAYOUT} parallel.elastic {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks "
     "parallel.context_method",
+    check_micro_batches: f"{_LAYOUT} {_MICRO_BATCH} parallel.elastic",
     _batch: f"{_LAYOUT} {_BATCH} parallel.elastic",
     check_elastic: f"{_LAYOUT} {_BATCH} train.rampup_batch parallel.elastic",
     _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
@@ -322,16 +326,18 @@ def _tensor_degrees(shape: ModelShape, world: int | None) -> list[int]:
 
 
 def _batch_unit(config: RunConfig, world: int | None) -> tuple[int, str]:
-    """Samples of one microbatch on every replica, and the product in words.
+    """Samples of one microbatch on every replica, and how that comes about in words.
 
     A world that the layout does not divide is another rule's problem; here, as before the world is known, dp counts
     as given, or as 1.
     """
-    dp = 1 if config.parallel.data is None or config.parallel.elastic else config.parallel.data
+    train, dp = config.train, 1 if config.parallel.elastic else known_replicas(config)
     if world is not None and world % model_ranks(config) == 0:
         dp = world // model_ranks(config)
-    micro = config.train.micro_batch
-    return micro * dp, f"micro_batch {micro} x dp {dp} = {micro * dp}"
+    unit = sum(micro_batches_of(train, dp))
+    if train.micro_batch_per_dp:
+        return unit, f"{unit}, what micro_batch_per_dp adds up to"
+    return unit, f"micro_batch {train.micro_batch} x dp {dp} = {unit}"
 
 
 def _product(config: RunConfig) -> tuple[str, str]:

@@ -74,8 +74,14 @@ def rank_grid(config: RunConfig, world_size: int | None) -> RankGrid:
         dp, rest = divmod(world_size, model_ranks)
         assert rest == 0, f"a world of {world_size} is not a multiple of {model_ranks}"
     else:
-        dp = 1 if layout.data is None else layout.data
+        dp = known_replicas(config)
     return RankGrid(tp=layout.tensor, cp=layout.context, dp=dp, pp=layout.pipeline)
+
+
+def known_replicas(config: RunConfig) -> int:
+    """Replicas, where the world is not known: dp, or as many as a micro-batch is given for, or 1."""
+    layout = config.parallel
+    return max(1, len(config.train.micro_batch_per_dp)) if layout.data is None else layout.data
 
 
 def model_shape(model: ModelConfig) -> ModelShape:
@@ -116,7 +122,13 @@ def rope_trained_len(model: ModelConfig) -> int:
 def batch_plan(config: RunConfig, dp: int) -> BatchPlan:
     """The batch of every step with ``dp`` replicas."""
     train = config.train
-    return BatchPlan(global_batch=train.global_batch, micro_batch=train.micro_batch, dp=dp, ramp=train.rampup_batch)
+    micro_batches = micro_batches_of(train, dp)
+    return BatchPlan(global_batch=train.global_batch, micro_batches=micro_batches, ramp=train.rampup_batch)
+
+
+def micro_batches_of(train: TrainConfig, dp: int) -> tuple[int, ...]:
+    """Samples that each of ``dp`` replicas computes at once."""
+    return train.micro_batch_per_dp if train.micro_batch_per_dp else (train.micro_batch,) * dp
 
 
 def recompute_plan(train: TrainConfig, stages: StagePlan) -> RecomputePlan:
@@ -133,19 +145,22 @@ def recompute_plan(train: TrainConfig, stages: StagePlan) -> RecomputePlan:
     )
 
 
-def full_microbatches(config: RunConfig, derived: Derived) -> int:
+def full_microbatches(derived: Derived) -> int:
     """Microbatches of a rank at the full batch."""
-    return config.train.global_batch // (config.train.micro_batch * derived.grid.dp)
+    return derived.batches.num_microbatches(derived.batches.global_batch)
 
 
-def memory_plan(config: RunConfig, derived: Derived) -> MemoryPlan:
-    """The memory estimate of the run at its full batch."""
+def memory_plan(config: RunConfig, derived: Derived, *, micro_batch: int | None = None) -> MemoryPlan:
+    """The memory estimate, at the run's full batch, of replicas that compute ``micro_batch`` samples at once.
+
+    By default of those that compute the most.
+    """
     return MemoryPlan(
         shape=derived.shape,
         grid=derived.grid,
         stages=derived.stages,
-        micro_batch=config.train.micro_batch,
-        num_microbatches=full_microbatches(config, derived),
+        micro_batch=max(derived.batches.micro_batches) if micro_batch is None else micro_batch,
+        num_microbatches=full_microbatches(derived),
         schedule=config.parallel.schedule,
         sequence_parallel=config.parallel.sequence,
         context_method=config.parallel.context_method,
@@ -170,14 +185,19 @@ def bucket_bytes(config: RunConfig) -> int:
     return math.ceil(config.parallel.bucket_mib * 2**20)
 
 
-def traffic_plan(config: RunConfig, derived: Derived, order: Order | None = None) -> TrafficPlan:
-    """The communication of a step at the run's full batch, with ``--zero 2`` or 3 whose work has this ``order``."""
+def traffic_plan(
+    config: RunConfig, derived: Derived, order: Order | None = None, *, micro_batch: int | None = None
+) -> TrafficPlan:
+    """The communication of a step at the run's full batch, of replicas as ``memory_plan`` takes them.
+
+    With ``--zero 2`` or 3 of a run whose work has this ``order``.
+    """
     return TrafficPlan(
         shape=derived.shape,
         grid=derived.grid,
         stages=derived.stages,
-        micro_batch=config.train.micro_batch,
-        num_microbatches=full_microbatches(config, derived),
+        micro_batch=max(derived.batches.micro_batches) if micro_batch is None else micro_batch,
+        num_microbatches=full_microbatches(derived),
         sequence_parallel=config.parallel.sequence,
         context_method=config.parallel.context_method,
         precision=config.train.precision,

@@ -1,6 +1,7 @@
 """A run in words: what its settings come to, in lines that ``aquila config show`` and the start of a run print."""
 
 from dataclasses import fields
+from itertools import groupby
 
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived, full_microbatches, memory_plan, traffic_plan
@@ -32,7 +33,8 @@ def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[
     """
     grid, shape = derived.grid, derived.shape
     tokens = config.train.train_samples * shape.seq_len
-    batch, microbatches = config.train.global_batch, full_microbatches(config, derived)
+    batch, microbatches = config.train.global_batch, full_microbatches(derived)
+    dealt = f"{microbatches} microbatches{_uneven(derived)}{_ramp(config)}"
     layout = f"{grid.world_size} = tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}"
     if grid.cp > 1:
         layout += f", {config.parallel.context_method} attention over cp"
@@ -41,7 +43,7 @@ def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[
         ("parameters", f"{num_params(shape):,} (and padding to {shape.padded_vocab_size:,} vocabulary rows)"),
         ("MLP width", f"{shape.ffn_size:,}"),
         ("FLOPs per token", _flops(derived)),
-        ("step", f"{batch:,} samples = {batch * shape.seq_len:,} tokens in {microbatches} microbatches{_ramp(config)}"),
+        ("step", f"{batch:,} samples = {batch * shape.seq_len:,} tokens in {dealt}"),
         ("run", f"{config.train.train_samples:,} samples = {tokens:,} tokens"),
         ("layers by stage", _stages(derived)),
         ("pipeline bubble", _bubble(config, derived, bubble)),
@@ -50,10 +52,22 @@ def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[
 
 
 def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
-    """One line of estimated memory, by purpose, for each pipeline rank; one more each where its host has some of it."""
-    plan, ranks = memory_plan(config, derived), range(derived.stages.num_ranks)
-    rows = [(f"memory, pp rank {rank}", memory_words(plan.of_rank(rank))) for rank in ranks]
+    """Estimated memory, by purpose, a line for each pipeline rank and each size of micro-batch.
+
+    One more for each pipeline rank whose host has some of it.
+    """
+    sizes, ranks = sorted(set(derived.batches.micro_batches), reverse=True), range(derived.stages.num_ranks)
+    plans = {size: memory_plan(config, derived, micro_batch=size) for size in sizes}
+    rows = [
+        (
+            f"memory, pp rank {rank}" + (f", {size} at once" if len(plans) > 1 else ""),
+            memory_words(plan.of_rank(rank)),
+        )
+        for rank in ranks
+        for size, plan in plans.items()
+    ]
     if config.optim.offload_optimizer > 0:
+        plan = plans[sizes[0]]
         rows += [(f"host memory, pp rank {rank}", memory_words(plan.host_of_rank(rank))) for rank in ranks]
     return rows
 
@@ -87,6 +101,16 @@ def _flops(derived: Derived) -> str:
     return f"{causal / 1e9:.5g} G with causal attention ({full / 1e9:.5g} G with full attention)"
 
 
+def _uneven(derived: Derived) -> str:
+    """`` of 2 samples on dp ranks 0-7, 1 on 8-23`` where the replicas' micro-batches differ."""
+    sizes, words = derived.batches.micro_batches, list[str]()
+    for size, run in groupby(range(len(sizes)), key=sizes.__getitem__):
+        first, *more = run
+        unit, ranks = ("", "on") if words else (" samples", "on dp ranks")
+        words.append(f"{size}{unit} {ranks} {first}" + (f"-{more[-1]}" if more else ""))
+    return f" of {', '.join(words)}" if len(words) > 1 else ""
+
+
 def _ramp(config: RunConfig) -> str:
     if config.train.rampup_batch is None:
         return ""
@@ -108,7 +132,7 @@ def _stages(derived: Derived) -> str:
 
 
 def _bubble(config: RunConfig, derived: Derived, bubble: float) -> str:
-    stages, microbatches = derived.stages, full_microbatches(config, derived)
+    stages, microbatches = derived.stages, full_microbatches(derived)
     name = config.parallel.schedule + (f" in {stages.chunks} chunks a rank" if stages.chunks > 1 else "")
     return f"{100 * bubble:.2f} % of a step, {name} with {microbatches} microbatches on equal stages"
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.config.ways_out import (
+from megatron_aquila.config.megatron_values import (
     Values,
     bucket_mib,
     chunks,
     in_samples,
+    micro_batch_per_dp,
     profile_first,
     profile_last,
     stage_layers,
@@ -22,6 +22,7 @@ from megatron_aquila.config.ways_out import (
     warmup_samples,
     zero_level,
 )
+from megatron_aquila.config.schema import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,10 @@ def _family(meaning: Meaning, flags: str) -> dict[str, Meaning]:
 
 _INIT = Refused("one standard deviation and one norm weight serve the whole model", "use --init-std and --norm-init")
 _MUP = Refused("muP is not offered", "use --init-std and --lr")
-_HETERO = Refused("training on mixed devices is not offered", "use ranks of one kind")
+_DEVICE_TYPES = Refused(
+    "stages and replicas are uneven by their numbers, whatever their devices are called",
+    "leave it out, and start the nodes in the order of the ranks: docs/heterogeneous.md has it",
+)
 _ADAN = Refused("Adan is not offered", "use --optimizer adamw")
 _SEARCH = Refused(
     "is not offered",
@@ -223,9 +227,10 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--distribute-saved-activations": Refused(
             "what is kept of the residual stream is split over tp under --sp", "leave it out, or use --sp"
         ),
-        **_family(
-            _HETERO,
-            "--hetero-mode --hetero-device-types --hetero-current-device-type --hetero-micro-batch-sizes",
+        "--hetero-mode": Always("stages and replicas may both be uneven, also at once", ("dp", "pp")),
+        **_family(_DEVICE_TYPES, "--hetero-device-types --hetero-current-device-type"),
+        "--hetero-micro-batch-sizes": Refused(
+            "each replica has a number of its own", "use --micro-batch-per-dp without the counts", micro_batch_per_dp
         ),
         "--hetero-pipeline-stages": Refused(
             "stages are given by their layers alone", "use --stage-layers without the counts", stage_layers

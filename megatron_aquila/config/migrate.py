@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from megatron_aquila.config.megatron_flags import MIGRATIONS, Always, Follows, Meaning, Refused, Sets
+from megatron_aquila.config.megatron_values import Values
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import Given, all_settings, flag_names, spell, value_of
-from megatron_aquila.config.ways_out import Values
 from megatron_aquila.errors import Problem
 
 

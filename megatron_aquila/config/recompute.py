@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from megatron_aquila.config.derive import given_layers, model_shape, num_chunks, stage_plan
+from megatron_aquila.config.derive import given_layers, micro_batches_of, model_shape, num_chunks, stage_plan
+from megatron_aquila.config.elastic import model_ranks
 from megatron_aquila.config.schema import RunConfig, TrainConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
@@ -85,7 +86,7 @@ def _stage_layers(config: RunConfig) -> list[int]:
 
 def _num_microbatches(config: RunConfig, world: int | None) -> int | None:
     """Microbatches of a step at the full batch; None where that is not yet known, or another rule's problem."""
-    parallel, train = config.parallel, config.train
-    model_ranks = parallel.tensor * parallel.context * parallel.pipeline
-    dp = parallel.data if world is None else world // model_ranks
-    return train.global_batch // (train.micro_batch * dp) or None if dp else None
+    train = config.train
+    dp = config.parallel.data if world is None else world // model_ranks(config)
+    unit = sum(micro_batches_of(train, 0 if dp is None else dp))
+    return train.global_batch // unit or None if unit else None

@@ -207,6 +207,9 @@ class TrainConfig:
 
     train_samples: Count = setting(1_000_000, "samples of the whole run")
     micro_batch: Count = setting(1, "samples a rank computes at once", "--micro-batch", "--mbs", "--micro-batch-size")
+    micro_batch_per_dp: tuple[Count, ...] = setting(
+        (), "instead, samples that each replica computes at once, a number a dp rank, e.g. 2 2 1 1"
+    )
     global_batch: Count = setting(1, "samples of one step", "--global-batch", "--gbs", "--global-batch-size")
     rampup_batch: tuple[Count, Count, Whole] | None = setting(
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"

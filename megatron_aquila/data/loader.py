@@ -12,6 +12,7 @@ from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.native import lay_out
 from megatron_aquila.data.samples import Sample, SampleSource
 from megatron_aquila.errors import DataError
+from megatron_aquila.plan.batches import ReplicaShare
 
 NO_RULES: Final = DocumentRules(eod=-1, reset_positions=False, reset_attention=False, mask_loss=False)
 Ready = TypeVar("Ready")  # what a step takes: a microbatch, made ready for the device
@@ -59,14 +60,12 @@ def microbatch(
 class BatchLoader(Generic[Ready]):
     """Microbatches of one data-parallel rank, in Megatron-LM's order; every rank reads for itself.
 
-    Microbatch j of a global batch that starts at sample c takes the samples from
-    ``c + (j * dp_size + dp_rank) * micro_batch`` on. No communication.
+    Microbatch j of a global batch that starts at sample c takes ``share.size`` samples from
+    ``c + j * share.round_size + share.first`` on. No communication.
 
     Args:
         source: the samples.
-        dp_rank: this rank among the replicas.
-        dp_size: replicas.
-        micro_batch: samples of a microbatch.
+        share: which of a global batch's samples are this rank's, and how many at once.
         vocab_size: ids from here on are an error of the data.
         prepare: what a step takes, from a microbatch and its number in the step; called by the thread that reads ahead.
         batch_at: the global batch of the step that starts at so many consumed samples; ``None``: nothing is read ahead.
@@ -80,9 +79,7 @@ class BatchLoader(Generic[Ready]):
         self,
         source: SampleSource,
         *,
-        dp_rank: int,
-        dp_size: int,
-        micro_batch: int,
+        share: ReplicaShare,
         vocab_size: int,
         prepare: Callable[[MicroBatch, int], Ready],
         batch_at: Callable[[int], int] | None = None,
@@ -91,7 +88,7 @@ class BatchLoader(Generic[Ready]):
         num_counted: int | None = None,
     ) -> None:
         self.source, self._num_counted = source, num_counted
-        self.dp_rank, self.dp_size, self.micro_batch, self.vocab_size = dp_rank, dp_size, micro_batch, vocab_size
+        self.share, self.vocab_size = share, vocab_size
         self._batch_at, self._prefetch, self._documents, self._prepare = batch_at, prefetch, documents, prepare
         self._left_out: tuple[tuple[int, int], ...] = ()
         self._blank = Sample(np.zeros(0, dtype=np.int64), 0)  # what stands for a sample that is left out
@@ -138,19 +135,16 @@ class BatchLoader(Generic[Ready]):
         self._ahead = wanted
 
     def _read(self, consumed_samples: int, global_batch: int) -> list[Ready]:
-        stride = self.micro_batch * self.dp_size
-        assert global_batch % stride == 0, f"a batch of {global_batch} does not divide by {stride}"
         if self._num_counted is None and consumed_samples + global_batch > len(self.source):
             raise DataError(
                 f"{', '.join(self.source.names)}: samples {consumed_samples} to {consumed_samples + global_batch} "
                 f"wanted, but the run's data has {len(self.source)}; raise --train-samples"
             )
-        first = consumed_samples + self.dp_rank * self.micro_batch
-        starts = range(first, first + global_batch, stride)
+        starts = self.share.starts(consumed_samples, global_batch)
         return [self._prepare(self._microbatch(start), number) for number, start in enumerate(starts)]
 
     def _microbatch(self, start: int) -> MicroBatch:
-        left_out = [self._is_left_out(number) for number in range(start, start + self.micro_batch)]
+        left_out = [self._is_left_out(number) for number in range(start, start + self.share.size)]
         samples = [self._blank if blank else self._sample(number) for number, blank in enumerate(left_out, start=start)]
         tokens = [sample.tokens for sample in samples]
         if any(row.min() < 0 or row.max() >= self.vocab_size for row in tokens):

@@ -1,19 +1,39 @@
-"""The global batch as a function of the samples consumed: Megatron-LM's ``start increment samples`` ramp."""
+"""The global batch as a function of the samples consumed: Megatron-LM's ``start increment samples`` ramp.
+
+And its samples as they are dealt to the replicas, in their order, in rounds: a microbatch of each replica.
+"""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaShare:
+    """A replica's part of a global batch: of every ``round_size`` samples ``size`` in a row, the first at ``first``.
+
+    The default is all of it, a sample at once.
+    """
+
+    size: int = 1
+    first: int = 0
+    round_size: int = 1
+
+    def starts(self, consumed_samples: int, global_batch: int) -> range:
+        """The first sample of each of the replica's microbatches, in a batch that starts at ``consumed_samples``."""
+        assert global_batch % self.round_size == 0, f"a batch of {global_batch} does not divide by {self.round_size}"
+        return range(consumed_samples + self.first, consumed_samples + self.first + global_batch, self.round_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
     """The batch of every step of a run.
 
-    ``ramp`` is ``(start, increment, samples)``: the global batch grows from ``start`` to ``global_batch`` in equal
-    spans of the first ``samples`` samples. Being a function of ``consumed_samples``, it needs no state of its own.
+    ``micro_batches`` are the samples that each replica computes at once; all have as many microbatches. ``ramp`` is
+    ``(start, increment, samples)``: the global batch grows from ``start`` to ``global_batch`` in equal spans of the
+    first ``samples`` samples. Being a function of ``consumed_samples``, it needs no state of its own.
     """
 
     global_batch: int
-    micro_batch: int
-    dp: int
+    micro_batches: tuple[int, ...]
     ramp: tuple[int, int, int] | None = None
 
     def global_batch_at(self, consumed_samples: int) -> int:
@@ -31,9 +51,25 @@ class BatchPlan:
     def batch_at(self, consumed_samples: int) -> tuple[int, int]:
         """``(global batch, microbatches of a rank)`` of the step that starts there."""
         batch = self.global_batch_at(consumed_samples)
-        microbatches, rest = divmod(batch, self.micro_batch * self.dp)
-        assert rest == 0, f"a batch of {batch} does not divide into {self.micro_batch} x dp {self.dp}"
-        return batch, microbatches
+        return batch, self.num_microbatches(batch)
+
+    def num_microbatches(self, global_batch: int) -> int:
+        """Microbatches of every rank in a step of ``global_batch`` samples."""
+        microbatches, rest = divmod(global_batch, sum(self.micro_batches))
+        assert rest == 0, f"a batch of {global_batch} does not divide into rounds of {self.micro_batches} samples"
+        return microbatches
+
+    def micro_batch_of(self, dp_rank: int) -> int:
+        """Samples that the replica ``dp_rank`` computes at once."""
+        return self.micro_batches[dp_rank]
+
+    def share_of(self, dp_rank: int) -> ReplicaShare:
+        """The samples of the replica ``dp_rank``."""
+        return ReplicaShare(
+            size=self.micro_batch_of(dp_rank),
+            first=sum(self.micro_batches[:dp_rank]),
+            round_size=sum(self.micro_batches),
+        )
 
     def end_of_run(self, consumed_samples: int, target: int) -> int:
         """Samples consumed when at least ``target`` are, in whole batches, starting from ``consumed_samples``."""

@@ -26,12 +26,17 @@ def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapp
         log.line("no --save folder is set: nothing of this run will be kept")
 
 
-def check_memory(config: RunConfig, derived: Derived, device: torch.device) -> None:
-    """Raise ``ConfigError`` where the plan needs more than the whole device has, before anything is allocated."""
+def check_memory(config: RunConfig, derived: Derived, device: torch.device, *, rank: int) -> None:
+    """Raise ``ConfigError`` where the plan of this rank needs more than its whole device has, before it is allocated.
+
+    Each rank asks for itself: stages, micro-batches and devices may differ.
+    """
     if device.type != "cuda":
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    memory = memory_plan(config, derived).peak()
+    place = derived.grid.coords(rank)
+    micro_batch = derived.batches.micro_batch_of(place["dp"])
+    memory = memory_plan(config, derived, micro_batch=micro_batch).of_rank(place["pp"])
     if memory.total > total:
         why = f"the plan needs more than the GPU's {total / 2**30:.1f} GiB: {memory_words(memory)}"
         raise ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config))])
@@ -68,7 +73,9 @@ def explain_out_of_memory(config: RunConfig, derived: Derived) -> Iterator[None]
 def ways_to_save(config: RunConfig) -> str:
     """Which settings lower the memory of a rank, nearest first."""
     ways = []
-    if config.train.micro_batch > 1:
+    if config.train.micro_batch_per_dp:
+        ways.append("lower this replica's number in --micro-batch-per-dp")
+    elif config.train.micro_batch > 1:
         ways.append(f"lower --micro-batch (now {config.train.micro_batch})")
     if config.parallel.tensor > 1 and not config.parallel.sequence:
         ways.append("turn on --sp")

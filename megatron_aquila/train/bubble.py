@@ -9,7 +9,7 @@ from megatron_aquila.pipeline.simulate import simulate
 
 def run_schedule(config: RunConfig, derived: Derived) -> Schedule:
     """Every pipeline rank's work for a step at the full batch."""
-    stages, microbatches = derived.stages, full_microbatches(config, derived)
+    stages, microbatches = derived.stages, full_microbatches(derived)
     return build_schedule(config.parallel.schedule, stages.num_ranks, microbatches, stages.chunks)
 
 

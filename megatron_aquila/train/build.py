@@ -210,7 +210,7 @@ def build_wire(config: RunConfig, derived: Derived, ctx: ParallelContext, *, lin
     return P2PWire(
         ctx,
         stage_rank=derived.stages.stage_rank,
-        activation_shape=(rows, config.train.micro_batch, derived.shape.hidden_size),
+        activation_shape=(rows, derived.batches.micro_batch_of(ctx.dp.rank), derived.shape.hidden_size),
         dtype=DTYPES[config.train.precision],
         depth=link_depth,
         overlap=config.parallel.overlap,
@@ -278,7 +278,7 @@ def plan_work(config: RunConfig, derived: Derived, pp_rank: int) -> WorkPlan:
     stages = derived.stages
     programs, link_depth = {}, 2 if stages.turns_back else 1
     for batch in derived.batches.sizes():
-        num_microbatches = batch // (config.train.micro_batch * derived.grid.dp)
+        num_microbatches = derived.batches.num_microbatches(batch)
         schedule = build_schedule(config.parallel.schedule, derived.grid.pp, num_microbatches, stages.chunks)
         link_depth = max(link_depth, needed_link_depth(schedule, stages.num_stages))
         check(schedule, stages.num_stages, num_microbatches, link_depth=link_depth)

@@ -286,9 +286,7 @@ def build_corpus(
     ) -> BatchLoader[Batch]:
         return BatchLoader(
             source,
-            dp_rank=ctx.dp.rank,
-            dp_size=ctx.dp.size,
-            micro_batch=config.train.micro_batch,
+            share=derived.batches.share_of(ctx.dp.rank),
             vocab_size=derived.shape.vocab_size,
             prepare=partial(host_batch, pieces=pieces, pinned=ctx.device.type == "cuda"),
             prefetch=config.data.prefetch,

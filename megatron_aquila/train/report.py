@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_aquila.checkpoint.agree import agreed
+from megatron_aquila.config.derive import full_microbatches
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.gemm import measure_gemm_flops
@@ -16,7 +17,8 @@ from megatron_aquila.observe.log import Log
 from megatron_aquila.observe.meters import ThroughputMeter
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.observe.writers import Writers, open_writers
-from megatron_aquila.parallel.collectives import all_reduce_
+from megatron_aquila.parallel.collectives import all_reduce_, gather_objects
+from megatron_aquila.parallel.context import Group
 from megatron_aquila.plan.flops import attention_flops, flops_per_token, peak_flops
 from megatron_aquila.plan.recompute import recomputed_flops
 from megatron_aquila.train.build import DTYPES, Machine
@@ -83,7 +85,7 @@ def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
         shape,
         machine.derived.stages,
         machine.derived.recompute,
-        machine.derived.batches.sizes()[-1] // (config.train.micro_batch * machine.derived.grid.dp),
+        full_microbatches(machine.derived),
     )
     meter = ThroughputMeter(
         flops_per_token=flops_per_token(shape),
@@ -93,7 +95,7 @@ def open_reporter(machine: Machine, log: Log) -> Iterator[RankZeroReporter]:
         recomputed_attention_flops_per_token=recomputed.attention,
         num_devices=machine.ctx.world.size,
         total_samples=config.train.train_samples,
-        peak_flops=device_peak(config, machine.ctx.device, log),
+        peak_flops=device_peak(config, machine.ctx.device, log, machine.ctx.world),
         multiplies_in_fp8=config.train.precision == "fp8",
         gemm_flops=cpu_rate(machine) if machine.ctx.device.type == "cpu" else None,
     )
@@ -151,17 +153,25 @@ def ledger_folder(config: RunConfig) -> Path | None:
     return config.checkpoint.save if config.checkpoint.save is not None else config.observe.log_dir
 
 
-def device_peak(config: RunConfig, device: torch.device, log: Log) -> float | None:
-    """Dense peak of one device in FLOP/s for the MFU: as set, or from the device's name, or unknown and said so."""
+def device_peak(config: RunConfig, device: torch.device, log: Log, world: Group) -> float | None:
+    """Dense peak of a device in FLOP/s for the MFU: as set, or from the devices' names, or unknown and said so.
+
+    Of devices that differ the mean, so that the MFU is that of all of them. Two all-gathers over the world.
+    """
     if config.observe.peak_tflops is not None:
         return config.observe.peak_tflops * 1e12
     if device.type == "cpu":
         return None
-    name = torch.cuda.get_device_name(device)
-    peak = peak_flops(name, config.train.precision)
-    if peak is None:
-        log.line(f"no peak is known for {name} in {config.train.precision}: no MFU is printed; --peak-tflops sets one")
-    return peak
+    names = gather_objects(torch.cuda.get_device_name(device), world)
+    peaks = {name: peak_flops(name, config.train.precision) for name in names}
+    known = [peak for peak in map(peaks.get, names) if peak is not None]
+    if len(known) < len(names):
+        unknown = ", ".join(name for name, peak in peaks.items() if peak is None)
+        log.line(
+            f"no peak is known for {unknown} in {config.train.precision}: no MFU is printed; --peak-tflops sets one"
+        )
+        return None
+    return sum(known) / len(known)
 
 
 def cpu_rate(machine: Machine) -> float:

@@ -52,7 +52,7 @@ class Traced:
 
 def batch_plan(config: RunConfig) -> BatchPlan:
     """The batches of the run; which samples a step reads does not depend on the layout."""
-    return BatchPlan(global_batch=config.train.global_batch, micro_batch=1, dp=1, ramp=config.train.rampup_batch)
+    return BatchPlan(global_batch=config.train.global_batch, micro_batches=(1,), ramp=config.train.rampup_batch)
 
 
 def trace_config(config: RunConfig, *, report: Report = ignore) -> Traced:

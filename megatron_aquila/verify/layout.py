@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from megatron_aquila.config.derive import num_chunks
+from megatron_aquila.config.derive import known_replicas, micro_batches_of, num_chunks
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.plan.stages import FIXED_CHUNKS
 
@@ -20,7 +20,7 @@ BUCKET_MIB = {False: 1.0, True: 1 / 64}  # the whole small model in two buckets,
 class Layout:
     """One way to run the model. The default is the simplest: one process, nothing deferred, overlapped or computed
     again. ``small_buckets``: so small that the small model has several. ``offload``: part of the optimizer is on the
-    host.
+    host. ``uneven``: as ``uneven_sizes``.
     """
 
     tp: int = 1
@@ -33,6 +33,7 @@ class Layout:
     cp_method: str = "ring"
     zero: int = 1
     micro_batch: int = 1
+    uneven: bool = False
     recompute: str = "none"
     overlap: bool = False
     small_buckets: bool = False
@@ -56,7 +57,7 @@ class Layout:
 
     def without(self, *options: str) -> "Layout":
         """This layout with ``options``, and what has no meaning without them, as in the simplest."""
-        gone = {*options, *(name for name, other in NEEDS.items() if other in options)}
+        gone = {*options, *(name for name, other in NEEDS if other in options)}
         left = Layout(**{name: value for name, value in self.options.items() if name not in gone})
         return left if left.schedule == self.schedule else replace(left, chunks=FIXED_CHUNKS.get(left.schedule, 1))
 
@@ -75,6 +76,7 @@ WORDS: Mapping[str, str] = {
     "cp_method": "{}",
     "zero": "ZeRO-{}",
     "micro_batch": "mbs {}",
+    "uneven": "uneven",
     "recompute": "recompute {}",
     "overlap": "overlap",
     "small_buckets": "small buckets",
@@ -82,13 +84,15 @@ WORDS: Mapping[str, str] = {
     "fused": "fused",
     "offload": "offload",
 }
-NEEDS: Mapping[str, str] = {  # without the second the first is nothing
-    "sequence": "tp",
-    "zero": "dp",
-    "small_buckets": "dp",
-    "deterministic": "dp",
-    "cp_method": "cp",
-}
+NEEDS = (  # without the second the first is nothing
+    ("sequence", "tp"),
+    ("zero", "dp"),
+    ("uneven", "dp"),
+    ("uneven", "micro_batch"),
+    ("small_buckets", "dp"),
+    ("deterministic", "dp"),
+    ("cp_method", "cp"),
+)
 
 
 def is_supported(layout: Layout) -> bool:
@@ -96,13 +100,24 @@ def is_supported(layout: Layout) -> bool:
     plain = Layout()
     return layout.chunks == FIXED_CHUNKS.get(layout.schedule, layout.chunks) and not any(
         getattr(layout, name) != getattr(plain, name) and getattr(layout, other) == getattr(plain, other)
-        for name, other in NEEDS.items()
+        for name, other in NEEDS
     )
+
+
+def uneven_sizes(layout: Layout) -> tuple[int, ...]:
+    """Of two neighbouring replicas the first computes a sample more at once, and the second one fewer.
+
+    So a round is as long as with equal ones, and the same global batch serves both.
+    """
+    sizes = [layout.micro_batch + 1 - 2 * (replica % 2) for replica in range(layout.dp)]
+    return (*sizes[: layout.dp - layout.dp % 2], *[layout.micro_batch] * (layout.dp % 2))
 
 
 def requested_layout(config: RunConfig) -> Layout:
     """What the settings ask for. Buckets are small wherever they matter, as the model will be."""
-    parallel, dp = config.parallel, 1 if config.parallel.data is None else config.parallel.data
+    parallel, dp = config.parallel, known_replicas(config)
+    micro_batches = micro_batches_of(config.train, dp)
+    uneven = len(set(micro_batches)) > 1
     return Layout(
         tp=parallel.tensor,
         sequence=parallel.sequence and parallel.tensor > 1,
@@ -113,7 +128,8 @@ def requested_layout(config: RunConfig) -> Layout:
         cp=parallel.context,
         cp_method=parallel.context_method if parallel.context > 1 else "ring",
         zero=parallel.zero if dp > 1 else 1,
-        micro_batch=min(config.train.micro_batch, LARGEST_MICRO_BATCH),
+        micro_batch=LARGEST_MICRO_BATCH if uneven else min(*micro_batches, LARGEST_MICRO_BATCH),
+        uneven=uneven,
         recompute=config.train.recompute,
         overlap=parallel.overlap and parallel.tensor * parallel.context * parallel.pipeline * dp > 1,
         small_buckets=dp > 1,
@@ -155,5 +171,11 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             fuse_main_grads=layout.fused,
         ),
         optim=replace(config.optim, offload_optimizer=OFFLOADED if layout.offload else 0.0),
-        train=replace(config.train, micro_batch=layout.micro_batch, recompute=recompute, **by_stage),
+        train=replace(
+            config.train,
+            micro_batch=layout.micro_batch,
+            micro_batch_per_dp=uneven_sizes(layout) if layout.uneven else (),
+            recompute=recompute,
+            **by_stage,
+        ),
     )

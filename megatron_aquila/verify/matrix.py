@@ -34,6 +34,7 @@ SPLITS: Mapping[str, Sequence[Any]] = {
 }
 SWITCHES: Mapping[str, Sequence[Any]] = {
     "micro_batch": (1, 2),
+    "uneven": YES_OR_NO,
     "recompute": get_args(Kind),
     "overlap": YES_OR_NO,
     "small_buckets": YES_OR_NO,
@@ -89,7 +90,7 @@ def is_case(values: Mapping[str, Any]) -> bool:
 @cache
 def matrix_cases() -> tuple[MatrixCase, ...]:
     """The sample, cheap cases first: of every split with each of a few settings of the switches in which all meet."""
-    switches = pairwise_cover(SWITCHES, lambda values: True)
+    switches = pairwise_cover(SWITCHES, lambda values: is_case({**values, "dp": 2}))
     splits = (values for values in grid(SPLITS) if Layout(**values).world_size <= MOST_PROCESSES)
     cases = [values for split, others in itertools.product(splits, switches) if is_case(values := {**split, **others})]
     found = [case_of(values) for values in cover(AXES, cases)]

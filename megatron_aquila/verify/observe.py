@@ -115,14 +115,12 @@ def build_small(config: RunConfig) -> Machine:
 
 def machine_batches(machine: Machine) -> list[Batch]:
     """This rank's microbatches of the proof's global batch, as the machine's settings split it and keep documents."""
-    config, dp = machine.config, machine.ctx.dp
+    config = machine.config
     return rank_batches(
         machine.derived.shape,
         seed=config.seed,
         global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        dp=dp.size,
-        dp_rank=dp.rank,
+        share=machine.derived.batches.share_of(machine.ctx.dp.rank),
         documents=document_rules(config.data, config.data.eod_token_id),
         pieces=context_pieces(config.parallel, machine.derived.shape, machine.ctx.cp),
     )

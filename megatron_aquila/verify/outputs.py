@@ -30,7 +30,7 @@ class _Record:
 
     def __init__(self, machine: Machine) -> None:
         train, shape, ctx = machine.config.train, machine.derived.shape, machine.ctx
-        self._micro_batch, self._dp, self._tp = train.micro_batch, ctx.dp, ctx.tp
+        self._share, self._tp = machine.derived.batches.share_of(ctx.dp.rank), ctx.tp
         self._pieces = context_pieces(machine.config.parallel, shape, ctx.cp)
         self._whole = (train.global_batch, shape.seq_len, shape.hidden_size)
         self._microbatch: dict[int, int] = {}
@@ -54,7 +54,7 @@ class _Record:
     def _keep(self, name: str, x: Tensor) -> None:
         if self._open is None:
             return
-        sample = (self._microbatch[self._open] * self._dp.size + self._dp.rank) * self._micro_batch
+        sample = self._share.first + self._microbatch[self._open] * self._share.round_size
         rows, held = x.shape[0], sum(map(len, self._pieces))
         first = self._tp.rank * rows if rows < held else 0  # they are split over tp, or all are here
         places = [place for piece in self._pieces for place in piece][first : first + rows]

@@ -46,7 +46,7 @@ def case_cells(case: MatrixCase) -> list[str]:
         layout.schedule if has_schedule else "–",
         str(layout.chunks) if has_schedule else "–",
         str(layout.dp),
-        str(layout.micro_batch),
+        f"{layout.micro_batch}{', uneven' * layout.uneven}",
         layout.recompute,
         "yes" if layout.overlap else "–",
         (buckets + ", deterministic" * layout.deterministic) if layout.dp > 1 else "–",

@@ -42,6 +42,8 @@ def _claims(requested: Layout) -> Iterator[Claim]:
         yield Claim(axis=f"cp ({requested.cp_method})", layout=Layout(cp=requested.cp, cp_method=requested.cp_method))
     yield Claim(axis="ZeRO", layout=replace(dp, zero=requested.zero))
     yield Claim(axis="micro-batch size", layout=Layout(micro_batch=requested.micro_batch))
+    if requested.uneven:
+        yield Claim(axis="uneven replicas", layout=replace(dp, micro_batch=requested.micro_batch, uneven=True))
     yield Claim(axis="fused main grads", layout=Layout(fused=requested.fused))
     for option in ("recompute", "overlap", "offload"):
         if option in asked:

@@ -8,6 +8,7 @@ import torch
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import microbatch
 from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.plan.batches import ReplicaShare
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import host_batch
 from megatron_aquila.verify.shrink import EOD
@@ -46,19 +47,15 @@ def rank_batches(
     *,
     seed: int,
     global_batch: int,
-    micro_batch: int,
-    dp: int,
-    dp_rank: int,
+    share: ReplicaShare,
     documents: DocumentRules | None = None,
     pieces: tuple[range, ...] | None = None,
 ) -> list[Batch]:
     """One data-parallel rank's microbatches of the global batch, in the order the loader deals them."""
-    step = micro_batch * dp
-    starts = range(dp_rank * micro_batch, global_batch, step)
     return [
         replace(
-            sample_batch(shape, range(start, start + micro_batch), seed=seed, documents=documents, pieces=pieces),
+            sample_batch(shape, range(start, start + share.size), seed=seed, documents=documents, pieces=pieces),
             microbatch=number,
         )
-        for number, start in enumerate(starts)
+        for number, start in enumerate(share.starts(0, global_batch))
     ]

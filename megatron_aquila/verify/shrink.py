@@ -64,6 +64,7 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
             device="cpu",
             global_batch=samples,
             micro_batch=largest.micro_batch,
+            micro_batch_per_dp=(),
             train_samples=samples,
             rampup_batch=None,
             loss_chunk_tokens=0 if config.train.loss_chunk_tokens == 0 else LOSS_CHUNK,

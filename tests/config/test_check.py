@@ -117,6 +117,16 @@ CASES = [
      "use 96 or 120"),
     (None, {"global_batch": 3, "micro_batch": 4}, "--global-batch 3: is not a multiple of micro_batch 4 x dp 1 = 4; "
      "use 4"),
+    (8, {"tensor": 2, "micro_batch_per_dp": (2, 1), "global_batch": 3}, "--micro-batch-per-dp 2 1: it is for 2 "
+     "replicas, dp is 4; give 4 of them, or start 4 processes"),
+    (None, {"data": 3, "micro_batch_per_dp": (2, 1), "global_batch": 3}, "--micro-batch-per-dp 2 1: it is for 2 "
+     "replicas, dp is 3; give 3 of them, or start 2 processes"),
+    (2, {"elastic": True, "micro_batch_per_dp": (2, 1), "global_batch": 6}, "--micro-batch-per-dp 2 1: an elastic run "
+     "changes dp, which it fixes; leave out this, or --elastic"),
+    (None, {"global_batch": 8, "micro_batch_per_dp": (2, 2, 1)}, "--global-batch 8: is not a multiple of 5, what "
+     "micro_batch_per_dp adds up to; use 5 or 10"),
+    (3, {"global_batch": 20, "micro_batch_per_dp": (2, 2, 1), "rampup_batch": (5, 3, 100)}, "--rampup-batch 5 3 100: "
+     "start and increment are not both multiples of 5, what micro_batch_per_dp adds up to; use e.g. 5 5 100"),
     (None, {"global_batch": 8, "rampup_batch": (16, 8, 100)}, "--rampup-batch 16 8 100: it starts above global_batch "
      "8; start at 8 or less"),
     (None, {"global_batch": 16, "rampup_batch": (4, 5, 100)}, "--rampup-batch 4 5 100: from 4 in steps of 5 it does "

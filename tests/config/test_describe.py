@@ -42,6 +42,20 @@ def test_what_differs_from_the_defaults():
     assert ("parallel.pipeline", "1", "flag --pp") in setting_rows(loaded)
 
 
+def test_uneven_replicas_are_told_with_the_memory_of_each_size():
+    argv = ["--preset", "aquila2-34b", "--gbs", "96", "--rampup-batch", "none", "--micro-batch-per-dp"]
+    config = load_config([*argv, *["2"] * 15, "1", "1"], world_size=272).config
+    rows = dict(derived_rows(config, derive(config, 272), bubble=0.1))
+    assert rows["step"] == "96 samples = 393,216 tokens in 3 microbatches of 2 samples on dp ranks 0-14, 1 on 15-16"
+    memory = [name for name in rows if name.startswith("memory")]
+    assert memory[:3] == [
+        "memory, pp rank 0, 2 at once",
+        "memory, pp rank 0, 1 at once",
+        "memory, pp rank 1, 2 at once",
+    ]
+    assert len(memory) == 8
+
+
 def test_how_a_sample_is_shared_is_said():
     config = load_config(["--preset", "aquila2-34b", "--cp", "2", "--cp-method", "ulysses"], world_size=512).config
     rows = dict(derived_rows(config, derive(config, 512), bubble=0.0857))

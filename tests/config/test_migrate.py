@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from megatron_aquila.config.megatron_values import zero_level
 
 from megatron_aquila.config.cli import load_config, parse, resolve
 from megatron_aquila.config.megatron_flags import DIFFERENCES, MIGRATIONS, Always, Follows, Refused, Sets
@@ -11,7 +12,6 @@ from megatron_aquila.config.migration_page import migration_page
 from megatron_aquila.config.presets import PRESETS
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, flag_names, value_of
-from megatron_aquila.config.ways_out import zero_level
 from megatron_aquila.errors import ConfigError
 from tests.config.flagscale_scripts import ADDED_FLAGS, LATER, SCRIPT_7B, SCRIPT_34B, SCRIPT_70B
 
@@ -84,6 +84,10 @@ def test_no_flag_has_two_meanings():
     ("argv", "advice"),
     [
         ("--hetero-pipeline-stages 1 15 3 15 15 15", "use --stage-layers 15 15 15 15"),
+        ("--hetero-micro-batch-sizes 2 3 4 1", "use --micro-batch-per-dp 3 3 1 1 1 1"),
+        ("--hetero-micro-batch-sizes 8 2 16", "use --micro-batch-per-dp without the counts"),
+        ("--hetero-device-types A800 A100", "leave it out, and start the nodes in the order of the ranks"),
+        ("--hetero-mode tp", "use dp or pp or leave it out"),
         ("--num-layers-per-virtual-pipeline-stage 4", "use --chunks 8 (layers / 4 / pp)"),
         ("--hetero-pipeline-stages 1", "use --stage-layers "),
         ("--train-iters 100 --gbs 32", "use --train-samples 3200 "),
@@ -121,6 +125,7 @@ def test_refusals_say_what_to_do(argv, advice):
         "--normalization=RMSNorm",
         "--swiglu --no-load-rng",
         "--use-mcore-models --transformer-impl local --distributed-backend nccl --no-masked-softmax-fusion",
+        "--hetero-mode dp",
         "--position-embedding-type rope --attention-softmax-in-fp32 --overlap-grad-reduce --overlap-param-gather",
         "--no-save-rng --log-throughput --timing-log-level 0 --exit-signal-handler --no-bias-swiglu-fusion",
     ],

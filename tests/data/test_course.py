@@ -15,6 +15,7 @@ from megatron_aquila.data.course import Course, Leg, Phase, build_course, descri
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.errors import DataError
+from megatron_aquila.plan.batches import ReplicaShare
 
 SEQ_LEN = 4
 NAMES = ("a", "b", "c")
@@ -124,9 +125,7 @@ def test_the_order_does_not_depend_on_the_batches(folder: Path, dp: int, micro: 
     loaders = [
         BatchLoader(
             course.source,
-            dp_rank=rank,
-            dp_size=dp,
-            micro_batch=micro,
+            share=ReplicaShare(size=micro, first=rank * micro, round_size=dp * micro),
             vocab_size=1000,
             prepare=lambda batch, _: batch,
             batch_at=lambda _: batch,

@@ -13,6 +13,7 @@ from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import BatchLoader, MicroBatch
 from megatron_aquila.data.samples import Sample
 from megatron_aquila.errors import DataError
+from megatron_aquila.plan.batches import BatchPlan, ReplicaShare
 from tests.data.expected import build_case, load_case
 
 
@@ -38,9 +39,10 @@ def as_read(batch: MicroBatch, number: int) -> MicroBatch:
     return batch
 
 
-def loader(source: Counting, dp_rank: int = 0, **settings: object) -> BatchLoader[Any]:
-    given = {"dp_size": 1, "micro_batch": 1, "vocab_size": 1000, "prepare": as_read} | settings
-    return BatchLoader(source, dp_rank=dp_rank, **given)  # type: ignore[arg-type]
+def loader(source: Counting, *, micro_batch: int = 1, **settings: object) -> BatchLoader[Any]:
+    share = ReplicaShare(size=micro_batch, round_size=micro_batch)
+    given = {"share": share, "vocab_size": 1000, "prepare": as_read} | settings
+    return BatchLoader(source, **given)  # type: ignore[arg-type]
 
 
 def numbers(batches: list[MicroBatch]) -> list[list[int]]:
@@ -69,17 +71,30 @@ def test_documents_reach_the_microbatch() -> None:
     assert batch.document_bounds.tolist() == [0, 2, 3, 4, 6]
 
 
+def fetch_all(source: Counting, sizes: tuple[int, ...], consumed: int, batch: int) -> list[list[MicroBatch]]:
+    """What each replica reads of a global batch, ``sizes`` samples at once."""
+    plan = BatchPlan(global_batch=batch, micro_batches=sizes)
+    return [loader(source, share=plan.share_of(rank)).fetch(consumed, batch) for rank in range(len(sizes))]
+
+
 @given(dp=st.integers(1, 4), micro=st.integers(1, 3), count=st.integers(1, 3), consumed=st.integers(0, 9))
 def test_ranks_share_a_batch_in_megatrons_order(dp: int, micro: int, count: int, consumed: int) -> None:
     size = dp * micro * count
     source = Counting(consumed + size)
-    ranks = [loader(source, rank, dp_size=dp, micro_batch=micro).fetch(consumed, size) for rank in range(dp)]
+    ranks = fetch_all(source, (micro,) * dp, consumed, size)
     for rank, batches in enumerate(ranks):
         expected = [[consumed + j * micro * dp + rank * micro + k for k in range(micro)] for j in range(count)]
         assert numbers(batches) == expected
     assert sorted(n for batches in ranks for batch in numbers(batches) for n in batch) == list(
         range(consumed, consumed + size)
     )
+
+
+def test_a_replica_that_takes_more_leaves_the_order_as_it_is() -> None:
+    first, second, third = (numbers(batches) for batches in fetch_all(Counting(20), (2, 3, 1), 4, 12))
+    assert first == [[4, 5], [10, 11]]
+    assert second == [[6, 7, 8], [12, 13, 14]]
+    assert third == [[9], [15]]
 
 
 def test_reading_ahead_changes_nothing() -> None:
@@ -147,7 +162,7 @@ def test_a_last_batch_is_filled_up_with_samples_that_do_not_count() -> None:
 def test_real_samples_through_the_loader(megatron_fixtures: Path, tmp_path: Path) -> None:
     source = build_case(megatron_fixtures, load_case(megatron_fixtures, "blend_weighted"), tmp_path).train
     assert source is not None
-    first, second = loader(source, dp_rank=1, dp_size=2, micro_batch=2, vocab_size=160_000).fetch(8, 8)
+    first, second = loader(source, share=ReplicaShare(size=2, first=2, round_size=4), vocab_size=160_000).fetch(8, 8)
     assert first.tokens_BS.tolist() == [source[10].tokens[:-1].tolist(), source[11].tokens[:-1].tolist()]
     assert second.labels_BS.tolist() == [source[14].tokens[1:].tolist(), source[15].tokens[1:].tolist()]
     assert second.source_B.tolist() == [source[14].source, source[15].source]

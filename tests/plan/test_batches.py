@@ -17,8 +17,8 @@ def batches_of_the_ramp(plan):
 def test_the_ramps_of_the_recipes_take_the_published_steps():
     # Ramp lengths and increments of the public 34B and 70B recipes.
     for plan, steps, increments in [
-        (BatchPlan(global_batch=1024, micro_batch=1, dp=32, ramp=(32, 32, 2_000_000)), 8122, 31),
-        (BatchPlan(global_batch=1056, micro_batch=2, dp=24, ramp=(48, 48, 2_000_000)), 7235, 21),
+        (BatchPlan(global_batch=1024, micro_batches=(1,) * 32, ramp=(32, 32, 2_000_000)), 8122, 31),
+        (BatchPlan(global_batch=1056, micro_batches=(2,) * 24, ramp=(48, 48, 2_000_000)), 7235, 21),
     ]:
         batches = batches_of_the_ramp(plan)
         assert len(batches) == steps
@@ -28,12 +28,13 @@ def test_the_ramps_of_the_recipes_take_the_published_steps():
         assert plan.global_batch_at(sum(batches)) == plan.global_batch
 
 
-@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 6), st.integers(0, 6), st.integers(0, 500), st.data())
-def test_the_batch_only_grows_and_always_divides(micro, dp, start, increments, samples, data):
-    unit = micro * dp
-    plan = BatchPlan(
-        global_batch=unit * (start + increments), micro_batch=micro, dp=dp, ramp=(unit * start, unit, samples)
-    )
+SIZES = st.lists(st.integers(1, 8), min_size=1, max_size=5).map(tuple)
+
+
+@given(SIZES, st.integers(1, 6), st.integers(0, 6), st.integers(0, 500), st.data())
+def test_the_batch_only_grows_and_always_divides(sizes, start, increments, samples, data):
+    unit = sum(sizes)
+    plan = BatchPlan(global_batch=unit * (start + increments), micro_batches=sizes, ramp=(unit * start, unit, samples))
     here, further = sorted(data.draw(st.tuples(st.integers(0, 800), st.integers(0, 800))))
     assert plan.global_batch_at(here) <= plan.global_batch_at(further) <= plan.global_batch
     batch, microbatches = plan.batch_at(here)
@@ -43,19 +44,34 @@ def test_the_batch_only_grows_and_always_divides(micro, dp, start, increments, s
 
 
 def test_without_a_ramp_the_batch_is_constant():
-    plan = BatchPlan(global_batch=1728, micro_batch=2, dp=96)
+    plan = BatchPlan(global_batch=1728, micro_batches=(2,) * 96)
     assert plan.batch_at(0) == plan.batch_at(10**9) == (1728, 9)
     assert plan.sizes() == (1728,)
 
 
 def test_a_batch_that_does_not_divide_is_our_own_mistake():
-    with pytest.raises(AssertionError, match="a batch of 10 does not divide into 2 x dp 2"):
-        BatchPlan(global_batch=10, micro_batch=2, dp=2).batch_at(0)
+    plan = BatchPlan(global_batch=10, micro_batches=(3, 1))
+    with pytest.raises(AssertionError, match=r"a batch of 10 does not divide into rounds of \(3, 1\) samples"):
+        plan.batch_at(0)
+    with pytest.raises(AssertionError, match="a batch of 10 does not divide by 4"):
+        plan.share_of(0).starts(0, 10)
+
+
+@given(sizes=SIZES, count=st.integers(1, 4), consumed=st.integers(0, 99))
+def test_the_replicas_shares_are_the_batch_in_its_order(sizes, count, consumed):
+    plan = BatchPlan(global_batch=count * sum(sizes), micro_batches=sizes)
+    shares = [plan.share_of(rank) for rank in range(len(sizes))]
+    starts = [share.starts(consumed, plan.global_batch) for share in shares]
+    assert [share.size for share in shares] == [plan.micro_batch_of(rank) for rank in range(len(sizes))]
+    assert {len(one) for one in starts} == {plan.batch_at(0)[1]} == {count}
+    rounds = [zip(now, shares, strict=True) for now in zip(*starts, strict=True)]
+    dealt = [range(start, start + share.size) for one in rounds for start, share in one]
+    assert [sample for part in dealt for sample in part] == [*range(consumed, consumed + plan.global_batch)]
 
 
 @given(batch=st.integers(1, 8), start=st.integers(1, 8), samples=st.integers(1, 60), target=st.integers(0, 200))
 def test_a_run_ends_with_a_whole_batch(batch: int, start: int, samples: int, target: int) -> None:
-    plan = BatchPlan(global_batch=start + 2 * batch, micro_batch=1, dp=1, ramp=(start, batch, samples))
+    plan = BatchPlan(global_batch=start + 2 * batch, micro_batches=(1,), ramp=(start, batch, samples))
     consumed = steps = 0
     while consumed < target:
         consumed, steps = consumed + plan.batch_at(consumed)[0], steps + 1

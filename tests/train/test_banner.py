@@ -1,12 +1,13 @@
 import io
 from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from megatron_aquila.config.cli import LoadedConfig
-from megatron_aquila.config.derive import derive
+from megatron_aquila.config.derive import derive, memory_plan
 from megatron_aquila.config.schema import ModelConfig, ObserveConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.config.settings import all_settings
 from megatron_aquila.errors import AquilaError, ConfigError
@@ -36,7 +37,7 @@ def test_the_first_lines_say_what_differs_and_what_is_planned() -> None:
 
 
 def test_memory_is_only_checked_on_a_gpu() -> None:
-    banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cpu"))
+    banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cpu"), rank=0)
 
 
 def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +48,25 @@ def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypa
     narrower = "use --master-weights remainder, use --moments-dtype bf16, use --offload-optimizer 1"
     told = rf"turn on --sp, turn on --recompute selective, or full, {narrower}, raise --tp \(now 2\)"
     with pytest.raises(ConfigError, match=told):
-        banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0))
+        banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0), rank=0)
+
+
+def test_each_rank_s_own_stages_and_micro_batch_must_fit_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = replace(CONFIG.train, micro_batch_per_dp=(6, 2))
+    config = replace(CONFIG, parallel=replace(CONFIG.parallel, stage_layers=(5, 1)), train=train)
+    derived = derive(config, 8)
+    needs = {
+        rank: memory_plan(config, derived, micro_batch=(6, 2)[place["dp"]]).of_rank(place["pp"]).total
+        for rank in range(8)
+        if (place := derived.grid.coords(rank))
+    }
+    assert len(set(needs.values())) == 4, "a stage and a micro-batch each"
+    for rank, need in needs.items():
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, need=need: Mock(total_memory=need))
+        banner.check_memory(config, derived, torch.device("cuda", 0), rank=rank)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, need=need: Mock(total_memory=need - 1))
+        with pytest.raises(ConfigError, match="lower this replica's number in --micro-batch-per-dp, turn on --sp"):
+            banner.check_memory(config, derived, torch.device("cuda", 0), rank=rank)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def unreduced(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 ONE, TP, SP, PP, DP = Layout(), Layout(tp=2), Layout(tp=2, sequence=True), Layout(pp=2), Layout(dp=2)
 OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
 ZERO_2, ZERO_3 = Layout(dp=2, zero=2), Layout(dp=2, zero=3)
+UNEVEN = Layout(dp=2, micro_batch=2, uneven=True)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
 OFFLOAD = Layout(dp=2, small_buckets=True, offload=True)
 RING, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
@@ -301,6 +302,45 @@ def tokens_of_one_replica() -> Any:
     from megatron_aquila.train import step
 
     return patched(step, "all_reduce_", unreduced)
+
+
+@mutant(
+    "every replica counts alike, whatever it computes",
+    UNEVEN,
+    "uneven replicas",
+    "gradient of lm_head.weight",
+)
+def replicas_count_alike() -> Any:
+    from megatron_aquila.train.loss import LossSums
+
+    right = LossSums.weigh
+
+    def wrong(self: LossSums, batches: Any) -> Any:
+        mean = UNEVEN.micro_batch
+        return [
+            replace(batch, loss_weight=batch.loss_weight * mean / len(batch.tokens_BS))
+            for batch in right(self, batches)
+        ]
+
+    return patched(LossSums, "weigh", wrong)
+
+
+@mutant(
+    "a replica's samples begin as if all computed as many",
+    UNEVEN,
+    "uneven replicas",
+    "output of model.embed_tokens",
+)
+def samples_as_if_even() -> Any:
+    from megatron_aquila.plan.batches import BatchPlan
+
+    right = BatchPlan.share_of
+
+    def wrong(self: BatchPlan, dp_rank: int) -> Any:
+        share = right(self, dp_rank)
+        return replace(share, first=dp_rank * share.size)
+
+    return patched(BatchPlan, "share_of", wrong)
 
 
 # Pipelines.

@@ -2,6 +2,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from megatron_aquila.config.derive import derive
 from megatron_aquila.config.optim import OptimConfig
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.verify.layout import NEEDS, WORDS, Layout, is_supported, requested_layout, with_layout
@@ -17,6 +18,7 @@ FULL = Layout(
     cp=2,
     cp_method="ulysses",
     micro_batch=2,
+    uneven=True,
     small_buckets=True,
     deterministic=True,
 )
@@ -24,13 +26,13 @@ FULL = Layout(
 
 def test_it_names_what_is_not_the_simplest() -> None:
     assert str(Layout()) == "one process"
-    assert str(FULL) == "tp 2 sp pp 2 zb-v chunks 2 dp 2 cp 2 ulysses mbs 2 small buckets deterministic"
+    assert str(FULL) == "tp 2 sp pp 2 zb-v chunks 2 dp 2 cp 2 ulysses mbs 2 uneven small buckets deterministic"
     assert set(WORDS) == {field.name for field in fields(Layout)}
 
 
-@pytest.mark.parametrize("name", NEEDS)
-def test_what_needs_another_option_goes_with_it(name: str) -> None:
-    left = FULL.without(NEEDS[name])
+@pytest.mark.parametrize(("name", "needed"), NEEDS)
+def test_what_needs_another_option_goes_with_it(name: str, needed: str) -> None:
+    left = FULL.without(needed)
     assert name not in left.options
     assert is_supported(left)
 
@@ -43,7 +45,8 @@ def test_a_schedule_takes_its_chunks_with_it() -> None:
 @pytest.mark.parametrize(
     "layout",
     [Layout(sequence=True), Layout(schedule="zb-v"), Layout(pp=2, schedule="zb-v"),
-     Layout(pp=2, schedule="zb-h1", chunks=2), Layout(deterministic=True), Layout(small_buckets=True)],
+     Layout(pp=2, schedule="zb-h1", chunks=2), Layout(deterministic=True), Layout(small_buckets=True),
+     Layout(micro_batch=2, uneven=True), Layout(dp=2, uneven=True)],
     ids=str,
 )  # fmt: skip
 def test_what_cannot_or_need_not_run_is_not_supported(layout: Layout) -> None:
@@ -64,6 +67,19 @@ def test_the_settings_say_what_is_asked_for() -> None:
     plain = ParallelConfig(pipeline=2, schedule="zb-v", overlap=False, fuse_main_grads=False)
     staged = requested_layout(replace(config, parallel=plain))
     assert staged == Layout(pp=2, schedule="zb-v", chunks=2, micro_batch=2)
+
+
+@pytest.mark.parametrize(("dp", "sizes"), [(2, (3, 1)), (3, (3, 1, 2)), (4, (3, 1, 3, 1))])
+def test_uneven_replicas_are_asked_for_and_share_the_same_batch(dp: int, sizes: tuple[int, ...]) -> None:
+    given = TrainConfig(micro_batch_per_dp=(8, *[5] * (dp - 1)))
+    asked = requested_layout(RunConfig(train=given))
+    assert (asked.dp, asked.micro_batch, asked.uneven) == (dp, 2, True)
+    small = with_layout(shrink(RunConfig(train=given), asked), asked)
+    assert small.train.micro_batch_per_dp == sizes
+    assert requested_layout(small) == asked
+    assert derive(small, dp).batch_at(0) == derive(with_layout(small, replace(asked, uneven=False)), dp).batch_at(0)
+    equal = requested_layout(RunConfig(train=replace(given, micro_batch_per_dp=(5,) * dp)))
+    assert equal == replace(asked, uneven=False)
 
 
 def test_how_samples_are_split_is_asked_for() -> None:

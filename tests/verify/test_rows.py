@@ -7,6 +7,7 @@ from megatron_aquila.verify.rows import claims
 
 LAYOUTS = (
     st.fixed_dictionaries({name: st.sampled_from(list(values)) for name, values in AXES.items()})
+    .map(lambda values: values | {"uneven": values["uneven"] and min(values["dp"], values["micro_batch"]) > 1})
     .filter(is_case)
     .map(lambda values: case_of(values).layout)
 )
@@ -27,6 +28,12 @@ def test_every_row_can_run_and_the_last_is_what_was_asked_for(requested: Layout)
 def test_an_axis_of_degree_one_is_not_tried() -> None:
     assert [claim.axis for claim in claims(Layout(tp=2))] == ["world of one", "tp", "tp + sp"]
     assert [claim.axis for claim in claims(Layout())] == ["world of one"]
+
+
+def test_uneven_replicas_have_a_row() -> None:
+    uneven = Layout(dp=3, micro_batch=2, uneven=True)
+    rows = {claim.axis: claim.layout for claim in claims(Layout(tp=2, dp=3, micro_batch=2, uneven=True))}
+    assert rows["uneven replicas"] == uneven
 
 
 def test_a_pipeline_is_held_against_both_references() -> None:

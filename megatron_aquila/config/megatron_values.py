@@ -1,4 +1,7 @@
-"""Ways out of a flag of Megatron-LM that are worded with the value at hand."""
+"""Values of Megatron-LM's flags in our words: what ``megatron_flags`` advises where it can be exact.
+
+Each raises ``ValueError`` or ``IndexError`` where the value is malformed.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -10,27 +13,27 @@ Values = Sequence[str]
 
 
 def vocab_multiple(values: Values, config: RunConfig) -> str:
-    """Megatron-LM's number times tp."""
+    """``--make-vocab-size-divisible-by``: Megatron-LM multiplies it by tp."""
     return f"use --vocab-multiple {int(values[0]) * config.parallel.tensor} ({values[0]} x tp {config.parallel.tensor})"
 
 
 def in_samples(flag: str) -> Callable[[Values, RunConfig], str]:
-    """A length in steps, as ``flag`` wants it."""
+    """A length in steps, as ``flag`` in samples."""
     return lambda values, config: f"use {flag} {int(values[0]) * config.train.global_batch} (steps x global batch)"
 
 
 def warmup_samples(values: Values, config: RunConfig) -> str:
-    """A share of the run in samples."""
+    """``--lr-warmup-fraction``."""
     return f"use --lr-warmup-samples {round(float(values[0]) * config.train.train_samples)} (of --train-samples)"
 
 
 def bucket_mib(values: Values, config: RunConfig) -> str:
-    """A number of gradients in MiB."""
+    """``--ddp-bucket-size``, in elements."""
     return f"use --bucket-mib {int(values[0]) * 4 / 2**20:g} ({values[0]} gradients of 4 bytes)"
 
 
 def step_folder(values: Values, config: RunConfig) -> str:
-    """The folder of a step."""
+    """``--ckpt-step``."""
     return f"use --load {config.checkpoint.load or 'FOLDER'}/step_{int(values[0]):07d}"
 
 
@@ -42,8 +45,14 @@ def stage_layers(values: Values, config: RunConfig) -> str:
     return f"use --stage-layers {spell(layers)}"
 
 
+def micro_batch_per_dp(values: Values, config: RunConfig) -> str:
+    """``2 3 4 1``, replicas of a device type and their micro-batch, is ``--micro-batch-per-dp 3 3 1 1 1 1``."""
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return f"use --micro-batch-per-dp {spell([size for count, size in pairs for _ in range(int(count))])}"
+
+
 def chunks(values: Values, config: RunConfig) -> str:
-    """Stages a rank, where layers of a stage are given."""
+    """``--num-layers-per-virtual-pipeline-stage``."""
     stages = config.model.num_layers // int(values[0])
     return f"use --chunks {max(1, stages // config.parallel.pipeline)} (layers / {values[0]} / pp)"
 
@@ -54,7 +63,7 @@ def profile_first(values: Values, config: RunConfig) -> str:
 
 
 def profile_last(values: Values, config: RunConfig) -> str:
-    """The last step that is profiled."""
+    """``--profile-step-end``."""
     return f"use --profile-steps FIRST-{values[0]}"
 
 
