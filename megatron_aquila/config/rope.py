@@ -4,13 +4,17 @@ from collections.abc import Iterator
 
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import Problem
-from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN
+from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN, RopeScaling
 
 
 def check_rope(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     """A stretch has a form and a factor, and a trained length only where the form reads it."""
     model = config.model
-    kind, factor, length = model.rope_scaling, model.rope_factor, model.rope_trained_len
+    yield from stretch_problems(model.rope_scaling, model.rope_factor, model.rope_trained_len)
+
+
+def stretch_problems(kind: RopeScaling, factor: float, length: int | None) -> Iterator[Problem]:
+    """What is wrong with a form, its factor and its trained length."""
     if kind == "none" and factor != 1:
         why = "positions are not stretched: --rope-scaling is none"
         yield Problem("--rope-factor", factor, why, "give --rope-scaling linear, ntk, yarn or llama3, or use 1")

@@ -58,6 +58,11 @@ class ModelShape:
         return float(self.rope_base * self.rope_factor ** (self.head_dim / (self.head_dim - 2)))
 
     @property
+    def longest_reach(self) -> float:
+        """How far apart the first and the last token of a sample count, in the positions of unstretched frequencies."""
+        return self.seq_len / self.rope_factor
+
+    @property
     def attention_size(self) -> int:
         """Width of the concatenated heads: ``num_heads * head_dim``."""
         return self.num_heads * self.head_dim
