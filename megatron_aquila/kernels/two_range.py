@@ -1,10 +1,10 @@
 """Rotary positions of two ranges (NLPE): near tokens count as they lie, far ones closer.
 
-Two tokens of a document that lie ``d`` apart count as ``d`` apart below the threshold T, and as ``T + (d - T) / f`` from
-there on: what is near stays exact, as interpolation of all positions does not leave it, and what is far stays within
-what training knew. A rotation depends on distances only, so far pairs are scored with q and k that are turned once
-more, at place s by ``(1 - 1/f) (T - s)`` and ``-(1 - 1/f) s`` positions: ``d + (1 - 1/f) (T - d) = T + (d - T) / f``.
-Which place a document begins at does not matter.
+Two tokens of a document that lie ``d`` apart count as ``d`` apart below the threshold T, and from there on as
+``T + (d - T) / f``: near distances stay exact, which interpolation of all positions does not leave them. A rotation
+depends on distances only, so far pairs are scored with q and k that are turned once more, at place s by
+``(1 - 1/f) (T - s)`` and ``-(1 - 1/f) s`` positions: ``d + (1 - 1/f) (T - d) = T + (d - T) / f``. Which place a
+document begins at does not matter.
 """
 
 from collections.abc import Iterator, Sequence
