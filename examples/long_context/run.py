@@ -97,15 +97,20 @@ def main() -> None:
     data = hold_out(quickstart, out)
     curves = {name: evaluate(quickstart / "checkpoints", data, *flags) for name, flags in BEFORE.items()}
     curves["yarn, trained on"] = evaluate(train(quickstart, out), data)
-    (out / "positions.json").write_text(json.dumps({"trained_len": TRAINED_LEN, "curves": curves}, indent=1) + "\n")
+    (out / "long-context.json").write_text(json.dumps({"trained_len": TRAINED_LEN, "curves": curves}, indent=1) + "\n")
     print(f"{'positions':<12}" + "".join(f"{name:>18}" for name in curves))
     for rows in zip(*curves.values(), strict=True):
         print(f"{rows[0]['first']:>4}-{rows[0]['last']:<7}" + "".join(f"{row['loss']:>18.4f}" for row in rows))
     try:
-        plot_positions(curves, out / "positions.svg", title="Four times as long", trained_len=TRAINED_LEN)
+        plot_positions(
+            curves,
+            out / "long-context.svg",
+            title="The quickstart's model on samples of 512 tokens, four times those of its training",
+            trained_len=TRAINED_LEN,
+        )
     except DataError as error:
         sys.exit(f"long_context: {error}")
-    print(f"picture: {out / 'positions.svg'}, figures: {out / 'positions.json'}")
+    print(f"picture: {out / 'long-context.svg'}, figures: {out / 'long-context.json'}")
 
 
 if __name__ == "__main__":

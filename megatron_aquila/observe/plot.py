@@ -89,7 +89,7 @@ def plot_positions(
         axes[0].plot(middles, [row["loss"] for row in rows], "o-", markersize=3, linewidth=1.4, label=name)
         apart = [row["loss"] - other["loss"] for row, other in zip(rows, first, strict=True)]
         axes[1].plot(middles, apart, "o-", markersize=3, linewidth=1.4)
-    for axis, label in zip(axes, ("loss (nats per token)", f"less that of “{next(iter(curves))}”"), strict=True):
+    for axis, label in zip(axes, ("loss (nats per token)", f"minus that of “{next(iter(curves))}”"), strict=True):
         axis.axvline(trained_len, color="grey", linestyle="--", linewidth=1, label=f"trained on {trained_len} tokens")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
