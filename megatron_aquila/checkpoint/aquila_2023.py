@@ -116,4 +116,6 @@ def aquila_cannot_hold(shape: ModelShape) -> str | None:
         return "the head is used as it is stored"
     if shape.position_embedding == "alibi" or shape.num_kv_heads != shape.num_heads:
         return "positions are rotary, and every query head has its own key"
+    if shape.rope_scaling != "none":
+        return "positions are not stretched"
     return None

@@ -102,4 +102,6 @@ def baichuan_cannot_hold(shape: ModelShape) -> str | None:
         return "the head's rows have length 1"
     if shape.num_kv_heads != shape.num_heads or shape.attention_size != shape.hidden_size:
         return "every query head has its own key, and they fill the hidden size"
+    if shape.rope_scaling != "none":
+        return "positions are not stretched"
     return None if shape.score_clamp is None else "scores are not clamped"

@@ -73,6 +73,8 @@ def llama_cannot_hold(shape: ModelShape) -> str | None:
     """What of the model config.json has no word for. A clamp of scores far from where they are is left out."""
     if shape.position_embedding == "alibi":
         return "positions are rotary"
+    if shape.rope_scaling == "two-range":
+        return "positions have one range"
     if shape.norm_head:
         return "the head is used as it is stored"
     return None

@@ -21,7 +21,7 @@ from megatron_aquila.config.inputs import (
 from megatron_aquila.config.profile import check_profile
 from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
 from megatron_aquila.config.replicas import check_micro_batches
-from megatron_aquila.config.rope import check_rope
+from megatron_aquila.config.rope import check_rope, check_two_range
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.config.skips import check_faults, check_skips
@@ -287,7 +287,9 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _optimizer_storage: "optim.optimizer optim.moments_dtype optim.master_weights optim.beta1 optim.beta2 "
     "train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
-    check_rope: "model.rope_scaling model.rope_factor model.rope_trained_len",
+    check_rope: "model.rope_scaling model.rope_factor model.rope_trained_len model.position_embedding",
+    check_two_range: "model.rope_scaling model.score_clamp parallel.context data.reset_position_ids "
+    "data.reset_attention_mask",
     check_profile: f"{_BATCH} train.rampup_batch train.train_samples observe.profile_steps observe.profile_ranks "
     "observe.log_dir checkpoint.save",
     check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "

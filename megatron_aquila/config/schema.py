@@ -59,7 +59,8 @@ class ModelConfig:
     )
     rope_factor: Annotated[float, Ge(1), Lt(math.inf)] = setting(1.0, "rope_scaling: how many times longer")
     rope_trained_len: Count | None = setting(
-        None, "rope_scaling yarn, llama3: tokens of a sample before; default seq_len / rope_factor"
+        None,
+        "rope_scaling yarn, llama3: tokens of a sample before; two-range: the near ones; default seq_len / rope_factor",
     )
     position_embedding: PositionEmbedding = setting(
         "rope",

@@ -76,7 +76,15 @@ class Runner:
         engine.evaluate(forward_only(self.plan.stage_rank, len(batches))[self.ctx.pp.rank], batches)
 
     def new_caches(self, capacity: int, padding_B: Tensor) -> dict[int, KVCache]:
-        """An empty cache for each of this rank's stages."""
+        """An empty cache for each of this rank's stages.
+
+        Raises ``ConfigError`` on every rank for positions of two ranges: a key kept is turned for one of them.
+        """
+        if self.shape.rope_scaling == "two-range":
+            why = "a cache keeps every key turned to one place, and its positions have two ranges"
+            error = ConfigError([Problem("--load", "two-range", why, "evaluate token files with it, or use another")])
+            error.is_shared = True
+            raise error
         return {number: KVCache(len(stage.layers), capacity, padding_B) for number, stage in self.stages.items()}
 
     def last_logits(self, tokens_BS: Tensor, caches: Mapping[int, KVCache]) -> Tensor | None:
@@ -158,6 +166,7 @@ def build_runner(source: Source, ctx: ParallelContext, *, dtype: torch.dtype | N
         num_kv_heads=shape.num_kv_heads // grid.tp,
         seq_len=shape.seq_len,
         has_documents=False,
+        by_blocks=shape.rope_scaling == "two-range",
         norm_order=shape.norm_order,
         interleaved=shape.position_embedding == "rope-interleaved",
         scores=rank_scores(shape, ctx.tp),

@@ -1,9 +1,10 @@
 """How well a model predicts tokens: of each the loss, and whether it was the likeliest."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Final, TypeVar
 
 import numpy as np
@@ -72,12 +73,16 @@ def _scores(head: Head, x_SBH: Tensor, *, runner: Runner, labels_SB: Tensor) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """Of one data set: ``num_tokens`` were predicted, ``num_right`` of them as the likeliest."""
+    """Of one data set: ``num_tokens`` were predicted, ``num_right`` of them as the likeliest.
+
+    ``by_position``: the same of the tokens in each of ``position_bins``; one without tokens has a loss of NaN.
+    """
 
     name: str
     num_tokens: int
     num_right: int
     loss: float
+    by_position: tuple["Score", ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -90,14 +95,26 @@ class Score:
         return self.num_right / self.num_tokens
 
 
+def position_bins(seq_len: int, num_bins: int) -> list[range]:
+    """The places of a window in ``num_bins`` parts of like length, ascending."""
+    starts = [-(-seq_len * number // num_bins) for number in range(num_bins + 1)]
+    return [range(start, stop) for start, stop in pairwise(starts)]
+
+
 def evaluate(
-    runner: Runner, datasets: Sequence[IndexedDataset], *, seq_len: int, batch: int, max_tokens: int | None = None
+    runner: Runner,
+    datasets: Sequence[IndexedDataset],
+    *,
+    seq_len: int,
+    batch: int,
+    max_tokens: int | None = None,
+    num_bins: int = 1,
 ) -> list[Score]:
     """Score every token but the first of each data set once, the first ``max_tokens`` where given.
 
     A window of ``seq_len`` tokens begins where the one before it ended: documents follow each other as in training, and
-    the last window is filled up with what does not count. Replicas share the windows. Equal on every rank. Collective
-    over the world.
+    the last window is filled up with what does not count. Replicas share the windows. Tokens are also added up by
+    their place in the window, in ``num_bins`` of ``position_bins``. Equal on every rank. Collective over the world.
 
     Raises:
         DataError: a data set has fewer than two tokens, or one outside the model's vocabulary.
@@ -107,12 +124,14 @@ def evaluate(
         (source, start) for source, total in enumerate(totals) for start in range(0, total, seq_len)
     ]  # every rank's
     dp = runner.ctx.dp
-    sums_S3 = torch.zeros(len(datasets), 3, dtype=torch.float64, device=runner.ctx.device)
+    sums_SP3 = torch.zeros(len(datasets), num_bins, 3, dtype=torch.float64, device=runner.ctx.device)
+    bin_S = torch.arange(seq_len, device=runner.ctx.device) * num_bins // seq_len
 
     def take(scores_2SB: Tensor, batch: Batch) -> None:
-        mask_SB = batch.loss_mask_BS.T.to(scores_2SB.dtype)
-        by_sample = torch.cat([scores_2SB * mask_SB, mask_SB.unsqueeze(0)]).sum(1).double()
-        sums_S3.index_add_(0, batch.source_B, by_sample.T)
+        mask_SB = batch.loss_mask_BS.T.double()
+        counted_3SB = torch.cat([scores_2SB * mask_SB, mask_SB.unsqueeze(0)])
+        by_bin_3PB = sums_SP3.new_zeros(3, num_bins, mask_SB.shape[1]).index_add_(1, bin_S, counted_3SB)
+        sums_SP3.index_add_(0, batch.source_B, by_bin_3PB.permute(2, 1, 0))
 
     def batches() -> Iterable[Batch]:
         for mine in groups_of(windows[dp.rank :: dp.size], batch):
@@ -122,14 +141,24 @@ def evaluate(
 
     score(runner, batches(), take)
     if runner.ctx.tp.rank != 0:
-        sums_S3.zero_()  # the ranks of tp have the same sums
-    sums = all_reduce_(sums_S3, runner.ctx.world).tolist()
-    for (_, _, counted), total in zip(sums, totals, strict=True):
-        assert round(counted) == total, f"{counted} tokens were counted of {total}"
-    return [
-        Score(name=str(dataset.prefix), num_tokens=total, num_right=round(right), loss=loss / total)
-        for dataset, total, (loss, right, _) in zip(datasets, totals, sums, strict=True)
-    ]
+        sums_SP3.zero_()  # the ranks of tp have the same sums
+    sums = all_reduce_(sums_SP3, runner.ctx.world).tolist()
+    names = [f"{bin.start}-{bin.stop - 1}" for bin in position_bins(seq_len, num_bins)]
+    found = [_score(str(dataset.prefix), names, parts) for dataset, parts in zip(datasets, sums, strict=True)]
+    for one, total in zip(found, totals, strict=True):
+        assert one.num_tokens == total, f"{one.num_tokens} tokens were counted of {total}"
+    return found
+
+
+def _score(name: str, bin_names: Sequence[str], sums: Sequence[Sequence[float]]) -> Score:
+    """Of each bin the sums of losses, of likeliest tokens, and of tokens."""
+
+    def part(name: str, loss: float, right: float, count: float) -> Score:
+        mean = loss / count if count > 0 else math.nan
+        return Score(name=name, num_tokens=round(count), num_right=round(right), loss=mean)
+
+    whole = part(name, *(sum(column) for column in zip(*sums, strict=True)))
+    return replace(whole, by_position=tuple(part(name, *one) for name, one in zip(bin_names, sums, strict=True)))
 
 
 def _num_scored(dataset: IndexedDataset, max_tokens: int | None, vocab_size: int) -> int:

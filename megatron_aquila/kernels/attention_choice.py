@@ -39,7 +39,7 @@ def attention_preferences(device: torch.device, sizes: Sizes) -> dict[str, str]:
     """
     if sizes.scores is not None:
         return {"score_blocks": "the only one that biases and clamps scores"}
-    if sizes.is_ring:
+    if sizes.by_blocks:
         names = ("blocks_flash", "blocks_efficient", "blocks_reference") if device.type == "cuda" else ("blocks",)
         return {name: RING[name] for name in names}
     if device.type != "cuda":
@@ -61,8 +61,8 @@ def why_attention_refused(name: str, *, device: torch.device, dtype: torch.dtype
     The plain one holds all scores, and torch says what its backends take. Asked at the run's own shape: what is tried
     against the reference is shorter.
     """
-    if sizes.is_ring and name not in RING:
-        return "ring attention goes block by block: use one of " + ", ".join(RING)
+    if sizes.by_blocks and name not in RING:
+        return "attention goes block by block here: use one of " + ", ".join(RING)
     if name in ("reference", "blocks_reference") and sizes.seq_len > LONGEST_PLAIN:
         return f"it holds the scores of all pairs of {sizes.seq_len} tokens"
     if sizes.scores is not None and name not in CHANGE_SCORES:

@@ -27,7 +27,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """What kernels are compiled for, and so are tried at: the run's own. ``is_ring``: attention is by blocks."""
+    """What kernels are compiled for, and so are tried at: the run's own. ``by_blocks``: attention is."""
 
     hidden_size: int = 96
     ffn_size: int = 80
@@ -36,7 +36,7 @@ class Sizes:
     num_kv_heads: int = 2
     seq_len: int = 256
     has_documents: bool = False
-    is_ring: bool = False
+    by_blocks: bool = False
     norm_order: Order = "aquila"
     interleaved: bool = False
     scores: Scores | None = None
@@ -137,7 +137,7 @@ def _attention(sizes: Sizes, draw: _Draw) -> Trial:
     inputs = {name: draw(length, 2, count, sizes.head_dim) for name, count in heads.items()}
     inputs["q"] *= 2  # sharper weights: a token too many or too few shows
     # By blocks, each one's output and gradients are rounded, too, before they are added up.
-    return Trial(causal_attention_reference, inputs, call, roundings=8 if sizes.is_ring else 4, sums=1024, whole=True)
+    return Trial(causal_attention_reference, inputs, call, roundings=8 if sizes.by_blocks else 4, sums=1024, whole=True)
 
 
 def _adamw(sizes: Sizes, draw: _Draw) -> Trial:

@@ -6,10 +6,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from megatron_aquila.kernels.blocks import BlockAttention
 from megatron_aquila.kernels.ops import CausalAttention, Kernels, RopeQkv, ScoredAttention
 from megatron_aquila.kernels.rope import rope_tables, split_qkv
-from megatron_aquila.kernels.rope_scaling import Scaling
+from megatron_aquila.kernels.rope_scaling import Kind, Scaling
 from megatron_aquila.kernels.scores import Scores, alibi_slopes
+from megatron_aquila.kernels.two_range import Ranges, TwoRangeAttention
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.plan.shape import ModelShape
 
@@ -25,7 +27,9 @@ def position_tables(shape: ModelShape, positions_BS: Tensor, dtype: torch.dtype)
 
 def rope_scaling(shape: ModelShape) -> Scaling:
     """How the frequencies of the model's rotary positions are stretched, beside their base."""
-    kind = "none" if shape.rope_scaling == "ntk" else shape.rope_scaling
+    kind: Kind = "none"
+    if shape.rope_scaling not in ("ntk", "two-range"):
+        kind = shape.rope_scaling
     return Scaling(kind=kind, factor=shape.rope_factor, trained_len=shape.rope_trained_len)
 
 
@@ -54,9 +58,25 @@ def _unturned(
 
 
 def attention_of(shape: ModelShape, kernels: Kernels, tp: Group) -> CausalAttention:
-    """The attention of this rank's heads, with what ``shape`` does to its scores. Local."""
+    """The attention of this rank's heads, with what ``shape`` does to its scores or to far pairs. Local."""
+    ranges = two_ranges(shape)
+    if ranges is not None:
+        assert isinstance(kernels.attention, BlockAttention), f"two ranges need it by blocks, not {kernels.attention}"
+        return TwoRangeAttention(kernel=kernels.attention, ranges=ranges)
     scores = rank_scores(shape, tp)
     return kernels.attention if scores is None else partial(cast(ScoredAttention, kernels.attention), scores=scores)
+
+
+def two_ranges(shape: ModelShape) -> Ranges | None:
+    """Which pairs of tokens are far, and how they count; None where all count alike."""
+    if shape.rope_scaling != "two-range":
+        return None
+    return Ranges(
+        threshold=shape.rope_trained_len,
+        factor=shape.rope_factor,
+        base=shape.rope_base,
+        interleaved=shape.position_embedding == "rope-interleaved",
+    )
 
 
 def rank_scores(shape: ModelShape, tp: Group) -> Scores | None:

@@ -70,6 +70,34 @@ def plot_lengths(sets: Mapping[str, Sequence[Bin]], path: Path, *, title: str) -
     _save(figure, path, path.suffix.removeprefix("."))
 
 
+def plot_positions(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str, trained_len: int
+) -> None:
+    """Draw losses by position, as ``aquila evaluate --by-position --json`` has them, of several models or settings.
+
+    The same tokens were scored by all, so a second panel has what each loses or gains against the first. A line stands
+    where training ended. ``path`` ends in .png, .svg or .pdf; the file appears whole or not at all.
+
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    figure = _figure((9, 8), title)
+    axes = figure.subplots(2, 1, sharex=True)
+    first = next(iter(curves.values()))
+    middles = [(row["first"] + row["last"]) / 2 for row in first]
+    for name, rows in curves.items():
+        axes[0].plot(middles, [row["loss"] for row in rows], "o-", markersize=3, linewidth=1.4, label=name)
+        apart = [row["loss"] - other["loss"] for row, other in zip(rows, first, strict=True)]
+        axes[1].plot(middles, apart, "o-", markersize=3, linewidth=1.4)
+    for axis, label in zip(axes, ("loss (nats per token)", f"minus that of “{next(iter(curves))}”"), strict=True):
+        axis.axvline(trained_len, color="grey", linestyle="--", linewidth=1, label=f"trained on {trained_len} tokens")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    axes[1].set_xlabel("position in the sample")
+    _save(figure, path, path.suffix.removeprefix("."))
+
+
 def _figure(size: tuple[float, float], title: str) -> Any:
     try:
         from matplotlib.figure import Figure

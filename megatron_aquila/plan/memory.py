@@ -370,18 +370,25 @@ class MemoryPlan:
         )
 
     def _temporaries(self, stage: int) -> int:
-        """Bytes of the widest moment of a backward: the widest of four.
+        """Bytes of the widest moment of a backward: the widest of five.
 
         SwiGLU's: the gradient that came, F, those that leave, 2 F, and a product in at least four bytes, F; where that
         is wider than the type, gate, up and the gradient in it, too, 3 F. A linear's: gradients of gate, up and their
         product, x gathered twice, and the largest weight's gradient, which lives until it is added to the main
-        gradient. A ring's. And the loss's.
+        gradient. A ring's. That of two ranges. And the loss's.
         """
         shape, ffn = self.shape, self._tokens * self.shape.ffn_size // self.grid.tp
         swiglu = ffn * (3 * self._item + self._wide * (4 if self._wide > self._item else 1))
         largest = max(2 * shape.ffn_size, shape.padded_vocab_size) * shape.hidden_size // self.grid.tp
         linear = self._item * (3 * ffn + 2 * self._tokens * shape.hidden_size + largest)
-        return max(swiglu, linear, self._scores(), self._ring(), self._loss() if self.stages.has_head(stage) else 0)
+        return max(
+            swiglu,
+            linear,
+            self._scores(),
+            self._ring(),
+            self._two_ranges(),
+            self._loss() if self.stages.has_head(stage) else 0,
+        )
 
     def _ring(self) -> int:
         """Bytes of the widest moment of a ring's backward: the output's gradient, q's summed and a block's of it; keys
@@ -391,6 +398,16 @@ class MemoryPlan:
             return 0
         queries = self.shape.attention_size * (2 * self._item + self._wide)
         keys = 2 * self.shape.kv_size * (3 * self._item + 3 * self._wide)
+        return self._tokens * (queries + keys) // self.grid.tp
+
+    def _two_ranges(self) -> int:
+        """Bytes of the widest moment of attention's backward where far pairs have their own q and k: these, the
+        output's gradient, the sums of the gradients of both pairs and of v, and a block's.
+        """
+        if self.shape.rope_scaling != "two-range":
+            return 0
+        queries = self.shape.attention_size * (3 * self._item + 2 * self._wide)
+        keys = self.shape.kv_size * (3 * self._item + 3 * self._wide)
         return self._tokens * (queries + keys) // self.grid.tp
 
     def _scores(self) -> int:

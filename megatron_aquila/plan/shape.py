@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 NormOrder = Literal["aquila", "llama"]
-RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
-NEEDS_TRAINED_LEN = ("yarn", "llama3")  # the forms that treat feature pairs by their turns within a trained length
+RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3", "two-range"]
+# yarn and llama3 treat feature pairs by their turns within a trained length; two-range leaves shorter distances alone
+NEEDS_TRAINED_LEN = ("yarn", "llama3", "two-range")
 PositionEmbedding = Literal["rope", "rope-interleaved", "alibi"]
 Precision = Literal["bf16", "fp16", "fp32", "fp64", "fp8"]  # fp8: of the linears' products, the rest is bf16
 
@@ -56,6 +57,12 @@ class ModelShape:
         if self.rope_scaling != "ntk":
             return self.rope_base
         return float(self.rope_base * self.rope_factor ** (self.head_dim / (self.head_dim - 2)))
+
+    @property
+    def longest_reach(self) -> float:
+        """How far apart the first and the last token of a sample count, in the positions of unstretched frequencies."""
+        exact = min(self.rope_trained_len, self.seq_len) if self.rope_scaling == "two-range" else 0
+        return exact + (self.seq_len - exact) / self.rope_factor
 
     @property
     def attention_size(self) -> int:

@@ -197,7 +197,7 @@ def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> 
         num_kv_heads=num_kv_heads,
         seq_len=shape.seq_len,
         has_documents=config.data.reset_attention_mask,
-        is_ring=is_ring,
+        by_blocks=is_ring or shape.rope_scaling == "two-range",
         norm_order=shape.norm_order,
         interleaved=shape.position_embedding == "rope-interleaved",
         scores=rank_scores(shape, ctx.tp),

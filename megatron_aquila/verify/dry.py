@@ -179,11 +179,10 @@ def dry_machine(config: RunConfig, world_size: int) -> Machine:
     """The machine of this process's place in a world of ``world_size``, on ``meta``."""
     derived = derive(config, world_size)
     ctx = create_context(config, derived, META)
-    is_ring = derived.grid.cp > 1 and config.parallel.context_method == "ring"
     sizes = kernel_sizes(config, derived.shape, ctx)
     kernels = choose_kernels(META, DTYPES[config.train.precision], sizes=sizes)
     if sizes.scores is None:
-        kernels = replace(kernels, attention=BLOCKS_FLASH if is_ring else flash_attention)
+        kernels = replace(kernels, attention=BLOCKS_FLASH if sizes.by_blocks else flash_attention)
     return build_machine(config, derived, ctx, kernels=kernels)
 
 

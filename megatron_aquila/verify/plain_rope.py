@@ -30,6 +30,28 @@ def _rotate_halves(x_BSND: Tensor, positions_BS: Tensor, shape: ModelShape) -> T
     return torch.cat(rotated, dim=-1).to(x_BSND.dtype)
 
 
+def plain_two_range_scores(q_BSND: Tensor, k_BSND: Tensor, shape: ModelShape) -> Tensor:
+    """q k^T, (B, N, S, S), of q and k that are not turned: each product by the distance that its pair counts as.
+
+    Below T tokens apart, T and (d - T) / f from there on (after FlagAttention's piecewise attention).
+    """
+    halves = (x.chunk(2, dim=-1) for x in (q_BSND, k_BSND))
+    if shape.position_embedding == "rope-interleaved":
+        halves = ((x[..., 0::2], x[..., 1::2]) for x in (q_BSND, k_BSND))
+    (q_first, q_second), (k_first, k_second) = halves
+    place = torch.arange(q_BSND.shape[1], dtype=q_BSND.dtype, device=q_BSND.device)
+    far = torch.clamp(place[:, None] - place - shape.rope_trained_len, min=0)
+    counted = place[:, None] - place - far + far / shape.rope_factor
+    scores = torch.zeros((), dtype=q_BSND.dtype, device=q_BSND.device)
+    for pair in range(shape.head_dim // 2):
+        angle = counted * plain_frequency(shape, pair)
+        a, b, c, d = (x[..., pair].transpose(1, 2) for x in (q_first, q_second, k_first, k_second))
+        along = a[..., :, None] * c[..., None, :] + b[..., :, None] * d[..., None, :]
+        across = a[..., :, None] * d[..., None, :] - b[..., :, None] * c[..., None, :]
+        scores = scores + along * angle.cos() + across * angle.sin()
+    return scores
+
+
 def plain_frequency(shape: ModelShape, pair: int) -> float:
     """Radians that a feature pair turns by from one position to the next, stretched as ``shape`` says.
 
@@ -40,7 +62,7 @@ def plain_frequency(shape: ModelShape, pair: int) -> float:
     turn = math.pow(base, -2 * pair / width)
     turns_in_length = length * turn / math.tau
     match shape.rope_scaling:
-        case "none":
+        case "none" | "two-range":
             return turn
         case "linear":
             return turn / factor

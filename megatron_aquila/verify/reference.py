@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_aquila.parallel.rng import normal_rectangle
 from megatron_aquila.plan.shape import ModelShape
-from megatron_aquila.verify.plain_rope import plain_rotate
+from megatron_aquila.verify.plain_rope import plain_rotate, plain_two_range_scores
 
 Weights = Mapping[str, Tensor]  # Hugging Face Llama's names -> full logical tensors
 
@@ -153,11 +153,13 @@ def _attention(
         F.linear(x_BSH, weights[f"{prefix}.{name}_proj.weight"]).view(*x_BSH.shape[:2], -1, shape.head_dim)
         for name in "qkv"
     )
-    if shape.position_embedding != "alibi":
+    is_two_range = shape.rope_scaling == "two-range"
+    if shape.position_embedding != "alibi" and not is_two_range:
         q, k = plain_rotate(q, positions_BS, shape), plain_rotate(k, positions_BS, shape)
     group = shape.num_heads // shape.num_kv_heads
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    scores = torch.einsum("bsnd,btnd->bnst", q, k) / shape.head_dim**0.5
+    products = plain_two_range_scores(q, k, shape) if is_two_range else torch.einsum("bsnd,btnd->bnst", q, k)
+    scores = products / shape.head_dim**0.5
     if shape.score_clamp is not None:
         scores = scores.minimum(scores.new_tensor(shape.score_clamp)).maximum(scores.new_tensor(-shape.score_clamp))
     if shape.position_embedding == "alibi":

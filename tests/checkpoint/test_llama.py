@@ -5,6 +5,7 @@ import torch
 
 from megatron_aquila.checkpoint.llama import (
     SpecialIds,
+    llama_cannot_hold,
     llama_config,
     llama_feature_problems,
     llama_shape_fields,
@@ -74,3 +75,9 @@ def test_features_that_are_not_offered(change: dict[str, object], problem: str |
     problems = llama_feature_problems(CONFIG | change)
     assert len(problems) == (0 if problem is None else 1)
     assert problem is None or problem in problems[0]
+
+
+def test_two_ranges_have_no_word_in_config_json() -> None:
+    shape = replace(SHAPE, rope_scaling="two-range", rope_factor=4.0, rope_trained_len=4)
+    assert llama_cannot_hold(shape) == "positions have one range"
+    assert llama_cannot_hold(replace(shape, rope_scaling="linear")) is None

@@ -49,6 +49,38 @@ def test_a_model_that_knows_nothing(folder: Path, capsys: pytest.CaptureFixture[
     assert whole.startswith("all, by weight")
 
 
+def test_by_position(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load = ["--load", str(folder / "run"), "--data"]
+    both = [str(folder / "a"), str(folder / "b")]
+    assert evaluate.main([*load, *both, "--by-position", "3", "--json"]) == 0
+    out = capsys.readouterr()
+    found = json.loads(out.out)
+    assert [(bin["first"], bin["last"], bin["tokens"]) for bin in found["total"]["by_position"]] == [
+        (0, 5, 3 * 6 + 2 * 6),
+        (6, 10, (2 * 5 + 1) + (5 + 2)),
+        (11, 15, 2 * 5 + 5),
+    ]
+    assert [bin["tokens"] for bin in found["sources"][1]["by_position"]] == [12, 7, 5]
+    assert not out.err
+    assert evaluate.main([*load, "1", both[0], "3", both[1], "--seq-len", "32", "--by-position", "2"]) == 0
+    out = capsys.readouterr()
+    assert "samples of 32 tokens, have tokens that count 32 apart; in training they were at most 16 apart" in out.err
+    *_, empty, head, first, second = out.out.splitlines()
+    assert not empty
+    assert head.split() == ["positions", "tokens", "loss", "perplexity", "accuracy"]
+    assert first.split()[:3] == ["0-15", "39", "3.7842"]
+    assert second.split()[:3] == ["16-31", "24", "3.7842"]
+
+
+@pytest.mark.parametrize("form", ["linear", "ntk", "yarn", "llama3"])
+def test_stretched_positions_are_no_news(folder: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    argv = ["--load", str(folder / "run"), "--data", str(folder / "a"), "--seq-len", "32", "--rope-scaling", form]
+    assert evaluate.main(argv) == 0
+    assert not capsys.readouterr().err
+    assert evaluate.main([*argv, "--rope-factor", "1.6"]) == 0
+    assert f"stretched by {form} 1.6, have tokens that count 20 apart" in capsys.readouterr().err
+
+
 def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*argv: str) -> str:
         assert evaluate.main(["--load", str(folder / "run"), *argv]) == 2
@@ -57,7 +89,12 @@ def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "there is nothing to evaluate on" in refused()
     assert "tasks are named as well" in refused("--data", "x", "--tasks", "y")
     assert "--batch 0: it must be positive" in refused("--data", "x", "--batch", "0")
-    assert "the model's longest sequence is 16" in refused("--data", str(folder / "a"), "--seq-len", "17")
+    data = ("--data", str(folder / "a"))
+    assert "--by-position 0: it must be positive" in refused(*data, "--by-position", "0")
+    assert "--by-position 17: a window has 16 tokens" in refused(*data, "--by-position", "17")
+    assert "--by-position 2: tasks have no windows" in refused("--tasks", "y", "--by-position", "2")
+    assert "--rope-factor 2.0: positions are not stretched" in refused(*data, "--rope-factor", "2")
+    assert "--rope-scaling yarn: --rope-factor is 1" in refused(*data, "--rope-scaling", "yarn")
     assert "nowhere" in refused("--data", str(folder / "nowhere"))
     assert "weights and prefixes do not pair up" in refused("--data", "1", "x", "2")
     assert "it names no tokenizer" in refused("--tasks", "piqa")

@@ -50,11 +50,11 @@ def test_the_defaults_run(world):
 
 CASES = [
     (None, {"rope_factor": 4.0}, "--rope-factor 4.0: positions are not stretched: --rope-scaling is none; give "
-     "--rope-scaling linear, ntk, yarn or llama3, or use 1"),
+     "--rope-scaling linear, ntk, yarn, llama3 or two-range, or use 1"),
     (None, {"rope_scaling": "yarn"}, "--rope-scaling yarn: --rope-factor is 1, which stretches nothing; give e.g. "
      "--rope-factor 4"),
     (None, {"rope_scaling": "linear", "rope_factor": 2.0, "rope_trained_len": 99}, "--rope-trained-len 99: "
-     "--rope-scaling linear does not read it; leave it out, or use yarn or llama3"),
+     "--rope-scaling linear does not read it; leave it out, or use yarn, llama3 or two-range"),
     (None, {"override_rope": True}, "--override-rope: no weights are loaded that could have been trained with other "
      "positions; give --load, --resume or --init-from-hf with it, or leave it out"),
     (None, {"tensor": 3}, "--tp 3: num_heads 32, num_kv_heads 32, ffn_size 11008 and padded_vocab_size 100096 are not "

@@ -10,7 +10,7 @@ import torch
 
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.errors import DataError
-from megatron_aquila.generate.scoring import Score, evaluate, groups_of, score_rows
+from megatron_aquila.generate.scoring import Score, evaluate, groups_of, position_bins, score_rows
 from megatron_aquila.verify.pool import WorkerPool
 from tests.generate.models import VOCAB_SIZE, runner_of, save_llama
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(folder: Path, tp: int, pp: int, max_tokens: int | None = None) -> list[Score]:
     datasets = [IndexedDataset(folder / f"data{number}") for number in range(len(SIZES))]
     runner = runner_of(folder, tp, pp, torch.float64)
-    return evaluate(runner, datasets, seq_len=SEQ_LEN, batch=2, max_tokens=max_tokens)
+    return evaluate(runner, datasets, seq_len=SEQ_LEN, batch=2, max_tokens=max_tokens, num_bins=3)
 
 
 def theirs(folder: Path, tokens: list[int]) -> tuple[float, int]:
@@ -71,6 +71,27 @@ def test_the_layout_changes_nothing(
     for found in pool(world).run(scores, folder, tp, pp):
         assert [(one.num_tokens, one.num_right) for one in found] == [(one.num_tokens, one.num_right) for one in alone]
         assert [one.loss for one in found] == pytest.approx([one.loss for one in alone], rel=1e-13)
+        bins, alone_bins = ([part for one in all for part in one.by_position] for all in (found, alone))
+        assert [(bin.num_tokens, bin.num_right) for bin in bins] == [
+            (bin.num_tokens, bin.num_right) for bin in alone_bins
+        ]
+        assert [bin.loss for bin in bins] == pytest.approx([bin.loss for bin in alone_bins], rel=1e-13)
+
+
+def test_bins_are_means_over_places(folder: Path) -> None:
+    """Against one bin a place, whose losses are those of ``score_rows``."""
+    assert position_bins(16, 3) == [range(6), range(6, 11), range(11, 16)]
+    tokens = IndexedDataset(folder / "data0").tokens.tolist()
+    windows = [tokens[start : start + SEQ_LEN + 1] for start in range(0, SIZES[0] - 1, SEQ_LEN)]
+    rows = rows_of(folder, 1, 1, windows)
+    for bin, part in zip(position_bins(SEQ_LEN, 3), scores(folder, 1, 1)[0].by_position, strict=True):
+        of_bin = [row[place] for row in rows for place in bin if place < len(row)]
+        assert (part.num_tokens, part.num_right) == (len(of_bin), sum(hit for _, hit in of_bin))
+        assert part.name == f"{bin[0]}-{bin[-1]}"
+        assert part.loss == pytest.approx(-sum(value for value, _ in of_bin) / len(of_bin), rel=1e-12)
+    short = scores(folder, 1, 1, max_tokens=4)[0].by_position
+    assert [part.num_tokens for part in short] == [4, 0, 0]
+    assert math.isnan(short[1].loss)
 
 
 def test_the_first_tokens_only(folder: Path) -> None:

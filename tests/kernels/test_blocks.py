@@ -91,7 +91,7 @@ def test_self_checks_know_right_from_wrong(documents, dtype):
         "attention",
         device=torch.device("cpu"),
         dtype=dtype,
-        sizes=Sizes(has_documents=documents, is_ring=True),
+        sizes=Sizes(has_documents=documents, by_blocks=True),
     )
     for kernel in KERNELS.values():
         assert check(kernel) is None

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from megatron_aquila.errors import DataError
-from megatron_aquila.observe.plot import SETS, plot_lengths, plot_log
+from megatron_aquila.observe.plot import SETS, plot_lengths, plot_log, plot_positions
 
 
 def test_a_png_appears_whole(tmp_path):
@@ -39,3 +39,11 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(DataError, match=r"needs the matplotlib package: pip install 'megatron_aquila\[plots\]'"):
         plot_lengths({}, tmp_path / "x.png", title="")
+
+
+def test_losses_by_position_are_drawn(tmp_path):
+    curves = {name: [{"first": 8 * n, "last": 8 * n + 7, "loss": 3.0 - n} for n in range(2)] for name in ("a", "b")}
+    path = tmp_path / "positions.svg"
+    plot_positions(curves, path, title="positions", trained_len=8)
+    assert path.read_bytes().startswith(b"<?xml")
+    assert list(tmp_path.iterdir()) == [path]

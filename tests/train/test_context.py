@@ -159,13 +159,13 @@ def test_attention_is_chosen_where_the_run_is_built() -> None:
     assert around.kernel is BLOCKS_CPU
     assert build.kernel_sizes(config, shape, context(2)).num_heads == 8
     dealt = build.kernel_sizes(replace(config, parallel=ulysses), shape, context(4))
-    assert (dealt.num_heads, dealt.num_kv_heads, dealt.is_ring) == (2, 1, False)
+    assert (dealt.num_heads, dealt.num_kv_heads, dealt.by_blocks) == (2, 1, False)
 
 
 def test_a_ring_needs_attention_by_blocks() -> None:
     config = RunConfig(train=TrainConfig(kernels=("attention=sdpa",)))
     shape = derive(config, 1).shape
-    with pytest.raises(ConfigError, match="ring attention goes block by block: use one of blocks_flash"):
+    with pytest.raises(ConfigError, match="attention goes block by block here: use one of blocks_flash"):
         build.run_kernels(config, shape, context(2))
     kernels = build.run_kernels(config, shape, context(1))
     with pytest.raises(AssertionError, match="a ring needs attention by blocks"):

@@ -26,7 +26,7 @@ from megatron_aquila.verify.page import markdown, put, write
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.rows import Claim, claims
 from megatron_aquila.verify.shrink import LOSS_CHUNK
-from tests.families import AQUILA, BAICHUAN_7B, BAICHUAN_13B
+from tests.families import AQUILA, BAICHUAN_7B, BAICHUAN_13B, TWO_RANGE
 
 Inject = Callable[[], Any]
 
@@ -1004,6 +1004,27 @@ def scores_not_clamped() -> Any:
     from megatron_aquila.model import position
 
     return patched(position, "rank_scores", lambda shape, tp: None)
+
+
+@mutant("far pairs begin one token late", ONE, "world of one", "output of model.layers.0.self_attn", model=TWO_RANGE)
+def far_begins_late() -> Any:
+    from megatron_aquila.model import position
+
+    right = position.two_ranges
+    return patched(position, "two_ranges", lambda shape: replace(right(shape), threshold=shape.rope_trained_len + 1))
+
+
+@mutant(
+    "the gradient of what far pairs are scored with is not turned back",
+    ONE,
+    "world of one",
+    "gradient of model.layers.2.self_attn.k_proj.weight",
+    model=TWO_RANGE,
+)
+def far_gradient_as_it_comes() -> Any:
+    from megatron_aquila.kernels.two_range import Ranges
+
+    return patched(Ranges, "far_gradient", lambda self, grad, tables: grad)
 
 
 def mutants_table() -> str:

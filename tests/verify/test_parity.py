@@ -11,7 +11,7 @@ from megatron_aquila.verify.observe import Observation, observe_layout
 from megatron_aquila.verify.parity import Parity
 from megatron_aquila.verify.pool import WorkerError, WorkerPool
 from megatron_aquila.verify.rows import Claim
-from tests.families import BAICHUAN_13B, FAMILIES, of_family
+from tests.families import BAICHUAN_13B, FAMILIES, TWO_RANGE, of_family
 from tests.verify.mutants import run_mutant
 
 CONFIG = RunConfig(
@@ -38,6 +38,13 @@ def test_every_axis_and_all_together_hold(pool: Pools) -> None:
 
 
 TOGETHER = Layout(tp=2, sequence=True, pp=2, schedule="zb-h1", micro_batch=2, overlap=True)
+
+
+@pytest.mark.parametrize("layout", [TOGETHER, Layout(tp=2, dp=2)], ids=str)
+def test_two_ranges_hold(layout: Layout, pool: Pools) -> None:
+    *_, together, documents = Parity(of_family(APART, TWO_RANGE), layout, pool).rows()
+    assert together.holds, together
+    assert documents.holds, documents
 
 
 @pytest.mark.parametrize("family", FAMILIES)
