@@ -57,6 +57,8 @@ class Convert:
     """type of the written weights; default as stored"""
     shard_size: str = "5GB"
     """largest size of one file, in MB or GB of 10^6 and 10^9 bytes"""
+    workers: int = 1
+    """files written at a time, each with a tensor in memory"""
     vocab_size: int | None = None
     """real tokens of a Megatron checkpoint that does not say"""
     position_embedding: Literal["rope", "rope-interleaved"] | None = None
@@ -117,13 +119,15 @@ def convert(options: Convert, verify: Verifier) -> None:
         position_embedding=options.position_embedding,
     )
     shape = shape_of(reader, options.seq_len)
+    if options.workers < 1:
+        raise CheckpointError(f"--workers {options.workers}: at least one thread writes; give 1 or more")
     form = options.to_format or ("hf" if isinstance(reader, CheckpointReader) else "checkpoint")
     if form == "hf" and options.family == "llama" and shape.norm_head:
         reader, shape = conversion.PlainHead(reader), replace(shape, norm_head=False, max_z_loss=0.0)
     job = job_of(options, form, reader, shape)
     if options.verify and job.judged is not None:
         need_transformers()  # before gigabytes are written
-    folder = conversion.convert(reader, shape, job.target, options.output, dtype=job.dtype)
+    folder = conversion.convert(reader, shape, job.target, options.output, dtype=job.dtype, workers=options.workers)
     if form == "hf" and job.tokenizer is None:
         copy_tokenizer(options.source, folder)
     elif job.tokenizer is not None:
@@ -242,7 +246,7 @@ def compare_in_transformers(
     from megatron_aquila.verify.huggingface import compare_logits
 
     if tokenizer is None:
-        return compare_logits(reader, folder, shape)
+        return str(compare_logits(reader, folder, shape))
     check_huggingface_tokenizer(tokenizer, folder, _TEXTS)
     if AQUILA_VOCAB_SIZE in (shape.vocab_size, tokenizer.vocab_size):
         check_aquila_ids(folder)
