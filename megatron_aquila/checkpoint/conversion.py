@@ -4,12 +4,14 @@ What is finished lies in ``OUT.tmp`` with its hash in ``progress.json``. The fol
 been read back byte-equal, and whoever asked for more has been satisfied.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -60,11 +62,8 @@ def convert(
 
     Files that an earlier, killed run has finished are kept where they still have their hash. ``workers`` threads write
     a file each, and have a tensor each in memory; the bytes do not depend on them. Leaves a certificate.
-    Raises CheckpointError when ``out_dir`` exists, a value is not finite in ``dtype``, or a tensor comes back other
-    than it was.
+    Raises CheckpointError when a value is not finite in ``dtype``, or a tensor comes back other than it was.
     """
-    if out_dir.exists():
-        raise CheckpointError(f"{out_dir}: it exists already; choose a new folder or remove it")
     folder = beside(out_dir, "tmp")
     plan = {"from": str(reader.folder.resolve()), "to": target.kind, "dtype": str(dtype), "shape": asdict(shape)}
     noted = plan | {"files": [*target.files]}
@@ -83,6 +82,28 @@ def convert(
     hashes = _read_back(reader, target.reopen(folder), shape, dtype, workers)
     write_json(folder / CERTIFICATE, {**plan, "round_trip": "byte-equal", "sha256": hashes})
     return folder
+
+
+@contextmanager
+def alone(out_dir: Path) -> Iterator[None]:
+    """Nobody else converts into ``out_dir`` for the body's length.
+
+    Raises CheckpointError when it exists, or somebody does.
+    """
+    if out_dir.exists():
+        raise CheckpointError(f"{out_dir}: it exists already; choose a new folder or remove it")
+    folder = beside(out_dir, "tmp")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            way_out = "wait for it, or end it"
+            raise CheckpointError(f"{folder}: another process is converting into it; {way_out}") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def publish(folder: Path, out_dir: Path, *, logits: str) -> None:
@@ -105,8 +126,12 @@ def _finished(folder: Path, plan: Mapping[str, object]) -> dict[str, FileRecord]
         if noted.get("plan") == plan:
             found = {name: FileRecord(*record) for name, record in noted["done"].items()}
             return {name: record for name, record in found.items() if _is_whole(folder / name, record)}
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():  # not the folder itself, which is locked
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     return {}
 
 

@@ -363,6 +363,9 @@ class CheckpointConfig:
     save_staging_gib: Positive = setting(4.0, "largest size of that copy on each rank; beyond it, training waits")
     keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
     keep_every: Count | None = setting(None, "with --keep: checkpoints whose step is a multiple of this stay for ever")
+    export_hf_every: Count | None = setting(
+        None, "also publish checkpoints whose step is a multiple of this as Hugging Face folders, in SAVE/hf"
+    )
     on_corrupt: Literal["fallback", "stop"] = setting(
         "fallback", "where the newest checkpoint of a folder is damaged: the last good one before it, or none"
     )
