@@ -1,5 +1,6 @@
 """Releases from a live run: two come out and load, and nothing that goes wrong with one ends the run."""
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,9 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.train import releases
 from megatron_aquila.train.releases import Releases
 from tests.train.runs import Recorder, run, tiny_config
+
+
+POPEN = subprocess.Popen
 
 
 def releasing(folder: Path, every: int = 2, **checkpoint: object) -> RunConfig:
@@ -41,12 +45,11 @@ class Slow:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, code: int) -> None:
         self.commands: list[list[str]] = []
-        original = releases.subprocess.Popen
 
         def popen(command: list[str], **kwargs: object) -> object:
             self.commands.append(command)
             program = f"import sys, time; time.sleep({seconds}); sys.exit({code})"
-            return original([sys.executable, "-c", program], **kwargs)
+            return POPEN([sys.executable, "-c", program], **kwargs)
 
         monkeypatch.setattr(releases.subprocess, "Popen", popen)
 
