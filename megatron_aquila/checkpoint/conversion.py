@@ -4,14 +4,19 @@ What is finished lies in ``OUT.tmp`` with its hash in ``progress.json``. The fol
 been read back byte-equal, and whoever asked for more has been satisfied.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +24,7 @@ from torch import Tensor
 from megatron_aquila.checkpoint.families import Family
 from megatron_aquila.checkpoint.folders import LATEST, MANIFEST, beside, step_folder, sync_folder, write_text
 from megatron_aquila.checkpoint.huggingface import INDEX, read_json, shards_of, write_json
+from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import SpecialIds, llama_tensors
 from megatron_aquila.checkpoint.manifest import Json, Manifest, Piece, StoredTensor, piece_key
 from megatron_aquila.checkpoint.megatron import FILE, MegatronForm, megatron_map, write_megatron, write_tracker
@@ -30,9 +36,10 @@ from megatron_aquila.errors import CheckpointError
 from megatron_aquila.plan.shape import ModelShape
 
 PIECE = 2**24  # elements
+HEAD = "lm_head.weight"
 PROGRESS = "progress.json"
 CERTIFICATE = "certificate.json"
-Read = Callable[[str], Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,27 +55,55 @@ class Target:
     reopen: Callable[[Path], TensorReader]
 
 
-def convert(reader: TensorReader, shape: ModelShape, target: Target, out_dir: Path, *, dtype: torch.dtype) -> Path:
+def convert(
+    reader: TensorReader, shape: ModelShape, target: Target, out_dir: Path, *, dtype: torch.dtype, workers: int = 1
+) -> Path:
     """Write ``target`` beside ``out_dir`` and read every tensor back; returns the folder, under its temporary name.
 
-    Files that an earlier, killed run has finished are kept where they still have their hash. Leaves a certificate.
-    Raises CheckpointError when ``out_dir`` exists, a value is not finite in ``dtype``, or a tensor comes back other
-    than it was.
+    Files that an earlier, killed run has finished are kept where they still have their hash. ``workers`` threads write
+    a file each, and have a tensor each in memory; the bytes do not depend on them. Leaves a certificate.
+    Raises CheckpointError when a value is not finite in ``dtype``, or a tensor comes back other than it was.
+    """
+    folder = beside(out_dir, "tmp")
+    plan = {"from": str(reader.folder.resolve()), "to": target.kind, "dtype": str(dtype), "shape": asdict(shape)}
+    noted = plan | {"files": [*target.files]}
+    done = _finished(folder, noted)
+    lock = Lock()
+
+    def write(name: str) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        record = target.files[name](folder / name)
+        with lock:
+            done[name] = record
+            _note(folder, noted, done)
+
+    _in_threads(workers, write, [name for name in target.files if name not in done])
+    target.finish(folder, {name: done[name] for name in target.files})
+    hashes = _read_back(reader, target.reopen(folder), shape, dtype, workers)
+    write_json(folder / CERTIFICATE, {**plan, "round_trip": "byte-equal", "sha256": hashes})
+    return folder
+
+
+@contextmanager
+def alone(out_dir: Path) -> Iterator[None]:
+    """Nobody else converts into ``out_dir`` for the body's length.
+
+    Raises CheckpointError when it exists, or somebody does.
     """
     if out_dir.exists():
         raise CheckpointError(f"{out_dir}: it exists already; choose a new folder or remove it")
     folder = beside(out_dir, "tmp")
-    plan = {"from": str(reader.folder.resolve()), "to": target.kind, "dtype": str(dtype), "shape": asdict(shape)}
-    done = _finished(folder, plan | {"files": [*target.files]})
-    for name, write in target.files.items():
-        if name not in done:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            done[name] = write(folder / name)
-            _note(folder, plan | {"files": [*target.files]}, done)
-    target.finish(folder, {name: done[name] for name in target.files})
-    hashes = _read_back(reader, target.reopen(folder), shape, dtype)
-    write_json(folder / CERTIFICATE, {**plan, "round_trip": "byte-equal", "sha256": hashes})
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            way_out = "wait for it, or end it"
+            raise CheckpointError(f"{folder}: another process is converting into it; {way_out}") from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def publish(folder: Path, out_dir: Path, *, logits: str) -> None:
@@ -91,8 +126,12 @@ def _finished(folder: Path, plan: Mapping[str, object]) -> dict[str, FileRecord]
         if noted.get("plan") == plan:
             found = {name: FileRecord(*record) for name, record in noted["done"].items()}
             return {name: record for name, record in found.items() if _is_whole(folder / name, record)}
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():  # not the folder itself, which is locked
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     return {}
 
 
@@ -104,17 +143,32 @@ def _note(folder: Path, plan: Mapping[str, object], done: Mapping[str, FileRecor
     write_json(folder / PROGRESS, {"plan": plan, "done": {name: (one.size, one.sha256) for name, one in done.items()}})
 
 
-def _read_back(reader: TensorReader, written: TensorReader, shape: ModelShape, dtype: torch.dtype) -> dict[str, str]:
+def _in_threads(workers: int, work: Callable[[str], Result], names: Sequence[str]) -> list[Result]:
+    """The results in order. What is not begun when one raises never is. Torch, hashing and the disk need no lock."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
+    try:
+        futures = [pool.submit(work, name) for name in names]
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [future.result() for future in futures]
+
+
+def _read_back(
+    reader: TensorReader, written: TensorReader, shape: ModelShape, dtype: torch.dtype, workers: int
+) -> dict[str, str]:
     """The hash of every tensor, equal on both sides."""
-    hashes = {}
-    for name in llama_tensors(shape):
-        ours, theirs = digest(reader.read(name).to(dtype)), digest(written.read(name))
+
+    def hashed(name: str) -> str:
+        ours, theirs = digest(reader.read(name, dtype)), digest(written.read(name))
         if ours != theirs:
             raise CheckpointError(
                 f"{written.folder}: {name} was read back other than it was written; nothing was named"
             )
-        hashes[name] = ours
-    return hashes
+        return ours
+
+    names = [*llama_tensors(shape)]
+    return dict(zip(names, _in_threads(workers, hashed, names), strict=True))
 
 
 class PlainHead(TensorReader):
@@ -128,13 +182,15 @@ class PlainHead(TensorReader):
         """Those of the model, with a plain head."""
         return {**self._reader.shape_fields(), "norm_head": False, "max_z_loss": 0.0}
 
-    def read(self, name: str) -> Tensor:
-        """One whole logical tensor; the head's rows divided by their length, in float32 or wider, rounded once."""
-        tensor = self._reader.read(name)
-        if name != "lm_head.weight":
-            return tensor
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        return torch.nn.functional.normalize(wide, dim=1).to(tensor.dtype)
+    def read_into(self, chunks: Sequence[Chunk], *, cast: bool = False, verify_hash: bool = True) -> None:
+        """As the reader's; the head's rows are divided by their length, in float32 or wider, and rounded once."""
+        self._reader.read_into([chunk for chunk in chunks if chunk.name != HEAD], cast=cast, verify_hash=verify_hash)
+        if heads := [chunk for chunk in chunks if chunk.name == HEAD]:
+            stored = self._reader.read(HEAD)
+            wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
+            plain = torch.nn.functional.normalize(wide, dim=1).to(stored.dtype)
+            for chunk in heads:
+                chunk.tensor.copy_(plain[chunk.rectangle.within(Rectangle((0, 0), tuple(plain.shape)))])
 
 
 def digest(tensor: Tensor) -> str:
@@ -144,10 +200,9 @@ def digest(tensor: Tensor) -> str:
 
 def finite(reader: TensorReader, dtype: torch.dtype, name: str) -> Tensor:
     """A tensor as it will be written. Raises CheckpointError for a value that ``dtype`` does not hold."""
-    tensor = reader.read(name).to(dtype)
-    if not all(
-        piece.isfinite().all() for piece in torch.split(tensor.flatten(), PIECE)
-    ):  # it takes as much memory again
+    tensor = reader.read(name, dtype)
+    # in pieces, as it takes memory of its own
+    if not all(piece.isfinite().all() for piece in torch.split(tensor.flatten(), PIECE)):
         raise CheckpointError(f"{reader.folder}: {name} has values that are not finite in {dtype}; choose a wider type")
     return tensor
 

@@ -230,6 +230,7 @@ def write_megatron(
     keys = [key for key in tensor_map.theirs if key.startswith(f"{only}/")]
     scratch = target.with_suffix(".scratch")
     total = sum(torch.Size(tensor_map.theirs[key]).numel() for key in keys)
+    scratch.unlink(missing_ok=True)  # of a run that was killed; padding is zeros
     try:
         space = torch.from_file(str(scratch), shared=True, size=total, dtype=dtype)
         model: dict[str, Any] = {}
@@ -237,7 +238,7 @@ def write_megatron(
         for key in keys:
             size = torch.Size(tensor_map.theirs[key])
             if tensor_map.sources_of(key):
-                space[start : start + size.numel()].view(size).copy_(tensor_map.their_tensor(key, read))
+                tensor_map.their_tensor(key, read, space[start : start + size.numel()].view(size))
             _put(model, key.partition("/")[2], (start, size))
             start += size.numel()
         state = {

@@ -81,13 +81,16 @@ class TensorReader(ABC):
                 self._verify(file)
             self._copy(file, copies)
 
-    def read(self, name: str) -> Tensor:
-        """One whole logical tensor on the CPU. Raises CheckpointError as ``read_into``."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One whole logical tensor on the CPU, as stored or rounded to ``dtype``, which takes no more memory than that.
+
+        Raises CheckpointError as ``read_into``.
+        """
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder}: it holds no tensor {name}")
         stored = self.tensors[name]
-        out = torch.empty(stored.shape, dtype=stored.dtype)
-        self.read_into([Chunk(name, stored.shape, (0,) * len(stored.shape), out)])
+        out = torch.empty(stored.shape, dtype=stored.dtype if dtype is None else dtype)
+        self.read_into([Chunk(name, stored.shape, (0,) * len(stored.shape), out)], cast=dtype is not None)
         return out
 
     def verify_files(self, group: Group) -> None:

@@ -78,3 +78,8 @@ def add_tag(path: Path, name: str) -> Path:
     (root / TAGS).mkdir(exist_ok=True)
     write_text(root / TAGS / name, folder.name + "\n")
     return folder
+
+
+def remove_tag(root: Path, name: str) -> None:
+    """Take a tag away, where it is there. Raises OSError."""
+    (root / TAGS / name).unlink(missing_ok=True)

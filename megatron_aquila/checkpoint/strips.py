@@ -5,7 +5,7 @@ pairs in either order are all of them, so that a conversion is copying, exact in
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,6 +16,7 @@ from megatron_aquila.plan.shape import PositionEmbedding
 
 Load = Callable[[str], Tensor]
 Rows: TypeAlias = tuple[range, range]  # ours and theirs, of the same length
+_Copy: TypeAlias = tuple[tuple[range, ...], tuple[range, ...]]  # into, of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,42 +43,38 @@ class TensorMap:
         strips: Iterable[Strip],
     ) -> None:
         self.ours, self.theirs = ours, theirs
-        by_name: defaultdict[str, list[Strip]] = defaultdict(list)
-        by_key: defaultdict[str, list[Strip]] = defaultdict(list)
+        self._by_name: defaultdict[str, dict[str, list[_Copy]]] = defaultdict(dict)
+        self._by_key: defaultdict[str, dict[str, list[_Copy]]] = defaultdict(dict)
         for strip in strips:
-            by_name[strip.name].append(strip)
-            by_key[strip.key].append(strip)
-        self._by_name, self._by_key = by_name, by_key
+            self._by_name[strip.name].setdefault(strip.key, []).append((strip.ours, strip.theirs))
+            self._by_key[strip.key].setdefault(strip.name, []).append((strip.theirs, strip.ours))
 
     def our_tensor(self, name: str, load: Load) -> Tensor:
-        """Our tensor ``name``, from those of theirs that hold it, each of which ``load`` gives once or more."""
-        return _assembled(
-            self.ours[name],
-            ((strip.ours, load(strip.key), strip.theirs) for strip in self._by_name[name]),
-        )
+        """Our tensor ``name``, from those of theirs that hold it, each of which ``load`` gives once."""
+        return _assembled(self.ours[name], self._by_name[name], load, None)
 
-    def their_tensor(self, key: str, load: Load) -> Tensor:
-        """Their tensor ``key``, from those of ours that are in it."""
-        return _assembled(
-            self.theirs[key],
-            ((strip.theirs, load(strip.name), strip.ours) for strip in self._by_key[key]),
-        )
+    def their_tensor(self, key: str, load: Load, out: Tensor | None = None) -> Tensor:
+        """Their tensor ``key``, from those of ours that are in it; in ``out``, which is zeros, where that is given."""
+        return _assembled(self.theirs[key], self._by_key[key], load, out)
 
     def sources_of(self, key: str) -> list[str]:
         """Names of ours that are in their tensor ``key``."""
-        return list(dict.fromkeys(strip.name for strip in self._by_key[key]))
+        return [*self._by_key[key]]
 
     def keys_of(self, name: str) -> list[str]:
         """Their tensors that hold ours called ``name``."""
-        return list(dict.fromkeys(strip.key for strip in self._by_name[name]))
+        return [*self._by_name[name]]
 
 
-def _assembled(shape: tuple[int, ...], parts: Iterable[tuple[tuple[range, ...], Tensor, tuple[range, ...]]]) -> Tensor:
-    out: Tensor | None = None
-    for into, source, of in parts:
-        if out is None:
-            out = torch.zeros(shape, dtype=source.dtype)
-        out[_slices(into)] = source[_slices(of)]
+def _assembled(
+    shape: tuple[int, ...], sources: Mapping[str, Sequence[_Copy]], load: Load, out: Tensor | None
+) -> Tensor:
+    for source, copies in sources.items():
+        tensor = load(source)
+        out = torch.zeros(shape, dtype=tensor.dtype) if out is None else out
+        for into, of in copies:
+            out[_slices(into)] = tensor[_slices(of)]
+        del tensor  # before the next is loaded
     assert out is not None, f"nothing holds a tensor of shape {shape}"
     return out
 

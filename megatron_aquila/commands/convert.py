@@ -3,9 +3,8 @@
 import json
 import math
 import re
-import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,16 +21,14 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_aquila.checkpoint.conversion import Target
+    from megatron_aquila.checkpoint.llama import SpecialIds
     from megatron_aquila.checkpoint.reader import TensorReader
-    from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType
+    from megatron_aquila.data.tokenizer import Tokenizer
     from megatron_aquila.plan.shape import ModelShape
 
 # Given our weights, their tokenizer, the published folder (one that is written has a temporary name still) and the
 # model's shape: a line on how well they agree. Raises AquilaError when they do not.
 Verifier = Callable[["TensorReader", "Tokenizer | None", Path, "ModelShape"], str]
-_TEXTS = ("这是一个测试", "Hello world", "[CLS]你好</s>", "### Human: 你好\n", "def f(x):\n\treturn x  # 1 + 1 = 2\n")
-
-_GIVE_FILES = "give --tokenizer-model, or --vocab-file, --merge-file and --special-tokens-file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +54,14 @@ class Convert:
     """type of the written weights; default as stored"""
     shard_size: str = "5GB"
     """largest size of one file, in MB or GB of 10^6 and 10^9 bytes"""
+    workers: int = 1
+    """files written at a time, each with a tensor in memory"""
     vocab_size: int | None = None
     """real tokens of a Megatron checkpoint that does not say"""
     position_embedding: Literal["rope", "rope-interleaved"] | None = None
     """order of rotary pairs in a written checkpoint; default that of the files read"""
-    seq_len: int = 2048
-    """samples' length in a written checkpoint, where the files read do not say"""
+    seq_len: int | None = None
+    """samples' length in a written checkpoint; default what config.json says, or 2048"""
     tp: int = 1
     """tensor-parallel ranks of a written Megatron checkpoint"""
     pp: int = 1
@@ -77,6 +76,11 @@ class Convert:
     """special_tokens.txt"""
     tokenizer_model: Path | None = None
     """tokenizer.json instead of the three files"""
+    tokenizer: bool = True
+    """write a tokenizer beside published weights; one must be found"""
+    resize_vocab: Path | None = None
+    """this tokenizer, which extends the model's own, and rows for it: each new one is the mean of those of the pieces
+    that the old tokenizer makes of the token"""
     verify: bool = True
     """compare fp32 logits with transformers' model where it knows the family; needs transformers"""
 
@@ -107,38 +111,123 @@ def convert(options: Convert, verify: Verifier) -> None:
     """Convert, read every tensor back, compare logits and tokenizers, and only then give the folder its name."""
     # Torch is imported here, so that --help and wrong flags answer at once.
     from megatron_aquila.checkpoint import conversion
+
+    model = model_of(options)
+    job = job_of(options, model)
+    if options.verify and job.judged is not None:
+        need_transformers()  # before gigabytes are written
+    with conversion.alone(options.output):
+        line = write(options, model, job, verify)
+    print(line)
+    print(f"{model.opened.folder} -> {options.output}: every tensor was read back byte-equal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is to be converted: the weights as ``opened``, and as they are to be read: with a plain head, or resized.
+
+    ``tokenizer`` is written beside them; None where the files that lie beside them are copied, or none is wanted.
+    """
+
+    form: str
+    opened: "TensorReader"
+    reader: "TensorReader"
+    shape: "ModelShape"
+    tokenizer: "Tokenizer | None"
+
+
+def model_of(options: Convert) -> Model:
+    """What the settings name. Raises CheckpointError or DataError where it cannot be opened or made so."""
+    from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.published import open_weights
     from megatron_aquila.checkpoint.store import CheckpointReader
 
-    reader: TensorReader = open_weights(
+    opened: TensorReader = open_weights(
         options.source,
         family=None if options.to_format == "hf" else options.family,
         vocab_size=options.vocab_size,
         position_embedding=options.position_embedding,
     )
-    shape = shape_of(reader, options.seq_len)
-    form = options.to_format or ("hf" if isinstance(reader, CheckpointReader) else "checkpoint")
+    reader, shape = opened, shape_of(opened, options.seq_len)
+    if options.workers < 1:
+        raise CheckpointError(f"--workers {options.workers}: at least one thread writes; give 1 or more")
+    form = options.to_format or ("hf" if isinstance(opened, CheckpointReader) else "checkpoint")
+    tokenizer = tokenizer_of(options, form, opened, shape)
+    if options.resize_vocab is not None:
+        reader, shape, tokenizer = resized(opened, shape, tokenizer, options.resize_vocab)
     if form == "hf" and options.family == "llama" and shape.norm_head:
         reader, shape = conversion.PlainHead(reader), replace(shape, norm_head=False, max_z_loss=0.0)
-    job = job_of(options, form, reader, shape)
-    if options.verify and job.judged is not None:
-        need_transformers()  # before gigabytes are written
-    folder = conversion.convert(reader, shape, job.target, options.output, dtype=job.dtype)
-    if form == "hf" and job.tokenizer is None:
-        copy_tokenizer(options.source, folder)
-    elif job.tokenizer is not None:
-        from megatron_aquila.data.huggingface_tokenizer import save_huggingface_tokenizer
+    return Model(form=form, opened=opened, reader=reader, shape=shape, tokenizer=tokenizer)
 
-        save_huggingface_tokenizer(job.tokenizer, folder, max_length=shape.seq_len)
+
+def write(options: Convert, model: Model, job: "Job", verify: Verifier) -> str:
+    """Write, compare and publish; a line on what was compared. Raises CheckpointError or DataError."""
+    from megatron_aquila.checkpoint import conversion
+    from megatron_aquila.checkpoint.folders import write_text
+    from megatron_aquila.commands.convert_tokenizer import copy_tokenizer, write_tokenizer
+    from megatron_aquila.commands.model_card import model_card
+
+    reader, shape, tokenizer = model.reader, model.shape, model.tokenizer
+    folder = conversion.convert(reader, shape, job.target, options.output, dtype=job.dtype, workers=options.workers)
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder, max_length=shape.seq_len)
+    elif options.tokenizer:
+        copy_tokenizer(model.opened, folder)
     line = "not verified: --no-verify"
     if options.verify:
         line = f"logits not compared: {job.unjudged}"
         if job.judged is not None:
-            ours = job.target.reopen(folder) if form == "checkpoint" else reader
-            line = verify(ours, job.tokenizer, folder if job.judged == "written" else options.source, shape)
+            ours = job.target.reopen(folder) if model.form == "checkpoint" else reader
+            line = verify(ours, tokenizer, folder if job.judged == "written" else options.source, shape)
+    if model.form == "hf":
+        card = model_card(options.output.name, model.opened, shape, tokenizer, job.dtype, line)
+        write_text(folder / "README.md", card)
     conversion.publish(folder, options.output, logits=line)
-    print(line)
-    print(f"{reader.folder} -> {options.output}: every tensor was read back byte-equal")
+    return line
+
+
+def tokenizer_of(options: Convert, form: str, reader: "TensorReader", shape: "ModelShape") -> "Tokenizer | None":
+    """The tokenizer to be opened and written anew; None where files beside the weights are copied, or none is wanted.
+
+    Raises CheckpointError where it has more tokens than the model, or none is found.
+    """
+    from megatron_aquila.checkpoint.store import CheckpointReader
+    from megatron_aquila.commands.convert_tokenizer import open_tokenizer
+
+    is_export = form == "hf" and options.tokenizer and isinstance(reader, CheckpointReader)
+    if not is_export and options.resize_vocab is None:
+        return None
+    names = ("vocab_file", "merge_file", "special_tokens_file", "tokenizer_model")
+    tokenizer = open_tokenizer(options.source, reader, {name: getattr(options, name) for name in names})
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise CheckpointError(
+            f"{reader.folder}: the model has {shape.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; name the "
+            "tokenizer that the run was trained with, or give an extended one as --resize-vocab"
+        )
+    return tokenizer
+
+
+def resized(
+    reader: "TensorReader", shape: "ModelShape", old: "Tokenizer | None", path: Path
+) -> "tuple[TensorReader, ModelShape, Tokenizer]":
+    """The model with the rows of the tokenizer at ``path``. Raises CheckpointError or DataError where it extends not
+    ``old``, or ``old`` is not the model's.
+    """
+    from megatron_aquila.checkpoint.resize import ResizedReader
+    from megatron_aquila.data.tokenizer import tokenizer_at
+    from megatron_aquila.data.tokenizer_extension import old_pieces
+    from megatron_aquila.plan.shape import padded_vocab_size
+
+    assert old is not None, "the old tokenizer says what a new token consists of"
+    if old.vocab_size != shape.vocab_size:
+        raise CheckpointError(
+            f"--resize-vocab {path}: the model has {shape.vocab_size} tokens, its tokenizer {old.vocab_size}; name the "
+            "one that it was trained with"
+        )
+    new = tokenizer_at(path)
+    rows = padded_vocab_size(new.vocab_size, 128)
+    larger = replace(shape, vocab_size=new.vocab_size, padded_vocab_size=rows)
+    return ResizedReader(reader, old_pieces(old, new)), larger, new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,23 +236,21 @@ class Job:
 
     target: "Target"
     dtype: "torch.dtype"
-    tokenizer: "Tokenizer | None" = None
     judged: Literal["read", "written"] | None = None
     unjudged: str = "transformers does not know this form"
 
 
-def job_of(options: Convert, form: str, reader: "TensorReader", shape: "ModelShape") -> Job:
-    """The target of the settings. Raises CheckpointError where it cannot hold the model, or for another tokenizer."""
+def job_of(options: Convert, model: Model) -> Job:
+    """The target of the settings. Raises CheckpointError where it cannot hold the model."""
     import torch
 
     from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.families import FAMILIES, family_of_shape
     from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
-    from megatron_aquila.checkpoint.llama import SpecialIds
     from megatron_aquila.checkpoint.megatron import MegatronForm
-    from megatron_aquila.checkpoint.store import CheckpointReader
     from megatron_aquila.plan.shape import padded_vocab_size
 
+    reader, shape, form = model.reader, model.shape, model.form
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = reader.tensors["model.norm.weight"].dtype if options.dtype is None else dtypes[options.dtype]
     max_bytes = shard_bytes(options.shard_size)
@@ -173,33 +260,44 @@ def job_of(options: Convert, form: str, reader: "TensorReader", shape: "ModelSha
         return Job(target=conversion.megatron_target(reader, shape, cut, dtype=dtype), dtype=dtype)
     if form == "checkpoint":
         state = {"converted_from": str(options.source)}
+        is_judged = isinstance(model.opened, HuggingFaceReader) and options.resize_vocab is None
         target = conversion.checkpoint_target(reader, shape, dtype=dtype, max_bytes=max_bytes, state=state)
-        return Job(target=target, dtype=dtype, judged="read" if isinstance(reader, HuggingFaceReader) else None)
+        return Job(target=target, dtype=dtype, judged="read" if is_judged else None)
     family = family_of_shape(shape) if options.family is None else FAMILIES[options.family]
-    tokenizer = None
-    if isinstance(reader, CheckpointReader):
-        tokenizer = open_tokenizer(options, reader.state)
-        if tokenizer.vocab_size > shape.vocab_size:
-            raise CheckpointError(
-                f"{reader.folder}: the model has {shape.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; "
-                "name the tokenizer that the run was trained with"
-            )
-    ids = SpecialIds(bos=None, eos=None, pad=None)
-    if tokenizer is not None:
-        ids = SpecialIds(bos=tokenizer.bos, eos=tokenizer.eod, pad=tokenizer.pad)
+    ids = special_ids(model.opened, model.tokenizer)
     target = conversion.huggingface_target(reader, shape, family, dtype=dtype, max_bytes=max_bytes, ids=ids)
     judged: Literal["written"] | None = "written" if family.name == "llama" else None
-    return Job(target=target, dtype=dtype, tokenizer=tokenizer, judged=judged)
+    return Job(target=target, dtype=dtype, judged=judged)
 
 
-def shape_of(reader: "TensorReader", seq_len: int) -> "ModelShape":
+def special_ids(reader: "TensorReader", tokenizer: "Tokenizer | None") -> "SpecialIds":
+    """Those of the tokenizer; without one those that lie with the weights, if any."""
+    from megatron_aquila.checkpoint.huggingface import read_json
+    from megatron_aquila.checkpoint.llama import SpecialIds
+
+    if tokenizer is not None:
+        return SpecialIds(bos=tokenizer.bos, eos=tokenizer.eod, pad=tokenizer.pad)
+    path = reader.folder / "config.json"
+    found = read_json(path) if path.is_file() else {}
+    kept = {
+        name: value if isinstance(value := found.get(f"{name}_token_id"), int) else None
+        for name in ("bos", "eos", "pad")
+    }
+    return SpecialIds(**kept)
+
+
+def shape_of(reader: "TensorReader", seq_len: int | None) -> "ModelShape":
     """The model's shape, with what published files do not say filled in."""
+    from megatron_aquila.checkpoint.huggingface import read_json
     from megatron_aquila.checkpoint.store import CheckpointReader
     from megatron_aquila.plan.shape import ModelShape, padded_vocab_size
 
     if isinstance(reader, CheckpointReader):
         return reader.shape()
     fields: dict[str, Any] = dict(reader.shape_fields())
+    if seq_len is None:
+        path = reader.folder / "config.json"
+        seq_len = read_json(path).get("max_position_embeddings", 2048) if path.is_file() else 2048
     rows = padded_vocab_size(fields["vocab_size"], 128)
     return ModelShape(**{"padded_vocab_size": rows, "seq_len": seq_len} | fields)
 
@@ -210,14 +308,6 @@ def shard_bytes(text: str) -> int:
     if found is None or float(found[1]) <= 0:
         raise CheckpointError(f"--shard-size {text}: it is no size; give e.g. 5GB or 500MB")
     return int(float(found[1]) * (10**9 if found[2].upper() == "GB" else 10**6))
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Tokenizer files beside the weights that were read, to those written. Raises OSError."""
-    for pattern in ("tokenizer*", "special_tokens*", "vocab.json", "merges.txt", "*.model"):
-        for path in source.glob(pattern):
-            if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
 
 
 def need_transformers() -> None:
@@ -234,56 +324,13 @@ def compare_in_transformers(
 ) -> str:
     """Load weights and tokenizer with transformers; ids must be equal and fp32 logits as near as rounding allows.
 
-    A model or tokenizer of Aquila's size must also have Aquila's ids. Raises CheckpointError or DataError when they
-    differ.
+    Raises CheckpointError or DataError when they differ.
     """
-    from megatron_aquila.data.huggingface_tokenizer import check_aquila_ids, check_huggingface_tokenizer
-    from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE
+    from megatron_aquila.commands.convert_tokenizer import compare_ids
     from megatron_aquila.verify.huggingface import compare_logits
 
-    if tokenizer is None:
-        return compare_logits(reader, folder, shape)
-    check_huggingface_tokenizer(tokenizer, folder, _TEXTS)
-    if AQUILA_VOCAB_SIZE in (shape.vocab_size, tokenizer.vocab_size):
-        check_aquila_ids(folder)
-    return f"token ids are equal, {compare_logits(reader, folder, shape)}"
-
-
-def open_tokenizer(options: Convert, state: Mapping[str, object]) -> "Tokenizer":
-    """The tokenizer whose files are given, else the one that the checkpoint names.
-
-    Raises CheckpointError when neither names files that exist, or they are another tokenizer than the run's, DataError
-    when they are no tokenizer.
-    """
-    from megatron_aquila.data.tokenizer import fingerprint, load_tokenizer
-
-    names = ("vocab_file", "merge_file", "special_tokens_file", "tokenizer_model")
-    given: Mapping[str, Path | None] = {name: getattr(options, name) for name in names}
-    kind: TokenizerType = "AquilaTokenizer" if options.tokenizer_model is None else "HuggingFaceTokenizer"
-    saved = state.get("tokenizer")
-    if all(path is None for path in given.values()):
-        if not isinstance(saved, Mapping) or all(saved[name] is None for name in names):
-            raise CheckpointError(f"{options.source}: it names no tokenizer; {_GIVE_FILES}")
-        kind = saved["tokenizer_type"]
-        given = {name: None if saved[name] is None else Path(saved[name]) for name in names}
-    missing = [str(path) for path in given.values() if path is not None and not path.exists()]
-    if missing:
-        raise CheckpointError(f"{options.source}: its tokenizer's {', '.join(missing)} is not there; {_GIVE_FILES}")
-    tokenizer = load_tokenizer(
-        kind,
-        vocab_file=given["vocab_file"],
-        merge_file=given["merge_file"],
-        special_tokens_file=given["special_tokens_file"],
-        tokenizer_model=given["tokenizer_model"],
-    )
-    expected = saved.get("fingerprint") if isinstance(saved, Mapping) else None
-    if expected is not None and fingerprint(tokenizer) != expected:
-        paths = ", ".join(str(path) for path in given.values() if path is not None)
-        raise CheckpointError(
-            f"{options.source}: {paths}: not the tokenizer that the run was trained with: the fingerprint is "
-            f"{fingerprint(tokenizer)[:12]}, not {str(expected)[:12]}; {_GIVE_FILES} as they were"
-        )
-    return tokenizer
+    found = str(compare_logits(reader, folder, shape))
+    return found if tokenizer is None else f"{compare_ids(tokenizer, folder, shape.vocab_size)}, {found}"
 
 
 def inspect(path: Path, console: Console) -> None:

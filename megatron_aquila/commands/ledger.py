@@ -88,6 +88,10 @@ def _stop(event: Event) -> str:
     return f"at step {event['step']}, sample {event['samples']}: {event['reason']}"
 
 
+def _export(event: Event) -> str:
+    return f"{event['checkpoint']} as published weights: {event['outcome']} after {event['seconds']} s"
+
+
 def _rest(event: Event) -> str:
     return ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "time"))
 
@@ -97,5 +101,6 @@ WORDS: Mapping[str, Any] = {
     "checkpoint": _saved,
     "rewind": _rewind,
     "skip": _skip,
+    "export": _export,
     "stop": _stop,
 }

@@ -1,10 +1,10 @@
-"""``aquila tokenizer``: train one, compare several, extend one by another, and grow a model's vocabulary."""
+"""``aquila tokenizer``: train one, compare several, and extend one by another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
@@ -12,7 +12,7 @@ from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.data.readers import read_texts
 from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_at
 from megatron_aquila.data.tokenizer_comparison import compare, draw_comparison
-from megatron_aquila.data.tokenizer_extension import extend, old_pieces, save_tokenizer
+from megatron_aquila.data.tokenizer_extension import extend, save_tokenizer
 from megatron_aquila.data.tokenizer_training import measure_density, save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import DataError
 
@@ -61,26 +61,10 @@ class ExtendOptions:
     """folder to write"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResizeOptions:
-    """Give a model the rows of an extended tokenizer: each new one is the mean of the rows of its old pieces."""
-
-    load: Path
-    """a checkpoint or a Hugging Face folder"""
-    old: Annotated[Path, tyro.conf.arg(name="from")]
-    """the tokenizer that the model was trained with"""
-    new: Annotated[Path, tyro.conf.arg(name="to")]
-    """that tokenizer extended"""
-    output: Path
-    """the new Hugging Face folder; it must not exist. Train on from it with --init-from-hf"""
-    max_shard_gb: float = 5.0
-    """largest size of one file, in 10^9 bytes"""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"train": TrainOptions, "compare": CompareOptions, "extend": ExtendOptions, "resize": ResizeOptions},
+        {"train": TrainOptions, "compare": CompareOptions, "extend": ExtendOptions},
         args=argv,
         prog="aquila tokenizer",
         description=__doc__,
@@ -90,10 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(options)
         elif isinstance(options, CompareOptions):
             run_compare(options)
-        elif isinstance(options, ExtendOptions):
-            run_extend(options)
         else:
-            run_resize(options)
+            run_extend(options)
     return code.value
 
 
@@ -133,31 +115,3 @@ def run_extend(options: ExtendOptions) -> None:
     found = extend(base, tokenizer_at(options.add))
     save_tokenizer(found, options.output)
     print(f"{base.vocab_size:,} + {found.vocab_size - base.vocab_size:,} = {found.vocab_size:,} in {options.output}")
-
-
-def run_resize(options: ResizeOptions) -> None:
-    """Write the model with the new vocabulary, tensor by tensor, and the new tokenizer."""
-    # Torch is imported here, so that --help and wrong flags answer at once.
-    from dataclasses import replace
-
-    from megatron_aquila.checkpoint.huggingface import export_huggingface
-    from megatron_aquila.checkpoint.llama import SpecialIds
-    from megatron_aquila.checkpoint.resize import ResizedReader
-    from megatron_aquila.generate.source import open_source
-
-    old, new = tokenizer_at(options.old), tokenizer_at(options.new)
-    source = open_source(options.load, tp=1)
-    size = source.shape.vocab_size
-    pieces = old_pieces(old, new)
-    if size != old.vocab_size:
-        raise DataError(f"{options.load}: the model has {size} tokens, --from {options.old} {old.vocab_size}")
-    export_huggingface(
-        ResizedReader(source.reader, pieces),
-        options.output,
-        shape=replace(source.shape, vocab_size=new.vocab_size, padded_vocab_size=new.vocab_size),
-        dtype=source.dtype,
-        ids=SpecialIds(bos=new.bos, eos=new.eod, pad=new.pad),
-        max_shard_bytes=int(options.max_shard_gb * 10**9),
-        finish=lambda folder: save_tokenizer(new, folder),
-    )
-    print(f"{size:,} -> {new.vocab_size:,} tokens, in {options.output}")

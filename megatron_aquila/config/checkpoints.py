@@ -12,3 +12,16 @@ def check_retention(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     if settings.keep_every is not None and settings.keep is None:
         why = "no checkpoint is removed that it could keep"
         yield Problem("--keep-every", settings.keep_every, why, "give --keep K with it, or leave it out")
+
+
+def check_exports(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Checkpoints are what is released."""
+    settings = config.checkpoint
+    every, interval = settings.export_hf_every, settings.save_interval
+    if every is None:
+        return
+    if settings.save is None:
+        yield Problem("--export-hf-every", every, "checkpoints are what is released", "give --save DIR with it")
+    if every % interval != 0:
+        why = f"no checkpoint is saved at every such step: --save-interval is {interval}"
+        yield Problem("--export-hf-every", every, why, f"use a multiple of {interval}")

@@ -2,9 +2,9 @@
 
 Sources. *7B*, *34B*, *70B*: FlagScale's published scripts, tags v0.1 and v0.2,
 ``examples/aquila/{7B,34B,70B}/pretrain_aquila_*_distributed_*.sh``. *v1*: FlagAI's ``Aquila-pretrain.yaml``, the
-from-scratch run of the 7B's predecessor, and its ``config.json``. *Llama*: Touvron et al., Llama 2 (2023), table 1
-and section 2.2, and the config.json of its weights. *Baichuan*: Yang et al., Baichuan 2 (2023), tables 1-3, section 2,
-and the config.json of its weights. Where a source names no batch, that of Llama-2 stands: 4 M tokens.
+from-scratch run of the 7B's predecessor, and its ``config.json``. *Llama* and *Baichuan*: the Llama 2 and Baichuan 2
+papers (2023) and the config.json of their weights; these numbers were not checked against them here. Where none names
+a batch, 4 M tokens stand.
 """
 
 from collections.abc import Mapping
@@ -124,7 +124,7 @@ _AQUILACODE = {  # FlagAI's Aquila-code.yaml: trains the 7B on
     "optim.min_lr": 2e-6,
 }
 
-_LLAMA2_7B = {  # Llama
+_LLAMA2_7B = {  # Llama, unverified
     **{name: value for name, value in _COMMON.items() if name != "data.tokenizer_type"},
     "data.tokenizer_type": "HuggingFaceTokenizer",
     "model.vocab_size": 32000,
@@ -146,14 +146,14 @@ _LLAMA2_7B = {  # Llama
     "checkpoint.save_interval": 1000,
 }
 
-_ATOM_7B = {  # FlagAlpha/Llama2-Chinese: Llama-2's network with a vocabulary of 65,000, trained on
+_ATOM_7B = {  # FlagAlpha/Llama2-Chinese, unverified: Llama-2's network with a vocabulary of 65,000, trained on
     **_LLAMA2_7B,
     "model.vocab_size": 65000,
-    "optim.lr": 3e-5,  # its train/pretrain/pretrain.sh
+    "optim.lr": 3e-5,  # a tenth of the peak from scratch
     "optim.min_lr": 3e-6,
 }
 
-_BAICHUAN2_7B = {  # Baichuan
+_BAICHUAN2_7B = {  # Baichuan, unverified
     **_LLAMA2_7B,
     "model.vocab_size": 125696,
     "model.norm_eps": 1e-6,

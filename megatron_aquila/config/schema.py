@@ -318,12 +318,11 @@ class CheckpointConfig:
     save_staging_gib: Positive = setting(4.0, "largest size of that copy on each rank; beyond it, training waits")
     keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
     keep_every: Count | None = setting(None, "with --keep: checkpoints whose step is a multiple of this stay for ever")
+    export_hf_every: Count | None = setting(None, "steps between checkpoints also published as SAVE/hf/step_N")
     on_corrupt: Literal["fallback", "stop"] = setting(
         "fallback", "where the newest checkpoint of a folder is damaged: the last good one before it, or none"
     )
-    init_from_hf: Path | None = setting(
-        None, "published or converted weights that the run starts from", "--init-from-hf"
-    )
+    init_from_hf: Path | None = setting(None, "published or converted weights to start from", "--init-from-hf")
     load_optim: bool = setting(True, "also load the optimizer and the position in the data", "--load-optim")
     override_data: bool = setting(
         False, "resume although data sets, weights, split or tokenizer differ from the checkpoint's", "--override-data"

@@ -77,9 +77,9 @@ def open_tokenizer(source: Source, given: Mapping[str, Path | None]) -> Tokenize
     if all(path is None for path in given.values()):
         if isinstance(source.reader, CheckpointReader):
             saved = source.reader.state.get("tokenizer")
-        given, kind = _named(folder, saved)
+        given, kind = _named(source.reader, saved)
     else:
-        kind = _kind(given["tokenizer_model"])
+        kind = kind_of(given["tokenizer_model"])
     missing = [str(path) for path in given.values() if path is not None and not path.exists()]
     if missing:
         raise CheckpointError(f"{folder}: its tokenizer's {', '.join(missing)} is not there; {_GIVE}")
@@ -103,18 +103,30 @@ def open_tokenizer(source: Source, given: Mapping[str, Path | None]) -> Tokenize
     return tokenizer
 
 
-def _named(folder: Path, saved: object) -> tuple[Mapping[str, Path | None], Any]:
+def _named(reader: TensorReader, saved: object) -> tuple[Mapping[str, Path | None], Any]:
     """The tokenizer's files as the checkpoint says, or those beside the weights; and its kind."""
     if isinstance(saved, Mapping) and any(saved.get(name) is not None for name in FILES):
         files = {name: None if saved.get(name) is None else Path(saved[name]) for name in FILES}
         return files, saved["tokenizer_type"]
+    folder = tokenizer_beside(reader)
+    if folder is None:
+        raise CheckpointError(f"{reader.folder}: it names no tokenizer; {_GIVE}")
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
-            return dict.fromkeys(FILES) | {"tokenizer_model": folder / name}, _kind(folder / name)
-    raise CheckpointError(f"{folder}: it names no tokenizer; {_GIVE}")
+            return dict.fromkeys(FILES) | {"tokenizer_model": folder / name}, kind_of(folder / name)
+    names = {"vocab_file": "vocab.json", "merge_file": "merges.txt", "special_tokens_file": "special_tokens.txt"}
+    return {"tokenizer_model": None} | {name: folder / file for name, file in names.items()}, kind_of(None)
 
 
-def _kind(model: Path | None) -> Any:
+def tokenizer_beside(reader: TensorReader) -> Path | None:
+    """The folder of a tokenizer that lies beside the weights; of a checkpoint also beside its steps."""
+    folders = [reader.folder, *([reader.folder.resolve().parent] if isinstance(reader, CheckpointReader) else [])]
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return next((folder for folder in folders if any((folder / name).is_file() for name in files)), None)
+
+
+def kind_of(model: Path | None) -> Any:
+    """The kind of tokenizer that a file is of; without one, Aquila's three files."""
     if model is None:
         return "AquilaTokenizer"
     return "SentencePieceTokenizer" if model.suffix == ".model" else "HuggingFaceTokenizer"

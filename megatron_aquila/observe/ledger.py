@@ -9,6 +9,7 @@ One JSON object a line. Every event has ``event`` and ``time`` (UTC, ISO 8601); 
 ``skip``        ``step``, ``samples`` (a range) and ``reason`` of a step that was not applied
 ``rewind``      ``step``, ``samples`` where it was given up; the ``checkpoint`` gone back to; ``skipped``, ``reason``
 ``fallback``    ``bad``, ``checkpoint``, ``reason``: a damaged checkpoint was passed over for an older one
+``export``      ``checkpoint``, ``outcome`` (``done``, ``failed``, ``stopped``), ``seconds`` of a release
 ``stop``        ``step``, ``samples``, ``reason``, ``failed``, ``ranges`` since the last checkpoint
 """
 

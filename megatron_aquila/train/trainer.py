@@ -17,6 +17,7 @@ from megatron_aquila.train.faults import Fault, Judge, Rewinder, stopped
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.profile import StepProfiler
 from megatron_aquila.train.record import RunRecord
+from megatron_aquila.train.releases import Releases
 from megatron_aquila.train.saving import Saver
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.step import Step, train_step
@@ -132,13 +133,15 @@ class Loop:
         self._steps = Steps(machine, corpus, reporter, self.record)
         self._rewinder = Rewinder(machine, corpus, came_from)
         self._saver = Saver(machine, corpus.identity, reporter, self._saved)
+        self._releases = Releases(machine.config, machine.ctx.rank, reporter)
         self._profiler = StepProfiler(machine.config, machine.ctx.rank, machine.ctx.device)
         self._stragglers = Stragglers(machine.ctx, interval=machine.config.observe.straggler_interval)
 
     def run(self) -> str:
         """Take steps until the run ends; why it does. Collective. Raises ``AquilaError`` where it is lost."""
         self._stops.begin()
-        with closing(self._profiler):
+        with closing(self._profiler), closing(self._releases):
+            self._releases.begin()
             why = end_of_run(self._machine.config, self.state)
             try:
                 while why is None:
@@ -149,6 +152,7 @@ class Loop:
                 self._saver.finish()
                 raise
             self._saver.finish()
+            self._releases.wait(lambda: self._stops.is_asked)
         self._machine.optimizer.wait_for_weights()
         return why
 
@@ -192,6 +196,7 @@ class Loop:
         if self._machine.config.checkpoint.save is not None:
             self._save()
             self._saver.finish()  # a stop file is not honoured before
+        self._releases.close()
         reason = self._stops.reason
         self._stops.honour()
         return reason
@@ -226,6 +231,7 @@ class Loop:
             self._save()
         else:
             self._saver.poll()
+        self._releases.poll()
 
     def _save(self) -> None:
         """Begin a checkpoint of the run as it is now, unless there is one."""
@@ -241,6 +247,7 @@ class Loop:
         """A checkpoint is whole on the disk."""
         self.record.saved(folder)
         self._rewinder.saved(folder)
+        self._releases.saved(folder)
 
     def _go_back(self, fault: Fault) -> None:
         """To the last checkpoint, which may be one that is just being written. Collective."""

@@ -1,6 +1,7 @@
 """A checkpoint with a trained tokenizer becomes a folder that transformers loads, or no folder."""
 
 import json
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_aquila.checkpoint import conversion
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import llama_tensors
 from megatron_aquila.checkpoint.reader import TensorReader
@@ -17,6 +19,7 @@ from megatron_aquila.commands import convert
 from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import CheckpointError
+from megatron_aquila.observe.ledger import Ledger
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.plan.shape import ModelShape
 from tests.checkpoint.toy import SHAPE as TOY
@@ -146,7 +149,7 @@ def test_aquilas_size_means_aquilas_ids(
 ) -> None:
     pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
     seen: list[Path] = []
-    monkeypatch.setattr("megatron_aquila.data.huggingface_tokenizer.check_aquila_ids", seen.append)
+    monkeypatch.setattr("megatron_aquila.commands.convert_tokenizer.check_aquila_ids", seen.append)
     monkeypatch.setattr("megatron_aquila.verify.huggingface.compare_logits", lambda *_: "fp32 logits equal")
     reader = CheckpointReader(checkpoint)
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tokenizer_dir)
@@ -188,7 +191,7 @@ def test_bad_input_is_an_error_and_leaves_nothing(
     refused("--merge-file", checkpoint, "--vocab-file", str(tokenizer_dir / "vocab.json"))
     refused("gone.json is not there; give --tokenizer-model", checkpoint, "--tokenizer-model", "gone.json")
     save(checkpoint, {"shape": asdict(SHAPE)}, step=8)
-    refused("it names no tokenizer; give --tokenizer-model")
+    refused("it names no tokenizer, and none lies beside it; give --tokenizer-model")
     save(checkpoint, {"shape": asdict(replace(SHAPE, vocab_size=279))}, step=9)
     model = ["--tokenizer-model", str(tokenizer_dir / "tokenizer.json")]
     refused("the model has 279 tokens, the tokenizer 280; name the tokenizer", checkpoint, *model)
@@ -207,3 +210,53 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert '"vocab_size": 280' in printed
     assert convert.main(["inspect", str(checkpoint / "nowhere")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_tokenizer_has_a_way_out(checkpoint: Path, tmp_path: Path) -> None:
+    save(checkpoint, {"shape": asdict(SHAPE)}, step=8)
+    assert to_hf(checkpoint, tmp_path / "out", "--no-tokenizer", "--no-verify") == 0
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] is None
+
+
+def test_there_and_back_needs_no_flags(checkpoint: Path, tmp_path: Path) -> None:
+    assert to_hf(checkpoint, tmp_path / "out", "--no-verify") == 0
+    assert to_hf(tmp_path / "out", tmp_path / "ours", "--no-verify") == 0
+    assert (tmp_path / "ours/tokenizer.json").is_file()
+    assert to_hf(tmp_path / "ours", tmp_path / "again", "--no-verify") == 0
+    for name in ("tokenizer.json", "config.json", "generation_config.json", "model-00001-of-00001.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_the_card_says_what_the_run_says(checkpoint: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    one = {"weight": 0.5, "tokens": 1234, "index_sha256": "ab" * 32}
+    train = {"applied_steps": 8, "consumed_samples": 72, "consumed_tokens": 576, "skipped_samples": [[8, 16]]}
+    save(checkpoint, {"shape": asdict(SHAPE), "train": train, "data": {"sets": [one]}, "precision": "bf16"}, step=9)
+    start = {"step": 0, "run": "abc", "world": 4, "layout": {"tp": 2, "dp": 2}, "version": "1.0", "commit": "c0ffee"}
+    start["config"] = {"data.path": ["0.5", "/data/zh_web", "0.5", "/data/code"]}
+    with closing(Ledger(checkpoint / "ledger.jsonl")) as ledger:
+        ledger.write("start", **start)
+        ledger.write("start", **start | {"step": 10, "run": "later", "version": "2.0"})
+    assert to_hf(checkpoint, tmp_path / "out", "--no-verify", "--tokenizer-model", str(tokenizer_dir)) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    rows = (
+        "| steps | 9, of which 8 updated the weights |", "| samples | 72, of which 8 were left out |",
+        "| tokens | 576 |",
+        "| data set 1 | 1,234 tokens, weight 0.5, index abababababab |", "| run | abc, 1 starts |",
+        "| data sets | zh_web, code |", "| layouts | 4 ranks: tp 2 dp 2 |", "| versions | 1.0 (c0ffee) |",
+        "| special ids | begin 278, end 279, padding 0 |", "not verified: --no-verify",
+    )  # fmt: skip
+    assert [row for row in rows if row not in card] == []
+    assert "/data" not in card
+    assert "README.md" in (tmp_path / "out/SHA256SUMS").read_text()
+
+
+def test_two_do_not_convert_into_one_folder(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with conversion.alone(tmp_path / "out"):
+        assert to_hf(checkpoint, tmp_path / "out", "--no-verify") == 2
+    assert "another process is converting into it" in capsys.readouterr().err
+    assert to_hf(checkpoint, tmp_path / "out", "--no-verify") == 0
+    assert to_hf(checkpoint, tmp_path / "out", "--no-verify") == 2
+    assert "it exists already" in capsys.readouterr().err

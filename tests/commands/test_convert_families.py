@@ -13,6 +13,7 @@ from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.checkpoint.tensorfile import write_tensors
 from megatron_aquila.commands import convert
+from megatron_aquila.errors import CheckpointError
 from tests.checkpoint.test_families import (
     AQUILA,
     BAICHUAN,
@@ -127,6 +128,27 @@ def test_a_killed_conversion_is_taken_up(aquila: Path, tmp_path: Path, monkeypat
         assert (tmp_path / "out/step_0000000" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("form", [("checkpoint",), ("megatron", "--tp", "2", "--pp", "2", "--vocab-multiple", "8")])
+def test_the_bytes_do_not_depend_on_the_workers(aquila: Path, tmp_path: Path, form: tuple[str, ...]) -> None:
+    for workers in ("1", "3"):
+        run(aquila, tmp_path / workers, "--to-format", *form, "--workers", workers)
+    assert (tmp_path / "1/SHA256SUMS").read_text() == (tmp_path / "3/SHA256SUMS").read_text()
+
+
+def test_one_of_several_workers_fails(aquila: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    right = conversion.finite
+
+    def damaged(reader, dtype: torch.dtype, name: str) -> torch.Tensor:
+        if name == "model.layers.1.mlp.up_proj.weight":
+            raise CheckpointError("a damaged file")
+        return right(reader, dtype, name)
+
+    monkeypatch.setattr(conversion, "finite", damaged)
+    assert convert.main(["--from", str(aquila), "--to", str(tmp_path / "out"), *SMALL, "--workers", "3"]) == 2
+    assert "a damaged file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_settings_begin_anew(aquila: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out.tmp").mkdir()
     (tmp_path / "out.tmp/progress.json").write_text(json.dumps({"plan": {"from": "elsewhere"}, "done": {}}))
@@ -156,6 +178,7 @@ def test_what_is_read_back_otherwise_gets_no_name(
     ("more", "why"),
     [
         (("--shard-size", "5"), "--shard-size 5: it is no size"),
+        (("--workers", "0"), "--workers 0: at least one thread writes"),
         (("--to-format", "hf", "--family", "baichuan2"), "--family baichuan2: its files cannot hold this model"),
         (("--to-format", "megatron", "--tp", "4"), "num_kv_heads 6 by 4"),
         (("--dtype", "fp16"), "not finite in torch.float16"),

@@ -92,6 +92,7 @@ def test_extend_and_resize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     from megatron_aquila.checkpoint.layout import Chunk
     from megatron_aquila.checkpoint.llama import llama_tensors
     from megatron_aquila.checkpoint.store import save_checkpoint
+    from megatron_aquila.commands import convert
     from megatron_aquila.data.tokenizer import tokenizer_at
     from megatron_aquila.parallel.context import ParallelContext
     from tests.checkpoint.toy import SHAPE
@@ -105,15 +106,18 @@ def test_extend_and_resize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     shape = replace(SHAPE, vocab_size=266, padded_vocab_size=266)
     chunks = [Chunk(name, size, (0,) * len(size), torch.randn(size)) for name, size in llama_tensors(shape).items()]
     save_checkpoint(tmp_path / "run", 1, chunks, {"shape": asdict(shape)}, ParallelContext.single())
-    command = ["resize", "--load", str(tmp_path / "run"), "--to", both, "--output", str(tmp_path / "larger")]
-    assert tokenizer.main([*command, "--from", base]) == 0
-    assert f"266 -> {new} tokens" in capsys.readouterr().out
-    larger = HuggingFaceReader(tmp_path / "larger")
+    larger_dir = tmp_path / "larger"
+    command = ["--from", str(tmp_path / "run"), "--to", str(larger_dir), "--resize-vocab", both, "--no-verify"]
+    assert convert.main([*command, "--tokenizer-model", both]) == 2
+    assert "the model has 266 tokens, the tokenizer" in capsys.readouterr().err
+    assert convert.main([*command, "--tokenizer-model", base]) == 0
+    larger = HuggingFaceReader(larger_dir)
     assert larger.config["vocab_size"] == new
     old_rows, rows = chunks[0].tensor, larger.read("model.embed_tokens.weight")
     assert torch.equal(rows[:266], old_rows)
     ids = tokenizer_at(Path(base)).encode_bytes(tokenizer_at(Path(both)).token_bytes(new - 1))
     assert torch.equal(rows[-1], old_rows[ids].mean(0))
-    assert tokenizer_at(tmp_path / "larger").vocab_size == new
-    assert tokenizer.main([*command, "--from", both]) == 2
-    assert f"the model has 266 tokens, --from {both} {new}" in capsys.readouterr().err
+    assert tokenizer_at(larger_dir).vocab_size == new
+    small = trained(tmp_path, "small", "aa aa", 265)
+    assert convert.main([*command, "--tokenizer-model", small]) == 2
+    assert "the model has 266 tokens, its tokenizer 265" in capsys.readouterr().err

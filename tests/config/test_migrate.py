@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from megatron_aquila.config.megatron_values import zero_level
 
 from megatron_aquila.config.cli import load_config, parse, resolve
 from megatron_aquila.config.megatron_flags import DIFFERENCES, MIGRATIONS, Always, Follows, Refused, Sets
+from megatron_aquila.config.megatron_values import zero_level
 from megatron_aquila.config.migrate import known_flags, migration_problems
 from megatron_aquila.config.migration_page import migration_page
 from megatron_aquila.config.presets import PRESETS

@@ -6,14 +6,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_aquila.checkpoint.huggingface import export_huggingface
+from megatron_aquila.checkpoint.layout import param_chunks
 from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
 from megatron_aquila.errors import CheckpointError
+from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.model.aquila import build_stages
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.verify.huggingface import compare_logits
+from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.plan.stages import plan_stages
+from megatron_aquila.verify.huggingface import BOUND, compare_logits, our_logits, their_logits
 from tests.checkpoint.toy import SHAPE, fill, parameters, whole_chunks
 
-pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
+transformers = pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
 
 FILE = "model-00001-of-00001.safetensors"
 
@@ -33,7 +39,50 @@ def export(tmp_path: Path, dtype: torch.dtype) -> tuple[CheckpointReader, Path]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_logits_agree(tmp_path: Path, dtype: torch.dtype) -> None:
     reader, folder = export(tmp_path, dtype)
-    assert compare_logits(reader, folder, reader.shape()).startswith("fp32 logits agree")
+    found = compare_logits(reader, folder, reader.shape())
+    assert found.fp32 < BOUND < found.bf16 < 0.1
+    assert 0.5 < found.same_next <= 1
+    assert str(found).startswith("fp32 logits agree")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_at_a_time_is_the_whole_model_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    reader, folder = export(tmp_path, torch.float32)
+    shape, tokens_BS = reader.shape(), torch.arange(14).view(2, 7)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(their_logits(folder, tokens_BS, dtype), model(tokens_BS).logits.float())
+        if dtype == torch.float32:
+            assert torch.equal(our_logits(reader, shape, dtype, tokens_BS), whole_model(reader, shape, tokens_BS))
+
+
+def whole_model(reader: CheckpointReader, shape: ModelShape, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """All layers on one stage."""
+    ctx = ParallelContext.single()
+    placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=torch.float32, device=ctx.device)
+    kernels = choose_kernels(ctx.device, torch.float32)
+    (stage,) = build_stages(shape, plan_stages(shape, 1), pp_rank=0, placement=placement, kernels=kernels).values()
+    for info in stage.param_infos():
+        info.param.zero_()
+        reader.read_into(param_chunks(info), cast=True)
+    positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
+    return stage.logits(None, tokens_BS, positions_BS)[..., : shape.vocab_size].transpose(0, 1)
+
+
+def test_one_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = export(tmp_path, torch.float32)
+    original, filled, most = torch.nn.Module.to_empty, set[int](), list[int]()
+
+    def watched(module: torch.nn.Module, *, device: str, recurse: bool) -> torch.nn.Module:
+        (filled.discard if device == "meta" else filled.add)(id(module))
+        most.append(len(filled))
+        return original(module, device=device, recurse=recurse)
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", watched)
+    with torch.no_grad():
+        their_logits(folder, torch.arange(14).view(2, 7), torch.float32)
+    assert max(most) == 1
+    assert not filled
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])

@@ -1,0 +1,106 @@
+"""README.md of published weights: what the model is, what its run says of its training, and what was checked."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_aquila import __version__
+from megatron_aquila.checkpoint.llama import llama_tensors
+from megatron_aquila.checkpoint.reader import TensorReader
+from megatron_aquila.checkpoint.store import CheckpointReader
+from megatron_aquila.data.tokenizer import Tokenizer, fingerprint
+from megatron_aquila.observe.ledger import LEDGER_NAME, Event, read_ledger
+from megatron_aquila.plan.shape import ModelShape
+
+Rows = Sequence[tuple[str, str]]
+
+
+def model_card(
+    name: str, reader: TensorReader, shape: ModelShape, tokenizer: Tokenizer | None, dtype: torch.dtype, checked: str
+) -> str:
+    """The card as Markdown. Only what files say is in it; ``checked`` is the line on logits and token ids.
+
+    Raises DataError where the ledger beside a checkpoint is damaged.
+    """
+    parts = [f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n"]
+    parts.append(_table("Model", model_rows(shape, dtype)))
+    if isinstance(reader, CheckpointReader):
+        parts.append(_table("Training", [*training_rows(reader.step, reader.state), *_history(reader)]))
+    if tokenizer is not None:
+        parts.append(_table("Tokenizer", tokenizer_rows(tokenizer)))
+    parts.append(
+        f"## Checked\n\n- every tensor was read back and is byte-equal to what was converted (`certificate.json`)\n"
+        f"- {checked}\n- `sha256sum -c SHA256SUMS` checks the files\n\nWritten by megatron_aquila {__version__}.\n"
+    )
+    return "\n".join(parts)
+
+
+def model_rows(shape: ModelShape, dtype: torch.dtype) -> Rows:
+    """Sizes of the network."""
+    count = sum(torch.Size(size).numel() for size in llama_tensors(shape).values())
+    return [
+        ("parameters", f"{count:,}, in {str(dtype).removeprefix('torch.')}"),
+        ("layers, hidden, feed-forward", f"{shape.num_layers}, {shape.hidden_size:,}, {shape.ffn_size:,}"),
+        ("heads, of keys and values", f"{shape.num_heads}, {shape.num_kv_heads}"),
+        ("tokens, context", f"{shape.vocab_size:,}, {shape.seq_len:,}"),
+    ]
+
+
+def training_rows(step: int, state: Mapping[str, Any]) -> Rows:
+    """What the checkpoint itself says of its run."""
+    found = []
+    if isinstance(train := state.get("train"), Mapping):
+        left_out = sum(stop - start for start, stop in train["skipped_samples"])
+        found.append(("steps", f"{step:,}, of which {train['applied_steps']:,} updated the weights"))
+        found.append(("samples", f"{train['consumed_samples']:,}, of which {left_out:,} were left out"))
+        found.append(("tokens", f"{train['consumed_tokens']:,}"))
+    if isinstance(data := state.get("data"), Mapping):
+        for number, one in enumerate(data["sets"], start=1):
+            share = "" if one["weight"] is None else f", weight {one['weight']:.4g}"
+            found.append((f"data set {number}", f"{one['tokens']:,} tokens{share}, index {one['index_sha256'][:12]}"))
+    found += [(name, str(state[name])) for name in ("precision", "optimizer", "converted_from") if name in state]
+    return found
+
+
+def _history(reader: CheckpointReader) -> Iterator[tuple[str, str]]:
+    """What the ledger beside the checkpoint says of the starts that led to it."""
+    path = reader.folder.resolve().parent / LEDGER_NAME
+    events = read_ledger(path) if path.is_file() else []
+    starts = [event for event in events if event["event"] == "start" and event["step"] <= reader.step]
+    if not starts:
+        return
+    yield "run", f"{starts[-1]['run']}, {len(starts)} starts"
+    yield "data sets", ", ".join(dict.fromkeys(name for start in starts for name in _names(start))) or "not named"
+    yield "layouts", "; ".join(dict.fromkeys(_layout(start) for start in starts))
+    yield "versions", ", ".join(dict.fromkeys(_version(start) for start in starts))
+
+
+def _names(start: Event) -> list[str]:
+    """Names of the data sets, without the folders they lie in."""
+    words = start["config"].get("data.path") or []
+    return [Path(word).name for word in words if not word.replace(".", "", 1).isdigit()]
+
+
+def _layout(start: Event) -> str:
+    return f"{start['world']} ranks: " + " ".join(f"{axis} {degree}" for axis, degree in start["layout"].items())
+
+
+def _version(start: Event) -> str:
+    return str(start["version"]) + ("" if start["commit"] is None else f" ({start['commit']})")
+
+
+def tokenizer_rows(tokenizer: Tokenizer) -> Rows:
+    """Kind, size and special ids, which generation_config.json has too."""
+    ids = {"begin": tokenizer.bos, "end": tokenizer.eod, "padding": tokenizer.pad}
+    return [
+        ("kind", tokenizer.kind),
+        ("tokens", f"{tokenizer.vocab_size:,}"),
+        ("special ids", ", ".join(f"{name} {number}" for name, number in ids.items() if number is not None)),
+        ("fingerprint", fingerprint(tokenizer)[:12]),
+    ]
+
+
+def _table(title: str, rows: Rows) -> str:
+    return f"## {title}\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)

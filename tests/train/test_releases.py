@@ -1,0 +1,113 @@
+"""Releases from a live run: two come out and load, and nothing that goes wrong with one ends the run."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_aquila.checkpoint.retention import add_tag, tags
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.train import releases
+from megatron_aquila.train.releases import Releases
+from tests.train.runs import Recorder, run, tiny_config
+
+POPEN = subprocess.Popen
+
+
+def releasing(folder: Path, every: int = 2, **checkpoint: object) -> RunConfig:
+    config = tiny_config(folder, precision="bf16", eval_interval=0)
+    return replace(config, checkpoint=replace(config.checkpoint, export_hf_every=every, **checkpoint))  # type: ignore[arg-type]
+
+
+def outcomes(recorder: Recorder) -> list[tuple[str, str]]:
+    return [(event["checkpoint"], event["outcome"]) for event in recorder.events if event["event"] == "export"]
+
+
+def test_two_steps_are_released_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
+    recorder = run(replace(releasing(tmp_path, keep=1), train=replace(releasing(tmp_path).train, train_samples=32)))
+    root = tmp_path / "run"
+    assert outcomes(recorder) == [("step_0000002", "done"), ("step_0000004", "done")]
+    for name in ("step_0000002", "step_0000004"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(root / "hf" / name)
+        assert model.config.vocab_size == 61
+        assert "fp32 logits agree with transformers" in (root / "hf" / name / "README.md").read_text()
+    assert [event["event"] for event in recorder.events][-1] == "stop"
+    assert tags(root) == {}
+    assert (root / "step_0000002").is_dir(), "retention left it while it was converted"
+
+
+class Slow:
+    """Stands in for a conversion."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, code: int) -> None:
+        self.commands: list[list[str]] = []
+
+        def popen(command: list[str], **kwargs: object) -> object:
+            self.commands.append(command)
+            program = f"import sys, time; time.sleep({seconds}); sys.exit({code})"
+            return POPEN([sys.executable, "-c", program], **kwargs)
+
+        monkeypatch.setattr(releases.subprocess, "Popen", popen)
+
+
+def test_one_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = Slow(monkeypatch, 0, 3)
+    recorder = run(releasing(tmp_path, every=4))
+    assert outcomes(recorder) == [("step_0000004", "failed")]
+    assert any("release of step_0000004" in note and "failed" in note for note in recorder.notes)
+    assert started.commands[0][1:4] == ["-m", "megatron_aquila", "convert"]
+    assert "--no-tokenizer" in started.commands[0]
+    assert tags(tmp_path / "run") == {}
+    assert recorder.events[-1]["failed"] is False
+
+
+def test_a_run_that_is_stopped_leaves_it_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Slow(monkeypatch, 60, 0)
+    recorder = run(releasing(tmp_path), kill_at=3)
+    assert outcomes(recorder) == [("step_0000002", "stopped")]
+    pinned = tags(tmp_path / "run")
+    assert pinned["export-hf-step_0000002"] == "step_0000002"
+    Slow(monkeypatch, 0, 0)
+    again = run(releasing(tmp_path, resume=True))
+    assert outcomes(again)[0] == ("step_0000002", "done")
+    assert tags(tmp_path / "run") == {}
+
+
+def test_what_cannot_begin_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: object, **kwargs: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(releases.subprocess, "Popen", refuses)
+    monkeypatch.setattr(releases, "find_spec", lambda name: None)
+    recorder = run(releasing(tmp_path, every=4))
+    assert any("step_0000004 is not released: no more processes" in note for note in recorder.notes)
+    assert any("not compared" in note for note in recorder.notes)
+
+
+def test_what_is_there_or_cannot_be_tagged_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    root = tmp_path / "run"
+    found = Releases(releasing(tmp_path), 0, recorder)
+    (root / "hf/step_0000002").mkdir(parents=True)
+    found.saved(root / "step_0000002")
+    found.saved(root / "step_0000004")
+    assert "is there already" in recorder.notes[0]
+    assert "step_0000004 is not released" in recorder.notes[1]
+    other = Releases(releasing(tmp_path), 1, recorder)
+    other.saved(root / "step_0000004")
+    other.begin()
+    assert len(recorder.notes) == 2
+
+
+def test_a_tag_that_stays_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*args: object) -> None:
+        raise OSError("read-only")
+
+    Slow(monkeypatch, 0, 0)
+    monkeypatch.setattr(releases, "remove_tag", refuses)
+    recorder = run(releasing(tmp_path, every=4))
+    assert any("keeps its tag: read-only" in note for note in recorder.notes)
+    assert add_tag(tmp_path / "run", "still-works").name == "step_0000006"
