@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from megatron_aquila.checkpoint.folders import find_checkpoint, step_of
+from megatron_aquila.checkpoint.folders import complete_steps, find_checkpoint, step_of
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import doctor
 from megatron_aquila.observe.ledger import Event, read_ledger
@@ -186,10 +186,8 @@ class Drill:
         return "--exit-samples", str(BATCH * until)
 
     def _step(self) -> int:
-        """Of the newest checkpoint that the ledger knows."""
-        if not (self._run / "ledger.jsonl").exists():
-            return 0
-        return max((event["step"] for event in read_ledger(self._run) if event["event"] == "checkpoint"), default=0)
+        """Of the newest checkpoint that is there, damaged or not."""
+        return max(complete_steps(self._run), default=0) if self._run.exists() else 0
 
     def _start(self, outcomes: list[Outcome]) -> str:
         """Start the run, let the faults come, and judge those before; what it printed."""
