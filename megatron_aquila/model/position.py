@@ -27,9 +27,8 @@ def position_tables(shape: ModelShape, positions_BS: Tensor, dtype: torch.dtype)
 
 def rope_scaling(shape: ModelShape) -> Scaling:
     """How the frequencies of the model's rotary positions are stretched, beside their base."""
-    kind: Kind = "none"
-    if shape.rope_scaling not in ("ntk", "two-range"):
-        kind = shape.rope_scaling
+    form = shape.rope_scaling  # ntk is another base, and two-range is attention's
+    kind: Kind = "none" if form == "ntk" or form == "two-range" else form
     return Scaling(kind=kind, factor=shape.rope_factor, trained_len=shape.rope_trained_len)
 
 

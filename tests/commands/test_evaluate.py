@@ -72,6 +72,15 @@ def test_by_position(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert second.split()[:3] == ["16-31", "24", "3.7842"]
 
 
+def test_two_ranges_are_evaluated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--load", str(folder / "run"), "--data", str(folder / "a"), "--seq-len", "32"]
+    ranges = ["--rope-scaling", "two-range", "--rope-factor", "3", "--rope-trained-len", "8"]  # 8 + 24 / 3 = 16
+    assert evaluate.main([*argv, *ranges]) == 0
+    out = capsys.readouterr()
+    assert not out.err
+    assert out.out.splitlines()[-1].split()[:3] == ["all", "39", "3.7842"]
+
+
 @pytest.mark.parametrize("form", ["linear", "ntk", "yarn", "llama3"])
 def test_stretched_positions_are_no_news(folder: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     argv = ["--load", str(folder / "run"), "--data", str(folder / "a"), "--seq-len", "32", "--rope-scaling", form]
