@@ -13,7 +13,6 @@ from megatron_aquila.train import releases
 from megatron_aquila.train.releases import Releases
 from tests.train.runs import Recorder, run, tiny_config
 
-
 POPEN = subprocess.Popen
 
 
