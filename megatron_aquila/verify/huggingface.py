@@ -106,7 +106,8 @@ def their_logits(folder: Path, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     reader = HuggingFaceReader(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # as transformers has it
+    model = model.to(dtype).eval()
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     found = {name: stored.shape for name, stored in reader.tensors.items()}
     lost = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
