@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from megatron_aquila.plan.attention_memory import attention_moment
 from megatron_aquila.plan.buckets import StageBucket, rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
@@ -22,7 +23,6 @@ from megatron_aquila.plan.stages import ScheduleName, StagePlan
 ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 2}
 GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp16": 4, "fp32": 4, "fp64": 8, "fp8": 4}
 MOMENTS = {"adamw": 2, "sgd": 0}
-MOST_SCORES = 2**26  # as of kernels.attention_blocks; a test holds the two together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,13 +369,24 @@ class MemoryPlan:
             rows + chunk * row_bytes + max(wide, chunk * hidden) + self._tokens * hidden * (1 + self.sequence_parallel)
         )
 
+    def _attention(self) -> int:
+        """Bytes of the widest moment of attention's backward, where that is not the kernel's own affair."""
+        return attention_moment(
+            self.shape,
+            self.grid,
+            micro_batch=self.micro_batch,
+            item=self._item,
+            wide=self._wide,
+            context_method=self.context_method,
+        )
+
     def _temporaries(self, stage: int) -> int:
-        """Bytes of the widest moment of a backward: the widest of five.
+        """Bytes of the widest moment of a backward: the widest of four.
 
         SwiGLU's: the gradient that came, F, those that leave, 2 F, and a product in at least four bytes, F; where that
         is wider than the type, gate, up and the gradient in it, too, 3 F. A linear's: gradients of gate, up and their
         product, x gathered twice, and the largest weight's gradient, which lives until it is added to the main
-        gradient. A ring's. That of two ranges. And the loss's.
+        gradient. Attention's. And the loss's.
         """
         shape, ffn = self.shape, self._tokens * self.shape.ffn_size // self.grid.tp
         swiglu = ffn * (3 * self._item + self._wide * (4 if self._wide > self._item else 1))
@@ -384,39 +395,6 @@ class MemoryPlan:
         return max(
             swiglu,
             linear,
-            self._scores(),
-            self._ring(),
-            self._two_ranges(),
+            self._attention(),
             self._loss() if self.stages.has_head(stage) else 0,
         )
-
-    def _ring(self) -> int:
-        """Bytes of the widest moment of a ring's backward: the output's gradient, q's summed and a block's of it; keys
-        and values here and on their way, and a block's gradients of them; and their sums, here, leaving and coming.
-        """
-        if self.grid.cp == 1 or self.context_method != "ring":
-            return 0
-        queries = self.shape.attention_size * (2 * self._item + self._wide)
-        keys = 2 * self.shape.kv_size * (3 * self._item + 3 * self._wide)
-        return self._tokens * (queries + keys) // self.grid.tp
-
-    def _two_ranges(self) -> int:
-        """Bytes of the widest moment of attention's backward where far pairs have their own q and k: these, the
-        output's gradient, the sums of the gradients of both pairs and of v, and a block's.
-        """
-        if self.shape.rope_scaling != "two-range":
-            return 0
-        queries = self.shape.attention_size * (3 * self._item + 2 * self._wide)
-        keys = self.shape.kv_size * (3 * self._item + 3 * self._wide)
-        return self._tokens * (queries + keys) // self.grid.tp
-
-    def _scores(self) -> int:
-        """Bytes of attention's widest moment where it holds scores, a block of queries at a time: of these the raw and
-        the held ones, the weights' gradient and its copies; and, wide, the gradients of all keys and values.
-        """
-        shape = self.shape
-        if shape.position_embedding != "alibi" and shape.score_clamp is None:
-            return 0
-        heads = self.micro_batch * shape.num_heads // self.grid.tp
-        scores = min(MOST_SCORES, heads * shape.seq_len**2)
-        return 4 * self._wide * scores + 2 * self._wide * self._tokens * shape.kv_size // self.grid.tp

@@ -11,7 +11,6 @@ from megatron_aquila.kernels.attention import causal_attention, causal_attention
 from megatron_aquila.kernels.attention_blocks import causal_attention_blocks
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.scores import Scores, alibi_slopes
-from megatron_aquila.plan import memory
 
 S, B, D = 21, 2, 6
 BOUNDS = (0, 5, 21, 30, 42)
@@ -88,4 +87,4 @@ def test_there_are_as_many_slopes_as_heads_and_all_differ(num_heads: int) -> Non
 
 
 def test_the_memory_plan_counts_the_same_scores() -> None:
-    assert memory.MOST_SCORES == attention_blocks.MOST_SCORES
+    assert attention_memory.MOST_SCORES == attention_blocks.MOST_SCORES
