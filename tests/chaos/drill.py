@@ -106,7 +106,7 @@ def small_disk(folder: Path, *, mebibytes: int = 24) -> Iterator[bool]:
         yield mounted
     finally:
         if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 class Drill:

@@ -297,7 +297,7 @@ def forked(rank: int, world: int, port: int, plan: str, flags: list[str], out: s
     os.dup2(file, 2)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="chaos")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID=f"chaos {port}")
     os.environ[PLAN] = plan
     status = 1
     try:
