@@ -11,6 +11,7 @@ from megatron_aquila.kernels.attention import causal_attention, causal_attention
 from megatron_aquila.kernels.attention_blocks import causal_attention_blocks
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.scores import Scores, alibi_slopes
+from megatron_aquila.plan import attention_memory
 
 S, B, D = 21, 2, 6
 BOUNDS = (0, 5, 21, 30, 42)
