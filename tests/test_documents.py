@@ -36,10 +36,10 @@ ELSEWHERE = {
     "--output-dir": "examples/quickstart/run.py",
     "--threads": "benchmarks/cpu.py",
     "--clock": "benchmarks/cpu.py",
-    "--minutes": "tests/chaos",
-    "--injections": "tests/chaos",
-    "--launcher": "tests/chaos",
-    "--kinds": "tests/chaos",
+    "--minutes": "tests/chaos/__main__.py",
+    "--injections": "tests/chaos/__main__.py",
+    "--launcher": "tests/chaos/__main__.py",
+    "--kinds": "tests/chaos/__main__.py",
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
