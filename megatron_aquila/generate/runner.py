@@ -85,7 +85,11 @@ class Runner:
             error = ConfigError([Problem("--load", "two-range", why, "evaluate token files with it, or use another")])
             error.is_shared = True
             raise error
-        return {number: KVCache(len(stage.layers), capacity, padding_B) for number, stage in self.stages.items()}
+        scores = rank_scores(self.shape, self.ctx.tp)
+        return {
+            number: KVCache(len(stage.layers), capacity, padding_B, scores=scores)
+            for number, stage in self.stages.items()
+        }
 
     def last_logits(self, tokens_BS: Tensor, caches: Mapping[int, KVCache]) -> Tensor | None:
         """logits_BV, in float32 or wider, of what follows ``tokens_BS``, which the caches then hold too.

@@ -5,21 +5,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_aquila.kernels.precision import compute_dtype, multiplies_widened
+from megatron_aquila.kernels.scores import Scores
 
 
 def cached_attention_reference(
-    q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, visible_BST: Tensor | None = None
+    q_SBND: Tensor,
+    k_TBKD: Tensor,
+    v_TBKD: Tensor,
+    visible_BST: Tensor | None = None,
+    *,
+    scores: Scores = Scores(),
 ) -> Tensor:
     """Softmax of the scaled scores of the T cached tokens times their values: ``o_SBND``.
 
     The S queries are the last S of the T tokens. ``visible_BST``: which of them each query sees, at least itself; None:
-    all up to itself. Computed in ``compute_dtype`` and rounded once.
+    all up to itself. ``scores``: what is done to them; distances are those of the cache. Computed in ``compute_dtype``
+    and rounded once.
     """
     wide, group = compute_dtype(q_SBND.dtype), q_SBND.shape[2] // k_TBKD.shape[2]
+    num_new, num_tokens = q_SBND.shape[0], k_TBKD.shape[0]
     k_TBND, v_TBND = (x.to(wide).repeat_interleave(group, dim=2) for x in (k_TBKD, v_TBKD))
     scores_BNST = torch.einsum("sbnd,tbnd->bnst", q_SBND.to(wide), k_TBND) * q_SBND.shape[-1] ** -0.5
+    if scores.clamp is not None:
+        scores_BNST = scores_BNST.clamp(-scores.clamp, scores.clamp)
+    new, every = range(num_tokens - num_new, num_tokens), range(num_tokens)
+    bias_NST = scores.bias(new, every, dtype=wide, device=q_SBND.device)
+    if bias_NST is not None:
+        scores_BNST = scores_BNST + bias_NST
     if visible_BST is None:
-        visible_BST = causal_ST(q_SBND.shape[0], k_TBKD.shape[0], q_SBND.device).unsqueeze(0)
+        visible_BST = causal_ST(num_new, num_tokens, q_SBND.device).unsqueeze(0)
     weights_BNST = scores_BNST.masked_fill(~visible_BST.unsqueeze(1), float("-inf")).softmax(dim=-1)
     return torch.einsum("bnst,tbnd->sbnd", weights_BNST, v_TBND).to(q_SBND.dtype)
 

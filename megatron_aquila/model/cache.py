@@ -3,19 +3,21 @@
 import torch
 from torch import Tensor
 
-from megatron_aquila.kernels.cached_attention import cached_attention, causal_ST
+from megatron_aquila.kernels.cached_attention import cached_attention, cached_attention_reference, causal_ST
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.scores import Scores
 
 
 class KVCache:
     """The caches of a stage's layers, filled by one forward after the other. It is passed, no module holds it.
 
     Rows of a batch end together: a shorter one begins later, after ``padding_B`` tokens that nobody sees but
-    themselves. ``capacity``: tokens of the longest row, padding included.
+    themselves. ``capacity``: tokens of the longest row, padding included. ``scores``: what this rank's heads do to
+    theirs.
     """
 
-    def __init__(self, num_layers: int, capacity: int, padding_B: Tensor) -> None:
-        self.capacity, self._padding_B = capacity, padding_B
+    def __init__(self, num_layers: int, capacity: int, padding_B: Tensor, *, scores: Scores | None = None) -> None:
+        self.capacity, self._padding_B, self.scores = capacity, padding_B, scores
         self._is_padded = bool(padding_B.any())
         self.start = self.stop = 0  # the tokens of the forward under way
         self.visible_BST: Tensor | None = None  # None: each sees all up to itself
@@ -51,6 +53,7 @@ class LayerCache:
             self._k_TBKD, self._v_TBKD = (x.new_empty(cache.capacity, *x.shape[1:]) for x in (k_SBKD, v_SBKD))
         self._k_TBKD[cache.start : cache.stop] = k_SBKD
         self._v_TBKD[cache.start : cache.stop] = v_SBKD
-        return cached_attention(
-            q_SBND, self._k_TBKD[: cache.stop], self._v_TBKD[: cache.stop], visible_BST=cache.visible_BST
-        )
+        keys, values = self._k_TBKD[: cache.stop], self._v_TBKD[: cache.stop]
+        if cache.scores is not None:
+            return cached_attention_reference(q_SBND, keys, values, cache.visible_BST, scores=cache.scores)
+        return cached_attention(q_SBND, keys, values, visible_BST=cache.visible_BST)

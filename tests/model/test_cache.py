@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from megatron_aquila.kernels.attention import causal_attention_reference
+from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.model.cache import KVCache
 
 
@@ -25,3 +27,17 @@ def test_without_padding_there_is_no_mask_and_no_room_beyond_the_end() -> None:
     assert cache.visible_BST is None
     with pytest.raises(AssertionError, match="3 tokens in a cache of 2"):
         cache.extend(1)
+
+
+def test_scores_that_change_are_changed_of_cached_tokens_too() -> None:
+    """Token by token what the whole sequence gives at once, with slopes of two ranks' heads apart and a clamp."""
+    q, k, v = (torch.randn(7, 2, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    scores = Scores(slopes=(0.5, 0.25, 0.125, 0.0625), clamp=0.7)
+    expected = causal_attention_reference(q, k, v, scores=scores)
+    cache = KVCache(1, 7, torch.tensor([0, 0]), scores=scores)
+    found = []
+    for start, stop in ((0, 3), (3, 4), (4, 7)):
+        cache.extend(stop - start)
+        found.append(cache.layers[0](q[start:stop], k[start:stop], v[start:stop]))
+    torch.testing.assert_close(torch.cat(found), expected, rtol=0, atol=1e-14)
+    assert (expected - causal_attention_reference(q, k, v)).abs().max() > 1e-2, "the test can fail"
