@@ -72,6 +72,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "types-regex",
             "pre-commit",
             "codespell",
             "clang-format",

@@ -10,6 +10,7 @@ from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_s
 from megatron_aquila.plan.shape import ModelShape, ffn_size
 
 SCORE_CLAMP = 1024.0
+ROPE_BASE = 10000.0
 PACKED = "flash_atten_aquila_style"  # q, k and v are one tensor
 _LAYER = {
     "self_attn.q_proj": "attention.wq",
@@ -99,7 +100,7 @@ def aquila_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "vocab_size": config["vocab_size"],
         "norm_eps": config["norm_eps"],
         "norm_order": "llama",
-        "rope_base": 10000.0,
+        "rope_base": ROPE_BASE,
         "position_embedding": "rope-interleaved",
         "score_clamp": SCORE_CLAMP,
     }
@@ -116,6 +117,8 @@ def aquila_cannot_hold(shape: ModelShape) -> str | None:
         return "the head is used as it is stored"
     if shape.position_embedding == "alibi" or shape.num_kv_heads != shape.num_heads:
         return "positions are rotary, and every query head has its own key"
-    if shape.rope_scaling != "none":
-        return "positions are not stretched"
+    if shape.rope_scaling != "none" or shape.rope_base != ROPE_BASE:
+        return f"positions are not stretched, and their base is {ROPE_BASE:g}"
+    if shape.score_clamp not in (None, SCORE_CLAMP):
+        return f"scores are clamped at {SCORE_CLAMP:g}"
     return None

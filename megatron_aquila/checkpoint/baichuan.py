@@ -13,6 +13,8 @@ from megatron_aquila.checkpoint.llama import SpecialIds, llama_config, llama_ten
 from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_strips, whole
 from megatron_aquila.plan.shape import ModelShape
 
+ROPE_BASE = 10000.0  # of the 7B; config.json does not say it
+
 ALIBI_HEADS = 40
 FORM = "position_embedding"  # our word in config.json, which decides where it is there
 
@@ -80,7 +82,7 @@ def baichuan_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "vocab_size": config["vocab_size"],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "norm_order": "llama",
-        "rope_base": 10000.0,
+        "rope_base": ROPE_BASE,
         FORM: config.get(FORM, "alibi" if heads == ALIBI_HEADS else "rope"),
         "norm_head": True,
     }
@@ -102,6 +104,6 @@ def baichuan_cannot_hold(shape: ModelShape) -> str | None:
         return "the head's rows have length 1"
     if shape.num_kv_heads != shape.num_heads or shape.attention_size != shape.hidden_size:
         return "every query head has its own key, and they fill the hidden size"
-    if shape.rope_scaling != "none":
-        return "positions are not stretched"
+    if shape.position_embedding != "alibi" and (shape.rope_scaling != "none" or shape.rope_base != ROPE_BASE):
+        return f"positions are not stretched, and their base is {ROPE_BASE:g}"
     return None if shape.score_clamp is None else "scores are not clamped"

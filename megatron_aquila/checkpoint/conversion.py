@@ -277,6 +277,10 @@ def megatron_target(reader: TensorReader, shape: ModelShape, form: MegatronForm,
     """Megatron's classic checkpoint, iteration 0."""
     if shape.position_embedding == "alibi" or shape.norm_head:
         raise CheckpointError("Megatron's classic form has rotary positions and a plain head; this model has others")
+    if shape.rope_scaling != "none":
+        raise CheckpointError(
+            f"Megatron's classic form has no word for stretched rotary positions; this model's are {shape.rope_scaling}"
+        )
     megatron_map(shape, form)  # says now what does not divide
     read = partial(finite, reader, dtype)
     ranks = [form.folder(tp, pp) for pp in range(form.pp) for tp in range(form.tp)]

@@ -186,6 +186,11 @@ def _shape_fields(step: Path, arguments: Mapping[str, Any], vocab_size: int | No
             "--position-embedding-type learned_absolute": arguments.get("add_position_embedding") is True,
             "a model without --swiglu": arguments.get("swiglu") is False,
             "a model with biases (--disable-bias-linear)": arguments.get("add_bias_linear") is True,
+            "a model with --add-qkv-bias": arguments.get("add_qkv_bias") is True,
+            "--rotary-percent below 1": arguments.get("rotary_percent") not in (None, 1.0),
+            "a model with stretched rotary positions": arguments.get("rotary_seq_len_interpolation_factor")
+            not in (None, 1)
+            or arguments.get("use_rope_scaling") is True,
         }.items()
         if is_wrong
     ]

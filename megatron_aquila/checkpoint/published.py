@@ -9,6 +9,7 @@ from megatron_aquila.checkpoint.families import FAMILIES, Family, family_of_conf
 from megatron_aquila.checkpoint.folders import LATEST, MANIFEST
 from megatron_aquila.checkpoint.foreign import ForeignReader, open_tables
 from megatron_aquila.checkpoint.huggingface import HuggingFaceReader, read_json
+from megatron_aquila.checkpoint.llama import llama_feature_problems, llama_tensors
 from megatron_aquila.checkpoint.megatron import is_megatron, open_megatron
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
@@ -42,7 +43,21 @@ def open_weights(
     config = read_json(folder / "config.json")
     known = FAMILIES[family] if family is not None else family_of_config(config)
     is_plain = known.name == "llama" and position_embedding in (None, "rope") and any(folder.glob("*.safetensors"))
-    return HuggingFaceReader(folder) if is_plain else open_family(folder, config, known, position_embedding)
+    return open_llama(folder) if is_plain else open_family(folder, config, known, position_embedding)
+
+
+def open_llama(folder: Path) -> HuggingFaceReader:
+    """Published files of Llama's form. Raises CheckpointError where they ask for what is not offered."""
+    reader = HuggingFaceReader(folder)
+    problems = llama_feature_problems(reader.config)
+    if not problems:
+        fields: Any = reader.shape_fields()
+        shape = ModelShape(**{"padded_vocab_size": fields["vocab_size"], "seq_len": 1, **fields})
+        names = {name for name in reader.tensors if not name.endswith("rotary_emb.inv_freq")}
+        problems = [f"{name} has no place in the model" for name in sorted(names - llama_tensors(shape).keys())]
+    if problems:
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
+    return reader
 
 
 def open_family(

@@ -107,9 +107,10 @@ class Staging:
             with closing(self._blocks(arriving)) as blocks:
                 record = write_stream(path, blocks)
         except BaseException as error:
-            for _ in self._blocks(arriving):
-                pass
             written.set_exception(error)
+            while (filled := arriving.get()) is not None:  # its copy is not awaited: nothing of it is written
+                if not isinstance(filled, bytes):
+                    self._free.put(filled.block)
         else:
             written.set_result(record)
 
@@ -118,9 +119,9 @@ class Staging:
             if isinstance(filled, bytes):
                 yield memoryview(filled)
                 continue
-            if filled.copied is not None:
-                filled.copied.synchronize()
             try:
+                if filled.copied is not None:
+                    filled.copied.synchronize()
                 yield filled.block[: filled.size].numpy().data
             finally:
                 self._free.put(filled.block)

@@ -120,7 +120,11 @@ class Save:
         path = self._temporary / _file_name(ctx.rank)
         self._written: Future[FileRecord] | None = None
         if entries:
-            self._written = write_at_once(path, entries) if staging is None else staging.write(path, entries)
+            try:
+                self._written = write_at_once(path, entries) if staging is None else staging.write(path, entries)
+            except Exception as error:  # this rank's alone: ``finish`` makes it everyone's
+                self._written = Future()
+                self._written.set_exception(error)
 
     @property
     def is_written(self) -> bool:

@@ -21,6 +21,7 @@ TABLE_BITS: Final = 22
 MOST_PAIRS: Final = 1 << 18  # from tokens with parts of characters; beyond, cutting is not worth the doubt
 CHARACTER: Final = re.compile(rb"[\x80-\xbf]+|[^\x80-\xbf][\x80-\xbf]*")  # or the part of one at the end of a token
 WITH_PARTS: Final = re.compile("[^\n]*[\udc80-\udcff][^\n]*")  # a line that is not whole characters
+HAN: Final = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 LATIN_1: Final = re.compile("[\0-\xff]*")
 
 
@@ -35,6 +36,8 @@ def mark_id(tokenizer: Tokenizer) -> int | None:
     is_gpt2 = words == {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     if not plain or not is_gpt2 or model["normalizer"] is not None:
         return None
+    if any(HAN.search(token["content"]) for token in model["added_tokens"]):
+        return None  # such a token is found in the text before any word is: a mark would part it
     return tokenizer.token_id(byte_letters()[ord(MARK)])
 
 

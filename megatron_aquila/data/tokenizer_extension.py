@@ -122,8 +122,13 @@ def old_pieces(old: Tokenizer, new: Tokenizer) -> list[tuple[int, ...]]:
     A special token, or one that ``old`` cannot write, consists of what its name is cut into, or of nothing.
 
     Raises:
-        DataError: an id of ``old`` is another token in ``new``.
+        DataError: an id of ``old`` is another token in ``new``, or none.
     """
+    if new.vocab_size < old.vocab_size:
+        raise DataError(
+            f"the new tokenizer has {new.vocab_size} tokens, the old one {old.vocab_size}; extend the old one, so that "
+            "ids are kept"
+        )
     found: list[tuple[int, ...]] = []
     for number in range(new.vocab_size):
         data = new.token_bytes(number)

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from megatron_aquila.config.rope import stretch_problems
-from megatron_aquila.errors import ConfigError
+from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN, ModelShape, RopeScaling
 
 
@@ -26,6 +26,12 @@ def stretched(
         problems = list(stretch_problems(scaling, factor, length))
         used = 1 if scaling not in NEEDS_TRAINED_LEN else trained_len if length is None else length
         longer = replace(longer, rope_scaling=scaling, rope_factor=factor, rope_trained_len=used)
+    if longer.rope_scaling != "none" and shape.position_embedding == "alibi":
+        why = "the model has ALiBi: nothing is turned"
+        problems.append(Problem("--rope-scaling", longer.rope_scaling, why, "leave it out"))
+    if longer.rope_scaling == "two-range" and shape.score_clamp is not None:
+        why = "attention of two ranges does not clamp scores"
+        problems.append(Problem("--rope-scaling", "two-range", why, "use another form"))
     if problems:
         error = ConfigError(problems)
         error.is_shared = True

@@ -8,7 +8,7 @@ done. It is the same collective, so the bits are the same.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -147,20 +147,29 @@ def begin_pass_on(x: Tensor, group: Group, *, overlap: bool) -> Pending:
     received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
     after, before = (group.ranks[(group.rank + step) % group.size] for step in (1, -1))
     turn = ((dist.isend, x, after), (dist.irecv, received, before))
-    works: list[Any]
-    if dist.get_backend(group.handle) == "nccl":  # one after the other, each would wait until its peer came to it
-        works = dist.batch_isend_irecv([dist.P2POp(begin, y, peer, group.handle) for begin, y, peer in turn])
-    else:
-        works = [begin(y, peer, group=group.handle) for begin, y, peer in turn]
 
-    def wait() -> None:
-        for work in works:
-            work.wait()
+    def begin() -> Waitable:
+        if dist.get_backend(group.handle) == "nccl":  # one after the other, each would wait until its peer came to it
+            return _All(dist.batch_isend_irecv([dist.P2POp(start, y, peer, group.handle) for start, y, peer in turn]))
+        works = [start(y, peer, group=group.handle) for start, y, peer in turn]
+        return _All([work for work in works if work is not None])
 
-    turning = Pending(received, operand=x, finish=wait)
+    turning = Pending(received, _launch("pass_on", x, group, begin, overlap=True), operand=x)
     if not overlap:
         turning.wait()
     return turning
+
+
+class _All:
+    """Transfers that are awaited together."""
+
+    def __init__(self, works: Sequence[Waitable]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """Until each is done."""
+        for work in self._works:
+            work.wait()
 
 
 def all_to_all(x: Tensor, group: Group) -> Tensor:
@@ -169,12 +178,12 @@ def all_to_all(x: Tensor, group: Group) -> Tensor:
         return x
     assert x.shape[0] % group.size == 0, f"shape {tuple(x.shape)} does not split over {group.size} ranks"
     received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
-    dist.all_to_all_single(received, x, group=group.handle)
+    _launch("all_to_all", x, group, lambda: dist.all_to_all_single(received, x, group=group.handle))
     return received
 
 
 def _launch(
-    op: str, x: Tensor, group: Group, begin: Callable[[], dist.Work | None], *, overlap: bool = False
+    op: str, x: Tensor, group: Group, begin: Callable[[], Waitable | None], *, overlap: bool = False
 ) -> Tracked | None:
     """Begin a collective of ``x`` and leave its crumb: what is to be waited for, or None where it is done."""
     return tracked(group.trail, op, x, begin, waits=not overlap)

@@ -3,7 +3,7 @@
 Every rank judges from the same figures and so does the same; where that leads to a collective, ``rewind`` makes sure.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -112,7 +112,9 @@ class Rewinder:
         faults = together(lambda: [fault.step, *fault.samples], machine.ctx.world)
         assert all(other == faults[0] for other in faults), f"ranks go back from different steps: {faults}"
         assert good is not None, "checked"
-        start = agreed(lambda: find_start(machine.config, machine.derived, good, None), machine.ctx.world)
+        # its own checkpoint: continued whole, whatever the run itself began from
+        config = replace(machine.config, checkpoint=replace(machine.config.checkpoint, load_optim=True))
+        start = agreed(lambda: find_start(config, machine.derived, good, None), machine.ctx.world)
         load_weights(machine, start)
         self._times += 1
         self._left_out.append(fault.samples)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.folders import step_folder
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import AquilaError, CommunicationError, RunFolderError
@@ -152,8 +153,9 @@ class Loop:
                 self._saver.finish()
                 raise
             self._saver.finish()
+            self._machine.optimizer.wait_for_weights()  # sharded ones by all ranks: before rank 0 waits alone
             self._releases.wait(lambda: self._stops.is_asked)
-        self._machine.optimizer.wait_for_weights()
+            self._stops.honour()  # what asked for a stop at the end has served, too
         return why
 
     @property
@@ -199,6 +201,9 @@ class Loop:
         self._releases.close()
         reason = self._stops.reason
         self._stops.honour()
+        fault = self._steps.fault
+        if fault is not None and fault.policy == "rewind":
+            self._steps.forget()  # its update was left out, and that is saved
         return reason
 
     def _is_anything_due(self) -> bool:
@@ -238,7 +243,7 @@ class Loop:
         if self.last_saved == self.state.step:
             return
         self._machine.ctx.trail.at(self.state.step, "save")
-        self.state = self.record.to_be_saved(self.state)
+        self.state = agreed(lambda: self.record.to_be_saved(self.state), self._machine.ctx.host_world)
         self._saver.begin(self.state)
         self.state = replace(self.state, parent=step_folder(Path(), self.state.step).name)
         self.last_saved = self.state.step
