@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
@@ -27,7 +28,7 @@ def open_tokenizer(source: Path, reader: TensorReader, given: Mapping[str, Path 
     Raises CheckpointError when none of them is there, or they are another tokenizer than the run's, DataError when they
     are no tokenizer.
     """
-    saved = reader.state.get("tokenizer") if isinstance(reader, CheckpointReader) else None
+    saved: Any = reader.state.get("tokenizer") if isinstance(reader, CheckpointReader) else None
     if any(path is not None for path in given.values()):
         kind = kind_of(given["tokenizer_model"])
     elif isinstance(saved, Mapping) and any(saved[name] is not None for name in given):
