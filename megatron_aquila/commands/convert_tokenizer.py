@@ -73,7 +73,7 @@ def copy_tokenizer(reader: TensorReader, folder: Path) -> None:
     """Tokenizer files beside the weights that were read, to those written. Raises OSError."""
     source = tokenizer_beside(reader)
     for pattern in ("tokenizer*", "special_tokens*", "vocab.json", "merges.txt", "*.model"):
-        for path in () if source is None else source.glob(pattern):
+        for path in (reader.folder if source is None else source).glob(pattern):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
 
