@@ -299,11 +299,7 @@ def shape_of(reader: "TensorReader", seq_len: int | None) -> "ModelShape":
         path = reader.folder / "config.json"
         seq_len = read_json(path).get("max_position_embeddings", 2048) if path.is_file() else 2048
     rows = padded_vocab_size(fields["vocab_size"], 128)
-<<<<<<< HEAD
     fields = {"padded_vocab_size": rows, "seq_len": seq_len, **fields}
-=======
-    fields = {"padded_vocab_size": rows, "seq_len": seq_len} | fields
->>>>>>> feat6-conv
     return ModelShape(**fields)
 
 

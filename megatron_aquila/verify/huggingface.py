@@ -101,19 +101,13 @@ def their_logits(folder: Path, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     The model is made without memory; a module's weights are loaded when it runs and dropped when it has. Raises
     CheckpointError where it has a weight that is not in the files, of another shape there, or lacks one that is.
     """
-    import transformers  # optional: only this check needs it
-
-    library: Any = transformers  # it is typed in part
+    from transformers import AutoConfig, AutoModelForCausalLM  # optional: only this check needs it
 
     reader = HuggingFaceReader(folder)
-    config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-<<<<<<< HEAD
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # as transformers has it
     model = model.to(dtype).eval()
-=======
-        model: Any = library.AutoModelForCausalLM.from_config(config).to(dtype).eval()
->>>>>>> feat6-conv
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     found = {name: stored.shape for name, stored in reader.tensors.items()}
     lost = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
