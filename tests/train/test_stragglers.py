@@ -41,12 +41,12 @@ def test_two_ranks_of_about_one_speed_are_left_alone(seconds: list[float]) -> No
 
 
 def slow_reading_on_rank_1(folder: Path) -> list[Comparison]:
-    """Rank 1 reads each batch 60 ms late, which the other ranks wait for."""
+    """Rank 1 reads each batch 300 ms late, which the other ranks wait for."""
     right = stepping.read_batches
 
     def late(*args: Any) -> Any:
         if os.environ["RANK"] == "1":
-            time.sleep(0.06)
+            time.sleep(0.3)
         return right(*args)
 
     stepping.read_batches = late
@@ -62,7 +62,7 @@ def test_the_slow_rank_of_a_run_is_named_on_all_ranks_alike(tmp_path: Path, pool
     assert first == second
     assert len(first) == 2
     assert all(found.slowest_rank == 1 for found in first)
-    assert first[1].slowest_seconds > first[1].median_seconds + 0.03, "the wait of the other rank was counted as work"
+    assert first[1].slowest_seconds > first[1].median_seconds + 0.1, "the wait of the other rank was counted as work"
 
 
 def test_a_line_names_the_ranks_and_a_row_is_read_at_a_glance() -> None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_aquila.config.derive import derive, memory_plan, traffic_plan
 from megatron_aquila.config.describe import derived_rows, traffic_rows
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.train.bubble import run_schedule
 from megatron_aquila.verify.dry import StorageTracker, dry_machine, fake_world
 from tests.verify.test_dry import COUNT, recipe
 
@@ -78,7 +79,7 @@ def test_the_plan_tells_of_the_host() -> None:
     assert "master weights" not in rows["memory, pp rank 0"]
     assert "optimizer states" not in rows["memory, pp rank 0"]
     assert "optimizer states" in rows["host memory, pp rank 0"]
-    kinds = [row[1] for row in traffic_rows(config, derived)[1] if row[2] == "host 1"]
+    kinds = [row[1] for row in traffic_rows(config, derived, run_schedule(config, derived))[1] if row[2] == "host 1"]
     assert kinds == ["to host", "from host"]
     plain = offloaded(0.0)
     assert not any("host" in name for name, _ in derived_rows(plain, derived, bubble=0.0))
