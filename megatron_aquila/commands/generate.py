@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from megatron_aquila.commands.failure import exit_code
-from megatron_aquila.commands.pretrain import leave
-from megatron_aquila.commands.using import ModelOptions, read_source, read_tokenizer, running
+from megatron_aquila.commands.using import ModelOptions, on_ranks, read_source, read_tokenizer, running
 from megatron_aquila.errors import ConfigError, Problem
-from megatron_aquila.train.launcher import Launch, read_launch
+from megatron_aquila.train.launcher import Launch
 
 if TYPE_CHECKING:
     from megatron_aquila.data.tokenizer import Tokenizer
@@ -60,13 +58,12 @@ class GenerateOptions(ModelOptions):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = tyro.cli(GenerateOptions, prog="aquila generate", description=__doc__, args=argv)
-    launch = read_launch()
-    with exit_code(rank=launch.rank) as code:
+
+    def work(launch: Launch) -> None:
         check(options)
         run(options, launch)
-    if code.value != 0 and launch.world_size > 1:
-        leave(code.value)
-    return code.value
+
+    return on_ranks(work)
 
 
 def check(options: GenerateOptions) -> None:

@@ -1,19 +1,34 @@
 """What the commands that use a model share: which one, on which layout, with which tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megatron_aquila.commands.failure import exit_code
+from megatron_aquila.commands.pretrain import leave
 from megatron_aquila.errors import ConfigError
-from megatron_aquila.train.launcher import Launch
+from megatron_aquila.train.launcher import Launch, read_launch
 
 if TYPE_CHECKING:
     from megatron_aquila.data.tokenizer import Tokenizer
     from megatron_aquila.generate.runner import Runner
     from megatron_aquila.generate.source import Source
+
+
+def on_ranks(work: Callable[[Launch], None]) -> int:
+    """Do this rank's part of a command that torchrun may have started several times; returns its exit status.
+
+    A rank that failed among others leaves at once, as they may wait for it.
+    """
+    launch = read_launch()
+    with exit_code(rank=launch.rank) as code:
+        work(launch)
+    if code.value != 0 and launch.world_size > 1:
+        leave(code.value)
+    return code.value
 
 
 @dataclass(frozen=True, kw_only=True)
