@@ -53,6 +53,10 @@ class Holder:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, started {self.since}"
 
+    def shares_kernel(self, other: "Holder") -> bool:
+        """Whether both ran on one machine between two of its starts, so that one's process number names it here."""
+        return (self.host, self.boot) == (other.host, other.boot)
+
     def is_same_run(self, other: "Holder") -> bool:
         """Whether a launcher started both of them, one after the other's end."""
         return self.run_id not in ("", "none") and self.run_id == other.run_id
@@ -129,7 +133,11 @@ def take_lock(folder: Path, *, run_id: str = "") -> tuple[RunLock, str | None]:
 
 
 def _flock(file: int, own: Holder) -> bool | None:
-    """Whether the file could be locked; None where the file system has no locks. Waits for a dying same run."""
+    """Whether the file could be locked; None where the file system has no locks. Waits for a dying holder.
+
+    The one who dies is this run before its restart, or any process that the kernel no longer lists as living: its
+    threads may keep the file for a moment longer than its main thread.
+    """
     deadline = time.monotonic() + RESTART_SECONDS
     while True:
         try:
@@ -137,7 +145,8 @@ def _flock(file: int, own: Holder) -> bool | None:
             return True
         except BlockingIOError:
             holder = _read(file)
-            if holder is None or not own.is_same_run(holder) or time.monotonic() > deadline:
+            dies = holder is not None and (own.is_same_run(holder) or _is_gone(holder, own))
+            if not dies or time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
         except OSError:
@@ -146,11 +155,16 @@ def _flock(file: int, own: Holder) -> bool | None:
 
 def _lives(holder: Holder, own: Holder, file: int, folder: Path, *, can_tell: bool) -> bool:
     """Whether the holder of a file that nobody has locked may still be at work. ``can_tell``: a lock would show."""
-    if (holder.host, holder.boot) == (own.host, own.boot):
-        return not can_tell and process_state(holder.pid, holder.ticks) != "gone"
+    if holder.shares_kernel(own):
+        return not can_tell and not _is_gone(holder, own)
     if own.is_same_run(holder):
         return False
     return _age(file, folder) < LEASE_SECONDS
+
+
+def _is_gone(holder: Holder, own: Holder) -> bool:
+    """Whether the holder ran on this machine, since its last start, and does no more."""
+    return holder.shares_kernel(own) and process_state(holder.pid, holder.ticks) == "gone"
 
 
 def _age(file: int, folder: Path) -> float:

@@ -108,6 +108,20 @@ def test_a_released_folder_is_free_and_a_restart_waits_for_its_own_dying_process
     assert (tmp_path / LOCK).read_bytes() == b""
 
 
+def test_a_dead_process_whose_threads_still_hold_the_file_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK).touch()
+    file = os.open(tmp_path / LOCK, os.O_RDWR)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    left_by(tmp_path, replace(Holder.here(""), pid=2**22 + 1))  # above the kernel's highest
+    monkeypatch.setattr(lock, "time", FakeTime(lambda _: os.close(file)))
+    held, line = take_lock(tmp_path)
+    assert line is not None
+    assert "TOOK OVER" in line
+    held.release()
+
+
 class FakeTime:
     """``time``, but what sleeps."""
 
