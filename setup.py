@@ -23,7 +23,8 @@ native = Pybind11Extension(
     depends=sorted(str(path.relative_to(HERE)) for path in HERE.glob("csrc/*.hpp")),
     cxx_std=17,
     # Without contraction a * b - c rounds twice, as numpy and Megatron's x86 builds do, on every processor.
-    extra_compile_args=["-O3", "-ffp-contract=off"],
+    extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"],
+    extra_link_args=["-pthread"],
     # No compiler: the numpy path gives the same values, and a run says so.
     optional=True,
 )

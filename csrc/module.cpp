@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string_view>
 
+#include "adamw.hpp"
 #include "blending.hpp"
 #include "breaks.hpp"
 #include "documents.hpp"
@@ -181,12 +182,30 @@ py::tuple lay_out(const Array<int64_t>& samples, int64_t eod, bool reset_positio
   return py::make_tuple(tokens, labels, loss_mask, positions, found);
 }
 
+void adamw(Array<float>& param, const Array<float>& grad, Array<float>& exp_avg, Array<float>& exp_avg_sq, float factor,
+           float decay, float one_minus_beta1, float beta2, float one_minus_beta2, float rate, float correction,
+           float eps, int threads) {
+  const auto grad_span = read(grad);
+  const int64_t size = grad_span.size;
+  if (read(param).size != size || read(exp_avg).size != size || read(exp_avg_sq).size != size) {
+    throw std::invalid_argument("expected four arrays of one size");
+  }
+  const auto param_span = write(param), mean_span = write(exp_avg), square_span = write(exp_avg_sq);
+  const aquila::AdamwScalars scalars{factor, decay, one_minus_beta1, beta2, one_minus_beta2, rate, correction, eps};
+  py::gil_scoped_release release;
+  aquila::adamw(param_span, grad_span, mean_span, square_span, scalars, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() =
-      "Index building, reading of samples and what an encoder needs around it in C++; megatron_aquila.data.reference "
-      "holds the same functions.";
+      "Index building, reading of samples and what an encoder needs around it in C++, of which "
+      "megatron_aquila.data.reference holds the same functions; and the AdamW of megatron_aquila.kernels.adamw.";
+  module.def("adamw", &adamw, py::arg("param").noconvert(), py::arg("grad").noconvert(), py::arg("exp_avg").noconvert(),
+             py::arg("exp_avg_sq").noconvert(), py::kw_only(), py::arg("factor"), py::arg("decay"),
+             py::arg("one_minus_beta1"), py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("rate"),
+             py::arg("correction"), py::arg("eps"), py::arg("threads"));
   module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
              py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
              py::arg("wide"));

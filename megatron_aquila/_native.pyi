@@ -8,6 +8,22 @@ class LegacyShuffle:
     def __init__(self, seed: int) -> None: ...
     def shuffle(self, values: NDArray[Any], report: Callable[[int], None]) -> None: ...
 
+def adamw(
+    param: NDArray[np.float32],
+    grad: NDArray[np.float32],
+    exp_avg: NDArray[np.float32],
+    exp_avg_sq: NDArray[np.float32],
+    *,
+    factor: float,
+    decay: float,
+    one_minus_beta1: float,
+    beta2: float,
+    one_minus_beta2: float,
+    rate: float,
+    correction: float,
+    eps: float,
+    threads: int,
+) -> None: ...
 def build_sample_index(
     lengths: NDArray[np.int32], documents: NDArray[np.int32], seq_len: int, num_samples: int, *, wide: bool
 ) -> NDArray[np.int32] | NDArray[np.int64]: ...

@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_aquila"
 NAME = PACKAGE.name
 
-# room -> the rooms of ours it may import. `errors` may be imported by all, the native extension by `data`.
+# room -> the rooms of ours it may import. `errors` may be imported by all, the extension by `data` and `kernels`.
 ABOVE = {"train", "verify", "generate", "commands"}
 MAY_IMPORT = {
     "plan": set(),
     "observe": set(),
-    "kernels": set(),
+    "kernels": {"_native"},
     "config": {"plan"},
     "parallel": {"plan", "kernels"},
     "pipeline": {"plan", "parallel"},

@@ -117,7 +117,9 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         **_family(Refused("it is e4m3 forward and e5m2 backward", "use --precision fp8"), "--fp8-format --fp8-e4m3"),
         "--fp8-margin": Refused("scales follow each tensor's largest value at once", "leave it out"),
         "--optimizer-cpu-offload": Refused("it says not how much", "use --offload-optimizer 1, or the fraction alone"),
-        "--use-torch-optimizer-for-cpu-offload": Always("the host beside a GPU updates with torch's fused kernel"),
+        "--use-torch-optimizer-for-cpu-offload": Always(
+            "the host beside a GPU updates with our C++ kernel, or torch's operations"
+        ),
         "--overlap-cpu-optimizer-d2h-h2d": Always("copies to and from the host run beside updates"),
         "--cpu-offloading-num-layers": Refused("activations stay on the device", "use --recompute selective or full"),
         "--use-precision-aware-optimizer": Always("each of the optimizer's states has its own type: --moments-dtype"),

@@ -101,6 +101,46 @@ def adamw_torch_(
     _publish(param, publish)
 
 
+def adamw_native_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: Tensor,
+    factor: Tensor,
+    applies: Tensor,
+    publish: Tensor | None = None,
+    remainder: Tensor | None = None,
+) -> None:
+    """``adamw_`` by our C++ extension, in one pass; for a CPU, with gradients in float32. A split changes no bit.
+
+    Roundings differ from the reference's in the last bit, where torch contracts a product and a sum.
+    """
+    from megatron_aquila._native import adamw
+
+    if bool(applies):
+        count = int(step)
+        scalars = {
+            "factor": float(factor),
+            "decay": 1 - lr * weight_decay,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "rate": -lr / (1 - beta1**count),
+            "correction": (1 - beta2**count) ** 0.5,
+            "eps": eps,
+        }
+        for tensors in _opened(WIDENED, param, grad, exp_avg, exp_avg_sq, remainder):
+            adamw(*(x.numpy() for x in tensors), **scalars, threads=torch.get_num_threads())
+    _publish(param, publish)
+
+
 def adamw_apex_(
     param: Tensor,
     grad: Tensor,

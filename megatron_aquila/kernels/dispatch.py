@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_aquila.errors import ConfigError, Problem
-from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_, adamw_triton_
+from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_native_, adamw_torch_, adamw_triton_
 from megatron_aquila.kernels.attention import (
     causal_attention,
     causal_attention_cudnn,
@@ -83,7 +83,13 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "blocks_efficient": BLOCKS_EFFICIENT,
             "blocks_reference": BLOCKS_REFERENCE,
         },
-        "adamw": {"own": adamw_, "torch_fused": adamw_torch_, "apex": adamw_apex_, "triton": adamw_triton_},
+        "adamw": {
+            "own": adamw_,
+            "native": adamw_native_,
+            "torch_fused": adamw_torch_,
+            "apex": adamw_apex_,
+            "triton": adamw_triton_,
+        },
     }
 )
 
@@ -92,13 +98,14 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
 class OptionalPackage:
     """A package that is used where it is installed: the dtypes its kernel takes, and the names we import from it.
 
-    ``takes``: a function of those, and the keywords we give to it.
+    ``takes``: a function of those, and the keywords we give to it. ``device``: the type of those it runs on.
     """
 
     title: str
     dtypes: frozenset[torch.dtype]
     needs: tuple[tuple[str, str], ...]
     takes: tuple[tuple[str, str], ...] = ()
+    device: str = "cuda"
 
 
 HALF = frozenset((torch.bfloat16, torch.float16))
@@ -138,6 +145,12 @@ OPTIONAL: Mapping[str, OptionalPackage] = MappingProxyType(
             frozenset((torch.bfloat16, torch.float16, torch.float32)),
             (("triton", "jit"), ("triton.language", "sqrt_rn")),
         ),
+        "native": OptionalPackage(  # for weights of these types the optimizer's own tensors are float32
+            "the C++ extension",
+            frozenset((torch.bfloat16, torch.float16, torch.float32)),
+            (("megatron_aquila._native", "adamw"),),
+            device="cpu",
+        ),
     }
 )
 
@@ -153,10 +166,10 @@ def choose_kernels(
     """The kernels for activations of ``dtype`` on ``device``. ``forced`` maps an op to a name of ``IMPLEMENTATIONS``.
 
     The optional packages flash_attn, NVIDIA's apex and Triton are used where they fit and can be imported. Each of our
-    Triton kernels, each compiled one, and on a GPU each attention, must first show on this device, at ``sizes``, that
-    it computes what its reference does: one that does not is refused with a warning. All ranks choose alike: what
-    cannot run on one, as ``share`` tells, runs on none. Raises ``ConfigError`` on every rank for a forced op or name
-    that does not exist, cannot run or is refused, and where no attention is left for ``sizes``.
+    Triton and C++ kernels, each compiled one, and on a GPU each attention, must first show on this device, at
+    ``sizes``, that it computes what its reference does: one that does not is refused with a warning. All ranks choose
+    alike: what cannot run on one, as ``share`` tells, runs on none. Raises ``ConfigError`` on every rank for a forced
+    op or name that does not exist, cannot run or is refused, and where no attention is left for ``sizes``.
     """
     forced = {} if forced is None else forced
     problems = [problem for op, name in forced.items() for problem in _unknown(op, name)]
@@ -261,7 +274,8 @@ def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes
     """Why a kernel that depends on compiler, driver or library is not trusted here, in a line; None if it is."""
     if op == "attention" and (why := why_attention_refused(name, device=device, dtype=dtype, sizes=sizes)) is not None:
         return f"attention={name} is refused, {why}"
-    if name == "reference" or (name not in ("triton", "compiled") and (op, device.type) != ("attention", "cuda")):
+    ours_or_made = name in ("triton", "native", "compiled")
+    if name == "reference" or not (ours_or_made or (op, device.type) == ("attention", "cuda")):
         return None
     why = why_refused(op, IMPLEMENTATIONS[op][name], device=device, dtype=dtype, sizes=sizes)
     return None if why is None else f"{op}={name} is refused, here it does not do what its reference does: {why}"
@@ -278,8 +292,9 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     optional = OPTIONAL[name]
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET", "").lower() in TRUE
-    if (device.type == "cuda") == interpreted:  # its interpreter is for CPUs, and for nothing but tests
-        return f"{optional.title} " + ("is set to interpret by TRITON_INTERPRET" if interpreted else "needs a GPU")
+    if device.type != ("cpu" if interpreted else optional.device):  # the interpreter is for nothing but tests
+        needs = "needs a GPU" if optional.device == "cuda" else "works in the host's memory"
+        return f"{optional.title} " + ("is set to interpret by TRITON_INTERPRET" if interpreted else needs)
     if dtype not in optional.dtypes:
         return f"{optional.title} has no {str(dtype).removeprefix('torch.')}"
     for module, attribute in optional.needs:
@@ -299,14 +314,15 @@ def _preferences(device: torch.device, sizes: Sizes) -> dict[str, dict[str, str]
     only, lean = {"own": "the only one"}, {"own": "keeps no float32 copy for backward"}
     attention = attention_preferences(device, sizes)
     if device.type != "cuda":
-        adamw = {"own": "on a CPU torch's fused kernel rounds differently when shards change"}
+        native = {"native": "one pass over memory, whose bits no shard's border changes"}
+        own = {"own": "torch's fused kernel rounds differently on a CPU when shards change"}
         return {
             "rms_norm": lean,
             "add_rms_norm": lean,
             "rope_qkv": only,
             "swiglu": lean,
             "attention": attention,
-            "adamw": adamw,
+            "adamw": {**native, **own} if device.type == "cpu" else own,
         }
     triton = {"triton": "one pass over memory, and it agrees with its reference on this device"}
     norm = {**triton, "torch": "one fused pass on a GPU"}

@@ -15,7 +15,6 @@ from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.optim import OptimConfig
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.data.loader import MicroBatch
-from megatron_aquila.kernels.adamw import adamw_torch_
 from megatron_aquila.kernels.blocks import BlockAttention
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
@@ -131,7 +130,7 @@ def build_machine(
         reduction=reduction(config.parallel),
         storage=storage(config.optim),
         sharding=Sharding(gradients=config.parallel.zero >= 2, weights=config.parallel.zero >= 3),
-        offload=offload(config.optim, kernels, ctx.device),
+        offload=offload(config.optim, kernels, ctx),
     )
     if config.parallel.zero >= 3:
         placement.weight_reads.announce_to(lambda weight: optimizer.wait_for_weights([weight]))
@@ -234,12 +233,14 @@ def storage(optim: OptimConfig) -> Storage:
     )
 
 
-def offload(optim: OptimConfig, kernels: Kernels, device: torch.device) -> Offload | None:
-    """What of the optimizer is on the host, and its rule there: beside a GPU by torch's fused kernel for CPUs."""
+def offload(optim: OptimConfig, kernels: Kernels, ctx: ParallelContext) -> Offload | None:
+    """What of the optimizer is on the host, and its rule there. Beside a GPU all-gathers over the world: the best
+    kernel that runs on every rank's host."""
     if optim.offload_optimizer == 0:
         return None
-    if device.type == "cuda":
-        kernels = replace(kernels, adamw=adamw_torch_)
+    if ctx.device.type == "cuda":
+        host = choose_kernels(torch.device("cpu"), torch.float32, share=lambda mine: gather_objects(mine, ctx.world))
+        kernels = replace(kernels, adamw=host.adamw)
     return Offload(share=optim.offload_optimizer, rule=update_rule(optim, kernels))
 
 

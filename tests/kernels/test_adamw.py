@@ -1,14 +1,16 @@
+import importlib.util
 import sys
 import types
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_aquila.kernels import adamw
-from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
+from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_native_, adamw_torch_
 from megatron_aquila.kernels.remainder import join, split
 from megatron_aquila.optim.groups import ALIGNMENT
 
@@ -16,6 +18,12 @@ SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay"
 SIZE, STEPS = 203, 4
 NOW = {"factor": torch.tensor(1.0, dtype=torch.float64), "applies": torch.tensor(True)}
 UPDATES = {"own": adamw_, "torch_fused": adamw_torch_}
+IS_BUILT = importlib.util.find_spec("megatron_aquila._native") is not None
+needs_extension = pytest.mark.skipif(not IS_BUILT, reason="the C++ extension is not built: setup.py build_ext")
+IN_FLOAT32 = [
+    *(pytest.param(update, id=name) for name, update in UPDATES.items()),
+    pytest.param(adamw_native_, id="native", marks=needs_extension),
+]
 
 
 def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -56,6 +64,42 @@ def test_fused_differs_by_roundings_only(dtype: torch.dtype) -> None:
     bound = 8 * STEPS * torch.finfo(dtype).eps  # eight roundings a step
     for a, b in zip(ours(adamw_, dtype), ours(adamw_torch_, dtype), strict=True):
         assert (a - b).norm() <= bound * b.norm()
+
+
+@needs_extension
+def test_the_native_one_differs_by_roundings_only() -> None:
+    bound = 8 * STEPS * torch.finfo(torch.float32).eps
+    for a, b in zip(ours(adamw_, torch.float32), ours(adamw_native_, torch.float32), strict=True):
+        assert (a - b).norm() <= bound * b.norm()
+    halved = ours(adamw_native_, torch.float32, factor=torch.tensor(0.5, dtype=torch.float64))
+    assert (halved[1] - ours(adamw_, torch.float32)[1] / 2).norm() <= bound
+
+
+@needs_extension
+@given(cuts=st.sets(st.integers(1, SIZE - 1), max_size=9), threads=st.sampled_from((1, 3)))
+def test_neither_a_split_nor_threads_change_a_bit_of_the_native_one(cuts: set[int], threads: int) -> None:
+    cut, whole = ours(adamw_native_, torch.float32, (0, *sorted(cuts), SIZE)), ours(adamw_native_, torch.float32)
+    assert all(map(torch.equal, cut, whole))
+    from megatron_aquila._native import adamw
+
+    scalars = dict.fromkeys(("factor", "decay", "one_minus_beta1", "beta2", "one_minus_beta2", "rate", "eps"), 0.5)
+    one, many = ([torch.linspace(0.1, 1, 2**17).numpy() for _ in range(4)] for _ in range(2))
+    adamw(*one, **scalars, correction=1.0, threads=1)
+    adamw(*many, **scalars, correction=1.0, threads=threads)
+    assert all(map(np.array_equal, one, many))
+
+
+@needs_extension
+def test_the_native_one_refuses_what_does_not_fit() -> None:
+    from megatron_aquila._native import adamw
+
+    names = ("factor", "decay", "one_minus_beta1", "beta2", "one_minus_beta2", "rate", "correction", "eps")
+    scalars = dict.fromkeys(names, 0.5)
+    three, four = np.ones(3, np.float32), np.ones(4, np.float32)
+    with pytest.raises(ValueError, match="four arrays of one size"):
+        adamw(three, four, three, three, **scalars, threads=1)
+    with pytest.raises(TypeError):
+        adamw(*[np.ones(3)] * 4, **scalars, threads=1)
 
 
 @given(cuts=st.sets(st.integers(1, SIZE - 1), max_size=9))
@@ -116,7 +160,7 @@ def test_scalars_of_the_device_change_no_bit(step: int, factor: float, seed: int
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+@pytest.mark.parametrize("update", IN_FLOAT32)
 def test_an_update_that_does_not_apply_changes_nothing(update, bad: float) -> None:
     before = [torch.full((SIZE,), value) for value in (-0.0, bad, 0.3, 0.2)]
     after, published = [x.clone() for x in before], torch.full((SIZE,), -0.0).bfloat16()
@@ -135,7 +179,7 @@ def test_gradients_are_multiplied_as_they_are_read(update) -> None:
     assert not torch.equal(ours(update, torch.float64)[1], halved[1])
 
 
-@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+@pytest.mark.parametrize("update", IN_FLOAT32)
 def test_a_remainder_gives_the_bits_of_a_whole_master(update, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over many steps, in several blocks. Weights differ from a cast where the master is half-way between two."""
     monkeypatch.setattr(adamw, "BLOCK", 64)
@@ -156,7 +200,7 @@ def test_a_remainder_gives_the_bits_of_a_whole_master(update, monkeypatch: pytes
         assert torch.equal(weight[~is_half_way], master.bfloat16()[~is_half_way])
 
 
-@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+@pytest.mark.parametrize("update", IN_FLOAT32)
 def test_moments_in_bf16_are_those_in_fp32_rounded_each_step(update) -> None:
     param, other = torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE)
     narrow, wide = ([torch.zeros(SIZE, dtype=dtype) for _ in range(2)] for dtype in (torch.bfloat16, torch.float32))

@@ -1,6 +1,7 @@
 import sys
 import types
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 
 from megatron_aquila.errors import ConfigError
 from megatron_aquila.kernels import dispatch
-from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_torch_
+from megatron_aquila.kernels.adamw import adamw_, adamw_apex_, adamw_native_, adamw_torch_
 from megatron_aquila.kernels.attention import causal_attention, causal_attention_reference
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm, rms_norm_torch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+IS_BUILT = find_spec("megatron_aquila._native") is not None
+needs_extension = pytest.mark.skipif(not IS_BUILT, reason="the C++ extension is not built: setup.py build_ext")
 NO_TRITON = "Triton cannot be imported: ModuleNotFoundError: import of triton halted; None in sys.modules"
 
 
@@ -46,7 +49,7 @@ def install(monkeypatch: pytest.MonkeyPatch):
 
 def test_on_a_cpu_all_are_ours_and_every_op_has_a_reason() -> None:
     kernels = choose_kernels(CPU, torch.bfloat16)
-    assert (kernels.rms_norm, kernels.attention, kernels.adamw) == (rms_norm, causal_attention, adamw_)
+    assert (kernels.rms_norm, kernels.attention) == (rms_norm, causal_attention)
     assert set(kernels.reasons) == set(IMPLEMENTATIONS)
     assert all(": " in reason and "\n" not in reason for reason in kernels.reasons.values())
 
@@ -67,7 +70,27 @@ def test_optional_packages_are_used_where_they_fit(install) -> None:
     kernels = choose_kernels(CUDA, torch.float64)
     assert kernels.adamw is adamw_torch_
     assert kernels.reasons["adamw"] == "torch_fused: Triton has no float64; NVIDIA apex has no float64"
-    assert choose_kernels(CPU, torch.bfloat16).adamw is adamw_
+
+
+def test_the_native_adamw_is_for_the_hosts_float32(install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("megatron_aquila._native", adamw=lambda *_, **__: None)
+    errs = "adamw=native is refused, here it does not do what its reference does: it errs; adamw=own runs instead"
+    monkeypatch.setattr(dispatch, "why_refused", lambda op, *args, **kwargs: "it errs" if op == "adamw" else None)
+    with pytest.warns(RuntimeWarning, match=errs):
+        kernels = choose_kernels(CPU, torch.bfloat16)
+    assert kernels.adamw is adamw_
+    install("megatron_aquila._native")
+    why = "the C++ extension cannot be imported: AttributeError"
+    assert choose_kernels(CPU, torch.float32).reasons["adamw"].startswith(f"own: {why}")
+    kernels = choose_kernels(CPU, torch.float64)
+    assert (kernels.adamw, kernels.reasons["adamw"]) == (adamw_, "own: the C++ extension has no float64")
+    with pytest.raises(ConfigError, match="adamw=native: the C\\+\\+ extension works in the host's memory"):
+        choose_kernels(CUDA, torch.bfloat16, forced={"adamw": "native"})
+
+
+@needs_extension
+def test_where_the_extension_is_built_a_host_updates_with_it() -> None:
+    assert choose_kernels(CPU, torch.bfloat16).adamw is adamw_native_
 
 
 def test_a_package_without_the_kernel_is_not_used(install) -> None:

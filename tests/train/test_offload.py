@@ -10,9 +10,10 @@ import torch
 
 from megatron_aquila.config.optim import OptimConfig
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.kernels.adamw import adamw_, adamw_torch_
+from megatron_aquila.kernels.adamw import adamw_triton_
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.optim.rules import AdamW
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train import build
 from megatron_aquila.verify.pool import WorkerPool
 from tests.train.runs import split, tiny_config
@@ -48,11 +49,12 @@ def test_a_run_and_its_checkpoints_do_not_show_it_and_resume_bit_equal(
 
 
 def test_the_rule_beside_a_gpu_is_the_hosts_own() -> None:
-    kernels = choose_kernels(torch.device("cpu"), torch.float32)
-    assert build.offload(OptimConfig(), kernels, torch.device("cpu")) is None
-    for device, kernel in (("cpu", adamw_), ("cuda", adamw_torch_)):
-        found = build.offload(OptimConfig(offload_optimizer=0.5), kernels, torch.device(device))
+    host = ParallelContext.single()
+    kernels = choose_kernels(host.device, torch.float32)
+    assert build.offload(OptimConfig(), kernels, host) is None
+    for ctx in (host, replace(host, device=torch.device("cuda"))):
+        found = build.offload(OptimConfig(offload_optimizer=0.5), replace(kernels, adamw=adamw_triton_), ctx)
         assert found is not None
         assert found.share == 0.5
         assert isinstance(found.rule, AdamW)
-        assert found.rule.kernel is kernel
+        assert found.rule.kernel is (adamw_triton_ if ctx is host else kernels.adamw)
