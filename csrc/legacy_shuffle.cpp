@@ -9,7 +9,7 @@ namespace aquila {
 namespace {
 
 // Partners drawn before their elements are exchanged: by then the cache lines have come, which is most of the time.
-constexpr int64_t kAhead = 64;
+constexpr int64_t kAhead = 128;
 constexpr int64_t kReportEvery = int64_t{1} << 24;
 
 // All ones, down from the highest bit of value.
@@ -20,27 +20,45 @@ uint64_t mask_of(uint64_t value) {
 
 }  // namespace
 
-uint64_t LegacyShuffle::word(bool wide) {
-  const uint64_t first = random_();
-  return wide ? first << 32 | random_() : first;
+// Partners of the places from `last` down to `low`; partners[i] is that of the place low + i.
+void LegacyShuffle::draw(int64_t last, int64_t low, int64_t* partners) {
+  const uint64_t mask = mask_of(static_cast<uint64_t>(last));
+  while (last >= low) {
+    if (mask > 0xffffffffu) {
+      const uint64_t high = random_.word();
+      const auto drawn = static_cast<int64_t>((high << 32 | random_.word()) & mask);
+      partners[last - low] = drawn;
+      last -= drawn <= last;
+      continue;
+    }
+    int64_t count = 0;
+    const uint32_t* words = random_.words(last - low + 1, &count);  // so many are needed at least
+    auto place = static_cast<uint32_t>(last);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t drawn = words[i] & static_cast<uint32_t>(mask);
+      partners[static_cast<int64_t>(place) - low] = drawn;
+      place -= drawn <= place;  // no branch: whether a word is too large cannot be foretold
+    }
+    last = place;
+  }
 }
 
 template <typename T>
 void LegacyShuffle::shuffle(Span<T> values, const Report& report) {
-  std::array<int64_t, kAhead> partners;
+  std::array<std::array<int64_t, kAhead>, 2> blocks;  // one is exchanged while the cache lines of the next one come
   int64_t unreported = 0;
-  for (int64_t last = values.size - 1; last > 0;) {
-    const uint64_t mask = mask_of(static_cast<uint64_t>(last));
-    const bool wide = mask > 0xffffffffu;
-    const int64_t count = std::min(kAhead, last - static_cast<int64_t>(mask >> 1));  // places of the same mask
-    for (int64_t k = 0; k < count;) {
-      partners[k] = static_cast<int64_t>(word(wide) & mask);
-      k += partners[k] <= last - k;  // no branch: whether a word is too large cannot be foretold
+  int64_t drawn = values.size;  // all places from here on have partners, and have exchanged from `done` on
+  for (int64_t done = drawn, turn = 0; done > 1; turn ^= 1) {
+    const int64_t last = drawn - 1;
+    if (last > 0) {
+      drawn = std::max(last - kAhead, static_cast<int64_t>(mask_of(last) >> 1)) + 1;  // the same mask for all
+      draw(last, drawn, blocks[turn].data());
+      for (int64_t i = 0; i <= last - drawn; ++i) __builtin_prefetch(&values[blocks[turn][i]], 1);
     }
-    for (int64_t k = 0; k < count; ++k) __builtin_prefetch(&values[partners[k]], 1);
-    for (int64_t k = 0; k < count; ++k) std::swap(values[last - k], values[partners[k]]);
-    last -= count;
-    unreported += count;
+    for (int64_t place = done - 1; place > last; --place)
+      std::swap(values[place], values[blocks[turn ^ 1][place - last - 1]]);
+    unreported += done - last - 1;
+    done = last + 1;
     if (unreported >= kReportEvery) {
       report(unreported);
       unreported = 0;

@@ -8,14 +8,15 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_aquila.data.cache import IndexCache
+from megatron_aquila.data.cache import Blocks, IndexCache
 from megatron_aquila.data.indexed import IndexedDataset
-from megatron_aquila.data.native import LegacyShuffle, build_sample_index, read_sample
+from megatron_aquila.data.native import LegacyShuffle, fill_sample_index, read_sample
 from megatron_aquila.data.progress import Report, counting, ignore
 from megatron_aquila.errors import DataError
 
 # The last epoch is shuffled on its own when less than this share of it is needed (Megatron-LM's constant).
 SEPARATE_BELOW: Final = 0.80
+BLOCK: Final = 1 << 18  # samples whose places are worked out before they are written away
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +87,11 @@ class Packing:
         """Whole samples in that many tokens."""
         return (tokens - 1) // self.seq_len
 
-    def build(self, lengths: NDArray[np.int32], report: Report = ignore) -> Iterator[tuple[str, NDArray[Any]]]:
+    def build(self, lengths: NDArray[np.int32], report: Report = ignore) -> Iterator[tuple[str, NDArray[Any] | Blocks]]:
         """``document_index``, ``sample_index`` and ``shuffle_index``, equal to Megatron-LM's for the same settings.
 
-        They come one by one, so that who writes them away needs no memory for all; ``lengths`` are of all sequences
-        of the data set, of which at least one in the range has a token.
+        They come one by one, and that of samples in blocks, so that who writes them away needs no memory for all;
+        ``lengths`` are of all sequences of the data set, of which at least one in the range has a token.
         """
         epoch_tokens = int(lengths[self.first : self.end].sum(dtype=np.int64))
         epochs = self.num_epochs(epoch_tokens)
@@ -102,12 +103,27 @@ class Packing:
         random = LegacyShuffle(self.seed)
         documents = self._shuffled_documents([epochs - 1, 1] if separate else [epochs], random, report)
         yield "document_index", documents
-        report("samples", 0, total)
-        wide = len(documents) > np.iinfo(np.int32).max
-        sample_index = build_sample_index(np.array(lengths), documents, self.seq_len, total, wide=wide)
-        yield "sample_index", sample_index
-        del documents, sample_index
+        yield "sample_index", self._sample_index(lengths, documents, total, report)
+        del documents
         yield "shuffle_index", _shuffled_ranges([0, before_last, total] if separate else [0, total], random, report)
+
+    def _sample_index(
+        self, lengths: NDArray[np.int32], documents: NDArray[np.int32], total: int, report: Report
+    ) -> Blocks:
+        """A row a sample, and where the last one ends; the first is (0, 0) even where that document is empty."""
+        dtype = np.dtype(np.int64 if len(documents) > np.iinfo(np.int32).max else np.int32)
+
+        def blocks() -> Iterator[NDArray[Any]]:
+            last = np.zeros((1, 2), dtype=dtype)
+            yield last
+            for done in range(0, total, BLOCK):
+                report("samples", done, total)
+                rows = np.empty((min(BLOCK, total - done), 2), dtype=dtype)
+                fill_sample_index(lengths, documents, self.seq_len, tuple(last[-1].tolist()), rows)
+                yield rows
+                last = rows[-1:]
+
+        return Blocks((total + 1, 2), dtype, blocks())
 
     def _shuffled_documents(self, epochs: list[int], random: LegacyShuffle, report: Report) -> NDArray[np.int32]:
         """Groups of epochs, each group shuffled as a whole."""

@@ -45,11 +45,12 @@ def test_another_seed_is_another_order(megatron_fixtures: Path, tmp_path: Path) 
 def test_laws(lengths: list[int], wanted: int | None, seq_len: int) -> None:
     packing = Packing(first=0, end=len(lengths), num_samples=wanted, seq_len=seq_len, seed=3)
     built = dict(packing.build(np.array(lengths, dtype=np.int32)))
+    rows = list(built["sample_index"].rows)
     epochs = packing.num_epochs(sum(lengths))
     assert np.bincount(built["document_index"], minlength=len(lengths)).tolist() == [epochs] * len(lengths)
     count = len(built["shuffle_index"])
     assert sorted(built["shuffle_index"].tolist()) == list(range(count))
-    assert len(built["sample_index"]) == count + 1
+    assert np.concatenate(rows).shape == built["sample_index"].shape == (count + 1, 2)
     assert wanted is None or count >= wanted
     if wanted is not None and epochs > 1:  # an epoch less would not have been enough
         assert packing.samples_in((epochs - 1) * sum(lengths)) < wanted
