@@ -8,7 +8,7 @@ namespace aquila {
 
 namespace {
 
-// Partners drawn before their elements are exchanged: by then the cache lines have come, which is most of the time.
+// Places whose partners are drawn before they are exchanged: by then the cache lines have come, most of the time.
 constexpr int64_t kAhead = 128;
 constexpr int64_t kReportEvery = int64_t{1} << 24;
 
@@ -20,45 +20,45 @@ uint64_t mask_of(uint64_t value) {
 
 }  // namespace
 
-// Partners of the places from `last` down to `low`; partners[i] is that of the place low + i.
-void LegacyShuffle::draw(int64_t last, int64_t low, int64_t* partners) {
-  const uint64_t mask = mask_of(static_cast<uint64_t>(last));
-  while (last >= low) {
+LegacyShuffle::Block LegacyShuffle::draw(int64_t high, int64_t* partners) {
+  if (high <= 1) return {high, high, partners};  // the place 0 has no partner
+  int64_t place = high - 1;
+  const uint64_t mask = mask_of(static_cast<uint64_t>(place));
+  const int64_t low = std::max(high - kAhead, static_cast<int64_t>(mask >> 1) + 1);  // the same mask for all
+  while (place >= low) {
     if (mask > 0xffffffffu) {
-      const uint64_t high = random_.word();
-      const auto drawn = static_cast<int64_t>((high << 32 | random_.word()) & mask);
-      partners[last - low] = drawn;
-      last -= drawn <= last;
+      const uint64_t first = random_.word();
+      const auto drawn = static_cast<int64_t>((first << 32 | random_.word()) & mask);
+      partners[place - low] = drawn;
+      place -= drawn <= place;
       continue;
     }
     int64_t count = 0;
-    const uint32_t* words = random_.words(last - low + 1, &count);  // so many are needed at least
-    auto place = static_cast<uint32_t>(last);
+    const uint32_t* words = random_.words(place - low + 1, &count);  // so many are needed at least
+    auto narrow = static_cast<uint32_t>(place);
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t drawn = words[i] & static_cast<uint32_t>(mask);
-      partners[static_cast<int64_t>(place) - low] = drawn;
-      place -= drawn <= place;  // no branch: whether a word is too large cannot be foretold
+      partners[static_cast<int64_t>(narrow) - low] = drawn;
+      narrow -= drawn <= narrow;  // no branch: whether a word is too large cannot be foretold
     }
-    last = place;
+    place = narrow;
   }
+  return {low, high, partners};
 }
 
 template <typename T>
 void LegacyShuffle::shuffle(Span<T> values, const Report& report) {
-  std::array<std::array<int64_t, kAhead>, 2> blocks;  // one is exchanged while the cache lines of the next one come
+  std::array<std::array<int64_t, kAhead>, 2> partners;  // one block is exchanged while the next one's cache lines come
   int64_t unreported = 0;
-  int64_t drawn = values.size;  // all places from here on have partners, and have exchanged from `done` on
-  for (int64_t done = drawn, turn = 0; done > 1; turn ^= 1) {
-    const int64_t last = drawn - 1;
-    if (last > 0) {
-      drawn = std::max(last - kAhead, static_cast<int64_t>(mask_of(last) >> 1)) + 1;  // the same mask for all
-      draw(last, drawn, blocks[turn].data());
-      for (int64_t i = 0; i <= last - drawn; ++i) __builtin_prefetch(&values[blocks[turn][i]], 1);
+  Block next = draw(values.size, partners[0].data());
+  for (int turn = 1; next.low < next.high; turn ^= 1) {
+    const Block block = next;
+    next = draw(block.low, partners[turn].data());
+    for (int64_t i = 0; i < next.high - next.low; ++i) __builtin_prefetch(&values[next.partners[i]], 1);
+    for (int64_t place = block.high - 1; place >= block.low; --place) {
+      std::swap(values[place], values[block.partners[place - block.low]]);
     }
-    for (int64_t place = done - 1; place > last; --place)
-      std::swap(values[place], values[blocks[turn ^ 1][place - last - 1]]);
-    unreported += done - last - 1;
-    done = last + 1;
+    unreported += block.high - block.low;
     if (unreported >= kReportEvery) {
       report(unreported);
       unreported = 0;

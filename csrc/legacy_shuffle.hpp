@@ -22,7 +22,15 @@ class LegacyShuffle {
   void shuffle(Span<T> values, const Report& report);
 
  private:
-  void draw(int64_t last, int64_t low, int64_t* partners);
+  // Places from `low` up to but without `high`; partners[i] is what the place low + i is exchanged with, the highest
+  // place first.
+  struct Block {
+    int64_t low, high;
+    const int64_t* partners;
+  };
+
+  // The next places below `high`, none where there are none; `partners` holds kAhead.
+  Block draw(int64_t high, int64_t* partners);
 
   Mt19937 random_;
 };
