@@ -119,17 +119,19 @@ class Packing:
         random = LegacyShuffle(self.seed)
         documents = self._shuffled_documents([epochs - 1, 1] if separate else [epochs], random, report)
         yield "document_index", documents
-        yield "sample_index", self._sample_index(lengths, documents, self.samples_in(epochs * epoch_tokens), total, report)
+        yield "sample_index", self._sample_index(lengths, documents, epoch_tokens, report)
         del documents
         yield "shuffle_index", _shuffled_ranges([0, before_last, total] if separate else [0, total], random, report)
 
     def _sample_index(
-        self, lengths: NDArray[np.int32], documents: NDArray[np.int32], whole: int, total: int, report: Report
+        self, lengths: NDArray[np.int32], documents: NDArray[np.int32], epoch_tokens: int, report: Report
     ) -> Blocks:
-        """A row a sample, and where the last one ends: if it is not ``whole``, with the last document.
+        """A row a sample, and where the last one ends: if it is not whole, with the last document.
 
         The first row is (0, 0) even where that document is empty.
         """
+        total = self.total(epoch_tokens)
+        whole = total - (self.padding(epoch_tokens) > 0)
         dtype = np.dtype(np.int64 if len(documents) > np.iinfo(np.int32).max else np.int32)
 
         def blocks() -> Iterator[NDArray[Any]]:

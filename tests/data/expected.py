@@ -37,7 +37,9 @@ def build_per_split(paths: Sequence[Sequence[str]], *, sizes: Sequence[int | Non
 def build_partial_validation(path: list[str], *, split: str, sizes: Sequence[int | None], **settings: Any) -> Splits:
     """``build_datasets``, but for the last sample of the validation, which is kept though it is not whole."""
     train, valid, test = shares_of(split)
-    assert train is not None and valid is not None and test is None
+    assert train is not None
+    assert valid is not None
+    assert test is None
     library = open_library(path, **settings)
     shares = (train, replace(valid, keep_partial=True))
     return Splits(*(library.blend(path, share, size) for share, size in zip(shares, sizes, strict=False)), None)

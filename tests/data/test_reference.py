@@ -134,9 +134,7 @@ def test_shuffles_are_numpys(builder: ModuleType, sizes: list[int], seed: int, d
 
 
 @needs_extension
-@given(
-    size=st.sampled_from([0, 128, 624, 1 << 11, 1 << 16]), more=st.integers(-3, 260), seed=st.integers(0, 2**32 - 1)
-)
+@given(size=st.sampled_from([0, 128, 624, 1 << 11, 1 << 16]), more=st.integers(-3, 260), seed=st.integers(0, 2**32 - 1))
 def test_shuffles_around_borders(size: int, more: int, seed: int) -> None:
     """Of powers of two, where the mask changes, of the blocks that are drawn ahead, and of the generator's."""
     size = max(0, size + more)
