@@ -21,7 +21,7 @@ import tyro
 
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron_aquila.data.native import INDEX_BUILDER, build_sample_index
+from megatron_aquila.data.native import INDEX_BUILDER, fill_sample_index
 from megatron_aquila.data.samples import PackedSamples, Packing
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def build_numpy(prefix: Path, epochs: int) -> int:
     documents[:] = np.arange(len(dataset), dtype=np.int32)
     documents = documents.reshape(-1).astype(np.int32)
     random.shuffle(documents)
-    sample_index = build_sample_index(np.array(dataset.sequence_lengths), documents, SEQ_LEN, samples, wide=False)
+    sample_index = np.zeros((samples + 1, 2), dtype=np.int32)
+    fill_sample_index(np.array(dataset.sequence_lengths), documents, SEQ_LEN, (0, 0), sample_index[1:])
     order = np.arange(samples, dtype=np.uint32)
     random.shuffle(order)
     for name, values in (("documents", documents), ("samples", sample_index), ("order", order)):

@@ -8,8 +8,8 @@ namespace aquila {
 
 namespace {
 
-// Partners drawn before their elements are exchanged: by then the cache lines have come, which is most of the time.
-constexpr int64_t kAhead = 64;
+// Places whose partners are drawn before they are exchanged: by then the cache lines have come, most of the time.
+constexpr int64_t kAhead = 128;
 constexpr int64_t kReportEvery = int64_t{1} << 24;
 
 // All ones, down from the highest bit of value.
@@ -20,27 +20,45 @@ uint64_t mask_of(uint64_t value) {
 
 }  // namespace
 
-uint64_t LegacyShuffle::word(bool wide) {
-  const uint64_t first = random_();
-  return wide ? first << 32 | random_() : first;
+LegacyShuffle::Block LegacyShuffle::draw(int64_t high, int64_t* partners) {
+  if (high <= 1) return {high, high, partners};  // the place 0 has no partner
+  int64_t place = high - 1;
+  const uint64_t mask = mask_of(static_cast<uint64_t>(place));
+  const int64_t low = std::max(high - kAhead, static_cast<int64_t>(mask >> 1) + 1);  // the same mask for all
+  while (place >= low) {
+    if (mask > 0xffffffffu) {
+      const uint64_t first = random_.word();
+      const auto drawn = static_cast<int64_t>((first << 32 | random_.word()) & mask);
+      partners[place - low] = drawn;
+      place -= drawn <= place;
+      continue;
+    }
+    int64_t count = 0;
+    const uint32_t* words = random_.words(place - low + 1, &count);  // so many are needed at least
+    auto narrow = static_cast<uint32_t>(place);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t drawn = words[i] & static_cast<uint32_t>(mask);
+      partners[static_cast<int64_t>(narrow) - low] = drawn;
+      narrow -= drawn <= narrow;  // no branch: whether a word is too large cannot be foretold
+    }
+    place = narrow;
+  }
+  return {low, high, partners};
 }
 
 template <typename T>
 void LegacyShuffle::shuffle(Span<T> values, const Report& report) {
-  std::array<int64_t, kAhead> partners;
+  std::array<std::array<int64_t, kAhead>, 2> partners;  // one block is exchanged while the next one's cache lines come
   int64_t unreported = 0;
-  for (int64_t last = values.size - 1; last > 0;) {
-    const uint64_t mask = mask_of(static_cast<uint64_t>(last));
-    const bool wide = mask > 0xffffffffu;
-    const int64_t count = std::min(kAhead, last - static_cast<int64_t>(mask >> 1));  // places of the same mask
-    for (int64_t k = 0; k < count;) {
-      partners[k] = static_cast<int64_t>(word(wide) & mask);
-      k += partners[k] <= last - k;  // no branch: whether a word is too large cannot be foretold
+  Block next = draw(values.size, partners[0].data());
+  for (int turn = 1; next.low < next.high; turn ^= 1) {
+    const Block block = next;
+    next = draw(block.low, partners[turn].data());
+    for (int64_t i = 0; i < next.high - next.low; ++i) __builtin_prefetch(&values[next.partners[i]], 1);
+    for (int64_t place = block.high - 1; place >= block.low; --place) {
+      std::swap(values[place], values[block.partners[place - block.low]]);
     }
-    for (int64_t k = 0; k < count; ++k) __builtin_prefetch(&values[partners[k]], 1);
-    for (int64_t k = 0; k < count; ++k) std::swap(values[last - k], values[partners[k]]);
-    last -= count;
-    unreported += count;
+    unreported += block.high - block.low;
     if (unreported >= kReportEvery) {
       report(unreported);
       unreported = 0;

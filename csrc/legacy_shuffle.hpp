@@ -1,8 +1,8 @@
 #pragma once
 
 #include <functional>
-#include <random>
 
+#include "mt19937.hpp"
 #include "span.hpp"
 
 namespace aquila {
@@ -12,9 +12,8 @@ using Report = std::function<void(int64_t)>;
 
 // numpy.random.RandomState(seed).shuffle, value for value; one after the other they continue the same stream.
 //
-// numpy seeds and runs the same MT19937 as std::mt19937, walks down from the last element, and draws a partner by
-// masking random words until one is not too large: of 32 bits where the partner's index fits, else of two words, the
-// high one first.
+// numpy walks down from the last element, and draws a partner by masking random words until one is not too large: of 32
+// bits where the partner's index fits, else of two words, the high one first.
 class LegacyShuffle {
  public:
   explicit LegacyShuffle(uint32_t seed) : random_(seed) {}
@@ -23,9 +22,17 @@ class LegacyShuffle {
   void shuffle(Span<T> values, const Report& report);
 
  private:
-  uint64_t word(bool wide);
+  // Places from `low` up to but without `high`; partners[i] is what the place low + i is exchanged with, the highest
+  // place first.
+  struct Block {
+    int64_t low, high;
+    const int64_t* partners;
+  };
 
-  std::mt19937 random_;
+  // The next places below `high`, none where there are none; `partners` holds kAhead.
+  Block draw(int64_t high, int64_t* partners);
+
+  Mt19937 random_;
 };
 
 extern template void LegacyShuffle::shuffle<int32_t>(Span<int32_t>, const Report&);

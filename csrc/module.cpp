@@ -37,23 +37,22 @@ aquila::Span<T> write(Array<T>& array) {
 }
 
 template <typename T>
-py::array sample_index_as(const Array<int32_t>& lengths, const Array<int32_t>& documents, int64_t seq_len,
-                          int64_t num_samples) {
-  Array<T> out({num_samples + 1, int64_t{2}});
-  const auto lengths_span = read(lengths), documents_span = read(documents);
-  const auto out_span = write(out);
-  {
-    py::gil_scoped_release release;
-    aquila::fill_sample_index<T>(lengths_span, documents_span, seq_len, out_span);
-  }
-  return out;
+aquila::Unaligned<T> read_anywhere(const Array<T>& array) {
+  return {reinterpret_cast<const char*>(read(array).data), array.size()};
 }
 
-py::array build_sample_index(const Array<int32_t>& lengths, const Array<int32_t>& documents, int64_t seq_len,
-                             int64_t num_samples, bool wide) {
-  if (seq_len < 1 || num_samples < 0) throw std::invalid_argument("seq_len must be positive, num_samples not negative");
-  return wide ? sample_index_as<int64_t>(lengths, documents, seq_len, num_samples)
-              : sample_index_as<int32_t>(lengths, documents, seq_len, num_samples);
+template <typename T>
+void fill_sample_index(const Array<int32_t>& lengths, const Array<int32_t>& documents, int64_t seq_len,
+                       std::array<int64_t, 2> start, Array<T>& out) {
+  if (seq_len < 1 || start[0] < 0 || start[1] < 0) {
+    throw std::invalid_argument("seq_len must be positive, the start not negative");
+  }
+  if (out.ndim() != 2 || out.shape(1) != 2) throw std::invalid_argument("expected rows of two");
+  const auto lengths_view = read_anywhere(lengths);
+  const auto documents_span = read(documents);
+  const auto out_span = write(out);
+  py::gil_scoped_release release;
+  aquila::fill_sample_index<T>(lengths_view, documents_span, seq_len, {start[0], start[1]}, out_span);
 }
 
 // Calls report with the interpreter's lock; a Python exception in it ends the work.
@@ -129,11 +128,6 @@ py::tuple split_documents(const Array<uint32_t>& ids, int64_t documents, int64_t
   return py::make_tuple(tokens[py::slice(0, written, 1)], lengths);
 }
 
-template <typename T>
-aquila::Unaligned<T> read_anywhere(const Array<T>& array) {
-  return {reinterpret_cast<const char*>(read(array).data), array.size()};
-}
-
 template <typename Token>
 void read_sample(const Array<Token>& tokens, const Array<int64_t>& offsets, const Array<int32_t>& lengths,
                  const Array<int32_t>& order, std::array<int64_t, 4> range, Array<int64_t>& out) {
@@ -147,6 +141,13 @@ void read_sample(const Array<Token>& tokens, const Array<int64_t>& offsets, cons
   py::gil_scoped_release release;
   aquila::read_sample<Token>(tokens_span, offsets_view, lengths_view, order_span,
                              {range[0], range[1], range[2], range[3]}, out_span);
+}
+
+template <typename... Numbers>
+void define_fill_sample_index(py::module_& module) {
+  (module.def("fill_sample_index", &fill_sample_index<Numbers>, py::arg("lengths").noconvert(),
+              py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("start"), py::arg("out").noconvert()),
+   ...);
 }
 
 template <typename... Tokens>
@@ -206,9 +207,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("exp_avg_sq").noconvert(), py::kw_only(), py::arg("factor"), py::arg("decay"),
              py::arg("one_minus_beta1"), py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("rate"),
              py::arg("correction"), py::arg("eps"), py::arg("threads"));
-  module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(),
-             py::arg("documents").noconvert(), py::arg("seq_len"), py::arg("num_samples"), py::kw_only(),
-             py::arg("wide"));
+  define_fill_sample_index<int32_t, int64_t>(module);
   py::class_<aquila::LegacyShuffle>(module, "LegacyShuffle")
       .def(py::init<uint32_t>(), py::arg("seed"))
       .def("shuffle", &shuffle<int32_t>, py::arg("values").noconvert(), py::arg("report"))

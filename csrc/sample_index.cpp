@@ -9,12 +9,7 @@ namespace {
 
 constexpr int64_t kAhead = 32;  // documents whose lengths are fetched before they are needed: the order is random
 
-int64_t length_at(Span<const int32_t> lengths, Span<const int32_t> documents, int64_t position) {
-  if (position >= documents.size) {
-    throw std::invalid_argument("the documents hold fewer tokens than the samples need");
-  }
-  if (position + kAhead < documents.size) __builtin_prefetch(lengths.data + documents[position + kAhead]);
-  const int64_t document = documents[position];
+int64_t length_of(Unaligned<int32_t> lengths, int64_t document) {
   if (document < 0 || document >= lengths.size) {
     throw std::invalid_argument("document " + std::to_string(document) + " does not exist: there are " +
                                 std::to_string(lengths.size));
@@ -25,25 +20,29 @@ int64_t length_at(Span<const int32_t> lengths, Span<const int32_t> documents, in
 }  // namespace
 
 template <typename T>
-void fill_sample_index(Span<const int32_t> lengths, Span<const int32_t> documents, int64_t seq_len,
+void fill_sample_index(Unaligned<int32_t> lengths, Span<const int32_t> documents, int64_t seq_len, Place start,
                        Span<T> sample_index) {
-  int64_t position = 0;  // in documents
-  int64_t begin = 0;     // tokens before documents[position]
-  sample_index[0] = 0;
-  sample_index[1] = 0;
-  for (int64_t row = 1; 2 * row < sample_index.size; ++row) {
-    const int64_t target = row * seq_len;
-    int64_t length = length_at(lengths, documents, position);
-    while (begin + length <= target) {
-      begin += length;
-      length = length_at(lengths, documents, ++position);
+  int64_t wanted = seq_len + start.token;  // how far from the document at hand the next row is
+  int64_t written = 0;
+  for (int64_t position = start.document; written < sample_index.size; ++position) {
+    if (position >= documents.size) {
+      throw std::invalid_argument("the documents hold fewer tokens than the samples need");
     }
-    sample_index[2 * row] = static_cast<T>(position);
-    sample_index[2 * row + 1] = static_cast<T>(target - begin);
+    if (position + kAhead < documents.size) lengths.prefetch(documents[position + kAhead]);
+    const int64_t length = length_of(lengths, documents[position]);
+    // The first row is written in any case, and stays where it is in the document: whether cannot be foretold.
+    do {
+      sample_index[written] = static_cast<T>(position);
+      sample_index[written + 1] = static_cast<T>(wanted);
+      const bool inside = wanted < length;
+      written += 2 * inside;
+      wanted += inside ? seq_len : 0;
+    } while (wanted < length && written < sample_index.size);
+    wanted -= length;
   }
 }
 
-template void fill_sample_index<int32_t>(Span<const int32_t>, Span<const int32_t>, int64_t, Span<int32_t>);
-template void fill_sample_index<int64_t>(Span<const int32_t>, Span<const int32_t>, int64_t, Span<int64_t>);
+template void fill_sample_index<int32_t>(Unaligned<int32_t>, Span<const int32_t>, int64_t, Place, Span<int32_t>);
+template void fill_sample_index<int64_t>(Unaligned<int32_t>, Span<const int32_t>, int64_t, Place, Span<int64_t>);
 
 }  // namespace aquila

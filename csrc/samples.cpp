@@ -1,5 +1,6 @@
 #include "samples.hpp"
 
+#include <cstring>
 #include <stdexcept>
 
 namespace aquila {

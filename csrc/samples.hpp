@@ -2,24 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "span.hpp"
 
 namespace aquila {
-
-// Values of a file that may lie at any byte.
-template <typename T>
-struct Unaligned {
-  const char* data;
-  int64_t size;
-
-  T operator[](int64_t i) const {
-    T value;
-    std::memcpy(&value, data + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
-    return value;
-  }
-};
 
 // Where a sample lies: from token `begin` of the sequence at place `first` of the order of sequences up to and with
 // token `end` of that at `last`.

@@ -183,6 +183,9 @@ class DataConfig:
     valid_samples: Count | None = setting(
         None, "samples of each of valid_sets, as far as it has them; default eval_iters global batches"
     )
+    drop_last_partial_validation_sequence: bool = setting(
+        True, "what validation data has left after its last whole sample is not read, else filled up and read"
+    )
     cache_path: Path | None = setting(None, "folder of the built indices; default beside the data", "--data-cache-path")
     tokenizer_type: Literal["AquilaTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer"] = setting(
         "AquilaTokenizer", "how text became tokens; written into checkpoints and exports", "--tokenizer-type"

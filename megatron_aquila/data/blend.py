@@ -25,10 +25,11 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A split's part of every data set: ``name`` for people, ``span`` of its sequences."""
+    """A split's part of every data set: ``name`` for people, ``span`` of its sequences, ``Packing.keep_partial``."""
 
     name: str
     span: Range = (0.0, 1.0)
+    keep_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Blend:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a blend of {len(self)}")
         source = int(self.dataset_index[index])
-        return Sample(self.parts[source][int(self.dataset_sample_index[index])].tokens, source)
+        return replace(self.parts[source][int(self.dataset_sample_index[index])], source=source)
 
     @property
     def datasets(self) -> tuple[IndexedDataset, ...]:
@@ -157,7 +158,12 @@ class Library:
         dataset = self.dataset(prefix)
         first, end = _cut(share.span, len(dataset))
         packing = Packing(
-            first=first, end=end, num_samples=num_samples, seq_len=self.seq_len, seed=(self.seed + order) % 2**32
+            first=first,
+            end=end,
+            num_samples=num_samples,
+            seq_len=self.seq_len,
+            seed=(self.seed + order) % 2**32,
+            keep_partial=share.keep_partial,
         )
         return PackedSamples(dataset, packing, self.cache, split=share.name)
 
@@ -235,24 +241,6 @@ def build_datasets(
     train, valid, test = [
         None if share is None else library.blend(paths, share, size)
         for share, size in zip(shares_of(split), sizes, strict=True)
-    ]
-    return Splits(train, valid, test)
-
-
-def build_datasets_per_split(
-    paths: tuple[Sequence[str], Sequence[str], Sequence[str]],
-    *,
-    sizes: tuple[int | None, int | None, int | None],
-    seq_len: int,
-    seed: int,
-    cache_path: Path | None,
-) -> Splits:
-    """As ``build_datasets``, each split with data sets of its own, of which it takes all; empty: there is none."""
-    train, valid, test = [
-        None
-        if len(own) == 0
-        else open_library(own, seq_len=seq_len, seed=seed, cache_path=cache_path).blend(alone(own), Share(name), size)
-        for own, name, size in zip(paths, SPLITS, sizes, strict=True)
     ]
     return Splits(train, valid, test)
 

@@ -6,10 +6,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,18 @@ from megatron_aquila.errors import DataError
 
 FORMAT: Final = 2  # raise it when the meaning of a cached array changes
 POLL_SECONDS: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """An array that comes in blocks of its rows, so that no memory is needed for all of it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    rows: Iterator[NDArray[Any]]
+
+
+Arrays: TypeAlias = Iterable[tuple[str, NDArray[Any] | Blocks]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +47,7 @@ class IndexCache:
     report: Report = ignore
 
     def arrays(
-        self, key: Mapping[str, object], make: Callable[[Report], Iterable[tuple[str, NDArray[Any]]]], *, name: str
+        self, key: Mapping[str, object], make: Callable[[Report], Arrays], *, name: str
     ) -> Mapping[str, NDArray[Any]]:
         """The arrays that ``make`` gives for ``key``, memory-mapped; built and published first where they are missing.
 
@@ -60,7 +72,7 @@ class IndexCache:
             time.sleep(POLL_SECONDS)
         return _load(entry)
 
-    def _publish(self, entry: Path, arrays: Iterable[tuple[str, NDArray[Any]]], description: str) -> None:
+    def _publish(self, entry: Path, arrays: Arrays, description: str) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             beside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=self.folder))
@@ -71,7 +83,7 @@ class IndexCache:
             (beside / "description.json").write_text(description, encoding="utf-8")
             for name, values in arrays:
                 with (beside / f"{name}.npy").open("wb") as file:
-                    np.save(file, values, allow_pickle=False)
+                    _save(file, values)
                     file.flush()
                     os.fsync(file.fileno())
             beside.rename(entry)
@@ -80,6 +92,20 @@ class IndexCache:
                 raise _unwritable(self.folder, error) from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _save(file: BinaryIO, values: NDArray[Any] | Blocks) -> None:
+    if not isinstance(values, Blocks):
+        np.save(file, values, allow_pickle=False)
+        return
+    described = {
+        "descr": np.lib.format.dtype_to_descr(values.dtype),
+        "fortran_order": False,
+        "shape": values.shape,
+    }
+    np.lib.format.write_array_header_1_0(file, described)
+    for rows in values.rows:
+        file.write(np.ascontiguousarray(rows, dtype=values.dtype).data)
 
 
 def _load(entry: Path) -> Mapping[str, NDArray[Any]]:

@@ -146,11 +146,13 @@ class BatchLoader(Generic[Ready]):
     def _microbatch(self, start: int) -> MicroBatch:
         left_out = [self._is_left_out(number) for number in range(start, start + self.share.size)]
         samples = [self._blank if blank else self._sample(number) for number, blank in enumerate(left_out, start=start)]
-        tokens = [sample.tokens for sample in samples]
-        if any(row.min() < 0 or row.max() >= self.vocab_size for row in tokens):
+        tokens = np.stack([sample.tokens for sample in samples])
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             self._refuse(samples, start)
         batch = microbatch(tokens, np.array([sample.source for sample in samples], dtype=np.int64), self._documents)
         batch.loss_mask_BS[left_out] = 0
+        for labels, sample in zip(batch.loss_mask_BS, samples, strict=True):
+            labels[len(labels) - sample.padding :] = 0
         if self._num_counted is not None:
             batch.loss_mask_BS[max(self._num_counted - start, 0) :] = 0
         return batch

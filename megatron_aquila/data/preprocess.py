@@ -172,11 +172,6 @@ def preprocess(
         output.close()
 
 
-def document_prefixes(output_prefix: str, keys: Sequence[str]) -> list[str]:
-    """The prefix of each key's data set, as Megatron-LM names them."""
-    return [document_prefix(output_prefix, key) for key in keys]
-
-
 def _run(
     settings: PreprocessSettings,
     writer: ShardWriter,

@@ -1,12 +1,14 @@
 """The functions of ``csrc/`` in numpy: their specification, and what runs where the extension is not built."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_aquila.data.documents import DocumentRules
+
+BLOCK: Final = 1 << 20  # documents whose tokens are counted at once
 
 
 class LegacyShuffle:
@@ -25,40 +27,41 @@ class LegacyShuffle:
         report(max(len(values) - 1, 0))
 
 
-def build_sample_index(
-    lengths: NDArray[np.int32], documents: NDArray[np.int32], seq_len: int, num_samples: int, *, wide: bool
-) -> NDArray[np.int32] | NDArray[np.int64]:
-    """Where each sample starts when documents are laid end to end and cut every ``seq_len`` tokens.
+def fill_sample_index(
+    lengths: NDArray[np.int32], documents: NDArray[np.int32], seq_len: int, start: tuple[int, int], out: NDArray[Any]
+) -> None:
+    """Where samples start when documents are laid end to end and cut every ``seq_len`` tokens.
 
-    Sample i holds the ``seq_len + 1`` tokens from row i up to and including the token at row i + 1.
+    Sample i holds the ``seq_len + 1`` tokens from its row up to and including the token at the next row.
 
     Args:
         lengths: tokens of each sequence.
         documents: the sequences in the order they are read, an epoch after the other.
         seq_len: tokens from one sample to the next.
-        num_samples: samples to cut.
-        wide: whether the result is int64 instead of int32.
-
-    Returns:
-        ``(num_samples + 1, 2)``: position in ``documents``, and offset in that document. The first row is (0, 0) even
-        where the first document is empty, as in Megatron-LM.
+        start: a sample's position in ``documents``, and offset in that document.
+        out: int32 or int64 ``[N, 2]``: the same of the N samples that follow that one.
 
     Raises:
         ValueError: a document does not exist, or the tokens run out.
     """
-    if seq_len < 1 or num_samples < 0:
-        raise ValueError("seq_len must be positive, num_samples not negative")
-    if len(documents) > 0 and not 0 <= documents.min() <= documents.max() < len(lengths):
-        raise ValueError(f"document {documents.max()} does not exist: there are {len(lengths)}")
-    ends = np.cumsum(lengths[documents], dtype=np.int64)
-    starts = np.arange(1, num_samples + 1, dtype=np.int64) * seq_len
-    positions = np.searchsorted(ends, starts, side="right")
-    if num_samples > 0 and (len(documents) == 0 or positions[-1] == len(documents)):
-        raise ValueError("the documents hold fewer tokens than the samples need")
-    index = np.zeros((num_samples + 1, 2), dtype=np.int64 if wide else np.int32)
-    index[1:, 0] = positions
-    index[1:, 1] = starts - (ends - lengths[documents])[positions]
-    return index
+    position, token = start
+    if seq_len < 1 or position < 0 or token < 0:
+        raise ValueError("seq_len must be positive, the start not negative")
+    target, written = token + seq_len, 0  # tokens from the document at ``position`` to the next row
+    while written < len(out):
+        block = documents[position : position + BLOCK]
+        if len(block) == 0:
+            raise ValueError("the documents hold fewer tokens than the samples need")
+        if not 0 <= block.min() <= block.max() < len(lengths):
+            raise ValueError(f"document {block.max()} does not exist: there are {len(lengths)}")
+        ends = np.cumsum(lengths[block], dtype=np.int64)
+        targets = np.arange(target, ends[-1], seq_len)[: len(out) - written]
+        places = np.searchsorted(ends, targets, side="right")
+        rows = out[written : written + len(targets)]
+        rows[:, 0] = position + places
+        rows[:, 1] = targets - (ends - lengths[block])[places]
+        position, written = position + len(block), written + len(targets)
+        target += len(targets) * seq_len - int(ends[-1])
 
 
 def build_blending_indices(weights: NDArray[np.float64], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:

@@ -8,22 +8,27 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_aquila.data.cache import IndexCache
+from megatron_aquila.data.cache import Blocks, IndexCache
 from megatron_aquila.data.indexed import IndexedDataset
-from megatron_aquila.data.native import LegacyShuffle, build_sample_index, read_sample
+from megatron_aquila.data.native import LegacyShuffle, fill_sample_index, read_sample
 from megatron_aquila.data.progress import Report, counting, ignore
 from megatron_aquila.errors import DataError
 
 # The last epoch is shuffled on its own when less than this share of it is needed (Megatron-LM's constant).
 SEPARATE_BELOW: Final = 0.80
+BLOCK: Final = 1 << 18  # samples whose places are worked out before they are written away
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """``tokens``: int64 ``[seq_len + 1]``; the labels are the tokens moved by one. ``source``: index into ``names``."""
+    """``tokens``: int64 ``[seq_len + 1]``; the labels are the tokens moved by one. ``source``: index into ``names``.
+
+    ``padding``: how many of the last tokens, zeros, only fill the sample up; as labels they do not count.
+    """
 
     tokens: NDArray[np.int64]
     source: int
+    padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,8 @@ class SampleSource(Protocol):
 class Packing:
     """How samples are cut from a range of sequences; the indices are a function of this and the sequences' lengths.
 
-    ``num_samples``: at least this many, over as many epochs as that takes; ``None``: one epoch.
+    ``num_samples``: at least this many, over as many epochs as that takes; ``None``: one epoch. ``keep_partial``: what
+    is left after the last whole sample is one more, which is filled up.
     """
 
     first: int
@@ -76,6 +82,7 @@ class Packing:
     num_samples: int | None
     seq_len: int
     seed: int
+    keep_partial: bool = False
 
     def num_epochs(self, epoch_tokens: int) -> int:
         """Epochs until the samples wanted, and the label of the last token, are there."""
@@ -86,15 +93,25 @@ class Packing:
         """Whole samples in that many tokens."""
         return (tokens - 1) // self.seq_len
 
-    def build(self, lengths: NDArray[np.int32], report: Report = ignore) -> Iterator[tuple[str, NDArray[Any]]]:
+    def total(self, epoch_tokens: int) -> int:
+        """All samples, the last partial one among them where that is kept."""
+        tokens = self.num_epochs(epoch_tokens) * epoch_tokens
+        return -(-(tokens - 1) // self.seq_len) if self.keep_partial else self.samples_in(tokens)
+
+    def padding(self, epoch_tokens: int) -> int:
+        """Tokens that the last sample has too few."""
+        tokens = self.num_epochs(epoch_tokens) * epoch_tokens
+        return max(0, self.total(epoch_tokens) * self.seq_len + 1 - tokens)
+
+    def build(self, lengths: NDArray[np.int32], report: Report = ignore) -> Iterator[tuple[str, NDArray[Any] | Blocks]]:
         """``document_index``, ``sample_index`` and ``shuffle_index``, equal to Megatron-LM's for the same settings.
 
-        They come one by one, so that who writes them away needs no memory for all; ``lengths`` are of all sequences
-        of the data set, of which at least one in the range has a token.
+        They come one by one, and that of samples in blocks, so that who writes them away needs no memory for all;
+        ``lengths`` are of all sequences of the data set, of which at least one in the range has a token.
         """
         epoch_tokens = int(lengths[self.first : self.end].sum(dtype=np.int64))
         epochs = self.num_epochs(epoch_tokens)
-        total = self.samples_in(epochs * epoch_tokens)
+        total = self.total(epoch_tokens)
         before_last = self.samples_in((epochs - 1) * epoch_tokens)
         separate = epochs > 1 and (self.num_samples or 0) - before_last < int(
             SEPARATE_BELOW * self.samples_in(epoch_tokens)
@@ -102,12 +119,34 @@ class Packing:
         random = LegacyShuffle(self.seed)
         documents = self._shuffled_documents([epochs - 1, 1] if separate else [epochs], random, report)
         yield "document_index", documents
-        report("samples", 0, total)
-        wide = len(documents) > np.iinfo(np.int32).max
-        sample_index = build_sample_index(np.array(lengths), documents, self.seq_len, total, wide=wide)
-        yield "sample_index", sample_index
-        del documents, sample_index
+        yield "sample_index", self._sample_index(lengths, documents, epoch_tokens, report)
+        del documents
         yield "shuffle_index", _shuffled_ranges([0, before_last, total] if separate else [0, total], random, report)
+
+    def _sample_index(
+        self, lengths: NDArray[np.int32], documents: NDArray[np.int32], epoch_tokens: int, report: Report
+    ) -> Blocks:
+        """A row a sample, and where the last one ends: if it is not whole, with the last document.
+
+        The first row is (0, 0) even where that document is empty.
+        """
+        total = self.total(epoch_tokens)
+        whole = total - (self.padding(epoch_tokens) > 0)
+        dtype = np.dtype(np.int64 if len(documents) > np.iinfo(np.int32).max else np.int32)
+
+        def blocks() -> Iterator[NDArray[Any]]:
+            last = np.zeros((1, 2), dtype=dtype)
+            yield last
+            for done in range(0, whole, BLOCK):
+                report("samples", done, total)
+                rows = np.empty((min(BLOCK, whole - done), 2), dtype=dtype)
+                fill_sample_index(lengths, documents, self.seq_len, tuple(last[-1].tolist()), rows)
+                yield rows
+                last = rows[-1:]
+            if whole < total:
+                yield np.array([[len(documents) - 1, lengths[documents[-1]] - 1]], dtype=dtype)
+
+        return Blocks((total + 1, 2), dtype, blocks())
 
     def _shuffled_documents(self, epochs: list[int], random: LegacyShuffle, report: Report) -> NDArray[np.int32]:
         """Groups of epochs, each group shuffled as a whole."""
@@ -173,13 +212,13 @@ class PackedSamples:
         self.dataset, self.packing, self.split = dataset, packing, split
         lengths = dataset.sequence_lengths
         self.epoch_tokens = tokens_between(dataset, packing.first, packing.end, split=split)
-        if packing.num_samples is None and packing.samples_in(self.epoch_tokens) == 0:
+        if packing.num_samples is None and packing.total(self.epoch_tokens) == 0:
             raise DataError(
                 f"{_where(dataset, packing.first, packing.end, split)} holds {self.epoch_tokens} tokens, fewer than "
                 f"the {packing.seq_len + 1} of one sample; {_more(dataset, packing.first, packing.end)}, or lower "
                 "--seq-len"
             )
-        self.num_epochs = packing.num_epochs(self.epoch_tokens)
+        self.num_epochs, self._padding = packing.num_epochs(self.epoch_tokens), packing.padding(self.epoch_tokens)
         built = cache.arrays(
             self._key(), lambda report: packing.build(lengths, report), name=f"{dataset.prefix} ({split})"
         )
@@ -210,26 +249,33 @@ class PackedSamples:
         return np.array([stop], dtype=np.int64)
 
     def __getitem__(self, index: int) -> Sample:
+        row, data = self._row(index), self.dataset
+        padding = self._padding if row == len(self) - 1 else 0
         found = np.empty(self.packing.seq_len + 1, dtype=np.int64)
-        data = self.dataset
-        read_sample(data.tokens, data.offsets, data.sequence_lengths, self.document_index, self._range(index), found)
-        return Sample(found, 0)
+        held = len(found) - padding
+        found[held:] = 0
+        order, place = self.document_index, self._range(row)
+        read_sample(data.tokens, data.offsets, data.sequence_lengths, order, place, found[:held])
+        return Sample(found, 0, padding)
 
     def spans(self, index: int) -> list[Span]:
         """``SampleSource.spans``; a sequence without tokens among them has an empty one."""
         return [Span(0, *piece) for piece in self._pieces(index)]
 
-    def _range(self, index: int) -> tuple[int, int, int, int]:
-        """Place in the document index and token there, of a sample's first token and of its last."""
+    def _row(self, index: int) -> int:
+        """Where a sample stands in the sample index."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.dataset.prefix} ({self.split}): it has {len(self)}")
-        row = int(self.shuffle_index[index])
+        return int(self.shuffle_index[index])
+
+    def _range(self, row: int) -> tuple[int, int, int, int]:
+        """Place in the document index and token there, of the first token of a row's sample and of its last."""
         (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
         return first, begin, last, end
 
     def _pieces(self, index: int) -> list[tuple[int, int, int]]:
         """Sequence, start and stop of what a sample takes."""
-        first, begin, last, end = self._range(index)
+        first, begin, last, end = self._range(self._row(index))
         sequences = self.document_index[first : last + 1]
         stops = self.dataset.sequence_lengths[sequences].tolist()
         stops[-1] = end + 1

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -44,7 +45,7 @@ class SegmentedSource:
     def __getitem__(self, index: int) -> Sample:
         segment, number = self._place(index)
         sample = self._sources[segment][number]
-        return Sample(sample.tokens, int(self._places[segment][sample.source]))
+        return replace(sample, source=int(self._places[segment][sample.source]))
 
     def spans(self, index: int) -> list[Span]:
         """``SampleSource.spans``."""

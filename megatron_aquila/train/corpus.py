@@ -1,7 +1,7 @@
 """The run's data: sample indices of the blend, and loaders over them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -247,10 +247,11 @@ def build_sources(
     valid_path = phases[0].paths
     if data.valid_path:
         valid_path, held_out = tuple(alone(data.valid_path)), Share("valid")
+    valid = partial(replace, keep_partial=not data.drop_last_partial_validation_sequence)
     return Sources(
         train=course.source,
-        valid=None if held_out is None or wanted == 0 else library.blend(valid_path, held_out, wanted),
-        named={name: library.blend(prefixes, Share(name), None) for name, prefixes in named.items()},
+        valid=None if held_out is None or wanted == 0 else library.blend(valid_path, valid(held_out), wanted),
+        named={name: library.blend(prefixes, valid(Share(name)), None) for name, prefixes in named.items()},
         course=describe_course(course, phases),
     )
 

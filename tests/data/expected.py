@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_aquila.data.blend import Splits, build_datasets, build_datasets_per_split
+from megatron_aquila.data.blend import SPLITS, Share, Splits, alone, build_datasets, open_library, shares_of
 from megatron_aquila.data.samples import SampleSource
 
 
@@ -18,9 +20,29 @@ def build_case(folder: Path, case: dict[str, Any], cache_path: Path, **settings:
     arguments = {"sizes": tuple(case["sizes"]), "seq_len": case["sequence_length"], "seed": case["random_seed"]}
     if "blend_per_split" in case["options"]:
         paths = tuple(data_path(folder, *blend) for blend in case["options"]["blend_per_split"])
-        return build_datasets_per_split(paths, **(arguments | settings), cache_path=cache_path)
+        return build_per_split(paths, **(arguments | settings), cache_path=cache_path)
     arguments["split"] = case["options"]["split"]
-    return build_datasets(data_path(folder, *case["options"]["blend"]), **(arguments | settings), cache_path=cache_path)
+    path = data_path(folder, *case["options"]["blend"])
+    if not case["options"].get("drop_last_partial_validation_sequence", True):
+        return build_partial_validation(path, **(arguments | settings), cache_path=cache_path)
+    return build_datasets(path, **(arguments | settings), cache_path=cache_path)
+
+
+def build_per_split(paths: Sequence[Sequence[str]], *, sizes: Sequence[int | None], **settings: Any) -> Splits:
+    """Each split with data sets of its own, of which it takes all, as the flags of a run for that do."""
+    named = zip(SPLITS, paths, sizes, strict=True)
+    return Splits(*(open_library(own, **settings).blend(alone(own), Share(name), size) for name, own, size in named))
+
+
+def build_partial_validation(path: list[str], *, split: str, sizes: Sequence[int | None], **settings: Any) -> Splits:
+    """``build_datasets``, but for the last sample of the validation, which is kept though it is not whole."""
+    train, valid, test = shares_of(split)
+    assert train is not None
+    assert valid is not None
+    assert test is None
+    library = open_library(path, **settings)
+    shares = (train, replace(valid, keep_partial=True))
+    return Splits(*(library.blend(path, share, size) for share, size in zip(shares, sizes, strict=False)), None)
 
 
 def data_path(folder: Path, names: list[str], weights: list[float] | None) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 
 from megatron_aquila.data.blend import (
     Blend,
+    Share,
     Splits,
+    alone,
     build_datasets,
-    build_datasets_per_split,
     describe_data,
+    open_library,
     parse_blend,
     split_ranges,
 )
@@ -70,19 +73,16 @@ def test_a_blend_cannot_take_more_than_there_is(megatron_fixtures: Path, tmp_pat
         Blend(blend.parts, [0.3, 0.2, 0.5], 300, IndexCache(folder=tmp_path))
 
 
-def test_a_split_of_its_own_may_be_missing(megatron_fixtures: Path, tmp_path: Path) -> None:
-    a = str(megatron_fixtures / "gpt_a")
-    sizes = {"sizes": (9, 0, 0), "seq_len": 8, "seed": 1, "cache_path": tmp_path}
-    splits = build_datasets_per_split(([a], [], []), **sizes)  # type: ignore[arg-type]
-    assert (splits.valid, splits.test) == (None, None)
-    assert splits.train is not None
-    assert "300 sequences" in splits.train.describe(), "all of it"
-    lone = build_datasets_per_split((["2", a], [], []), **sizes).train  # type: ignore[arg-type]
+def test_a_split_with_data_of_its_own(megatron_fixtures: Path, tmp_path: Path) -> None:
+    a, small = str(megatron_fixtures / "gpt_a"), str(megatron_fixtures / "gpt_c")
+    library = open_library([a], seq_len=8, seed=1, cache_path=tmp_path)
+    train = library.blend([a], Share("train"), 9)
+    assert "300 sequences" in train.describe(), "all of it"
+    lone = library.blend(alone(["2", a]), Share("train"), 9)
     assert isinstance(lone, PackedSamples), "the weight of a lone set says nothing"
-    assert lone[3].tokens.tolist() == splits.train[3].tokens.tolist()
-    small = [str(megatron_fixtures / "gpt_c")]
+    assert lone[3].tokens.tolist() == train[3].tokens.tolist()
     with pytest.raises(DataError, match=r"gpt_c: the test split, .*; leave the data set out, or lower --seq-len"):
-        build_datasets_per_split(([a], [], small), **sizes | {"sizes": (9, 9, None), "seq_len": 10**6})  # type: ignore[arg-type]
+        replace(library, seq_len=10**6).blend([small], Share("test"), None)
 
 
 def test_nothing_wanted_of_a_split(megatron_fixtures: Path, tmp_path: Path) -> None:

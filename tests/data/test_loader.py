@@ -1,6 +1,7 @@
 """The order of samples is Megatron-LM's under any dp, depends on nothing but the position, and survives a resume."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,15 @@ def test_ids_outside_the_vocabulary(prefetch: int) -> None:
     broken.close()
     with pytest.raises(DataError, match=r"b: token -3 in sample 1 is outside"):
         loader(Counting(20, offset=-4)).fetch(1, 1)
+
+
+def test_what_fills_a_sample_up_is_not_learnt() -> None:
+    class Short(Counting):
+        def __getitem__(self, index: int) -> Sample:
+            return replace(super().__getitem__(index), padding=index % 3)
+
+    (batch,) = loader(Short(9), micro_batch=3).fetch(3, 3)
+    assert batch.loss_mask_BS.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
 
 
 def test_the_end_of_the_data() -> None:

@@ -24,7 +24,7 @@ from megatron_aquila.data.encoders import Encoded, ReferenceEncoder
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.manifest import read_manifest
-from megatron_aquila.data.preprocess import Done, PreprocessSettings, Progress, document_prefixes, preprocess
+from megatron_aquila.data.preprocess import Done, PreprocessSettings, Progress, preprocess
 from megatron_aquila.data.records import ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, DataError
@@ -152,7 +152,7 @@ def test_every_key_makes_a_data_set(tmp_path: Path, tokenizer: Tokenizer) -> Non
     assert questions.document_indices.tolist() == [0, 1, 1]  # an empty text is an empty document, as in Megatron-LM
     assert answers.document_indices.tolist() == [0, 1, 2]
     assert answers[1].tolist() == [*tokenizer.encode("three"), 0]
-    assert list(done.manifests) == document_prefixes(str(tmp_path / "out"), ["q", "a"])
+    assert list(done.manifests) == [f"{tmp_path}/out_{key}_document" for key in ("q", "a")]
 
 
 def test_a_template_makes_one_text(tmp_path: Path, tokenizer: Tokenizer) -> None:

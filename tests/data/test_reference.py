@@ -23,6 +23,22 @@ needs_extension = pytest.mark.skipif(_native is None, reason="the C++ extension 
 BUILDERS = [reference, pytest.param(_native, marks=needs_extension)]
 
 
+def sample_index(
+    builder: ModuleType,
+    lengths: np.ndarray,
+    documents: np.ndarray,
+    seq_len: int,
+    num_samples: int,
+    dtype: type[np.integer] = np.int32,
+    block: int = 1 << 30,
+) -> np.ndarray:
+    """The whole index, each ``block`` of rows going on where the one before it ended."""
+    index = np.zeros((num_samples + 1, 2), dtype=dtype)
+    for row in range(0, num_samples, block):
+        builder.fill_sample_index(lengths, documents, seq_len, tuple(index[row].tolist()), index[row + 1 :][:block])
+    return index
+
+
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_sample_index_is_megatrons(megatron_fixtures: Path, builder: ModuleType) -> None:
     cases = json.loads((megatron_fixtures / "expected_helpers.json").read_text())["build_sample_idx"]
@@ -31,9 +47,10 @@ def test_sample_index_is_megatrons(megatron_fixtures: Path, builder: ModuleType)
     for case in cases:
         lengths, documents = (np.array(case[name], dtype=np.int32) for name in ("sizes", "document_index"))
         num_samples = (case["num_epochs"] * case["tokens_per_epoch"] - 1) // case["sequence_length"]
-        index = builder.build_sample_index(lengths, documents, case["sequence_length"], num_samples, wide=False)
-        assert index.dtype == case["dtype"]
-        assert index.tolist() == case["sample_index"]
+        for block in (1, 3, 1 << 30):
+            index = sample_index(builder, lengths, documents, case["sequence_length"], num_samples, block=block)
+            assert index.dtype == case["dtype"]
+            assert index.tolist() == case["sample_index"]
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
@@ -55,16 +72,22 @@ def test_blends_are_megatrons(megatron_fixtures: Path, builder: ModuleType) -> N
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12),
     epochs=st.integers(1, 3),
     seq_len=st.integers(1, 7),
-    wide=st.booleans(),
+    dtype=st.sampled_from([np.int32, np.int64]),
+    block=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-def test_sample_index_of_both(lengths: list[int], epochs: int, seq_len: int, wide: bool, seed: int) -> None:
+def test_sample_index_of_both(
+    lengths: list[int], epochs: int, seq_len: int, dtype: type[np.integer], block: int, seed: int
+) -> None:
     documents = np.random.default_rng(seed).permutation(np.tile(np.arange(len(lengths), dtype=np.int32), epochs))
     arguments = (np.array(lengths, dtype=np.int32), documents, seq_len)
     num_samples = max(0, epochs * sum(lengths) - 1) // seq_len
-    index = reference.build_sample_index(*arguments, num_samples, wide=wide)
-    assert index.dtype == (np.int64 if wide else np.int32)
-    np.testing.assert_array_equal(_native.build_sample_index(*arguments, num_samples, wide=wide), index, strict=True)
+    index = sample_index(reference, *arguments, num_samples, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "BLOCK", 2)
+        for builder in (reference, _native):
+            blocks = sample_index(builder, *arguments, num_samples, dtype, block)
+            np.testing.assert_array_equal(blocks, index, strict=True)
     # Every row but the first, which Megatron-LM puts at (0, 0), is on a token that exists; rows are seq_len apart.
     assert (index[1:, 1] < np.array(lengths)[documents[index[1:, 0]]]).all()
     before = np.cumsum(np.array(lengths)[documents]) - np.array(lengths)[documents]
@@ -111,14 +134,22 @@ def test_shuffles_are_numpys(builder: ModuleType, sizes: list[int], seed: int, d
 
 
 @needs_extension
-def test_a_long_shuffle() -> None:
-    """Over a power of two, where the mask changes, and in several blocks."""
-    size, reported = (1 << 16) + 77, []
+@given(size=st.sampled_from([0, 128, 624, 1 << 11, 1 << 16]), more=st.integers(-3, 260), seed=st.integers(0, 2**32 - 1))
+def test_shuffles_around_borders(size: int, more: int, seed: int) -> None:
+    """Of powers of two, where the mask changes, of the blocks that are drawn ahead, and of the generator's."""
+    size = max(0, size + more)
     values, expected = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32)
-    _native.LegacyShuffle(3).shuffle(values, reported.append)
-    np.random.RandomState(3).shuffle(expected)
+    _native.LegacyShuffle(seed).shuffle(values, lambda _: None)
+    np.random.RandomState(seed).shuffle(expected)
     np.testing.assert_array_equal(values, expected)
-    _native.LegacyShuffle(4).shuffle(values, reported.append)
+
+
+@needs_extension
+def test_another_seed_is_another_shuffle() -> None:
+    size = (1 << 16) + 77
+    values, expected = np.arange(size, dtype=np.int32), np.arange(size, dtype=np.int32)
+    np.random.RandomState(3).shuffle(expected)
+    _native.LegacyShuffle(4).shuffle(values, lambda _: None)
     assert (values != expected).any()
 
 
@@ -149,16 +180,17 @@ def test_a_seed_that_is_none(builder: ModuleType) -> None:
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_impossible_requests(builder: ModuleType) -> None:
     lengths, documents = np.array([5, 3], dtype=np.int32), np.array([1, 0], dtype=np.int32)
-    builder.build_sample_index(lengths, documents, 7, 1, wide=False)
-    with pytest.raises(ValueError, match="fewer tokens"):
-        builder.build_sample_index(lengths, documents, 8, 1, wide=False)
-    with pytest.raises(ValueError, match="fewer tokens"):
-        builder.build_sample_index(lengths, documents[:0], 8, 1, wide=False)
+    row = np.zeros((1, 2), dtype=np.int32)
+    builder.fill_sample_index(lengths, documents, 7, (0, 0), row)
+    assert row.tolist() == [[1, 4]]
+    for start, order in (((0, 1), documents), ((1, 5), documents), ((2, 0), documents), ((0, 0), documents[:0])):
+        with pytest.raises(ValueError, match="fewer tokens"):
+            builder.fill_sample_index(lengths, order, 7, start, row)
     with pytest.raises(ValueError, match="document 2 does not exist"):
-        builder.build_sample_index(lengths, documents + np.int32(1), 4, 1, wide=False)
-    for seq_len, num_samples in ((0, 1), (4, -1)):
+        builder.fill_sample_index(lengths, documents + np.int32(1), 4, (0, 0), row)
+    for seq_len, start in ((0, (0, 0)), (4, (-1, 0)), (4, (0, -1))):
         with pytest.raises(ValueError, match="seq_len must be positive"):
-            builder.build_sample_index(lengths, documents, seq_len, num_samples, wide=False)
+            builder.fill_sample_index(lengths, documents, seq_len, start, row)
     for weights, size in (([], 1), ([1.0], -1)):
         with pytest.raises(ValueError, match="1 to 32767"):
             builder.build_blending_indices(np.array(weights, dtype=np.float64), size)
@@ -167,7 +199,9 @@ def test_impossible_requests(builder: ModuleType) -> None:
 @needs_extension
 def test_the_extension_converts_nothing() -> None:
     with pytest.raises(TypeError):
-        _native.build_sample_index(np.array([5]), np.array([0], dtype=np.int32), 4, 1, wide=False)
+        _native.fill_sample_index(np.array([5]), np.array([0], dtype=np.int32), 4, (0, 0), np.zeros((1, 2), np.int32))
+    with pytest.raises(ValueError, match="rows of two"):
+        _native.fill_sample_index(np.array([5], np.int32), np.zeros(1, np.int32), 4, (0, 0), np.zeros(2, np.int32))
     with pytest.raises(TypeError):
         _native.LegacyShuffle(1).shuffle(np.arange(5, dtype=np.uint8), print)
     with pytest.raises(ValueError, match="one-dimensional"):
@@ -177,7 +211,7 @@ def test_the_extension_converts_nothing() -> None:
 def test_what_runs_is_said() -> None:
     built = _native is not None
     assert native.INDEX_BUILDER.startswith("C++" if built else "numpy")
-    assert native.build_sample_index is (_native if built else reference).build_sample_index
+    assert native.fill_sample_index is (_native if built else reference).fill_sample_index
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # runpy: the module was imported before
@@ -186,7 +220,7 @@ def test_numpy_runs_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delattr("megatron_aquila._native", raising=False)
     loaded = runpy.run_module("megatron_aquila.data.native")
     assert loaded["INDEX_BUILDER"].startswith("numpy, slower: the C++ extension is not built")
-    assert loaded["build_sample_index"] is reference.build_sample_index
+    assert loaded["fill_sample_index"] is reference.fill_sample_index
 
 
 @needs_extension

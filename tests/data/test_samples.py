@@ -1,5 +1,6 @@
 """Packing: Megatron-LM's indices, and the laws they obey."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_aquila.data.cache import IndexCache
-from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.native import LegacyShuffle
 from megatron_aquila.data.samples import PackedSamples, Packing, _shuffled_ranges
 from tests.data.expected import assert_equals, build_case, load_case
 
 
-@pytest.mark.parametrize("name", ["one_epoch", "many_epochs_separate_final", "size_none_one_epoch"])
+@pytest.mark.parametrize(
+    "name",
+    ["one_epoch", "many_epochs_separate_final", "size_none_one_epoch", "keep_last_partial_validation_sized"],
+)
 def test_indices_and_samples_are_megatrons(megatron_fixtures: Path, tmp_path: Path, name: str) -> None:
     case = load_case(megatron_fixtures, name)
     splits = build_case(megatron_fixtures, case, tmp_path)
@@ -45,11 +49,12 @@ def test_another_seed_is_another_order(megatron_fixtures: Path, tmp_path: Path) 
 def test_laws(lengths: list[int], wanted: int | None, seq_len: int) -> None:
     packing = Packing(first=0, end=len(lengths), num_samples=wanted, seq_len=seq_len, seed=3)
     built = dict(packing.build(np.array(lengths, dtype=np.int32)))
+    rows = list(built["sample_index"].rows)
     epochs = packing.num_epochs(sum(lengths))
     assert np.bincount(built["document_index"], minlength=len(lengths)).tolist() == [epochs] * len(lengths)
     count = len(built["shuffle_index"])
     assert sorted(built["shuffle_index"].tolist()) == list(range(count))
-    assert len(built["sample_index"]) == count + 1
+    assert np.concatenate(rows).shape == built["sample_index"].shape == (count + 1, 2)
     assert wanted is None or count >= wanted
     if wanted is not None and epochs > 1:  # an epoch less would not have been enough
         assert packing.samples_in((epochs - 1) * sum(lengths)) < wanted
@@ -57,6 +62,37 @@ def test_laws(lengths: list[int], wanted: int | None, seq_len: int) -> None:
         dict(packing.build(np.array(lengths, dtype=np.int32)))["shuffle_index"].tolist()
         == built["shuffle_index"].tolist()
     )
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(lambda lengths: sum(lengths) > 1),
+    wanted=st.none() | st.integers(0, 60),
+    seq_len=st.integers(1, 12),
+)
+def test_nothing_is_lost_where_the_last_sample_is_kept(lengths: list[int], wanted: int | None, seq_len: int) -> None:
+    """Every token but the first is a label once an epoch; the whole samples are where they are without the last."""
+    with tempfile.TemporaryDirectory() as name:
+        with IndexedDatasetWriter(Path(name) / "data", np.uint16) as writer:
+            for number, length in enumerate(lengths):
+                writer.add_sequence(np.full(length, number + 1))
+                writer.end_document()
+        data, cache = IndexedDataset(Path(name) / "data"), IndexCache(folder=Path(name))
+        packing = Packing(first=0, end=len(lengths), num_samples=wanted, seq_len=seq_len, seed=3)
+        kept = PackedSamples(data, replace(packing, keep_partial=True), cache, split="valid")
+        samples = [kept[number] for number in range(len(kept))]
+        labels = [sample.tokens[1 : len(sample.tokens) - sample.padding] for sample in samples]
+        in_order = sorted(zip(kept.shuffle_index, labels, samples, strict=True), key=lambda each: each[0])
+        order = np.concatenate([np.full(lengths[number], number + 1) for number in kept.document_index])
+        assert np.concatenate([labels for _, labels, _ in in_order]).tolist() == order[1:].tolist()
+        assert [sample.padding > 0 for _, _, sample in in_order[:-1]] == [False] * (len(kept) - 1)
+        assert (in_order[-1][2].padding > 0) == ((len(order) - 1) % seq_len > 0)
+        assert all((sample.tokens[len(sample.tokens) - sample.padding :] == 0).all() for sample in samples)
+        for number in range(len(kept)):
+            spans = kept.spans(number)
+            assert sum(span.stop - span.start for span in spans) == seq_len + 1 - samples[number].padding
+        if len(kept.sample_index) > 2 or (len(order) - 1) % seq_len == 0:
+            whole = PackedSamples(data, packing, cache, split="valid")
+            np.testing.assert_array_equal(whole.sample_index, kept.sample_index[: len(whole) + 1])
 
 
 def test_long_shuffles_are_wide() -> None:

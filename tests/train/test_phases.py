@@ -118,6 +118,21 @@ def test_named_sets_are_validated_by_themselves(tmp_path: Path) -> None:
     assert set(alone.by_source) == {"sevens", "nines"}
 
 
+def test_the_last_sample_of_validation_data_may_be_kept(tmp_path: Path) -> None:
+    """As a sample of its own, of which what is there counts, on every layout alike."""
+    config = tiny_config(tmp_path, train_samples=16, eval_interval=1)
+    sets = (f"sevens={write(tmp_path, 'sevens', 7, 9)}",)
+    data = replace(config.data, valid_sets=sets, valid_samples=21, drop_last_partial_validation_sequence=False)
+    config = replace(without_save(config), data=data)
+    source = build_sources(config, segments=(16,), build=True).named["sevens"]
+    assert [len(source), sum(source[number].padding for number in range(12))] == [12, 13]
+    means = run(config).means[0]
+    other = run(replace(config, train=replace(config.train, micro_batch=4))).means[0]
+    assert other.by_source["sevens"] == pytest.approx(means.by_source["sevens"], rel=1e-12)
+    whole = replace(data, drop_last_partial_validation_sequence=True)
+    assert run(replace(config, data=whole)).means[0].by_source["sevens"] != means.by_source["sevens"]
+
+
 def without_save(config: RunConfig) -> RunConfig:
     return replace(config, checkpoint=replace(config.checkpoint, save=None))
 
