@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, Protocol
@@ -13,7 +14,6 @@ from megatron_aquila.data.fast_json import dumps
 from megatron_aquila.data.han_breaks import MARK, mark_id, pair_table
 from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks, split_documents
 from megatron_aquila.data.tokenizer import Tokenizer, library_of
-from megatron_aquila.data.workers import beside
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Backend = Literal["auto", "gigatoken", "tokenizers"]
@@ -110,8 +110,10 @@ class GigatokenEncoder:
 
     @cached_property
     def _made(self) -> tuple[Any, "_Breaks | None"]:
-        breaks = beside(lambda: _breaks(self.tokenizer))
-        return _gigatoken(self.tokenizer), breaks()
+        with ThreadPoolExecutor(1) as thread:  # gigatoken reads a tokenizer without Python's lock
+            backend = thread.submit(_gigatoken, self.tokenizer)
+            breaks = _breaks(self.tokenizer)
+        return backend.result(), breaks
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (GigatokenEncoder, (self.tokenizer,))
