@@ -14,7 +14,7 @@ def temporary_path(prefix: str | os.PathLike[str], ending: str) -> Path:
 def remove_leftovers(prefix: str | os.PathLike[str]) -> list[Path]:
     """Remove the temporary files of ``prefix`` whose process is no longer alive on this machine; returns them."""
     folder, name = Path(prefix).parent, Path(prefix).name
-    pattern = re.compile(re.escape(name) + r"\.(?:bin|idx|manifest\.json)\.(\d+)\.tmp")
+    pattern = re.compile(re.escape(name) + r"\.(?:bin|idx|manifest\.json|meta\.jsonl)\.(\d+)\.tmp")
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = pattern.fullmatch(path.name)
