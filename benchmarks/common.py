@@ -83,6 +83,17 @@ class Record:
     def add(self, table: str, **row: Any) -> None:
         """One more row of ``table``: values that JSON can carry."""
         self.tables.setdefault(table, []).append(row)
+        self._told(table, row)
+
+    def put(self, table: str, key: str, **row: Any) -> None:
+        """A row instead of the one of ``table`` with the same value under ``key``; where there is none, one more."""
+        rows = self.tables.setdefault(table, [])
+        places = [place for place, known in enumerate(rows) if known[key] == row[key]]
+        place = places[0] if places else len(rows)
+        rows[place : place + 1] = [row]
+        self._told(table, row)
+
+    def _told(self, table: str, row: Row) -> None:
         print(f"{table}: " + "  ".join(f"{name} {_short(value)}" for name, value in row.items()), flush=True)
         if self._out is not None:
             self._out.parent.mkdir(parents=True, exist_ok=True)

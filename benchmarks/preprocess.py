@@ -70,12 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         one = Path(name) / "one_document.jsonl"
         one.write_text(ONE_DOCUMENT)
         corpora = (one, *options.input)
-        rounds = [[measured(corpus, options, Path(name) / "made") for corpus in corpora] for _ in range(options.rounds)]
-        for corpus, rows in zip(corpora, zip(*rounds, strict=True), strict=True):
-            best = min(rows, key=lambda row: float(row["seconds"]))
-            slowest = max(row["seconds"] for row in rows)
-            table = "start-up" if corpus is one else "corpora"
-            record.add(table, corpus=corpus.stem, **best, slowest=slowest, calls=len(rows))
+        found: dict[Path, list[Row]] = {corpus: [] for corpus in corpora}
+        for _ in range(options.rounds):
+            for corpus, rows in found.items():
+                rows.append(measured(corpus, options, Path(name) / "made"))
+                best = min(rows, key=lambda row: float(row["seconds"]))
+                slowest = max(row["seconds"] for row in rows)
+                table = "start-up" if corpus is one else "corpora"
+                record.put(table, "corpus", corpus=corpus.stem, **best, slowest=slowest, calls=len(rows))
     return 0
 
 

@@ -2,12 +2,6 @@
 
 namespace aquila {
 
-namespace {
-
-bool is_han(uint32_t code) { return (code >= 0x4E00 && code <= 0x9FFF) || (code >= 0x3400 && code <= 0x4DBF); }
-
-}  // namespace
-
 int64_t insert_breaks(Span<const uint8_t> text, Span<const uint8_t> table, uint8_t mark, Span<uint8_t> out) {
   int64_t written = 0;
   uint32_t before = 0;  // the character before, 0 where it is not Han

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <memory>
@@ -14,6 +15,7 @@
 #include "blending.hpp"
 #include "breaks.hpp"
 #include "documents.hpp"
+#include "json_lines.hpp"
 #include "legacy_shuffle.hpp"
 #include "sample_index.hpp"
 #include "samples.hpp"
@@ -112,6 +114,29 @@ py::bytes insert_breaks(const py::bytes& text, const Array<uint8_t>& table, uint
     written = aquila::insert_breaks(from, table_span, mark, {to.get(), 2 * from.size});
   }
   return py::bytes(reinterpret_cast<const char*>(to.get()), written);
+}
+
+py::tuple join_lines(const py::bytes& block, int64_t start, const py::bytes& key,
+                     std::array<int64_t, 2> longest_and_enough, std::array<uint8_t, 2> border_and_mark,
+                     const Array<uint8_t>& table) {
+  const auto table_span = read(table);
+  if (table_span.size != 0 && table_span.size != int64_t{1} << (aquila::kPairBits - 3))
+    throw std::invalid_argument("a table of another size");
+  const std::string_view given = block, named = key;
+  if (start < 0 || start > static_cast<int64_t>(given.size())) throw std::invalid_argument("a start outside the block");
+  const aquila::Span<const uint8_t> from{reinterpret_cast<const uint8_t*>(given.data()) + start,
+                                         static_cast<int64_t>(given.size()) - start};
+  const auto [longest, enough] = longest_and_enough;
+  const int64_t room = 2 * std::min(from.size, longest + enough + 1) + 1;
+  std::unique_ptr<uint8_t[]> to(new uint8_t[static_cast<size_t>(room)]);
+  aquila::Joined done;
+  {
+    py::gil_scoped_release release;
+    done = aquila::join_lines(from, {named, longest, enough, border_and_mark[0], border_and_mark[1], table_span},
+                              {to.get(), room});
+  }
+  return py::make_tuple(py::bytes(reinterpret_cast<const char*>(to.get()), done.written), done.documents, done.counted,
+                        done.bytes, done.lines);
 }
 
 py::tuple split_documents(const Array<uint32_t>& ids, int64_t documents, int64_t border, int64_t mark, int64_t end) {
@@ -220,5 +245,7 @@ PYBIND11_MODULE(_native, module) {
              py::arg("reset_positions"), py::arg("reset_attention"), py::arg("mask_loss"));
   module.def("split_documents", &split_documents, py::arg("ids").noconvert(), py::kw_only(), py::arg("documents"),
              py::arg("border"), py::arg("mark"), py::arg("end"));
+  module.def("join_lines", &join_lines, py::arg("block"), py::arg("start"), py::kw_only(), py::arg("key"),
+             py::arg("longest_and_enough"), py::arg("border_and_mark"), py::arg("table").noconvert());
   module.def("insert_breaks", &insert_breaks, py::arg("text"), py::arg("table").noconvert(), py::arg("mark"));
 }

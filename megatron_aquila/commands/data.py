@@ -95,7 +95,8 @@ def run_verify(argv: Sequence[str]) -> int:
 def run_merge(argv: Sequence[str]) -> int:
     """Merge and say what came of it."""
     options = tyro.cli(MergeOptions, args=argv, prog="aquila data merge", description=MergeOptions.__doc__)
-    contents = merge(list(map(prefix_of, options.inputs)), options.output, overwrite=options.overwrite).contents
+    inputs = list(map(prefix_of, options.inputs))
+    contents = merge(inputs, options.output, overwrite=options.overwrite, say=_to_stderr).contents
     print(f"wrote {options.output}: {contents.documents:,} documents, {contents.tokens:,} tokens of {contents.dtype}")
     return 0
 

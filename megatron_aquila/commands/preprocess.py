@@ -18,6 +18,7 @@ from megatron_aquila.data.inputs import InputFormat, TextDocuments
 from megatron_aquila.data.preprocess import Done, Engine, PreprocessSettings, Progress, preprocess
 from megatron_aquila.data.records import MAX_DOCUMENT_BYTES, ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
+from megatron_aquila.data.workers import kept_for_good
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 
@@ -98,7 +99,9 @@ def run(options: PreprocessOptions) -> None:
     if options.log_interval < 1:
         why = "progress is shown every so many documents"
         raise ConfigError([Problem("--log-interval", options.log_interval, why, "use 1 or more")])
-    settings, tokenizer = settings_of(options), tokenizer_of(options)
+    settings = settings_of(options)
+    with kept_for_good():
+        tokenizer = tokenizer_of(options)
     try:
         with _shown(options) as report:
             done = preprocess(settings, tokenizer, report=report, say=lambda line: print(line, file=sys.stderr))

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, Protocol
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 
 from megatron_aquila.data.fast_json import dumps
 from megatron_aquila.data.han_breaks import MARK, mark_id, pair_table
-from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks, split_documents
+from megatron_aquila.data.native import INDEX_BUILDER, insert_breaks, join_lines, split_documents
+from megatron_aquila.data.records import Join, Joined
 from megatron_aquila.data.tokenizer import Tokenizer, library_of
-from megatron_aquila.data.workers import beside
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Backend = Literal["auto", "gigatoken", "tokenizers"]
@@ -88,11 +89,37 @@ class GigatokenEncoder:
         if MARK in joined or joined.count(BORDER) != max(len(texts) - 1, 0):
             return self._with_marks_inside(texts, end)
         text = (joined + BORDER if texts else "").encode()
+        _, breaks = self._made
+        marked = text if breaks is None else insert_breaks(text, breaks.table, ord(MARK))
+        return self.encode_joined(marked, len(texts), end)
+
+    def encode_joined(self, text: bytes, documents: int, end: int | None) -> Encoded:
+        """The ids of ``documents`` texts as ``joiner`` joins them."""
         backend, breaks = self._made
-        ids = backend.encode(text if breaks is None else insert_breaks(text, breaks.table, ord(MARK)))
         border, mark = self.tokenizer.vocab_size, NO_ID if breaks is None else breaks.mark_id
         last = NO_ID if end is None else end
-        return Encoded(*split_documents(ids, documents=len(texts), border=border, mark=mark, end=last))
+        ids = backend.encode(text)
+        return Encoded(*split_documents(ids, documents=documents, border=border, mark=mark, end=last))
+
+    def joiner(self, key: str, longest: int, enough: int) -> Join | None:
+        """Makes one text of the strings under ``key`` of many lines of JSON; None where the extension is not built.
+
+        It joins until there are ``enough`` bytes of lines. A line of more than ``longest`` bytes is left to others, and
+        so is one whose text holds what divides texts.
+        """
+        if join_lines is None:
+            return None
+        _, breaks = self._made
+        table = np.empty(0, np.uint8) if breaks is None else breaks.table
+        rules: dict[str, Any] = {"key": key.encode(), "table": table, "border_and_mark": (ord(BORDER), ord(MARK))}
+
+        def join(block: bytes, start: int) -> tuple[Joined, int, int]:
+            text, documents, counted, num_bytes, num_lines = join_lines(
+                block, start, longest_and_enough=(longest, enough), **rules
+            )
+            return Joined(text, documents, counted), num_bytes, num_lines
+
+        return join
 
     def _with_marks_inside(self, texts: Sequence[str], end: int | None) -> Encoded:
         """Rare, so the reference does them one by one, and each run between them goes the fast way."""
@@ -110,8 +137,10 @@ class GigatokenEncoder:
 
     @cached_property
     def _made(self) -> tuple[Any, "_Breaks | None"]:
-        breaks = beside(lambda: _breaks(self.tokenizer))
-        return _gigatoken(self.tokenizer), breaks()
+        with ThreadPoolExecutor(1) as thread:  # gigatoken reads a tokenizer without Python's lock
+            backend = thread.submit(_gigatoken, self.tokenizer)
+            breaks = _breaks(self.tokenizer)
+        return backend.result(), breaks
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (GigatokenEncoder, (self.tokenizer,))
@@ -146,6 +175,18 @@ def choose_encoder(backend: Backend, tokenizer: Tokenizer, sample: Callable[[], 
     if backend == "gigatoken":
         raise ConfigError([Problem("--tokenizer-backend", "gigatoken", why_not, "use auto or tokenizers")])
     return Choice(reference, f"tokenizers: {why_not}")
+
+
+def divided(text: bytes, characters: int) -> list[str]:
+    """The first texts of a joined one, each as it was, until they have so many characters together."""
+    texts: list[str] = []
+    start = held = 0
+    while held <= characters and start < len(text):
+        end = text.index(BORDER.encode(), start)
+        texts.append(text[start:end].decode().replace(MARK, ""))
+        held += len(texts[-1])
+        start = end + 1
+    return texts
 
 
 def first_difference(fast: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:

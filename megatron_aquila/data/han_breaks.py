@@ -14,15 +14,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_aquila.data.tokenizer import Tokenizer, byte_letters, library_of
+from megatron_aquila.data.tokenizer import Tokenizer, library_of
+from megatron_aquila.data.tokenizer_files import byte_letters
 
 MARK: Final = "\x01"
 TABLE_BITS: Final = 22
 MOST_PAIRS: Final = 1 << 18  # from tokens with parts of characters; beyond, cutting is not worth the doubt
 CHARACTER: Final = re.compile(rb"[\x80-\xbf]+|[^\x80-\xbf][\x80-\xbf]*")  # or the part of one at the end of a token
-WITH_PARTS: Final = re.compile("[^\n]*[\udc80-\udcff][^\n]*")  # a line that is not whole characters
 HAN: Final = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
-LATIN_1: Final = re.compile("[\0-\xff]*")
+NEW_LINE: Final = 10
+NO_BYTE: Final = 256
 
 
 def mark_id(tokenizer: Tokenizer) -> int | None:
@@ -48,29 +49,34 @@ def pair_table(tokenizer: Tokenizer) -> NDArray[np.uint8] | None:
     """
     vocab = library_of(tokenizer).description["model"]["vocab"]
     text = _text_of([token for token in vocab if not token.isascii()])
-    pairs = _broken_pairs(text)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    line = np.cumsum(codes == NEW_LINE)
+    has_parts = np.bincount(line, (codes >= 0xDC80) & (codes <= 0xDCFF), minlength=1) > 0  # of no whole characters
+    pairs = _broken_pairs([token for token, broken in zip(text.split("\n"), has_parts, strict=True) if broken])
     if pairs is None:
         return None
-    codes = np.frombuffer(WITH_PARTS.sub("", text).encode("utf-32-le"), dtype="<u4")
-    left, right = np.concatenate([np.stack([codes[:-1], codes[1:]]), pairs], axis=1)
+    is_wide = (codes >= 0x3400) & ~has_parts[line]  # Han is among these
+    first = np.flatnonzero(is_wide[:-1] & is_wide[1:])
+    left, right = np.concatenate([np.stack([codes[first], codes[first + 1]]), pairs], axis=1)
     bits = np.zeros(1 << TABLE_BITS, dtype=np.uint8)
-    is_wide = (left >= 0x3400) & (right >= 0x3400)  # Han is among these
-    left, right = left[is_wide], right[is_wide]
     bits[(left * np.uint32(0x9E3779B1) ^ right * np.uint32(0x85EBCA6B)) >> np.uint32(32 - TABLE_BITS)] = 1
     return np.packbits(bits, bitorder="little")
 
 
 def _text_of(tokens: Sequence[str]) -> str:
     """What tokens stand for, a line each; a byte of a character that is not whole is a low surrogate."""
-    to_byte = {ord(letter): chr(byte) for byte, letter in enumerate(byte_letters())}
-    text = "\n".join(tokens).translate(to_byte)
-    if not LATIN_1.fullmatch(text):  # a token that is no bytes in letters is made of no text
-        text = "\n".join(filter(LATIN_1.fullmatch, text.split("\n")))
-    return text.encode("latin-1").decode("utf-8", "surrogateescape")
+    to_byte = np.full(1 << 16, NO_BYTE, dtype=np.uint16)
+    to_byte[[ord(letter) for letter in byte_letters()]] = np.arange(256)
+    to_byte[NEW_LINE] = NEW_LINE
+    data = to_byte[np.frombuffer("\n".join(tokens).encode("utf-16-le", "surrogatepass"), dtype="<u2")]
+    if NO_BYTE in data:  # a token that is no bytes in letters is made of no text
+        letters = frozenset(byte_letters())
+        return _text_of([token for token in tokens if letters.issuperset(token)])
+    return bytes(data.astype(np.uint8)).decode("utf-8", "surrogateescape")
 
 
-def _broken_pairs(text: str) -> NDArray[np.uint32] | None:
-    """The pairs of Han characters that tokens reach across that begin or end within one; uint32 ``[2, pairs]``.
+def _broken_pairs(tokens: Sequence[str]) -> NDArray[np.uint32] | None:
+    """The pairs of Han characters that ``tokens`` reach across, which begin or end within one; uint32 ``[2, pairs]``.
 
     ``None``: there are too many.
     """
@@ -83,7 +89,7 @@ def _broken_pairs(text: str) -> NDArray[np.uint32] | None:
         held = data[:, first : first + len(part)]
         return han[(held == np.frombuffer(part, dtype=np.uint8)).all(axis=1)] if held.shape[1] == len(part) else han[:0]
 
-    broken = [token.encode("utf-8", "surrogateescape") for token in WITH_PARTS.findall(text)]
+    broken = [token.encode("utf-8", "surrogateescape") for token in tokens]
     pairs, count = [np.empty((2, 0), dtype=np.uint32)], 0
     for before, after in {pair for token in broken for pair in pairwise(CHARACTER.findall(token))}:
         left, right = with_bytes(before, 3 - len(before)), with_bytes(after, 0)

@@ -13,42 +13,64 @@ Sizes are in bytes, hashes are SHA-256 in hex, ``largest_token`` and ``tokenizer
 under a temporary name first: where it stands, the files it speaks of are whole. Data sets of other programs have none.
 """
 
-import importlib.metadata
+import importlib
 import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
 import numpy as np
 from annotated_types import Ge
-from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from megatron_aquila import __version__
 from megatron_aquila.data.temporary import temporary_path
 from megatron_aquila.errors import DataError
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
+
 FORMAT: Final = 1
 WITHOUT: Final = "remove it to go without its checks"
-_EXACT: Final = ConfigDict(strict=True, extra="forbid")  # no text for a number, no field that is not known
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """Of a field's text, for pydantic: which only reading a manifest waits for, and no run that writes one."""
+
+    regex: str
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.str_schema(pattern=self.regex, strict=True)
+
+
 Whole = Annotated[int, Ge(0)]
-Hash = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-DtypeName = Annotated[str, StringConstraints(pattern="^(u?int8|u?int16|int32|int64|float32|float64)$")]
+Hash = Annotated[str, _Pattern("^[0-9a-f]{64}$")]
+DtypeName = Annotated[str, _Pattern("^(u?int8|u?int16|int32|int64|float32|float64)$")]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_EXACT)
-class FileFacts:
+class _Exact:
+    """No text for a number, no field that is not known."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileFacts(_Exact):
     """What a file must be: ``size`` in bytes, ``sha256`` in hex."""
 
     size: Whole
     sha256: Hash
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_EXACT)
-class TokenizerFacts:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerFacts(_Exact):
     """The tokenizer that made the tokens; ``fingerprint`` is ``data.tokenizer.fingerprint``."""
 
     kind: str
@@ -56,16 +78,16 @@ class TokenizerFacts:
     fingerprint: Hash
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_EXACT)
-class SourceFile:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFile(_Exact):
     """A file that was read: its path as it was given and its bytes as they lay on disk, packed or not."""
 
     path: str
     size: Whole
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_EXACT)
-class Origin:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin(_Exact):
     """What made a data set, as its writer was told; ``options`` are plain JSON values."""
 
     tokenizer: TokenizerFacts | None
@@ -79,8 +101,8 @@ class Origin:
         return cls(tokenizer=None, sources=(), options={}, versions=package_versions("numpy"))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_EXACT)
-class Contents:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents(_Exact):
     """What a data set holds. ``largest_token`` is ``None`` where there is no token, or tokens are no integers."""
 
     documents: Whole
@@ -92,22 +114,19 @@ class Contents:
     idx: FileFacts
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_EXACT)
-class Manifest:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest(_Exact):
     """All that is known of a data set."""
 
     contents: Contents
     origin: Origin
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, config=_EXACT)
-class _Stored:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored(_Exact):
     format: Literal[1]
     contents: Contents
     origin: Origin
-
-
-_READER: Final = TypeAdapter(_Stored)
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
@@ -117,7 +136,7 @@ def manifest_path(prefix: str | os.PathLike[str]) -> Path:
 
 def package_versions(*packages: str) -> dict[str, str]:
     """Versions of this package, of Python and of ``packages``, by name."""
-    found = {name: importlib.metadata.version(name) for name in packages}
+    found = {name: str(importlib.import_module(name).__version__) for name in packages}
     return {"megatron_aquila": __version__, "python": platform.python_version(), **found}
 
 
@@ -166,8 +185,10 @@ def read_manifest(prefix: str | os.PathLike[str]) -> Manifest | None:
         return None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; {WITHOUT}") from error
+    from pydantic import ValidationError
+
     try:
-        stored = _READER.validate_json(text)
+        stored = _reader().validate_json(text)
     except ValidationError as error:
         raise DataError(f"{path}: {_in_words(error)}; {WITHOUT}") from error
     contents = stored.contents
@@ -178,7 +199,20 @@ def read_manifest(prefix: str | os.PathLike[str]) -> Manifest | None:
     return Manifest(contents=contents, origin=stored.origin)
 
 
-def _in_words(error: ValidationError) -> str:
+def manifest_of(said: Mapping[str, Any]) -> Manifest:
+    """A manifest as ``asdict`` made it a mapping and JSON kept it."""
+    stored = _reader().validate_json(json.dumps({"format": FORMAT, **said}))
+    return Manifest(contents=stored.contents, origin=stored.origin)
+
+
+@cache
+def _reader() -> "TypeAdapter[_Stored]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_Stored)
+
+
+def _in_words(error: "ValidationError") -> str:
     """The first thing wrong: the field and why; the text as a whole has no field."""
     first = error.errors(include_url=False, include_context=False)[0]
     name = ".".join(map(str, first["loc"]))

@@ -2,17 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.manifest import Manifest, Origin, TokenizerFacts, package_versions
+from megatron_aquila.data.provenance import join_provenance, provenance_path
+from megatron_aquila.data.shards import META
+from megatron_aquila.data.temporary import temporary_path
 from megatron_aquila.data.verify import verify
 from megatron_aquila.errors import DataError
 
 
 def merge(
-    prefixes: Sequence[str], output: str, *, overwrite: bool = False, report: Callable[[int], None] = lambda _: None
+    prefixes: Sequence[str],
+    output: str,
+    *,
+    overwrite: bool = False,
+    report: Callable[[int], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Write the documents of ``prefixes``, in that order, as one data set; Megatron-LM's merge byte for byte.
+
+    Where all inputs say where their documents came from, ``OUTPUT.meta.jsonl`` says it of the output's; where only some
+    do, it says nothing, and ``say`` gets a line with those that do not.
 
     Inputs with manifests are verified first, or the output's would vouch for their damage. The output's files are
     hashed while they are written; its manifest names all sources, and the tokenizer where all say the same one.
@@ -25,22 +37,33 @@ def merge(
     if len(prefixes) == 0:
         raise DataError(f"{output}: nothing to merge; give the prefixes of .bin/.idx pairs")
     inputs = [IndexedDataset(prefix) for prefix in prefixes]
-    _check(inputs, output, overwrite)
+    origins = [provenance_path(dataset) for dataset in inputs]
+    meta = Path(f"{output}.{META}") if None not in origins else None
+    _check(inputs, output, meta, overwrite)
     for prefix in dict.fromkeys(prefixes):
         if problems := verify(prefix).problems:
             raise DataError("; ".join(problems))
+    beside = temporary_path(output, META)
     writer = IndexedDatasetWriter(output, inputs[0].dtype, multimodal=inputs[0].modes is not None)
     try:
         for dataset in inputs:
             writer.add_dataset(dataset, report)
-        writer.origin = _origin(inputs)
-        return writer.close()
+        writer.origin = _origin(inputs, meta)
+        if meta is not None:
+            join_provenance(inputs, beside)
+            beside.replace(meta)
+        manifest = writer.close()
     except BaseException:
+        beside.unlink(missing_ok=True)
         writer.discard()
         raise
+    silent = [dataset.prefix for dataset, path in zip(inputs, origins, strict=True) if path is None]
+    if 0 < len(silent) < len(inputs):
+        say(f"where documents came from is not merged: {', '.join(silent)} does not say it")
+    return manifest
 
 
-def _check(inputs: Sequence[IndexedDataset], output: str, overwrite: bool) -> None:
+def _check(inputs: Sequence[IndexedDataset], output: str, meta: Path | None, overwrite: bool) -> None:
     first = inputs[0]
     for dataset in inputs:
         if Path(dataset.prefix).resolve() == Path(output).resolve():
@@ -51,23 +74,29 @@ def _check(inputs: Sequence[IndexedDataset], output: str, overwrite: bool) -> No
         ):
             if ours != theirs:
                 raise DataError(f"{dataset.prefix}: {what} {ours}, but {first.prefix} has {theirs}: they cannot be one")
+    for dataset in inputs if meta is not None else ():
+        path = provenance_path(dataset)
+        if path is not None and path.resolve() == meta.resolve():
+            raise DataError(f"{path}: it belongs to {dataset.prefix}, which is merged; write to another prefix")
     tokenizers = {said.fingerprint: dataset.prefix for dataset in inputs if (said := _tokenizer(dataset)) is not None}
     if len(tokenizers) > 1:
         one, other, *_ = tokenizers.values()
         raise DataError(f"{one} and {other} were made by different tokenizers: they cannot be one data set")
-    existing = [path for end in ("bin", "idx") if (path := Path(f"{output}.{end}")).exists()]
+    written = [Path(f"{output}.bin"), Path(f"{output}.idx"), *([] if meta is None else [meta])]
+    existing = [path for path in written if path.exists()]
     if existing and not overwrite:
         raise DataError(f"{existing[0]}: it exists; give --overwrite to replace it")
 
 
-def _origin(inputs: Sequence[IndexedDataset]) -> Origin:
+def _origin(inputs: Sequence[IndexedDataset], meta: Path | None) -> Origin:
     known = [_tokenizer(dataset) for dataset in inputs]
+    options: dict[str, Any] = {"merged": [dataset.prefix for dataset in inputs]}
     return Origin(
         tokenizer=None if None in known else known[0],
         sources=tuple(
             source for dataset in inputs if dataset.manifest is not None for source in dataset.manifest.origin.sources
         ),
-        options={"merged": [dataset.prefix for dataset in inputs]},
+        options=options if meta is None else options | {"provenance": meta.name},
         versions=package_versions("numpy"),
     )
 

@@ -7,6 +7,7 @@ try:
         build_exhaustive_blending_indices,
         fill_sample_index,
         insert_breaks,
+        join_lines,
         lay_out,
         read_sample,
         split_documents,
@@ -25,6 +26,7 @@ except ImportError:
         split_documents,
     )
 
+    join_lines = None  # type: ignore[assignment]  # lines are read one by one then
     INDEX_BUILDER = "numpy, slower: the C++ extension is not built (python setup.py build_ext --inplace)"
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "build_exhaustive_blending_indices",
     "fill_sample_index",
     "insert_breaks",
+    "join_lines",
     "lay_out",
     "read_sample",
     "split_documents",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from megatron_aquila.data.filters import SeenHashes
 from megatron_aquila.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
@@ -25,6 +24,7 @@ from megatron_aquila.data.manifest import (
     FileFacts,
     Manifest,
     Origin,
+    manifest_of,
     manifest_path,
     remove_manifest,
     write_manifest,
@@ -33,7 +33,6 @@ from megatron_aquila.data.selection import select
 from megatron_aquila.data.shards import BAD, HASHES, META, Counts, Shard, shard_folder
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
-MANIFEST: Final = TypeAdapter(Manifest)
 CHUNK: Final = 1 << 22  # bytes that are hashed at once
 BLOCK: Final = 1 << 19  # documents whose part of the index is made at once
 
@@ -131,7 +130,7 @@ class Output:
         self.num_shards, self.counts, self.largest = 0, Counts(), [-1] * len(self.names)
         self._plan = json.loads(json.dumps(plan))
         self._files: dict[str, HashedFile] = {}
-        self._manifests: dict[str, Any] | None = None  # those of a run that was killed while it published
+        self._manifests: dict[str, Manifest] | None = None  # those of a run that was killed while it published
         self._extra: tuple[str, ...] = ()
         self._seen = SeenHashes() if HASHES in streams else None
         try:
@@ -156,7 +155,8 @@ class Output:
             way_out = "give the same settings to go on, --overwrite to begin anew, or another prefix"
             raise ConfigError([Problem("--output-prefix", self.prefix, why, way_out)])
         goes_on = len(begun) > 0 and not differing and is_resumable
-        self._manifests = story.manifests if goes_on else None
+        said = story.manifests if goes_on else None
+        self._manifests = None if said is None else {name: manifest_of(each) for name, each in said.items()}
         if self._manifests is None:
             self._refuse_existing(overwrite=overwrite, begun=len(begun) > 0)
         if not goes_on:
@@ -246,21 +246,19 @@ class Output:
         """
         try:
             if self._manifests is None:
-                made = {name: self._manifest(name, largest, origin) for name, largest in self._largest()}
+                self._manifests = {name: self._manifest(name, largest, origin) for name, largest in self._largest()}
                 for file in self._files.values():
                     file.close()
-                self._manifests = {name: asdict(manifest) for name, manifest in made.items()}
                 beside = [name for name in beside_paths(self.prefix) if name in self._files]
                 self._extra = tuple(name for name in beside if self._files[name].size > 0)
-                self._journal.finish(self._manifests, self._extra)
+                self._journal.finish({name: asdict(each) for name, each in self._manifests.items()}, self._extra)
             self._publish(self._extra)
         except OSError as error:
             raise DataError(f"{self.prefix}: cannot be written: {error.strerror}; the same command goes on") from error
-        manifests = {name: MANIFEST.validate_json(json.dumps(manifest)) for name, manifest in self._manifests.items()}
-        for name, manifest in manifests.items():
+        for name, manifest in self._manifests.items():
             write_manifest(document_prefix(self.prefix, name), manifest)
         shutil.rmtree(self.folder)
-        return manifests
+        return self._manifests
 
     def _publish(self, extra: Sequence[str]) -> None:
         """Give the files their names; may be done again after it was killed half-way."""

@@ -24,7 +24,7 @@ from megatron_aquila.data.records import BadRecord, ReadOptions
 from megatron_aquila.data.shards import BAD, META, Counts, Shard, ShardWriter, Step
 from megatron_aquila.data.streams import STDIN, LineNumbers
 from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
-from megatron_aquila.data.workers import beside, ordered_map
+from megatron_aquila.data.workers import beside, kept_for_good, ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Engine = Literal["local", "ray"]
@@ -133,8 +133,9 @@ def preprocess(
     _check_inputs(settings, corpus)
     pieces = _share(corpus, settings.shard)
     dtype = token_dtype(tokenizer.vocab_size)
-    pending_facts = beside(lambda: tokenizer_facts(tokenizer))
-    chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
+    with kept_for_good():
+        pending_facts = beside(lambda: tokenizer_facts(tokenizer))
+        chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
     say(f"tokenizer backend: {chosen.why}")
     if settings.deduplicate and settings.shard is not None:
         say("--deduplicate with --shard: equal documents are found within this part, not between parts")

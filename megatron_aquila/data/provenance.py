@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.errors import DataError
 
+WAY_OUT: Final = "remove it to merge without"
 HEAD: Final = re.compile(rb'\{"document": \d+, "line": (\d+), ')
 
 
@@ -35,15 +36,52 @@ def renumbered(lines: Iterable[bytes], first: int, lines_before: int = 0) -> Ite
         yield b'{"document": %d, "line": %d, %b' % (number, int(head[1]) + lines_before, said[head.end() :])
 
 
+def provenance_path(dataset: IndexedDataset) -> Path | None:
+    """The file that the data set's manifest names; None where it names none, or it is not there."""
+    name = None if dataset.manifest is None else dataset.manifest.origin.options.get("provenance")
+    path = None if name is None else Path(dataset.prefix).with_name(str(name))
+    return None if path is None or not path.exists() else path
+
+
+def join_provenance(datasets: Sequence[IndexedDataset], path: Path) -> None:
+    """Write what the files of all data sets say to ``path``, documents numbered as they lie end to end.
+
+    Raises:
+        DataError: a data set has no such file, or one that is not a line a document; or one cannot be read or written.
+    """
+    first = 0
+    try:
+        with path.open("wb") as joined:
+            for dataset in datasets:
+                joined.writelines(renumbered(_lines_of(dataset), first))
+                first += len(dataset.document_indices) - 1
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: {error.strerror}") from error
+
+
+def _lines_of(dataset: IndexedDataset) -> Iterator[bytes]:
+    """Every line of what says where the data set's documents came from; DataError unless it is a line a document."""
+    path, number = provenance_path(dataset), 0
+    if path is None:
+        raise DataError(f"{dataset.prefix}: the file that says where its documents came from is not there")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if HEAD.match(line) is None:
+                raise DataError(f"{path}:{number}: no line of provenance; {WAY_OUT}")
+            yield line
+    documents = len(dataset.document_indices) - 1
+    if number != documents:
+        raise DataError(f"{path}: {number:,} lines for the {documents:,} documents of {dataset.prefix}; {WAY_OUT}")
+
+
 def document_origin(dataset: IndexedDataset, document: int) -> str | None:
     """Where a document came from, in words; None where the data set's manifest names no such file, or it is not there.
 
     Raises:
         DataError: as ``find_provenance``.
     """
-    name = None if dataset.manifest is None else dataset.manifest.origin.options.get("provenance")
-    path = None if name is None else Path(dataset.prefix).with_name(str(name))
-    found = None if path is None or not path.exists() else find_provenance(path, document)
+    path = provenance_path(dataset)
+    found = None if path is None else find_provenance(path, document)
     if found is None:
         return None
     kept = "".join(f", {key} {value}" for key, value in found["meta"].items())

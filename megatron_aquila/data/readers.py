@@ -14,6 +14,8 @@ from megatron_aquila.data.records import (
     Broken,
     Document,
     Found,
+    Join,
+    Joined,
     Kind,
     Parse,
     ReadOptions,
@@ -30,6 +32,7 @@ from megatron_aquila.data.streams import (
     owned_lines,
     sniffed,
     unpacked,
+    whole_lines,
     without_mark,
 )
 from megatron_aquila.errors import DataError
@@ -53,13 +56,55 @@ def read_piece(piece: Piece, options: ReadOptions, lines: LineNumbers | None = N
             try:
                 texts, meta = parse(data)
             except BadValue as error:
-                kind, why = _at_the_end(error) if unended else (error.kind, error.why)
-                yield BadRecord(path, line_of(piece, number, lines), kind, why)
+                yield _bad(piece, number, error, unended, lines)
             else:
                 yield Document(texts, path, number, meta, num_bytes)
     except Broken as error:
-        why = f"{error}; all behind this is lost"
-        yield BadRecord(path, line_of(piece, number + 1, lines), error.kind, why, ends_piece=True)
+        yield _broken(piece, number, error, lines)
+
+
+def read_joined(
+    piece: Piece, options: ReadOptions, join: Join, lines: LineNumbers | None = None
+) -> Iterator[Joined | Document | BadRecord]:
+    """``read_piece`` of JSON lines with their texts joined, but for lines that ``join`` leaves to be read as ever.
+
+    Raises:
+        DataError: as ``read_piece``.
+    """
+    assert piece.format is Format.JSON_LINES, f"{piece.path} is {piece.format}"
+    parse, number = json_parser(options), 0
+    try:
+        with opened(piece.path) as raw:
+            for block, unended in whole_lines(_chunks(raw, piece), options.max_document_bytes):
+                start = 0
+                while start < len(block):
+                    joined, num_bytes, num_lines = join(block, start)
+                    if joined.documents > 0:
+                        yield joined
+                    start, number = start + num_bytes, number + num_lines
+                    if num_lines > 0:
+                        continue
+                    end = len(block) if unended else block.index(b"\n", start)
+                    line, start, number = block[start:end], end + 1, number + 1
+                    if line and not line.isspace():
+                        try:
+                            texts, meta = parse(line.removesuffix(b"\r"))
+                        except BadValue as error:
+                            yield _bad(piece, number, error, unended, lines)
+                        else:
+                            yield Document(texts, piece.path, number, meta, len(line) + (not unended))
+    except Broken as error:
+        yield _broken(piece, number, error, lines)
+
+
+def _bad(piece: Piece, number: int, error: BadValue, unended: bool, lines: LineNumbers | None) -> BadRecord:
+    kind, why = _at_the_end(error) if unended else (error.kind, error.why)
+    return BadRecord(piece.path, line_of(piece, number, lines), kind, why)
+
+
+def _broken(piece: Piece, number: int, error: Broken, lines: LineNumbers | None) -> BadRecord:
+    why = f"{error}; all behind this is lost"
+    return BadRecord(piece.path, line_of(piece, number + 1, lines), error.kind, why, ends_piece=True)
 
 
 def line_of(piece: Piece, line: int, lines: LineNumbers | None = None) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from megatron_aquila.errors import ConfigError, Problem
 
@@ -45,6 +45,21 @@ class Document(NamedTuple):
     line: int
     meta: Mapping[str, object] | None
     num_bytes: int
+
+
+class Joined(NamedTuple):
+    """Texts of consecutive records, end to end as an encoder takes them; ``num_bytes`` as Document's."""
+
+    text: bytes
+    documents: int
+    num_bytes: int
+
+
+class Join(Protocol):
+    """Joins the texts of plain lines, from a byte of a block of lines on, up to one that is not, or to enough."""
+
+    def __call__(self, block: bytes, start: int) -> tuple[Joined, int, int]:
+        """What was joined, and how many bytes and lines that took."""
 
 
 @dataclass(frozen=True, slots=True)

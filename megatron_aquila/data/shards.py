@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, field
 from operator import add, sub
@@ -13,17 +13,28 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
-from megatron_aquila.data.encoders import Encoded, Encoder, ReferenceEncoder, check_ids, first_difference
+from megatron_aquila.data.encoders import (
+    Encoded,
+    Encoder,
+    GigatokenEncoder,
+    ReferenceEncoder,
+    check_ids,
+    divided,
+    first_difference,
+)
 from megatron_aquila.data.filters import Drop, Dropped, LengthLimits, hashes_of, text_hash
-from megatron_aquila.data.inputs import Piece
+from megatron_aquila.data.inputs import Format, Piece
 from megatron_aquila.data.provenance import provenance_line
-from megatron_aquila.data.readers import read_piece
-from megatron_aquila.data.records import BadRecord, Document, ReadOptions
+from megatron_aquila.data.readers import read_joined, read_piece
+from megatron_aquila.data.records import BadRecord, Document, Join, Joined, ReadOptions
 from megatron_aquila.data.streams import LineNumbers
 from megatron_aquila.errors import DataError
 
 BATCH_BYTES: Final = 1 << 20  # of text, tokenized at once
 CHECKED_CHARACTERS: Final = 1 << 12  # of each piece, on which the fast encoder is held against the reference
+LONGEST_JOINED: Final = (
+    1 << 24
+)  # bytes of a line that others than Python may look at: of few tokens enough for any index
 BATCH_BAD: Final = 1 << 12  # bad records that are held at most
 FACTS: Final = "facts.json"
 META, BAD, HASHES = "meta.jsonl", "bad.jsonl", "hashes"
@@ -124,7 +135,7 @@ class ShardWriter:
             files = {name: stack.enter_context((temporary / name).open("wb")) for name in self.streams}
             for batch in _batches(self._records(piece)):
                 if shard.counts.documents == 0:
-                    self._check(piece, batch.documents)
+                    self._check(piece, batch.texts())
                 step, largest = self._write_batch(files, batch, shard.counts.documents)
                 shard = Shard(shard.index, shard.counts + step, tuple(map(max, shard.largest, largest)))
                 so_far = min(shard.counts.num_bytes, piece.num_bytes)  # a packed piece seems done before it is
@@ -147,9 +158,23 @@ class ShardWriter:
         meta, hashes = [META] if self.read.keep_meta else [], [HASHES] if self.deduplicate else []
         return (*tokens, *meta, *hashes, BAD)
 
-    def _records(self, piece: Piece) -> Iterator[Document | BadRecord | Dropped]:
-        for record in read_piece(piece, self.read, self.lines):
-            if isinstance(record, BadRecord):
+    def _joiner(self, piece: Piece) -> Join | None:
+        """Where nothing is asked of a document but the ids of one text, and its encoder can join them."""
+        plain = piece.format is Format.JSON_LINES and self.read.template is None and len(self.read.keys) == 1
+        if not plain or self.read.keep_meta or self.deduplicate or self.limits != LengthLimits():
+            return None
+        if not isinstance(self.encoder, GigatokenEncoder):
+            return None
+        longest = min(self.read.max_document_bytes, LONGEST_JOINED)
+        return self.encoder.joiner(self.read.keys[0], longest, BATCH_BYTES)
+
+    def _records(self, piece: Piece) -> Iterator[Joined | Document | BadRecord | Dropped]:
+        join = self._joiner(piece)
+        whole = read_piece(piece, self.read, self.lines)
+        for record in whole if join is None else read_joined(piece, self.read, join, self.lines):
+            if isinstance(record, Joined):
+                yield record
+            elif isinstance(record, BadRecord):
                 if record.ends_piece:
                     raise DataError(f"{record}; mend the file, or leave it out: this is more than a line to skip")
                 if not self.skip_bad_records:
@@ -159,17 +184,10 @@ class ShardWriter:
                 reason = self.limits.dropped(record.texts)
                 yield record if reason is None else Dropped(reason, record.num_bytes)
 
-    def _check(self, piece: Piece, batch: list[Document]) -> None:
+    def _check(self, piece: Piece, texts: Sequence[str]) -> None:
         """The first documents of every piece by both encoders."""
         if isinstance(self.encoder, ReferenceEncoder):
             return
-        texts: list[str] = []
-        characters = 0
-        for document in batch:
-            texts += document.texts
-            characters += sum(map(len, document.texts))
-            if characters > CHECKED_CHARACTERS:
-                break
         texts = [text[:CHECKED_CHARACTERS] for text in texts]
         why = first_difference(self.encoder, ReferenceEncoder(self.encoder.tokenizer), texts)
         if why is not None:
@@ -180,7 +198,7 @@ class ShardWriter:
         documents, tokens, largest = batch.documents, 0, []
         vocab_size = self.encoder.tokenizer.vocab_size
         for column, name in enumerate(self.names):
-            encoded = self.encoder.encode([document.texts[column] for document in documents], self.end)
+            encoded = self._encoded(batch, column)
             largest.append(check_ids(encoded, vocab_size))
             files[f"{name}.bin"].write(encoded.tokens.astype(self.dtype).data)
             files[f"{name}.lengths"].write(_lengths(encoded, documents).data)
@@ -195,7 +213,14 @@ class ShardWriter:
         for record in batch.bad:
             said = {"file": str(record.path), "line": record.line, "kind": record.kind, "why": record.why}
             files[BAD].write(json.dumps(said).encode() + b"\n")
-        return batch.left_out + Counts(documents=len(documents), tokens=tokens, num_bytes=batch.num_bytes), largest
+        done = Counts(documents=batch.num_documents, tokens=tokens, num_bytes=batch.num_bytes)
+        return batch.left_out + done, largest
+
+    def _encoded(self, batch: "_Batch", column: int) -> Encoded:
+        if batch.joined is None:
+            return self.encoder.encode([document.texts[column] for document in batch.documents], self.end)
+        assert isinstance(self.encoder, GigatokenEncoder), f"{type(self.encoder).__name__} joins nothing"
+        return self.encoder.encode_joined(batch.joined.text, batch.joined.documents, self.end)
 
 
 def shard_folder(folder: Path, index: int) -> Path:
@@ -230,16 +255,40 @@ class _Batch(NamedTuple):
     bad: list[BadRecord]
     left_out: Counts
     num_bytes: int
+    joined: Joined | None = None  # instead of all of these
+
+    @property
+    def num_documents(self) -> int:
+        """Good ones that are not left out."""
+        return len(self.documents) if self.joined is None else self.joined.documents
+
+    def texts(self) -> list[str]:
+        """Those of the first documents, up to the one behind ``CHECKED_CHARACTERS``."""
+        if self.joined is not None:
+            return divided(self.joined.text, CHECKED_CHARACTERS)
+        texts: list[str] = []
+        characters = 0
+        for document in self.documents:
+            texts += document.texts
+            characters += sum(map(len, document.texts))
+            if characters > CHECKED_CHARACTERS:
+                break
+        return texts
 
 
-def _batches(records: Iterator[Document | BadRecord | Dropped]) -> Iterator[_Batch]:
+def _batches(records: Iterator[Joined | Document | BadRecord | Dropped]) -> Iterator[_Batch]:
     """Documents of about a megabyte at once."""
     documents: list[Document] = []
     bad: list[BadRecord] = []
     dropped: list[Drop] = []
     num_bytes = 0
     for record in records:
-        if isinstance(record, BadRecord):
+        if isinstance(record, Joined):
+            if documents or bad or dropped:
+                yield _Batch(documents, bad, _left_out(bad, dropped), num_bytes)
+                documents, bad, dropped, num_bytes = [], [], [], 0
+            yield _Batch([], [], Counts(), record.num_bytes, record)
+        elif isinstance(record, BadRecord):
             bad.append(record)
         else:
             num_bytes += record.num_bytes

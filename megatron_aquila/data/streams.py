@@ -162,6 +162,27 @@ def line_blocks(chunks: Iterator[bytes], longest: int) -> Iterator[tuple[list[by
     yield [b"".join(parts)], True
 
 
+def whole_lines(chunks: Iterator[bytes], longest: int) -> Iterator[tuple[bytes, bool]]:
+    """The same bytes in blocks that end behind a line feed, but for the last, which is what follows the last one.
+
+    That alone comes with True, and is perhaps nothing. Of a line of more than ``longest`` bytes that goes on for chunks
+    less is kept, but still too much.
+    """
+    parts: list[bytes] = []
+    held = 0
+    for chunk in chunks:
+        cut = chunk.rfind(b"\n") + 1
+        if cut == 0:
+            parts += [chunk] if held <= longest else []
+            held += len(chunk)
+            continue
+        parts.append(chunk[:cut])
+        yield b"".join(parts), False
+        parts = [chunk[cut:]]
+        held = len(parts[0])
+    yield b"".join(parts), True
+
+
 class LineNumbers:
     """Which line of its file an offset of a plain file is in: counted only when asked, and each byte only once."""
 

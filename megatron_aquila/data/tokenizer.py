@@ -5,8 +5,8 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cache, cached_property
+from dataclasses import InitVar, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -15,8 +15,16 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megatron_aquila.data.fast_json import loads
 from megatron_aquila.data.manifest import TokenizerFacts
-from megatron_aquila.data.tokenizer_files import check_specials, read_json, read_merges, read_vocab
-from megatron_aquila.errors import ConfigError, DataError, Problem
+from megatron_aquila.data.tokenizer_files import (
+    byte_letters,
+    check_specials,
+    needed_files,
+    read_json,
+    read_merges,
+    read_vocab,
+    token_text,
+)
+from megatron_aquila.errors import DataError
 
 TokenizerType = Literal["AquilaTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer"]
 PAD: Final = "<|endoftext|>"
@@ -154,9 +162,17 @@ class Tokenizer(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryTokenizer(Tokenizer):
-    """A tokenizer of the tokenizers library, Aquila's among them."""
+    """A tokenizer of the tokenizers library, Aquila's among them.
+
+    ``described`` is what ``description`` is, where whoever made the model knows it: the library takes its time to say.
+    """
 
     model: tokenizers.Tokenizer
+    described: InitVar[Mapping[str, Any] | None] = None
+
+    def __post_init__(self, described: Mapping[str, Any] | None) -> None:
+        if described is not None:
+            self.__dict__["description"] = described
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -249,14 +265,6 @@ def library_of(tokenizer: Tokenizer) -> LibraryTokenizer:
     return tokenizer
 
 
-@cache
-def byte_letters() -> tuple[str, ...]:
-    """GPT-2's letter for each byte."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = {byte: 256 + place for place, byte in enumerate(byte for byte in range(256) if byte not in plain)}
-    return tuple(chr(others.get(byte, byte)) for byte in range(256))
-
-
 def load_tokenizer(
     kind: TokenizerType,
     *,
@@ -276,25 +284,26 @@ def load_tokenizer(
         DataError: a file cannot be read or does not hold what it should.
     """
     if kind == "HuggingFaceTokenizer":
-        (folder_or_file,) = _needed(kind, {"--tokenizer-model": tokenizer_model})
+        (folder_or_file,) = needed_files(kind, {"--tokenizer-model": tokenizer_model})
         return _from_json(folder_or_file, allow_special_tokens=allow_special_tokens)
     if kind == "SentencePieceTokenizer":
         from megatron_aquila.data.sentencepiece_tokenizer import load_sentencepiece
 
-        (file,) = _needed(kind, {"--tokenizer-model": tokenizer_model})
+        (file,) = needed_files(kind, {"--tokenizer-model": tokenizer_model})
         return load_sentencepiece(file, allow_special_tokens=allow_special_tokens)
     flags = {"--vocab-file": vocab_file, "--merge-file": merge_file, "--special-tokens-file": special_tokens_file}
-    vocab_path, merge_path, special_path = _needed(kind, flags)
+    vocab_path, merge_path, special_path = needed_files(kind, flags)
     vocab, merges = read_vocab(vocab_path, PAD), read_merges(merge_path)
     check_specials(special_path, vocab, vocab_path, AQUILA_SPECIAL_TOKENS)
     try:
         model = build_aquila_tokenizer(vocab, merges)
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{merge_path} does not fit {vocab_path}: {error}; take the files of one tokenizer") from error
-    return aquila_tokenizer(model, allow_special_tokens=allow_special_tokens)
+    tokenizer = aquila_tokenizer(model, allow_special_tokens=allow_special_tokens)
+    return replace(tokenizer, described=_aquila_description(vocab, merges))
 
 
-def aquila_tokenizer(model: tokenizers.Tokenizer, *, allow_special_tokens: bool = False) -> Tokenizer:
+def aquila_tokenizer(model: tokenizers.Tokenizer, *, allow_special_tokens: bool = False) -> LibraryTokenizer:
     """``build_aquila_tokenizer``'s result with Aquila's roles of the special tokens."""
     return LibraryTokenizer(
         kind="AquilaTokenizer",
@@ -315,6 +324,14 @@ def build_aquila_tokenizer(vocab: Mapping[str, int], merges: Sequence[tuple[str,
         [AddedToken(token, normalized=False, special=True) for token in (PAD, *AQUILA_SPECIAL_TOKENS)]
     )
     return model
+
+
+def _aquila_description(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What ``build_aquila_tokenizer``'s result says of itself: one without words says all but these."""
+    said: dict[str, Any] = loads(build_aquila_tokenizer({PAD: 0}, []).to_str())
+    for token in said["added_tokens"][1:]:
+        token["id"] += len(vocab) - 1
+    return said | {"model": said["model"] | {"vocab": vocab, "merges": merges}}
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -346,7 +363,7 @@ def _from_json(path: Path, *, allow_special_tokens: bool) -> Tokenizer:
         raise DataError(f"{file}: not a tokenizer.json that the tokenizers library can read: {error}") from error
     config_file = file.with_name("tokenizer_config.json")
     config = read_json(config_file) if config_file.exists() else {}
-    named = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+    named = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
     missing = [token for token in named.values() if token is not None and model.token_to_id(token) is None]
     if missing:
         raise DataError(f"{config_file}: {missing} are not in {file}; take the two files of one tokenizer")
@@ -361,24 +378,6 @@ def _from_json(path: Path, *, allow_special_tokens: bool) -> Tokenizer:
         pad_token=named["pad_token"],
         allow_special_tokens=allow_special_tokens,
     )
-
-
-def _token_text(value: object) -> str | None:
-    """tokenizer_config.json writes a token as a string or as an object."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _needed(kind: TokenizerType, flags: Mapping[str, Path | None]) -> list[Path]:
-    problems = [
-        Problem(flag, "(not given)", f"--tokenizer-type {kind} needs it", "give the file, or another --tokenizer-type")
-        for flag, path in flags.items()
-        if path is None
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return [path for path in flags.values() if path is not None]
 
 
 def tokenizer_at(path: Path) -> Tokenizer:

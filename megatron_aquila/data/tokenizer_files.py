@@ -1,13 +1,34 @@
-"""The files that a tokenizer is made of, read and checked."""
+"""The files that a tokenizer is made of, read and checked; and the letters in which they write bytes."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Final, cast
 
 from megatron_aquila.data.fast_json import loads
-from megatron_aquila.errors import DataError
+from megatron_aquila.errors import ConfigError, DataError, Problem
 
 SHOWN: Final = 80  # characters of a wrong file that a message repeats
+
+
+@cache
+def byte_letters() -> tuple[str, ...]:
+    """GPT-2's letter for each byte."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = {byte: 256 + place for place, byte in enumerate(byte for byte in range(256) if byte not in plain)}
+    return tuple(chr(others.get(byte, byte)) for byte in range(256))
+
+
+def needed_files(kind: str, flags: Mapping[str, Path | None]) -> list[Path]:
+    """The files of ``flags``. Raises ``ConfigError`` where one is not given that this ``kind`` of tokenizer needs."""
+    problems = [
+        Problem(flag, "(not given)", f"--tokenizer-type {kind} needs it", "give the file, or another --tokenizer-type")
+        for flag, path in flags.items()
+        if path is None
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return [path for path in flags.values() if path is not None]
 
 
 def check_specials(path: Path, vocab: Mapping[str, int], vocab_path: Path, expected: Sequence[str]) -> None:
@@ -43,11 +64,13 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     """merges.txt, in its order. Raises ``DataError`` where a line is no merge."""
     lines = _lines(path)
     first = 1 if lines and lines[0].startswith("#version") else 0
-    for number, line in enumerate(lines[first:], start=first + 1):
-        if line.count(" ") != 1 or line[0] == " " or line[-1] == " ":
-            raise DataError(f"{path}:{number}: not a merge of two tokens: {_shortened(line)!r}; take merges.txt")
-    tokens = " ".join(lines[first:]).split(" ")
-    return list(zip(tokens[::2], tokens[1::2], strict=False))  # of no line there is one empty token
+    merges = [tuple(line.split(" ")) for line in lines[first:]]
+    for number, merge in enumerate(merges, start=first + 1):
+        if len(merge) != 2 or "" in merge:
+            raise DataError(
+                f"{path}:{number}: not a merge of two tokens: {_shortened(' '.join(merge))!r}; take merges.txt"
+            )
+    return cast(list[tuple[str, str]], merges)
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -61,6 +84,13 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object but a {type(value).__name__}")
     return value
+
+
+def token_text(value: object) -> str | None:
+    """A token of tokenizer_config.json, which writes it as a string or as an object; None where it is neither."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
 
 
 def _lines(path: Path) -> list[str]:

@@ -68,6 +68,22 @@ def ordered_map(
         threads.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def kept_for_good() -> Iterator[None]:
+    """What is made within stays as long as the process: no garbage is looked for meanwhile, nor in it later.
+
+    Among the many objects of a vocabulary that takes a third of the time it takes to make them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
+
+
 def beside(function: Callable[[], Result]) -> Callable[[], Result]:
     """Start ``function`` in a process of its own; what is returned waits for its result.
 

@@ -36,6 +36,21 @@ def test_a_corpus_and_one_document_are_measured(tmp_path, tokenizer):
     assert 20 < row["peak_mib"] < 600
 
 
+def test_what_was_found_is_on_file_when_a_later_round_fails(tmp_path, monkeypatch):
+    corpus, out = tmp_path / "few.jsonl", tmp_path / "x.json"
+    seconds = iter([3.0, 5.0, 2.0])
+
+    def measured(*_):
+        return {"seconds": next(seconds)}
+
+    monkeypatch.setattr(preprocess, "measured", measured)
+    with pytest.raises(StopIteration):
+        preprocess.main(["--input", str(corpus), "--tokenizer", str(tmp_path), "--out", str(out)])
+    tables = json.loads(out.read_text())["tables"]
+    assert tables["start-up"] == [{"corpus": "one_document", "seconds": 2.0, "slowest": 3.0, "calls": 2}]
+    assert tables["corpora"] == [{"corpus": "few", "seconds": 5.0, "slowest": 5.0, "calls": 1}]
+
+
 def test_a_command_that_fails_is_an_error(tmp_path, tokenizer):
     options = preprocess.Options(input=(tmp_path / "absent.jsonl",), tokenizer=tokenizer)
     with pytest.raises(AssertionError, match=r"absent.jsonl"):

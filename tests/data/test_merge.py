@@ -9,6 +9,7 @@ import pytest
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.manifest import Origin, SourceFile, TokenizerFacts, read_manifest
 from megatron_aquila.data.merge import merge
+from megatron_aquila.data.provenance import document_origin, join_provenance, provenance_line
 from megatron_aquila.data.verify import verify
 from megatron_aquila.errors import DataError
 
@@ -61,6 +62,65 @@ def test_where_it_came_from(tmp_path: Path) -> None:
     origin = merge([a, b], str(tmp_path / "out")).origin
     assert origin.tokenizer == TokenizerFacts(kind="x", vocab_size=9, fingerprint="a" * 64)
     assert [source.path for source in origin.sources] == ["a.jsonl", "b.jsonl"]
+
+
+def with_provenance(prefix: Path, *lines: int) -> str:
+    """A data set of a document a line, and the file that says so."""
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for _ in lines:
+            writer.add_sequence([1])
+            writer.end_document()
+        meta = prefix.with_name(f"{prefix.name}.meta.jsonl")
+        writer.origin = replace(Origin.unknown(), options={"provenance": meta.name})
+    said = [provenance_line(n, source=f"{prefix.name}.jsonl", line=line, meta={}) for n, line in enumerate(lines)]
+    meta.write_bytes(b"".join(said))
+    return str(prefix)
+
+
+def test_where_documents_came_from(tmp_path: Path) -> None:
+    a, b, c = (with_provenance(tmp_path / name, *lines) for name, lines in (("a", [3, 5]), ("b", []), ("c", [9])))
+    said: list[str] = []
+    out = str(tmp_path / "out")
+    merge([c, a, b, a], out, say=said.append)
+    assert said == []
+    merged = IndexedDataset(out)
+    found = [document_origin(merged, document) for document in range(6)]
+    assert found == ["c.jsonl:9", "a.jsonl:3", "a.jsonl:5", "a.jsonl:3", "a.jsonl:5", None]
+    (tmp_path / "other.meta.jsonl").touch()
+    with pytest.raises(DataError, match=r"other.meta.jsonl: it exists; give --overwrite"):
+        merge([a], str(tmp_path / "other"))
+    merge([a], out, overwrite=True)
+    assert document_origin(IndexedDataset(out), 1) == "a.jsonl:5"
+    (tmp_path / "b.meta.jsonl").unlink()
+    without = merge([a, b, write(tmp_path / "d", 1)], str(tmp_path / "some"), say=said.append)
+    assert said == [f"where documents came from is not merged: {b}, {tmp_path / 'd'} does not say it"]
+    assert "provenance" not in without.origin.options
+    assert not (tmp_path / "some.meta.jsonl").exists()
+
+
+def test_provenance_that_cannot_be_joined(tmp_path: Path) -> None:
+    a = with_provenance(tmp_path / "a", 3, 5)
+    meta, out = tmp_path / "a.meta.jsonl", str(tmp_path / "out")
+    first, second = meta.read_bytes().splitlines(keepends=True)
+    for data, message in (
+        (first, "1 lines for the 2 documents of .*a; remove it to merge without"),
+        (first + b"x\n", "a.meta.jsonl:2: no line of provenance"),
+    ):
+        meta.write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            merge([a], out)
+        assert not list(tmp_path.glob("out*"))
+    meta.write_bytes(first + second)
+    x = with_provenance(tmp_path / "x", 1)
+    (tmp_path / "y.meta.jsonl").symlink_to(tmp_path / "x.meta.jsonl")
+    with pytest.raises(DataError, match=r"x.meta.jsonl: it belongs to .*x, which is merged; write to another prefix"):
+        merge([x], str(tmp_path / "y"), overwrite=True)
+    broken = IndexedDataset(x)
+    (tmp_path / "x.meta.jsonl").unlink()
+    with pytest.raises(DataError, match=r"x: the file that says where its documents came from is not there"):
+        join_provenance([broken], tmp_path / "z")
+    with pytest.raises(DataError, match=r"nowhere"):
+        join_provenance([], tmp_path / "nowhere" / "z")
 
 
 def test_what_cannot_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

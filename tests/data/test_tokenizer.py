@@ -15,6 +15,7 @@ from megatron_aquila.data.tokenizer import (
     AQUILA_GOLDEN_IDS,
     AQUILA_SPECIAL_TOKENS,
     AQUILA_VOCAB_SIZE,
+    LibraryTokenizer,
     Tokenizer,
     fingerprint,
     load_tokenizer,
@@ -53,6 +54,15 @@ def test_special_tokens_come_last_and_text_is_text(tokenizer_files: dict[str, Pa
     assert tokenizer.decode(ids) == text
     allowed = load_tokenizer("AquilaTokenizer", **tokenizer_files, allow_special_tokens=True).encode(text)
     assert [number for number in allowed if number in (0, 4102, 4103)] == [4103, 0, 4102]
+
+
+def test_what_is_known_of_aquilas_own_is_what_the_library_says(tokenizer_files: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer("AquilaTokenizer", **tokenizer_files)  # type: ignore[arg-type]
+    assert isinstance(tokenizer, LibraryTokenizer)
+    known = {**vars(tokenizer)}["description"]
+    said = json.loads(tokenizer.model.to_str())
+    assert json.loads(json.dumps(known)) == said
+    assert pickle.loads(pickle.dumps(tokenizer)).description == said
 
 
 def test_a_tokenizer_json(tokenizer_files: dict[str, Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Order, errors and deaths of the worker processes."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aquila.data.workers import AHEAD, QUIET, beside, ordered_map
+from megatron_aquila.data.workers import AHEAD, QUIET, beside, kept_for_good, ordered_map
 from megatron_aquila.errors import DataError
 
 here = os.getpid()
@@ -113,6 +114,15 @@ def _runs(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in "ZX"
+
+
+def test_no_garbage_is_looked_for_in_what_is_kept_for_good() -> None:
+    with kept_for_good():
+        assert not gc.isenabled()
+        made: list[list[int]] = [[], []]
+    assert gc.isenabled()
+    assert not any(found is made for found in gc.get_objects())
+    gc.unfreeze()
 
 
 def test_beside_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
