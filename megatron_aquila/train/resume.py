@@ -8,6 +8,7 @@ from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
 from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.checkpoint.reader import TensorReader
+from megatron_aquila.checkpoint.shares import Shares
 from megatron_aquila.checkpoint.staging import Staging
 from megatron_aquila.checkpoint.store import CheckpointReader, Save
 from megatron_aquila.config.schema import DataConfig, RunConfig
@@ -24,14 +25,29 @@ from megatron_aquila.train.traced import reads
 OPTIMIZER_KINDS = ("master", "remainder", "exp_avg", "exp_avg_sq")
 
 
-def begin_save(machine: Machine, state: TrainState, identity: Identity | None, staging: Staging | None = None) -> Save:
+def begin_save(
+    machine: Machine,
+    state: TrainState,
+    identity: Identity | None,
+    staging: Staging | None = None,
+    shares: Shares | None = None,
+) -> Save:
     """Begin a checkpoint of the logical model. Collective over the world; rank 0's ``identity`` is kept.
 
-    Each rank writes the elements of weights and optimizer states that its optimizer shard owns, so that the writing is
-    spread over all data-parallel replicas. With ``staging`` the run may go on at once.
+    With ``staging`` the run may go on at once. ``shares`` are those of ``run_chunks``, where they were agreed before.
     """
     root = machine.config.checkpoint.save
     assert root is not None, "save without --save"
+    described = describe(machine.config, machine.derived.shape, state, identity)
+    return Save(root, state.step, run_chunks(machine), described, machine.ctx, staging, shares)
+
+
+def run_chunks(machine: Machine) -> list[Chunk]:
+    """What this rank writes of a checkpoint. Local; waits for the weights.
+
+    That is the elements of weights and optimizer states that its optimizer shard owns, so that the writing is spread
+    over all data-parallel replicas.
+    """
     weights = [
         chunk
         for kind, owned, values in machine.optimizer.ranges()
@@ -39,8 +55,7 @@ def begin_save(machine: Machine, state: TrainState, identity: Identity | None, s
         for chunk in range_chunks(owned, values)
     ]
     kept = [chunk for info in machine.infos if not info.param.requires_grad for chunk in param_chunks(info)]
-    described = describe(machine.config, machine.derived.shape, state, identity)
-    return Save(root, state.step, [*weights, *kept, *optimizer_chunks(machine)], described, machine.ctx, staging)
+    return [*weights, *kept, *optimizer_chunks(machine)]
 
 
 def _prefix(kind: str) -> str:

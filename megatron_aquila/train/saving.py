@@ -8,12 +8,13 @@ from typing import Protocol
 import torch
 
 from megatron_aquila.checkpoint.retention import prune
+from megatron_aquila.checkpoint.shares import Shares
 from megatron_aquila.checkpoint.staging import Staging
 from megatron_aquila.checkpoint.store import Save
 from megatron_aquila.parallel.collectives import all_reduce_
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Identity
-from megatron_aquila.train.resume import begin_save
+from megatron_aquila.train.resume import begin_save, run_chunks
 from megatron_aquila.train.state import TrainState
 
 
@@ -49,8 +50,20 @@ class Saver:
             limit = int(settings.save_staging_gib * 2**30)
             self._staging = Staging(machine.ctx.device, limit_bytes=limit)
         self._on_saved = on_saved
+        self._shares: Shares | None = None
         self._under_way: Save | None = None
         self._began = self._stall = 0.0
+
+    def prepare(self) -> None:
+        """Agree who saves what, and begin to take the memory for it: so that the first save need not. Collective.
+
+        Nothing where nothing is to be saved. Raises ``CheckpointError`` on every rank as ``Shares.agree``.
+        """
+        if self._machine.config.checkpoint.save is None:
+            return
+        self._shares = Shares.agree(run_chunks(self._machine), self._machine.ctx)
+        if self._staging is not None:
+            self._staging.prepare(self._shares.num_bytes)
 
     def begin(self, state: TrainState) -> None:
         """Begin to save the run as it is now; on return it may go on. Collective.
@@ -65,7 +78,7 @@ class Saver:
             self.finish()
         waited_before = 0.0 if self._staging is None else self._staging.waited_seconds
         self._began = began
-        self._under_way = begin_save(self._machine, state, self._identity, self._staging)
+        self._under_way = begin_save(self._machine, state, self._identity, self._staging, self._shares)
         self._stall = time.perf_counter() - began
         self._reporter.stall(state, self._stall)
         if self._staging is not None and (waited := self._staging.waited_seconds - waited_before) > 0.1:

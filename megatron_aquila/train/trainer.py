@@ -143,6 +143,7 @@ class Loop:
         self._stops.begin()
         with closing(self._profiler), closing(self._releases):
             self._releases.begin()
+            self._saver.prepare()
             why = end_of_run(self._machine.config, self.state)
             try:
                 while why is None:
