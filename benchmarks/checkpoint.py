@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "behind training, memory for all of it": Staging(CPU, limit_bytes=size + 2 * BLOCK_BYTES),
         "behind training, memory for an eighth": Staging(CPU, limit_bytes=short),
     }
-    shares = Shares.agree(chunks_of(state), ctx)
+    shares = Shares.agree(chunks_of(state), ctx.host_world)
     for staging in ways.values():
         if staging is not None:  # as a run does when it starts
             staging.prepare(shares.num_bytes)
@@ -90,7 +90,7 @@ def saved(
 ) -> tuple[float, float]:
     """Seconds until training may go on, and until the checkpoint is published."""
     began = time.perf_counter()
-    save = Save(root, 1, chunks_of(state), {}, ctx, staging, shares)
+    save = Save(root, 1, chunks_of(state), {}, ctx.host_world, staging, shares)
     stall = time.perf_counter() - began
     save.finish()
     total = time.perf_counter() - began

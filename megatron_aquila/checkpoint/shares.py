@@ -17,7 +17,7 @@ from megatron_aquila.checkpoint.manifest import Piece, StoredTensor, TensorTable
 from megatron_aquila.checkpoint.rectangles import Rectangle, cover_problem
 from megatron_aquila.checkpoint.tensorfile import DTYPE_NAMES, DTYPES, Entry
 from megatron_aquila.errors import CheckpointError
-from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.context import Group
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Shares:
     mine: Sequence[Sequence[Any]]
 
     @classmethod
-    def agree(cls, chunks: Sequence[Chunk], ctx: ParallelContext) -> "Shares":
-        """From the chunks of all ranks. Collective over the world: small tables are all-gathered, no tensors.
+    def agree(cls, chunks: Sequence[Chunk], world: Group) -> "Shares":
+        """From the chunks of all ranks. Collective over ``world``: small tables are all-gathered, no tensors.
 
         Chunks with a replica other than 0 are left out; of equal rectangles on several ranks (data-parallel replicas)
         the first rank's is written. Raises CheckpointError on every rank unless they make whole tensors.
         """
-        tables = together(lambda: _described(chunks), ctx.host_world)
-        shares = cls(ctx.rank, _assign(tables), _described(chunks))
-        if ctx.rank == 0:
+        tables = together(lambda: _described(chunks), world)
+        shares = cls(world.rank, _assign(tables), _described(chunks))
+        if world.rank == 0:
             _ = shares.table
         return shares
 

@@ -31,7 +31,7 @@ from megatron_aquila.checkpoint.shares import Shares, file_name
 from megatron_aquila.checkpoint.staging import Staging, write_at_once
 from megatron_aquila.checkpoint.tensorfile import FileRecord
 from megatron_aquila.errors import CheckpointError
-from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.plan.shape import ModelShape
 
 
@@ -82,7 +82,7 @@ def save_checkpoint(
     shares: Shares | None = None,
 ) -> Path:
     """A ``Save``, begun and finished. Collective; raises as it does."""
-    return Save(root, step, chunks, state, ctx, staging, shares).finish()
+    return Save(root, step, chunks, state, ctx.host_world, staging, shares).finish()
 
 
 class Save:
@@ -99,22 +99,22 @@ class Save:
         step: int,
         chunks: Sequence[Chunk],
         state: Mapping[str, Json],
-        ctx: ParallelContext,
+        world: Group,
         staging: Staging | None = None,
         shares: Shares | None = None,
     ) -> None:
-        """Collective over the world, tensors are not communicated.
+        """Collective over ``world``, tensors are not communicated.
 
         Raises CheckpointError on every rank as ``Shares.agree``, or where rank 0 cannot make the folder, before a byte
         is written. What fails later is ``finish``'s to tell.
         """
-        self._step, self._state, self._world = step, state, ctx.host_world
+        self._step, self._state, self._world = step, state, world
         self._final = step_folder(root, step)
         self._temporary = beside(self._final, "tmp")
         with self._failing():
-            self._shares = Shares.agree(chunks, ctx) if shares is None else shares
+            self._shares = Shares.agree(chunks, world) if shares is None else shares
             self._on_rank_0(lambda: _fresh_folder(self._temporary))
-        path = self._temporary / file_name(ctx.rank)
+        path = self._temporary / file_name(world.rank)
         self._written: Future[FileRecord] | None = None
         try:
             entries = self._shares.entries(chunks)

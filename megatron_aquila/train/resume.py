@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
+from megatron_aquila.checkpoint.parts import part_chunks
 from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.shares import Shares
@@ -39,7 +40,7 @@ def begin_save(
     root = machine.config.checkpoint.save
     assert root is not None, "save without --save"
     described = describe(machine.config, machine.derived.shape, state, identity)
-    return Save(root, state.step, run_chunks(machine), described, machine.ctx, staging, shares)
+    return Save(root, state.step, run_chunks(machine), described, machine.ctx.host_world, staging, shares)
 
 
 def run_chunks(machine: Machine) -> list[Chunk]:
@@ -48,6 +49,11 @@ def run_chunks(machine: Machine) -> list[Chunk]:
     That is the elements of weights and optimizer states that its optimizer shard owns, so that the writing is spread
     over all data-parallel replicas.
     """
+    return [*weight_chunks(machine), *optimizer_chunks(machine)]
+
+
+def weight_chunks(machine: Machine) -> list[Chunk]:
+    """The weights among ``run_chunks``, and what is not trained."""
     weights = [
         chunk
         for kind, owned, values in machine.optimizer.ranges()
@@ -55,7 +61,7 @@ def run_chunks(machine: Machine) -> list[Chunk]:
         for chunk in range_chunks(owned, values)
     ]
     kept = [chunk for info in machine.infos if not info.param.requires_grad for chunk in param_chunks(info)]
-    return [*weights, *kept, *optimizer_chunks(machine)]
+    return [*weights, *kept]
 
 
 def _prefix(kind: str) -> str:
@@ -99,6 +105,8 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
     machine.optimizer.wait_for_weights()  # or what is under way would overwrite what is loaded
     for info in machine.infos:
         info.param.data.zero_()  # padded vocabulary rows are in no file
+    if start.is_part:
+        return _load_part(machine, start)
     if start.checkpoint is not None:
         path = start.checkpoint
         reader = agreed(lambda: CheckpointReader(path, verified=True), world)
@@ -123,6 +131,20 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
     agreed(lambda: read_states(reader, optimizer_chunks(machine)), world)
     machine.optimizer.applied_steps = start.state.applied_steps
     return conversions(reader, machine.config.optim)
+
+
+def _load_part(machine: Machine, start: Start) -> list[str]:
+    """Fill what this rank's shards own from its part, and the weights of all replicas from theirs."""
+    folder, world, optimizer = start.checkpoint, machine.ctx.world, machine.optimizer
+    assert folder is not None, "a part without a folder"
+    reader = agreed(lambda: CheckpointReader(folder, verified=True), world)
+    optimizer.refresh_masters()  # padded rows are in no file
+    agreed(lambda: reader.read_into(part_chunks(weight_chunks(machine))), world)
+    optimizer.gather_shards()
+    optimizer.refresh_masters()
+    agreed(lambda: reader.read_into(part_chunks(optimizer_chunks(machine))), world)
+    optimizer.applied_steps = start.state.applied_steps
+    return []
 
 
 def open_published(folder: Path, shape: ModelShape, *, same_positions: bool = True) -> TensorReader:

@@ -18,7 +18,7 @@ def test_saves_with_shares_that_were_agreed_before_agree_on_nothing_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ctx = ParallelContext.single()
-    shares = Shares.agree([*numbers(1.0), Chunk("copy", (2,), (0,), torch.ones(2), replica=1)], ctx)
+    shares = Shares.agree([*numbers(1.0), Chunk("copy", (2,), (0,), torch.ones(2), replica=1)], ctx.host_world)
     assert shares.num_bytes == 4 * (6 + 4)
     save_checkpoint(tmp_path / "agreed", 1, numbers(2.0), {"value": {3: "三"}}, ctx)
     monkeypatch.setattr(Shares, "agree", lambda *args: pytest.fail("agreed again"))
@@ -32,7 +32,7 @@ def test_saves_with_shares_that_were_agreed_before_agree_on_nothing_more(
 
 def test_tensors_that_were_not_agreed_on_are_not_saved(tmp_path: Path) -> None:
     ctx = ParallelContext.single()
-    shares = Shares.agree(numbers(1.0), ctx)
+    shares = Shares.agree(numbers(1.0), ctx.host_world)
     other = [*numbers(1.0)[:1], Chunk("other", (2, 2), (0, 0), torch.ones(2, 2, dtype=torch.float64))]
     with pytest.raises(CheckpointError, match="rank 0 saves other tensors than were agreed"):
         save_checkpoint(tmp_path, 1, other, {}, ctx, shares=shares)
@@ -40,7 +40,7 @@ def test_tensors_that_were_not_agreed_on_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_table_made_before_gives_the_text_of_one_made_at_once() -> None:
-    shares = Shares.agree(numbers(1.0), ParallelContext.single())
+    shares = Shares.agree(numbers(1.0), ParallelContext.single().world)
     manifest = Manifest(step=7, state={"z": {2: 1}, "统": "一"}, files={}, tensors=shares.tensors, saved=1.5)
     assert manifest.render(shares.table) == manifest.render()
     with pytest.raises(AssertionError, match="zeta comes behind"):
