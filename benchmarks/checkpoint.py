@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, Record, Row, options_of
 from megatron_aquila.checkpoint.layout import Chunk
+from megatron_aquila.checkpoint.shares import Shares
 from megatron_aquila.checkpoint.staging import BLOCK_BYTES, Staging
 from megatron_aquila.checkpoint.store import Save
 from megatron_aquila.parallel.context import ParallelContext
@@ -33,7 +34,7 @@ class Options:
     megabytes: int = 1000
     """Size of the state, in 10^6 bytes."""
     rounds: int = 5
-    """Saves of each kind."""
+    """Saves of each kind after the first, which is told of by itself."""
     folder: Path | None = None
     """Where the temporary folder is made."""
     tiny: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -55,15 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "behind training, memory for all of it": Staging(CPU, limit_bytes=size + 2 * BLOCK_BYTES),
         "behind training, memory for an eighth": Staging(CPU, limit_bytes=short),
     }
+    shares = Shares.agree(chunks_of(state), ctx.host_world)
+    for staging in ways.values():
+        if staging is not None:  # as a run does when it starts
+            staging.prepare(shares.num_bytes)
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     copies: list[float] = []
     with tempfile.TemporaryDirectory(prefix="aquila_checkpoint_", dir=options.folder) as folder:
         for turn in range(options.rounds + 1):
             copies.append(copied(state, target))
             for name, staging in ways.items():
-                figures[name].append(saved(Path(folder) / str(turn), state, ctx, staging))
-    for name in ways:  # without the first turn, in which memory is touched for the first time
-        record.add("saving", **row(name, size, figures[name][1:], copies[1:]))
+                figures[name].append(saved(Path(folder) / str(turn), state, ctx, staging, shares))
+    for name in ways:
+        record.add("saving", **row(name, size, figures[name], copies[1:]))
     return 0
 
 
@@ -75,11 +80,17 @@ def copied(state: list[Tensor], target: list[Tensor]) -> float:
     return time.perf_counter() - began
 
 
-def saved(root: Path, state: list[Tensor], ctx: ParallelContext, staging: Staging | None) -> tuple[float, float]:
+def chunks_of(state: list[Tensor]) -> list[Chunk]:
+    """The tensors under names."""
+    return [Chunk(f"t{number}", tuple(tensor.shape), (0,), tensor) for number, tensor in enumerate(state)]
+
+
+def saved(
+    root: Path, state: list[Tensor], ctx: ParallelContext, staging: Staging | None, shares: Shares
+) -> tuple[float, float]:
     """Seconds until training may go on, and until the checkpoint is published."""
-    chunks = [Chunk(f"t{number}", tuple(tensor.shape), (0,), tensor) for number, tensor in enumerate(state)]
     began = time.perf_counter()
-    save = Save(root, 1, chunks, {}, ctx, staging)
+    save = Save(root, 1, chunks_of(state), {}, ctx.host_world, staging, shares)
     stall = time.perf_counter() - began
     save.finish()
     total = time.perf_counter() - began
@@ -88,12 +99,13 @@ def saved(root: Path, state: list[Tensor], ctx: ParallelContext, staging: Stagin
 
 
 def row(name: str, size: int, figures: list[tuple[float, float]], copies: list[float]) -> Row:
-    """Medians of one way of saving."""
-    stalls, totals = zip(*figures, strict=True)
+    """The first save of one way of saving, and medians of the others."""
+    (first, *stalls), (_, *totals) = zip(*figures, strict=True)
     stall, copy = statistics.median(stalls), statistics.median(copies)
     return {
         "name": name,
         "num_bytes": size,
+        "first_stall": first,
         "stall_seconds": stall,
         "longest_stall": max(stalls),
         "seconds": statistics.median(totals),

@@ -158,6 +158,7 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
                 Column("written", "name"),
                 Column("MB", "num_bytes", 1e-6, 0),
                 Column("s that training stands still", "stall_seconds", 1, 2),
+                Column("the first save", "first_stall", 1, 2),
                 Column("longest", "longest_stall", 1, 2),
                 Column("in plain copies", "stall_in_copies", 1, 1),
                 Column("s until it is published", "seconds", 1, 2),

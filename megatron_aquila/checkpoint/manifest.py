@@ -57,6 +57,31 @@ class StoredTensor:
     pieces: tuple[Piece, ...]
 
 
+class TensorTable:
+    """The tensors of a manifest as text, made once for many: they are the same in every checkpoint of a run.
+
+    ``text`` has a line for each.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        table = {
+            name: {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": tensor.shape,
+                "pieces": [[piece.file, piece.rectangle.offset, piece.rectangle.shape] for piece in tensor.pieces],
+            }
+            for name, tensor in sorted(tensors.items())
+        }
+        self.text = _line_each(table)
+        self._canonical = _canonical(table)
+
+    def digest_with(self, rest: Mapping[str, object]) -> str:
+        """The digest of ``rest`` and the tensors together; its keys come before theirs."""
+        assert max(rest) < "tensors", f"{max(rest)} comes behind the tensors"
+        text = f'{_canonical(rest)[:-1]},"tensors":{self._canonical}}}'
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The table of contents of one checkpoint."""
@@ -77,34 +102,20 @@ class Manifest:
         """When it was saved, in local time; empty where that is not known."""
         return "" if self.saved == 0 else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.saved))
 
-    def render(self) -> str:
-        """As text: one line a file, one line a tensor, the state indented."""
+    def render(self, table: "TensorTable | None" = None) -> str:
+        """As text: one line a file, one line a tensor, the state indented. ``table``: that of its tensors."""
+        table = TensorTable(self.tensors) if table is None else table
         files = {name: {"size": record.size, "sha256": record.sha256} for name, record in self.files.items()}
-        tensors = {
-            name: {
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": tensor.shape,
-                "pieces": [[piece.file, piece.rectangle.offset, piece.rectangle.shape] for piece in tensor.pieces],
-            }
-            for name, tensor in sorted(self.tensors.items())
-        }
-        body = {
-            "format": FORMAT,
-            "step": self.step,
-            "saved": self.saved,
-            "state": self.state,
-            "files": files,
-            "tensors": tensors,
-        }
-        body = json.loads(json.dumps(body))  # what a reader will see: a key 7 is "7" there
+        state = json.loads(json.dumps(self.state))  # what a reader will see: a key 7 is "7" there
+        rest = {"format": FORMAT, "step": self.step, "saved": self.saved, "state": state, "files": files}
         lines = [
             f'"format": {FORMAT}',
             f'"step": {self.step}',
             f'"saved": {json.dumps(self.saved)}',
-            f'"state": {json.dumps(body["state"], indent=1, ensure_ascii=False)}',
+            f'"state": {json.dumps(state, indent=1, ensure_ascii=False)}',
             f'"files": {_line_each(files)}',
-            f'"tensors": {_line_each(tensors)}',
-            f'"sha256": "{_digest(body)}"',
+            f'"tensors": {table.text}',
+            f'"sha256": "{table.digest_with(rest)}"',
         ]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -188,4 +199,8 @@ def _line_each(table: Mapping[str, object]) -> str:
 
 def _digest(body: Mapping[str, object]) -> str:
     """SHA-256 of the values, however the text is laid out."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical(body).encode()).hexdigest()
+
+
+def _canonical(value: Mapping[str, object]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

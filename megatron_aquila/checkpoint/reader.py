@@ -106,6 +106,11 @@ class TensorReader(ABC):
         together(verify_mine, group)
         self._verified.update(self._files)
 
+    def verify_here(self) -> None:
+        """Hash every file. Local. Raises CheckpointError naming one that is missing or damaged."""
+        for file in sorted(self._files):
+            self._verify(file)
+
     def _check(self, chunks: Sequence[Chunk], *, cast: bool) -> None:
         problems: dict[str, None] = {}
         for chunk in chunks:

@@ -7,15 +7,12 @@ earlier step, comes to the same step again, and must not end there.
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from megatron_aquila.checkpoint.agree import together
 from megatron_aquila.checkpoint.folders import (
@@ -28,13 +25,13 @@ from megatron_aquila.checkpoint.folders import (
     write_text,
 )
 from megatron_aquila.checkpoint.layout import Chunk
-from megatron_aquila.checkpoint.manifest import Json, Manifest, Piece, StoredTensor, piece_key
+from megatron_aquila.checkpoint.manifest import Json, Manifest, TensorTable
 from megatron_aquila.checkpoint.reader import TensorReader
-from megatron_aquila.checkpoint.rectangles import Rectangle, cover_problem
+from megatron_aquila.checkpoint.shares import Shares, file_name
 from megatron_aquila.checkpoint.staging import Staging, write_at_once
-from megatron_aquila.checkpoint.tensorfile import DTYPE_NAMES, DTYPES, Entry, FileRecord
+from megatron_aquila.checkpoint.tensorfile import FileRecord
 from megatron_aquila.errors import CheckpointError
-from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.plan.shape import ModelShape
 
 
@@ -82,17 +79,18 @@ def save_checkpoint(
     state: Mapping[str, Json],
     ctx: ParallelContext,
     staging: Staging | None = None,
+    shares: Shares | None = None,
 ) -> Path:
     """A ``Save``, begun and finished. Collective; raises as it does."""
-    return Save(root, step, chunks, state, ctx, staging).finish()
+    return Save(root, step, chunks, state, ctx.host_world, staging, shares).finish()
 
 
 class Save:
     """A checkpoint on its way to the disk: ``chunks`` of all ranks and ``state`` (rank 0's) as ``root/step_<step>``.
 
-    Chunks with a replica other than 0 are left out; of equal rectangles on several ranks (data-parallel replicas) the
-    first rank's is written. With ``staging`` a thread of each rank writes copies, so that the tensors may change as
-    soon as this is made; without it all is written then. Nothing has a final name before ``finish``.
+    With ``staging`` a thread of each rank writes copies, so that the tensors may change as soon as this is made;
+    without it all is written then. ``shares`` say who writes what; without them it is agreed. Nothing has a final name
+    before ``finish``.
     """
 
     def __init__(
@@ -101,30 +99,30 @@ class Save:
         step: int,
         chunks: Sequence[Chunk],
         state: Mapping[str, Json],
-        ctx: ParallelContext,
+        world: Group,
         staging: Staging | None = None,
+        shares: Shares | None = None,
     ) -> None:
-        """Collective over the world: small tables are all-gathered, tensors are not communicated.
+        """Collective over ``world``, tensors are not communicated.
 
-        Before a byte is written all ranks check that the chunks cover each logical tensor exactly once, else all raise
-        CheckpointError. What fails later is ``finish``'s to tell.
+        Raises CheckpointError on every rank as ``Shares.agree``, or where rank 0 cannot make the folder, before a byte
+        is written. What fails later is ``finish``'s to tell.
         """
-        self._step, self._state, self._world = step, state, ctx.host_world
+        self._step, self._state, self._world = step, state, world
         self._final = step_folder(root, step)
         self._temporary = beside(self._final, "tmp")
-        mine = [chunk for chunk in chunks if chunk.replica == 0 and chunk.tensor.numel() > 0]
         with self._failing():
-            self._tensors = _plan(together(lambda: [_describe(chunk) for chunk in mine], self._world))
+            self._shares = Shares.agree(chunks, world) if shares is None else shares
             self._on_rank_0(lambda: _fresh_folder(self._temporary))
-        entries = _entries(mine, self._tensors, ctx.rank)
-        path = self._temporary / _file_name(ctx.rank)
+        path = self._temporary / file_name(world.rank)
         self._written: Future[FileRecord] | None = None
-        if entries:
-            try:
+        try:
+            entries = self._shares.entries(chunks)
+            if entries:
                 self._written = write_at_once(path, entries) if staging is None else staging.write(path, entries)
-            except Exception as error:  # this rank's alone: ``finish`` makes it everyone's
-                self._written = Future()
-                self._written.set_exception(error)
+        except Exception as error:  # this rank's alone: ``finish`` makes it everyone's
+            self._written = Future()
+            self._written.set_exception(error)
 
     @property
     def is_written(self) -> bool:
@@ -143,13 +141,15 @@ class Save:
         """
         with self._failing():
             written = together(lambda: None if self._written is None else asdict(self._written.result()), self._world)
-            files = {
-                _file_name(rank): FileRecord(**record) for rank, record in enumerate(written) if record is not None
-            }
+            files = {file_name(rank): FileRecord(**record) for rank, record in enumerate(written) if record is not None}
             manifest = Manifest(
-                step=self._step, state=self._state, files=files, tensors=self._tensors, saved=round(time.time(), 3)
+                step=self._step,
+                state=self._state,
+                files=files,
+                tensors=self._shares.tensors,
+                saved=round(time.time(), 3),
             )
-            self._on_rank_0(lambda: _publish(manifest, self._temporary, self._final))
+            self._on_rank_0(lambda: _publish(manifest, self._shares.table, self._temporary, self._final))
         return self._final
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
@@ -168,56 +168,17 @@ class Save:
             raise failure from error
 
 
-def _describe(chunk: Chunk) -> list[Any]:
-    assert chunk.tensor.dtype in DTYPE_NAMES, f"{chunk.name}: {chunk.tensor.dtype} has no name in safetensors"
-    return [chunk.name, DTYPE_NAMES[chunk.tensor.dtype], chunk.global_shape, chunk.offset, tuple(chunk.tensor.shape)]
-
-
-def _plan(tables: Sequence[Iterable[Any]]) -> dict[str, StoredTensor]:
-    """Who writes what. Raises CheckpointError when the chunks of all ranks do not make whole tensors."""
-    pieces: dict[str, dict[Rectangle, Piece]] = {}
-    kinds: dict[str, tuple[tuple[int, ...], str]] = {}
-    for rank, table in enumerate(tables):
-        for name, dtype, global_shape, offset, shape in table:
-            kind = (tuple(global_shape), dtype)
-            if kinds.setdefault(name, kind) != kind:
-                raise CheckpointError(f"{name}: rank {rank} has it as {kind}, an earlier rank as {kinds[name]}")
-            rectangle = Rectangle(tuple(offset), tuple(shape))
-            piece = Piece(_file_name(rank), piece_key(name, rectangle.offset), rectangle)
-            pieces.setdefault(name, {}).setdefault(rectangle, piece)
-    for name, found in pieces.items():
-        problem = cover_problem(kinds[name][0], found)
-        if problem is not None:
-            raise CheckpointError(f"{name}: {problem}; nothing was saved")
-    return {name: StoredTensor(kinds[name][0], DTYPES[kinds[name][1]], (*pieces[name].values(),)) for name in pieces}
-
-
-def _file_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
 def _fresh_folder(temporary: Path) -> None:
     """Only rank 0 makes it: on nodes that do not share the file system the others then fail instead of scattering."""
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
 
 
-def _entries(mine: Sequence[Chunk], tensors: Mapping[str, StoredTensor], rank: int) -> list[Entry]:
-    """What this rank writes of its chunks."""
-    file = _file_name(rank)
-    keys = {piece.key for stored in tensors.values() for piece in stored.pieces if piece.file == file}
-    return [
-        Entry(key, chunk.tensor.dtype, chunk.rectangle.shape, partial(Tensor.detach, chunk.tensor))
-        for chunk in mine
-        if (key := piece_key(chunk.name, chunk.offset)) in keys
-    ]
-
-
-def _publish(manifest: Manifest, temporary: Path, final: Path) -> None:
+def _publish(manifest: Manifest, table: TensorTable, temporary: Path, final: Path) -> None:
     for file, record in manifest.files.items():
         size = (temporary / file).stat().st_size
         if size != record.size:
             raise CheckpointError(f"{temporary / file}: {size} bytes arrived of {record.size}")
-    write_text(temporary / MANIFEST, manifest.render())
+    write_text(temporary / MANIFEST, manifest.render(table))
     put_in_place(temporary, final)
     write_text(final.parent / LATEST, final.name + "\n")

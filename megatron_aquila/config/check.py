@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from megatron_aquila.config.check_family import check_family
-from megatron_aquila.config.checkpoints import check_exports, check_retention
+from megatron_aquila.config.checkpoints import check_ephemeral, check_exports, check_retention
 from megatron_aquila.config.context import check_context_heads, check_sequence
 from megatron_aquila.config.derive import given_layers, known_replicas, micro_batches_of, model_shape, num_chunks
 from megatron_aquila.config.elastic import check_elastic, model_ranks
@@ -309,6 +309,8 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_start: "checkpoint.load checkpoint.init_from_hf checkpoint.resume checkpoint.save checkpoint.load_optim "
     "checkpoint.override_lr_schedule checkpoint.override_data checkpoint.override_rope",
     check_retention: "checkpoint.keep checkpoint.keep_every",
+    check_ephemeral: "checkpoint.ephemeral_save_interval checkpoint.ephemeral_save_dir checkpoint.save "
+    "checkpoint.save_interval",
     check_exports: "checkpoint.export_hf_every checkpoint.save checkpoint.save_interval",
 }
 

@@ -25,3 +25,24 @@ def check_exports(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     if every % interval != 0:
         why = f"no checkpoint is saved at every such step: --save-interval is {interval}"
         yield Problem("--export-hf-every", every, why, f"use a multiple of {interval}")
+
+
+def check_ephemeral(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Ephemeral checkpoints lie between durable ones, somewhere else."""
+    settings = config.checkpoint
+    every, folder = settings.ephemeral_save_interval, settings.ephemeral_save_dir
+    if every is None:
+        if folder is not None:
+            why, way_out = "nothing is saved there", "give --ephemeral-save-interval N with it, or leave it out"
+            yield Problem("--ephemeral-save-dir", folder, why, way_out)
+        return
+    if folder is None:
+        why, way_out = "each node needs a place for them", "give --ephemeral-save-dir with it, e.g. /dev/shm/aquila"
+        yield Problem("--ephemeral-save-interval", every, why, way_out)
+    if settings.save is None:
+        why, way_out = "they lie between the durable checkpoints of a run", "give --save DIR with it"
+        yield Problem("--ephemeral-save-interval", every, why, way_out)
+    if every >= settings.save_interval:
+        why = f"none would come between two durable ones: --save-interval is {settings.save_interval}"
+        way_out = f"use less than {settings.save_interval}"
+        yield Problem("--ephemeral-save-interval", every, why, way_out)

@@ -322,6 +322,18 @@ class CheckpointConfig:
     keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
     keep_every: Count | None = setting(None, "with --keep: checkpoints whose step is a multiple of this stay for ever")
     export_hf_every: Count | None = setting(None, "steps between checkpoints also published as SAVE/hf/step_N")
+    ephemeral_save_interval: Count | None = setting(
+        None,
+        "steps between checkpoints on the nodes' own disks, of which the newest is kept",
+        "--ephemeral-save-interval",
+        "--non-persistent-save-interval",
+    )
+    ephemeral_save_dir: str | None = setting(
+        None,
+        "their folder, a local disk or /dev/shm; $VARIABLES are filled in on each rank",
+        "--ephemeral-save-dir",
+        "--non-persistent-local-ckpt-dir",
+    )
     on_corrupt: Literal["fallback", "stop"] = setting(
         "fallback", "where the newest checkpoint of a folder is damaged: the last good one before it, or none"
     )

@@ -88,7 +88,14 @@ class _Walk:
         self.running = True
         found = event["checkpoint"]
         begin = self._found(found) if found is not None else ROOT
-        if begin.samples != event["samples"]:
+        if found is not None and found.get("ephemeral"):
+            ahead = Saved(f"ephemeral {found['name']}", found["step"], found["samples"], _ranges(found["ranges"]))
+            self.problems += tiling_problems(ahead, begin.samples)
+            if ahead.samples != event["samples"]:
+                self.problems.append(
+                    f"a start at sample {event['samples']} from {ahead.name}, which has {ahead.samples}"
+                )
+        elif begin.samples != event["samples"]:
             self.problems.append(f"a start at sample {event['samples']} from {begin.name}, which has {begin.samples}")
         if self.last is not None and begin is not self.last:
             if event["origin"] == "auto" and not self.passed_over:
@@ -98,6 +105,10 @@ class _Walk:
 
     def _found(self, found: Any) -> Saved:
         """The checkpoint of a start; one of another folder begins the lineage here."""
+        if found.get("ephemeral"):  # what it took is still to be saved: the run stands at the durable one before it
+            if found["parent"] is not None and found["parent"] not in self.known:
+                self.problems.append(f"an ephemeral start after {found['parent']}, of whose saving nothing is written")
+            return ROOT if found["parent"] is None else self.known.get(found["parent"], self.here)
         if not found["own"]:
             return Saved(found["path"], found["step"], found["samples"], ranges=((0, found["samples"]),))
         if found["name"] not in self.known:

@@ -253,6 +253,18 @@ class DistributedOptimizer:
             bucket.take_weights()
         self._gathering.let_go()
 
+    def gather_shards(self) -> None:
+        """Make all weights whole from the replicas' shards, which were filled from outside, as ``ranges`` has them.
+
+        Communicates: an all-gather of each bucket. ``refresh_masters`` comes next.
+        """
+        self._gathering.let_go()
+        self._gathering.gather_all()
+        for bucket in self._buckets:
+            if not bucket.sharding.weights:
+                bucket.begin_gather()
+            bucket.finish_publish()
+
     def _reduce_round(self, bucket: Bucket) -> None:
         """Reduce a round of sharded gradients; the one before it, if still under way, is brought in first."""
         if self._round is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_aquila.checkpoint.agree import agreed, together
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.schema import TrainConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.optim.scaler import LossScaling
@@ -115,6 +116,7 @@ class Rewinder:
         # its own checkpoint: continued whole, whatever the run itself began from
         config = replace(machine.config, checkpoint=replace(machine.config.checkpoint, load_optim=True))
         start = agreed(lambda: find_start(config, machine.derived, good, None), machine.ctx.world)
+        agreed(lambda: CheckpointReader(good), machine.ctx.world).verify_files(machine.ctx.world)
         load_weights(machine, start)
         self._times += 1
         self._left_out.append(fault.samples)

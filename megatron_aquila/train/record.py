@@ -15,7 +15,7 @@ from megatron_aquila.checkpoint.manifest import Manifest
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, value_of
 from megatron_aquila.data.samples import SampleSource
-from megatron_aquila.observe.ledger import LEDGER_NAME, read_ledger
+from megatron_aquila.observe.ledger import LEDGER_NAME, Ranges, read_ledger
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.corpus import Identity
 from megatron_aquila.train.faults import Fault
@@ -41,9 +41,10 @@ class Recording(Protocol):
 class RunRecord:
     """Keeps what steps took since the last checkpoint, and writes the events of a run. Local, on every rank."""
 
-    def __init__(self, reporter: Recording, source: SampleSource) -> None:
+    def __init__(self, reporter: Recording, source: SampleSource, taken: Ranges = ()) -> None:
+        """``taken``: by steps before this start, since the last durable checkpoint."""
         self._reporter, self._source = reporter, source
-        self._taken: list[tuple[int, int]] = []
+        self._taken = [*taken]
         self._under_way: list[dict[str, Any]] = []  # of checkpoints that are being written, the oldest first
 
     def took(self, samples: tuple[int, int]) -> None:
@@ -55,11 +56,14 @@ class RunRecord:
 
     def to_be_saved(self, state: TrainState) -> TrainState:
         """The state as a checkpoint is to hold it: with the digest of what comes next. Reads that."""
-        ahead = upcoming(self._source, state.consumed_samples)
-        state = replace(state, taken=tuple(self._taken), upcoming=ahead)
+        state = self.as_it_is(state)
         self._under_way.append(checkpoint_event(state))
         self._taken = []
         return state
+
+    def as_it_is(self, state: TrainState) -> TrainState:
+        """The state as an ephemeral checkpoint is to hold it; what was taken is still to be saved."""
+        return replace(state, taken=tuple(self._taken), upcoming=upcoming(self._source, state.consumed_samples))
 
     def saved(self, checkpoint: Path) -> None:
         """The oldest state that was to be saved is whole on the disk."""
@@ -175,9 +179,10 @@ def start_event(
         else {
             "name": checkpoint_name(found),
             "path": str(found),
-            "own": is_own(config, found),
+            "own": start.is_part or is_own(config, found),
             "step": state.step,
             "samples": state.consumed_samples,
+            **({"ephemeral": True, "parent": state.parent, "ranges": state.taken} if start.is_part else {}),
         },
         "weights": None if start.checkpoint is None or found is not None else str(start.checkpoint),
         "step": state.step,

@@ -6,8 +6,10 @@ from typing import Any
 
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
+from megatron_aquila.checkpoint.parts import part_chunks
 from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.checkpoint.reader import TensorReader
+from megatron_aquila.checkpoint.shares import Shares
 from megatron_aquila.checkpoint.staging import Staging
 from megatron_aquila.checkpoint.store import CheckpointReader, Save
 from megatron_aquila.config.schema import DataConfig, RunConfig
@@ -24,14 +26,34 @@ from megatron_aquila.train.traced import reads
 OPTIMIZER_KINDS = ("master", "remainder", "exp_avg", "exp_avg_sq")
 
 
-def begin_save(machine: Machine, state: TrainState, identity: Identity | None, staging: Staging | None = None) -> Save:
+def begin_save(
+    machine: Machine,
+    state: TrainState,
+    identity: Identity | None,
+    staging: Staging | None = None,
+    shares: Shares | None = None,
+) -> Save:
     """Begin a checkpoint of the logical model. Collective over the world; rank 0's ``identity`` is kept.
 
-    Each rank writes the elements of weights and optimizer states that its optimizer shard owns, so that the writing is
-    spread over all data-parallel replicas. With ``staging`` the run may go on at once.
+    With ``staging`` the run may go on at once. ``shares`` are those of ``run_chunks``, where they were agreed before.
     """
     root = machine.config.checkpoint.save
     assert root is not None, "save without --save"
+    described = describe(machine.config, machine.derived.shape, state, identity)
+    return Save(root, state.step, run_chunks(machine), described, machine.ctx.host_world, staging, shares)
+
+
+def run_chunks(machine: Machine) -> list[Chunk]:
+    """What this rank writes of a checkpoint. Local; waits for the weights.
+
+    That is the elements of weights and optimizer states that its optimizer shard owns, so that the writing is spread
+    over all data-parallel replicas.
+    """
+    return [*weight_chunks(machine), *optimizer_chunks(machine)]
+
+
+def weight_chunks(machine: Machine) -> list[Chunk]:
+    """The weights among ``run_chunks``, and what is not trained."""
     weights = [
         chunk
         for kind, owned, values in machine.optimizer.ranges()
@@ -39,8 +61,7 @@ def begin_save(machine: Machine, state: TrainState, identity: Identity | None, s
         for chunk in range_chunks(owned, values)
     ]
     kept = [chunk for info in machine.infos if not info.param.requires_grad for chunk in param_chunks(info)]
-    described = describe(machine.config, machine.derived.shape, state, identity)
-    return Save(root, state.step, [*weights, *kept, *optimizer_chunks(machine)], described, machine.ctx, staging)
+    return [*weights, *kept]
 
 
 def _prefix(kind: str) -> str:
@@ -84,6 +105,8 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
     machine.optimizer.wait_for_weights()  # or what is under way would overwrite what is loaded
     for info in machine.infos:
         info.param.data.zero_()  # padded vocabulary rows are in no file
+    if start.is_part:
+        return _load_part(machine, start)
     if start.checkpoint is not None:
         path = start.checkpoint
         reader = agreed(lambda: CheckpointReader(path, verified=True), world)
@@ -108,6 +131,20 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
     agreed(lambda: read_states(reader, optimizer_chunks(machine)), world)
     machine.optimizer.applied_steps = start.state.applied_steps
     return conversions(reader, machine.config.optim)
+
+
+def _load_part(machine: Machine, start: Start) -> list[str]:
+    """Fill what this rank's shards own from its part, and the weights of all replicas from theirs."""
+    folder, world, optimizer = start.checkpoint, machine.ctx.world, machine.optimizer
+    assert folder is not None, "a part without a folder"
+    reader = agreed(lambda: CheckpointReader(folder, verified=True), world)
+    optimizer.refresh_masters()  # padded rows are in no file
+    agreed(lambda: reader.read_into(part_chunks(weight_chunks(machine))), world)
+    optimizer.gather_shards()
+    optimizer.refresh_masters()
+    agreed(lambda: reader.read_into(part_chunks(optimizer_chunks(machine))), world)
+    optimizer.applied_steps = start.state.applied_steps
+    return []
 
 
 def open_published(folder: Path, shape: ModelShape, *, same_positions: bool = True) -> TensorReader:

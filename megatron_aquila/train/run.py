@@ -17,6 +17,7 @@ from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.banner import print_banner
 from megatron_aquila.train.build import Machine, build_machine, create_context
 from megatron_aquila.train.corpus import Corpus, build_corpus, identify
+from megatron_aquila.train.ephemeral import find_parts
 from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.presence import presence
 from megatron_aquila.train.record import named, start_event, unrecorded
@@ -44,6 +45,8 @@ class Prepared:
     @property
     def came_from(self) -> Path | None:
         """The checkpoint that all tensors are of, and that the run continues."""
+        if self.start.is_part:
+            return durable_before(self.machine.config, self.start.state)
         return self.start.checkpoint if self.start.with_optimizer else None
 
 
@@ -61,13 +64,16 @@ def prepare(
     What fails on one rank fails on all, with one text. ``announce`` is called before anything takes long.
     """
     bad: list[tuple[str, str]] = []
-    checkpoint = resolve_checkpoint(
-        config.checkpoint, ctx.world, log.line, lambda folder, reason: bad.append((checkpoint_name(folder), reason))
-    )
-    identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
-    start = agreed(lambda: find_start(config, derived, checkpoint, identity), ctx.world)
     machine = build_machine(config, derived, ctx)
     announce(machine)
+    part = find_parts(machine, log.line)
+    checkpoint = part
+    if part is None:
+        checkpoint = resolve_checkpoint(
+            config.checkpoint, ctx.world, log.line, lambda folder, reason: bad.append((checkpoint_name(folder), reason))
+        )
+    identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
+    start = agreed(lambda: find_start(config, derived, checkpoint, identity, is_part=part is not None), ctx.world)
     segments = start.state.index_segments
     corpus = build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     log.line(corpus.train.source.describe())
@@ -136,10 +142,18 @@ def compare_upcoming(config: RunConfig, start: Start, corpus: Corpus, ctx: Paral
     return check_upcoming(saved, corpus.train.source, override=config.checkpoint.override_data)
 
 
+def durable_before(config: RunConfig, state: TrainState) -> Path | None:
+    """The checkpoint of the run's own folder that an ephemeral one follows, if there is one: to go back to."""
+    save = config.checkpoint.save
+    return None if save is None or state.parent is None else save / state.parent
+
+
 def begins(config: RunConfig, start: Start) -> str:
     """Where the run starts, in a line."""
     state, checkpoint = start.state, start.checkpoint
     stands = f"at step {state.step}, {state.consumed_samples} samples"
+    if start.is_part:
+        return f"resumes from the ephemeral {checkpoint}, each rank from its own part, {stands}"
     if checkpoint is not None:
         return f"{'resumes' if start.with_optimizer else 'starts a new run'} from {checkpoint} {stands}"
     own = f"{config.checkpoint.save} holds no checkpoint yet: " if config.checkpoint.resumes_own else ""

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_aquila.checkpoint.agree import together
 from megatron_aquila.checkpoint.choose import choose
 from megatron_aquila.checkpoint.folders import LATEST, holds_run
+from megatron_aquila.checkpoint.parts import PART
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import AUTO, CheckpointConfig, RunConfig
@@ -17,7 +18,7 @@ from megatron_aquila.optim.lr import LrSchedule
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.train.build import loss_scaling, lr_schedule
 from megatron_aquila.train.corpus import Identity, first_segments
-from megatron_aquila.train.state import TrainState
+from megatron_aquila.train.state import TrainState, digest_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +26,14 @@ class Start:
     """The state a run begins with and the checkpoint it takes tensors from.
 
     ``checkpoint`` is ``None`` where weights come from a Hugging Face folder or the seed; ``with_optimizer`` says
-    whether optimizer states and the position in the data are taken too.
+    whether optimizer states and the position in the data are taken too. With ``is_part`` the checkpoint is this rank's
+    own part of an ephemeral one.
     """
 
     state: TrainState
     checkpoint: Path | None = None
     with_optimizer: bool = False
+    is_part: bool = False
 
 
 def resolve_checkpoint(
@@ -67,15 +70,20 @@ def rope_way_out(problems: Sequence[str]) -> str:
     return ", or give --override-rope to reach longer samples" if meant else ""
 
 
-def find_start(config: RunConfig, derived: Derived, checkpoint: Path | None, identity: Identity | None) -> Start:
+def find_start(
+    config: RunConfig, derived: Derived, checkpoint: Path | None, identity: Identity | None, *, is_part: bool = False
+) -> Start:
     """The state of the checkpoint, or a fresh one. Reads the manifest. Local.
 
-    ``identity`` of the data and tokenizer is compared where it is given. Raises ``CheckpointError`` where the
+    ``identity`` of the data and tokenizer is compared where it is given. What an ephemeral checkpoint's part has taken
+    since the durable one before it is still to be saved: it stays in the state. Raises ``CheckpointError`` where the
     checkpoint is of another model or run.
     """
     if checkpoint is None:
         return Start(state=fresh_state(config, derived))
     reader = CheckpointReader(checkpoint)
+    if PART in reader.state and not is_part:
+        raise CheckpointError(f"{checkpoint}: one rank's part of an ephemeral checkpoint: --resume goes on from it")
     problems = reader.shape_problems(derived.shape, same_positions=not config.checkpoint.override_rope)
     if problems:
         raise CheckpointError(
@@ -95,10 +103,12 @@ def find_start(config: RunConfig, derived: Derived, checkpoint: Path | None, ide
     state = replace(
         state.extended_to(end),
         loss_scale=loss_scaling(config).resumed(state.loss_scale),
-        parent=checkpoint_name(checkpoint),
     )
+    if not is_part:
+        digest = digest_of(saved["train"])
+        state = replace(state, parent=checkpoint_name(checkpoint), parent_digest=digest, taken=())
     state = without_left_out(state, config, checkpoint)
-    return Start(state=state, checkpoint=checkpoint, with_optimizer=True)
+    return Start(state=state, checkpoint=checkpoint, with_optimizer=True, is_part=is_part)
 
 
 def fresh_state(config: RunConfig, derived: Derived) -> TrainState:

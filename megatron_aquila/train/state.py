@@ -1,5 +1,7 @@
 """Where a run stands: all that is neither a parameter nor an optimizer tensor."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -42,7 +44,8 @@ class TrainState:
     ``skipped_samples`` are half-open ranges that are not trained on, ascending: those of steps that were not applied,
     and those that the user, or a rewind, left out; these may lie ahead, and are then consumed without being read.
     ``recent`` are the figures of the last steps, from which it is told what is a spike. ``run`` is the ledger's name of
-    the run, ``parent`` that of the checkpoint it went on from. Where a checkpoint is made ``upcoming`` is set, and
+    the run, ``parent`` that of the last durable checkpoint that it has made or went on from, ``parent_digest`` the digest of
+    the state in it, hence of all that went before. Where a checkpoint is made ``upcoming`` is set, and
     ``taken``, the ranges that steps took since ``parent``.
     """
 
@@ -57,6 +60,7 @@ class TrainState:
     recent: tuple[Figures, ...] = ()
     run: str = ""
     parent: str | None = None
+    parent_digest: str | None = None
     taken: Ranges = ()
     upcoming: Upcoming | None = None
 
@@ -87,6 +91,11 @@ class TrainState:
         missing = samples - sum(self.index_segments)
         return self if missing <= 0 else replace(self, index_segments=(*self.index_segments, missing))
 
+    @property
+    def digest(self) -> str:
+        """What tells this state, as a checkpoint has it, from all others."""
+        return digest_of(self.to_json())
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for the checkpoint's manifest; the inverse of ``from_json``."""
         return asdict(self)
@@ -100,6 +109,7 @@ class TrainState:
             "recent": [],
             "run": "",
             "parent": None,
+            "parent_digest": None,
             "taken": [],
             "upcoming": None,
             **values,
@@ -118,3 +128,8 @@ class TrainState:
             "recent": tuple(Figures(**figures) for figures in values["recent"]),
         }
         return cls(**{**values, **nested})
+
+
+def digest_of(state: Mapping[str, Any]) -> str:
+    """The digest of a state as JSON has it."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]

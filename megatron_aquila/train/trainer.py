@@ -129,8 +129,8 @@ class Loop:
     ) -> None:
         self._machine, self._corpus, self._reporter, self.state = machine, corpus, reporter, state
         self._stops = stops
-        self.record = RunRecord(reporter, corpus.train.source)
-        self.last_saved = state.step
+        self.record = RunRecord(reporter, corpus.train.source, state.taken)
+        self.last_saved = -1 if state.taken else state.step  # what was taken is in no durable checkpoint yet
         self._steps = Steps(machine, corpus, reporter, self.record)
         self._rewinder = Rewinder(machine, corpus, came_from)
         self._saver = Saver(machine, corpus.identity, reporter, self._saved)
@@ -143,6 +143,7 @@ class Loop:
         self._stops.begin()
         with closing(self._profiler), closing(self._releases):
             self._releases.begin()
+            self._saver.prepare(self.state)
             why = end_of_run(self._machine.config, self.state)
             try:
                 while why is None:
@@ -207,7 +208,7 @@ class Loop:
         return reason
 
     def _is_anything_due(self) -> bool:
-        return self._checks() or self._validates(last=False) or self._saves(last=False)
+        return self._checks() or self._validates(last=False) or self._saves(last=False) or self._saves_here()
 
     def _checks(self) -> bool:
         return is_due(self.state.step, self._machine.config.train.check_replicas, last=False)
@@ -219,6 +220,11 @@ class Loop:
         config = self._machine.config
         interval = save_interval(config, self.state)
         return config.checkpoint.save is not None and is_due(self.state.step, interval, last=last)
+
+    def _saves_here(self) -> bool:
+        """Whether an ephemeral checkpoint is due."""
+        interval = self._machine.config.checkpoint.ephemeral_save_interval
+        return interval is not None and is_due(self.state.step, interval, last=False)
 
     def _after_step(self, *, last: bool) -> None:
         machine, reporter, trail = self._machine, self._reporter, self._machine.ctx.trail
@@ -236,6 +242,10 @@ class Loop:
             self._save()
         else:
             self._saver.poll()
+            if self._saves_here():
+                trail.at(self.state.step, "save")
+                state = agreed(lambda: self.record.as_it_is(self.state), machine.ctx.host_world)
+                self._saver.begin_ephemeral(state)
         self._releases.poll()
 
     def _save(self) -> None:
@@ -245,7 +255,8 @@ class Loop:
         self._machine.ctx.trail.at(self.state.step, "save")
         self.state = agreed(lambda: self.record.to_be_saved(self.state), self._machine.ctx.host_world)
         self._saver.begin(self.state)
-        self.state = replace(self.state, parent=step_folder(Path(), self.state.step).name)
+        name, digest = step_folder(Path(), self.state.step).name, self.state.digest
+        self.state = replace(self.state, parent=name, parent_digest=digest)
         self.last_saved = self.state.step
 
     def _saved(self, folder: Path) -> None:
@@ -256,7 +267,7 @@ class Loop:
 
     def _go_back(self, fault: Fault) -> None:
         """To the last checkpoint, which may be one that is just being written. Collective."""
-        self._saver.finish()
+        self._saver.go_back()
         state = self._rewinder.back(fault)
         self._steps.forget()
         self.record.rewound(self.state, state, fault)

@@ -23,9 +23,10 @@ from megatron_aquila.config.schema import (
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.observe import breadcrumbs
 from megatron_aquila.observe.report import StepReport
-from megatron_aquila.train import build, corpus, resume, start, trainer
+from megatron_aquila.train import build, corpus, ephemeral, resume, start, trainer
 from megatron_aquila.train.launcher import Launch, read_launch
 from megatron_aquila.train.loss import LossMeans
+from megatron_aquila.train.run import durable_before
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.stops import stop_on_signals
 from megatron_aquila.train.stragglers import Comparison
@@ -122,14 +123,18 @@ def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None
     derived = derive(config, launch.world_size)
     trail = breadcrumbs.Recorder(rank=launch.rank, world=launch.world_size)
     ctx = build.create_context(config, derived, torch.device(config.train.device), trail)
-    checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world)
-    identity = corpus.identify(config) if ctx.rank == 0 else None
-    begin = agreed(lambda: start.find_start(config, derived, checkpoint, identity), ctx.world)
     machine = build.build_machine(config, derived, ctx)
+    part = ephemeral.find_parts(machine, recorder.note)
+    checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world) if part is None else part
+    identity = corpus.identify(config) if ctx.rank == 0 else None
+    is_part = part is not None
+    begin = agreed(lambda: start.find_start(config, derived, checkpoint, identity, is_part=is_part), ctx.world)
     segments = begin.state.index_segments
     data = corpus.build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     resume.load_weights(machine, begin)
     came_from = begin.checkpoint if begin.with_optimizer else None
+    if is_part:
+        came_from = durable_before(config, begin.state)
     with stop_on_signals() as stops:
         stops.limit(minutes=config.train.exit_minutes, file=config.train.stop_file)
         trainer.train(machine, data, begin.state, recorder, stops, came_from=came_from)
