@@ -19,7 +19,7 @@ from megatron_aquila.train.build import Machine, build_machine, create_context
 from megatron_aquila.train.corpus import Corpus, build_corpus, identify
 from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.presence import presence
-from megatron_aquila.train.record import named, start_event, unrecorded
+from megatron_aquila.train.record import named, start_event, unrecorded, without_rewound
 from megatron_aquila.train.report import open_reporter
 from megatron_aquila.train.resume import load_weights
 from megatron_aquila.train.start import Start, checkpoint_name, find_start, resolve_checkpoint
@@ -66,6 +66,7 @@ def prepare(
     )
     identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
     start = agreed(lambda: find_start(config, derived, checkpoint, identity), ctx.world)
+    start = without_rewound(start, config, ctx)
     machine = build_machine(config, derived, ctx)
     announce(machine)
     segments = start.state.index_segments

@@ -132,7 +132,7 @@ class Loop:
         self.record = RunRecord(reporter, corpus.train.source)
         self.last_saved = state.step
         self._steps = Steps(machine, corpus, reporter, self.record)
-        self._rewinder = Rewinder(machine, corpus, came_from)
+        self._rewinder = Rewinder(machine, corpus, came_from, state.skipped_samples)
         self._saver = Saver(machine, corpus.identity, reporter, self._saved)
         self._releases = Releases(machine.config, machine.ctx.rank, reporter)
         self._profiler = StepProfiler(machine.config, machine.ctx.rank, machine.ctx.device)
@@ -257,9 +257,8 @@ class Loop:
     def _go_back(self, fault: Fault) -> None:
         """To the last checkpoint, which may be one that is just being written. Collective."""
         self._saver.finish()
-        state = self._rewinder.back(fault)
+        state = self._rewinder.back(fault, lambda folder: self.record.rewound(self.state, folder, fault))
         self._steps.forget()
-        self.record.rewound(self.state, state, fault)
         start, stop = fault.samples
         self._reporter.note(f"back to {state.parent}, step {state.step}, without samples {start}-{stop - 1}")
         self.state = state

@@ -137,7 +137,9 @@ class Drill:
         """Let everything happen, and judge it."""
         try:
             self._start([])
-            for together, outcomes in groupby(self.outcomes, key=self._is_restarted):
+            for (together, _), outcomes in groupby(
+                self.outcomes, key=lambda one: (self._is_restarted(one), policy(one))
+            ):
                 if together:
                     self._start(list(outcomes))
                 else:
@@ -192,8 +194,8 @@ class Drill:
     def _start(self, outcomes: list[Outcome]) -> str:
         """Start the run, let the faults come, and judge those before; what it printed."""
         kinds = [outcome.fault.kind for outcome in outcomes]
-        special = [kind for kind in kinds if kind in BAD_NUMBERS]
-        more = ["--on-nonfinite", special[0].partition("-")[2]] if special else []
+        (wanted,) = {policy(outcome) for outcome in outcomes} or {None}
+        more = [] if wanted is None else ["--on-nonfinite", wanted]
         more += ["--timeout-minutes", "0.1", "--hang-dump-seconds", "1"] if "hang" in kinds else []
         said_before = self._said()
         steps = 2 if not outcomes else 4 + 5 * len(outcomes)
@@ -355,6 +357,11 @@ class Drill:
         for outcome in self.outcomes if problems else ():
             outcome.wrong += problems
             outcome.recovered = False
+
+
+def policy(outcome: Outcome) -> str | None:
+    """What the run is to do with the bad numbers that befall it, if any do."""
+    return outcome.fault.kind.partition("-")[2] if outcome.fault.kind in BAD_NUMBERS else None
 
 
 def lost_samples(events: Sequence[Event]) -> list[int]:
