@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.folders import step_folder
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.errors import AquilaError, CommunicationError, RunFolderError
+from megatron_aquila.errors import AquilaError, CommunicationError, ReplicaError, RunFolderError
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.sanity import check_replicated
 from megatron_aquila.train.build import Machine
@@ -130,7 +130,7 @@ class Loop:
         self._machine, self._corpus, self._reporter, self.state = machine, corpus, reporter, state
         self._stops = stops
         self.record = RunRecord(reporter, corpus.train.source)
-        self.last_saved = state.step
+        self.last_saved = self._alike_at = state.step
         self._steps = Steps(machine, corpus, reporter, self.record)
         self._rewinder = Rewinder(machine, corpus, came_from, state.skipped_samples)
         self._saver = Saver(machine, corpus.identity, reporter, self._saved)
@@ -147,8 +147,8 @@ class Loop:
             try:
                 while why is None:
                     why = self._step()
-            except (CommunicationError, RunFolderError):  # not every rank is here, or the folder is another run's
-                raise
+            except (CommunicationError, RunFolderError, ReplicaError):
+                raise  # not every rank is here, the folder is another run's, or what is being saved may hold the error
             except AquilaError:  # raised on every rank: what was begun before is good
                 self._saver.finish()
                 raise
@@ -226,7 +226,9 @@ class Loop:
         if self._checks():
             trail.at(self.state.step, "check")
             machine.optimizer.wait_for_weights()
-            check_replicated(machine.infos, machine.ctx, not_masters=machine.optimizer.not_masters())
+            not_masters = machine.optimizer.not_masters()
+            check_replicated(machine.infos, machine.ctx, not_masters=not_masters, alike_at=self._alike_at)
+            self._alike_at = self.state.step
         if self._validates(last=last):
             trail.at(self.state.step, "validate")
             means = evaluate(machine, self._corpus, self._stops)
@@ -262,6 +264,7 @@ class Loop:
         start, stop = fault.samples
         self._reporter.note(f"back to {state.parent}, step {state.step}, without samples {start}-{stop - 1}")
         self.state = state
+        self._alike_at = state.step
 
 
 def train(

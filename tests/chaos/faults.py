@@ -52,7 +52,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "nan-stop": Kind(title="NaN in a gradient, `stop`", ending="refuses", reason="the update was left out"),
         "flip-weight": Kind(
-            title="a bit flipped in one replica's weights", ending="refuses", reason="replicas have drifted", status=1
+            title="a bit flipped in one replica's weights", ending="refuses", reason="replicas have drifted", status=4
         ),
         "cut-checkpoint": Kind(title="checkpoint file cut off", ending="goes on", inside=False, reason="DAMAGED"),
         "flip-checkpoint": Kind(title="bit flipped in a checkpoint", ending="goes on", inside=False, reason="DAMAGED"),
