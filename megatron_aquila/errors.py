@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LOST_RANK = 3  # exit status where a transfer failed because of another rank
+DRIFTED = 4  # exit status where replicas are no longer the same
 
 
 class AquilaError(Exception):
@@ -36,6 +37,15 @@ class CommunicationError(AquilaError, RuntimeError):
 
     No fault of the input: the process leaves with status ``LOST_RANK``, and a launcher may start the run again.
     """
+
+
+class ReplicaError(AquilaError):
+    """Ranks that must hold the same values do not: a wrong reduction of gradients, or a machine that computes wrongly.
+
+    The message names ranks and tensors, and where to go on from; every rank raises the same. Status ``DRIFTED``.
+    """
+
+    is_shared = True
 
 
 class Stopped(BaseException):

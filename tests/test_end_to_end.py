@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_aquila.observe.ledger import read_ledger
+from megatron_aquila.observe.lineage import check_ledger
 from tests.train.runs import VOCAB_SIZE, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +79,8 @@ def elastic(folder: Path, name: str, kill_after: int) -> tuple[str, dict[int, fl
     """A run of 8 steps that saves every third into ``folder/name``; rank 1 is killed once (0: never)."""
     words = command(folder, "--save", str(folder / name), "--save-interval", "3", "--resume", "--exit-samples", "64")
     script = words.index("pretrain_aquila.py")
-    words[script : script + 1] = ["tests/train/kill_once.py", str(kill_after or 99), str(folder / "marker")]
+    who = "rank" if kill_after else "nobody"
+    words[script : script + 1] = ["tests/train/kill_once.py", str(kill_after), str(folder / "marker"), who]
     words[len(TORCHRUN) : len(TORCHRUN)] = ["--max-restarts", "2"]
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -97,3 +101,46 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_been(
     assert sorted(losses) == list(range(1, 9))
     assert tensors == expected
     assert len(tensors) == 2
+
+
+def agent(folder: Path, port: int, who: str, *, hosts: bool) -> subprocess.Popen[bytes]:
+    """One of one or two nodes, each of one process; ``hosts`` the rendezvous. It writes into ``folder/who.out``."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1"]
+    words += ["--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    settings = f"is_host={int(hosts)},last_call_timeout=12,keep_alive_interval=2,keep_alive_max_attempt=5"
+    words += ["--rdzv-id", "elastic", "--rdzv-conf", settings]
+    words += ["tests/train/kill_once.py", "5", str(folder / "marker"), who]
+    words += command(folder, "--precision", "fp64", "--save-interval", "3", "--exit-samples", "64")[len(TORCHRUN) + 1 :]
+    words += ["--save", str(folder / "run"), "--elastic", "--resume"]
+    with (folder / f"{who}.out").open("w") as out:
+        return subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=out)
+
+
+@pytest.mark.end_to_end
+def test_an_elastic_run_goes_on_with_the_node_that_is_left_and_the_same_batch(tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    nodes = [agent(tmp_path, port, "nobody", hosts=True), agent(tmp_path, port, "node", hosts=False)]
+    try:
+        statuses = [node.wait(timeout=400) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    said = (tmp_path / "nobody.out").read_text()
+    assert statuses == [0, -signal.SIGKILL], said
+    events = read_ledger(tmp_path / "run")
+    starts = [event for event in events if event["event"] == "start"]
+    assert [(one["world"], one["layout"]["dp"], one["step"]) for one in starts][-2:] == [(2, 2, 0), (1, 1, 3)], said
+    assert check_ledger(events).holds, check_ledger(events).problems
+    assert check_ledger(events).consumed == ((0, 64),)
+    by_step = {row["step"]: row for row in rows(tmp_path)}
+    whole = command(tmp_path, "--precision", "fp64", "--save", str(tmp_path / "whole" / "run"), "--exit-samples", "64")
+    done = subprocess.run(whole, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = {row["step"]: row for row in rows(tmp_path / "whole")}
+    assert sorted(by_step) == sorted(expected) == list(range(1, 9))
+    for step, row in expected.items():
+        exact = {"rel": 0, "abs": 0} if step <= 3 else {"rel": 1e-9}  # then sums are added in another order
+        assert by_step[step]["loss"] == pytest.approx(row["loss"], **exact)
+        assert by_step[step]["grad_norm"] == pytest.approx(row["grad_norm"], **exact)
+        assert by_step[step]["batch_size"] == row["batch_size"] == 8

@@ -9,7 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from megatron_aquila.errors import LOST_RANK, AquilaError, CommunicationError, ConfigError, Stopped, format_problems
+from megatron_aquila.errors import (
+    DRIFTED,
+    LOST_RANK,
+    AquilaError,
+    CommunicationError,
+    ConfigError,
+    ReplicaError,
+    Stopped,
+    format_problems,
+)
 
 CLOSED: Final = 141  # what a shell says of a program that SIGPIPE ended
 
@@ -25,7 +34,8 @@ class ExitCode:
 def exit_code(*, rank: int = 0) -> Iterator[ExitCode]:
     """Print a user's error to stderr and set the status; let our own mistakes through with their traceback.
 
-    The status is 2, ``LOST_RANK`` where another rank is gone or late, 128 and the number of a signal that ended it.
+    The status is 2, ``LOST_RANK`` where another rank is gone or late, ``DRIFTED`` where replicas are not the same, 128
+    and the number of a signal that ended it.
 
     Of an error that every rank raises, rank 0 prints the one copy. A reader of standard output that is gone, as of
     ``| head``, ends the command as it ends others, without a word.
@@ -39,7 +49,7 @@ def exit_code(*, rank: int = 0) -> Iterator[ExitCode]:
             raise
         code.value = CLOSED
     except AquilaError as error:
-        code.value = LOST_RANK if isinstance(error, CommunicationError) else 2
+        code.value = status_of(error)
         if rank == 0 or not error.is_shared:
             text = format_problems(error) if isinstance(error, ConfigError) else f"error: {error}"
             print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr)
@@ -53,6 +63,13 @@ def exit_code(*, rank: int = 0) -> Iterator[ExitCode]:
         print("interrupted", file=sys.stderr)
     finally:
         _is_unread()
+
+
+def status_of(error: AquilaError) -> int:
+    """The exit status that tells a launcher what kind of error ended the process."""
+    if isinstance(error, CommunicationError):
+        return LOST_RANK
+    return DRIFTED if isinstance(error, ReplicaError) else 2
 
 
 def _is_unread() -> bool:

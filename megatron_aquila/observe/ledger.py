@@ -97,3 +97,15 @@ def joined(ranges: Ranges) -> Ranges:
         else:
             out.append((start, stop))
     return tuple(out)
+
+
+def outside(ranges: Ranges, others: Ranges) -> Ranges:
+    """The numbers of ``ranges`` that are in none of ``others``, as few half-open ranges, ascending."""
+    left = []
+    for start, stop in joined(ranges):
+        for begin, end in joined(others):
+            if begin < stop and start < end:
+                left.append((start, begin))
+                start = max(start, end)
+        left.append((start, stop))
+    return joined(tuple(left))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from megatron_aquila.observe.ledger import Event, Ranges, joined
+from megatron_aquila.observe.ledger import Event, Ranges, joined, outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class _Walk:
     passed_over: bool = False  # the last checkpoint was found damaged, or given up on purpose
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("start", "rewind", "fallback", "killed"), 0))
     given_up: list[tuple[int, int]] = field(default_factory=list)
+    left_out: dict[str, Ranges] = field(default_factory=dict)  # by rewinds, after a checkpoint of this name
     problems: list[str] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
@@ -130,6 +131,9 @@ class _Walk:
                 f"{saved.name} names {event['parent']} as its parent, the run went on from {self.here.name}"
             )
         self.problems += tiling_problems(saved, self.here.samples)
+        for start, stop in outside(self._left_out_until(saved.samples), saved.skipped):
+            self.problems.append(f"{saved.name}: samples {start} to {stop} are in it, though a rewind left them out")
+        self.left_out.pop(saved.name, None)
         self.known[saved.name] = self.here = self.last = saved
         self.passed_over = False
 
@@ -139,7 +143,14 @@ class _Walk:
         if target.name.rpartition("/")[2] != event["checkpoint"]:
             self.problems.append(f"a rewind to {event['checkpoint']}, of whose saving nothing is written")
         self.given_up += _since(self.here, target)
+        for saved in _line(target):
+            self.left_out[saved.name] = (*self.left_out.get(saved.name, ()), *_ranges(event["skipped"]))
         self.here, self.passed_over = target, target is not self.last
+
+    def _left_out_until(self, samples: int) -> Ranges:
+        """What a checkpoint at ``samples`` that comes from ``here`` must not have been trained on."""
+        ranges = self.left_out.get(self.here.name, ())
+        return tuple((max(start, self.here.samples), min(stop, samples)) for start, stop in ranges)
 
     def _stop(self, event: Event) -> None:
         self.running = False
@@ -151,16 +162,9 @@ class _Walk:
 
 def check_ledger(events: Sequence[Event]) -> LedgerReport:
     """Follow the run through its ledger. Events of unknown kinds are passed over."""
-    walk = _Walk()
-    for event in events:
-        walk.take(event)
-    lineage: list[Saved] = []
-    saved = walk.last
-    while saved is not None and saved is not ROOT:
-        lineage.append(saved)
-        saved = saved.parent
+    walk = _walked(events)
     return LedgerReport(
-        lineage=tuple(reversed(lineage)),
+        lineage=() if walk.last is None else tuple(reversed(_line(walk.last))),
         problems=tuple(walk.problems),
         starts=walk.counts["start"],
         killed=walk.counts["killed"],
@@ -169,6 +173,31 @@ def check_ledger(events: Sequence[Event]) -> LedgerReport:
         skipped=() if walk.last is None else walk.last.skipped,
         given_up=joined(tuple(walk.given_up)),
     )
+
+
+def left_out_after(events: Sequence[Event], checkpoint: str) -> Ranges:
+    """The samples that rewinds left out since a checkpoint was saved: a run that goes on from it leaves them out too.
+
+    ``checkpoint`` is its name, or the path of one that the run came from. A rewind further on counts as well.
+    """
+    return joined(_walked(events).left_out.get(checkpoint, ()))
+
+
+def _walked(events: Sequence[Event]) -> _Walk:
+    walk = _Walk()
+    for event in events:
+        walk.take(event)
+    return walk
+
+
+def _line(saved: Saved) -> list[Saved]:
+    """A checkpoint and those it comes from, the newest first."""
+    line: list[Saved] = []
+    at: Saved | None = saved
+    while at is not None and at is not ROOT:
+        line.append(at)
+        at = at.parent
+    return line
 
 
 def tiling_problems(saved: Saved, begin: int) -> list[str]:

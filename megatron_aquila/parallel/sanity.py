@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megatron_aquila.errors import ReplicaError
 from megatron_aquila.parallel.collectives import all_gather, all_reduce_, gather_objects
 from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.parallel.params import ParamInfo, Part
@@ -15,17 +16,16 @@ COLUMNS, BLOCK = 1024, 2**22  # elements; what is summed at once needs no copy, 
 ODD, EVEN = 0x5851F42D4C957F2D, 0x2545F4914F6CDD1E  # multiplied with an odd number, no bit of a difference is lost
 
 
-class ReplicaError(RuntimeError):
-    """Ranks that must hold the same values do not: a wrong gradient reduction, or a machine that computes wrongly."""
-
-
-def check_replicated(infos: Iterable[ParamInfo], ctx: ParallelContext, *, not_masters: Sequence[str] = ()) -> None:
+def check_replicated(
+    infos: Iterable[ParamInfo], ctx: ParallelContext, *, not_masters: Sequence[str] = (), alike_at: int = 0
+) -> None:
     """Raise ``ReplicaError`` on all ranks unless those that hold the same rectangle of a parameter hold the same bits.
 
     Covers dp and cp replicas and weights replicated over tp alike. ``not_masters`` are this rank's tensors whose
-    weights are not what their masters say. Compares checksums made on the device: reads every parameter once; one small
-    all-gather over the replicas, one over tp, one all-reduce between the hosts. Only where something is wrong, the
-    ranks tell each other what: the odd ones of more than two are named.
+    weights are not what their masters say; ``alike_at`` is the last step at which all was well. Compares checksums
+    made on the device: reads every parameter once; one small all-gather over the replicas, one over tp, one all-
+    reduce between the hosts. Only where something is wrong, the ranks tell each other what: the odd ones of more
+    than two are named.
     """
     parts = [(info, part) for info in infos for part in info.parts]
     sums = torch.stack([checksum(rows_of(info, part)) for info, part in parts])
@@ -39,6 +39,10 @@ def check_replicated(infos: Iterable[ParamInfo], ctx: ParallelContext, *, not_ma
     lines = [*apart([theirs for theirs, _ in found])]
     for rank, (_, names) in enumerate(found):
         lines += [f"{name}: the weights that rank {rank} published are not its masters, rounded" for name in names]
+    lines.append(
+        f"at step {alike_at} they were still the same: resume from a checkpoint of that step or before it, later ones "
+        "may hold the error; where the same rank differs again, leave its machine out"
+    )
     raise ReplicaError("replicas have drifted apart:\n" + "\n".join(lines))
 
 

@@ -3,6 +3,7 @@
 Every rank judges from the same figures and so does the same; where that leads to a collective, ``rewind`` makes sure.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from megatron_aquila.checkpoint.agree import agreed, together
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.schema import TrainConfig
 from megatron_aquila.errors import AquilaError
+from megatron_aquila.observe.ledger import Ranges
 from megatron_aquila.optim.scaler import LossScaling
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
@@ -93,17 +95,21 @@ class Rewinder:
     ``good`` is that checkpoint: the one that the run came from, or saved last.
     """
 
-    def __init__(self, machine: Machine, corpus: Corpus, good: Path | None) -> None:
+    def __init__(self, machine: Machine, corpus: Corpus, good: Path | None, left_out: Ranges = ()) -> None:
+        """``left_out``: what a run that goes on from ``good`` does not train on, though the checkpoint may not know."""
         self._machine, self._corpus = machine, corpus
         self._good, self._times = good, 0
-        self._left_out: list[tuple[int, int]] = []  # by rewinds that no checkpoint knows of yet
+        self._left_out = left_out
 
     def saved(self, checkpoint: Path) -> None:
-        """A newer one is there."""
-        self._good, self._times, self._left_out = checkpoint, 0, []
+        """A newer one is there, which knows what is left out."""
+        self._good, self._times, self._left_out = checkpoint, 0, ()
 
-    def back(self, fault: Fault) -> TrainState:
+    def back(self, fault: Fault, decided: Callable[[Path], None] = lambda checkpoint: None) -> TrainState:
         """The state of the checkpoint, all tensors as it has them, without the samples of the fault.
+
+        ``decided`` is told of the checkpoint once it is sure that the run goes back there, and before anything is lost:
+        what it writes down, a run that is killed from here on finds.
 
         Collective: all ranks say what they go back from. Raises ``AquilaError`` on every rank where there is nothing to
         go back to, or where the run has gone back there ``MAX_REWINDS`` times; ``CheckpointError`` as a start.
@@ -117,10 +123,11 @@ class Rewinder:
         config = replace(machine.config, checkpoint=replace(machine.config.checkpoint, load_optim=True))
         start = agreed(lambda: find_start(config, machine.derived, good, None), machine.ctx.world)
         agreed(lambda: CheckpointReader(good), machine.ctx.world).verify_files(machine.ctx.world)
+        agreed(lambda: decided(good), machine.ctx.world)
         load_weights(machine, start)
         self._times += 1
-        self._left_out.append(fault.samples)
-        back = start.state.without(tuple(self._left_out))
+        self._left_out = (*self._left_out, fault.samples)
+        back = start.state.without(self._left_out)
         self._corpus.train.leave_out(back.skipped_samples, seq_len=machine.derived.shape.seq_len)
         return back
 

@@ -16,6 +16,7 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import all_settings, value_of
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.observe.ledger import LEDGER_NAME, Ranges, read_ledger
+from megatron_aquila.observe.lineage import left_out_after
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.corpus import Identity
 from megatron_aquila.train.faults import Fault
@@ -75,13 +76,13 @@ class RunRecord:
         """A step's update was left out."""
         self._reporter.record("skip", step=step, samples=samples, reason=reason)
 
-    def rewound(self, before: TrainState, after: TrainState, fault: Fault) -> None:
-        """The run went back."""
+    def rewound(self, state: TrainState, checkpoint: Path, fault: Fault) -> None:
+        """The run goes back to a checkpoint; ``state`` is given up."""
         self._reporter.record(
             "rewind",
-            step=before.step,
-            samples=before.consumed_samples,
-            checkpoint=after.parent,
+            step=state.step,
+            samples=state.consumed_samples,
+            checkpoint=checkpoint_name(checkpoint),
             ranges=self._taken,
             skipped=[fault.samples],
             reason=fault.reason,
@@ -132,6 +133,27 @@ def unrecorded(config: RunConfig, start: Start) -> dict[str, Any] | None:
         if told and datetime.fromisoformat(event["time"]).timestamp() > manifest.saved - CLOCK_SECONDS:
             return None
     return {"name": name, **checkpoint_event(state)}
+
+
+def without_rewound(start: Start, config: RunConfig, ctx: ParallelContext) -> Start:
+    """The start without the samples that rewinds of this run left out after its checkpoint, as its ledger tells them.
+
+    The checkpoint itself does not know: the run ended before it saved the next one. Rank 0 reads for all: collective.
+    Raises ``CheckpointError`` on every rank where the ledger is damaged.
+    """
+    folder, found = ledger_folder(config), start.checkpoint
+    if folder is None or found is None or not start.with_optimizer:
+        return start
+    name: str | None = checkpoint_name(found) if is_own(config, found) else str(found)
+    if start.is_part:  # rewinds go back to the durable checkpoint before it
+        name = start.state.parent
+    is_told = ctx.rank == 0 and (folder / LEDGER_NAME).exists()
+
+    def told() -> Ranges:
+        return left_out_after(read_ledger(folder), name) if is_told and name is not None else ()
+
+    (ranges, *_) = together(told, ctx.world)
+    return replace(start, state=start.state.without(tuple((first, stop) for first, stop in ranges)))
 
 
 def is_own(config: RunConfig, checkpoint: Path) -> bool:

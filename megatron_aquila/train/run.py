@@ -20,7 +20,7 @@ from megatron_aquila.train.corpus import Corpus, build_corpus, identify
 from megatron_aquila.train.ephemeral import find_parts
 from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.presence import presence
-from megatron_aquila.train.record import named, start_event, unrecorded
+from megatron_aquila.train.record import named, start_event, unrecorded, without_rewound
 from megatron_aquila.train.report import open_reporter
 from megatron_aquila.train.resume import load_weights
 from megatron_aquila.train.start import Start, checkpoint_name, find_start, resolve_checkpoint
@@ -74,6 +74,7 @@ def prepare(
         )
     identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
     start = agreed(lambda: find_start(config, derived, checkpoint, identity, is_part=part is not None), ctx.world)
+    start = without_rewound(start, config, ctx)
     segments = start.state.index_segments
     corpus = build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
     log.line(corpus.train.source.describe())

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.folders import step_folder
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.errors import AquilaError, CommunicationError, RunFolderError
+from megatron_aquila.errors import AquilaError, CommunicationError, ReplicaError, RunFolderError
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.sanity import check_replicated
 from megatron_aquila.train.build import Machine
@@ -131,8 +131,9 @@ class Loop:
         self._stops = stops
         self.record = RunRecord(reporter, corpus.train.source, state.taken)
         self.last_saved = -1 if state.taken else state.step  # what was taken is in no durable checkpoint yet
+        self._alike_at = state.step
         self._steps = Steps(machine, corpus, reporter, self.record)
-        self._rewinder = Rewinder(machine, corpus, came_from)
+        self._rewinder = Rewinder(machine, corpus, came_from, state.skipped_samples)
         self._saver = Saver(machine, corpus.identity, reporter, self._saved)
         self._releases = Releases(machine.config, machine.ctx.rank, reporter)
         self._profiler = StepProfiler(machine.config, machine.ctx.rank, machine.ctx.device)
@@ -148,8 +149,8 @@ class Loop:
             try:
                 while why is None:
                     why = self._step()
-            except (CommunicationError, RunFolderError):  # not every rank is here, or the folder is another run's
-                raise
+            except (CommunicationError, RunFolderError, ReplicaError):
+                raise  # not every rank is here, the folder is another run's, or what is being saved may hold the error
             except AquilaError:  # raised on every rank: what was begun before is good
                 self._saver.finish()
                 raise
@@ -232,7 +233,9 @@ class Loop:
         if self._checks():
             trail.at(self.state.step, "check")
             machine.optimizer.wait_for_weights()
-            check_replicated(machine.infos, machine.ctx, not_masters=machine.optimizer.not_masters())
+            not_masters = machine.optimizer.not_masters()
+            check_replicated(machine.infos, machine.ctx, not_masters=not_masters, alike_at=self._alike_at)
+            self._alike_at = self.state.step
         if self._validates(last=last):
             trail.at(self.state.step, "validate")
             means = evaluate(machine, self._corpus, self._stops)
@@ -268,12 +271,12 @@ class Loop:
     def _go_back(self, fault: Fault) -> None:
         """To the last checkpoint, which may be one that is just being written. Collective."""
         self._saver.go_back()
-        state = self._rewinder.back(fault)
+        state = self._rewinder.back(fault, lambda folder: self.record.rewound(self.state, folder, fault))
         self._steps.forget()
-        self.record.rewound(self.state, state, fault)
         start, stop = fault.samples
         self._reporter.note(f"back to {state.parent}, step {state.step}, without samples {start}-{stop - 1}")
         self.state = state
+        self._alike_at = state.step
 
 
 def train(

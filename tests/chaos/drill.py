@@ -137,7 +137,9 @@ class Drill:
         """Let everything happen, and judge it."""
         try:
             self._start([])
-            for together, outcomes in groupby(self.outcomes, key=self._is_restarted):
+            for (together, _), outcomes in groupby(
+                self.outcomes, key=lambda one: (self._is_restarted(one), policy(one))
+            ):
                 if together:
                     self._start(list(outcomes))
                 else:
@@ -189,16 +191,16 @@ class Drill:
         """Of the newest checkpoint that is there, damaged or not."""
         return max(complete_steps(self._run), default=0) if self._run.exists() else 0
 
-    def _start(self, outcomes: list[Outcome]) -> str:
-        """Start the run, let the faults come, and judge those before; what it printed."""
+    def _start(self, outcomes: list[Outcome], *more: str) -> str:
+        """Start the run, with ``more`` flags, let the faults come, and judge those before; what it printed."""
         kinds = [outcome.fault.kind for outcome in outcomes]
-        special = [kind for kind in kinds if kind in BAD_NUMBERS]
-        more = ["--on-nonfinite", special[0].partition("-")[2]] if special else []
-        more += ["--timeout-minutes", "0.1", "--hang-dump-seconds", "1"] if "hang" in kinds else []
+        (wanted,) = {policy(outcome) for outcome in outcomes} or {None}
+        flags = [*more, *([] if wanted is None else ["--on-nonfinite", wanted])]
+        flags += ["--timeout-minutes", "0.1", "--hang-dump-seconds", "1"] if "hang" in kinds else []
         said_before = self._said()
         steps = 2 if not outcomes else 4 + 5 * len(outcomes)
         running = self._launch(
-            outcomes, *self._until(steps if self._starts else 4), *more,
+            outcomes, *self._until(steps if self._starts else 4), *flags,
             restarts=len(outcomes) if self._torchrun and all(map(self._is_restarted, outcomes)) else 0,
         )  # fmt: skip
         if kinds == ["hang"]:
@@ -277,6 +279,9 @@ class Drill:
         ended = time.time()
         said = self._said()[len(said_before) :]
         undo()
+        if fault.kind == "flip-data" and not any(statuses):
+            # a checkpoint of that start may hold the digest of samples further on, as they were while damaged
+            self._start([], "--override-data")
         outcome.refused = kind.ending == "refuses" and any(statuses)
         if outcome.refused:
             outcome.seconds = ended - began
@@ -355,6 +360,11 @@ class Drill:
         for outcome in self.outcomes if problems else ():
             outcome.wrong += problems
             outcome.recovered = False
+
+
+def policy(outcome: Outcome) -> str | None:
+    """What the run is to do with the bad numbers that befall it, if any do."""
+    return outcome.fault.kind.partition("-")[2] if outcome.fault.kind in BAD_NUMBERS else None
 
 
 def lost_samples(events: Sequence[Event]) -> list[int]:

@@ -46,9 +46,13 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "nan-skip": Kind(title="NaN in a gradient, `--on-nonfinite skip`", ending="goes on", reason="not finite"),
         "nan-rewind": Kind(title="NaN in a gradient, `rewind`", ending="goes on", reason="back to step_"),
+        "kill-rewind": Kind(title="SIGKILL after a rewind, before its next step", ending="dies"),
+        "term-rewind": Kind(
+            title="SIGTERM after a rewind, before its next step", ending="stops", reason="back to step_"
+        ),
         "nan-stop": Kind(title="NaN in a gradient, `stop`", ending="refuses", reason="the update was left out"),
         "flip-weight": Kind(
-            title="a bit flipped in one replica's weights", ending="refuses", reason="replicas have drifted", status=1
+            title="a bit flipped in one replica's weights", ending="refuses", reason="replicas have drifted", status=4
         ),
         "cut-checkpoint": Kind(title="checkpoint file cut off", ending="goes on", inside=False, reason="DAMAGED"),
         "flip-checkpoint": Kind(title="bit flipped in a checkpoint", ending="goes on", inside=False, reason="DAMAGED"),
@@ -66,7 +70,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "two-runs": Kind(title="a second run on the same folder", ending="refuses", reason="a run is writing here"),
     }
 )
-BAD_NUMBERS = ("nan-skip", "nan-rewind", "nan-stop")  # what is trained on is not what it would have been
+# what is trained on is not what it would have been
+BAD_NUMBERS = ("nan-skip", "nan-rewind", "kill-rewind", "term-rewind", "nan-stop")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

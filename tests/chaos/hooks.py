@@ -24,7 +24,7 @@ from megatron_aquila.checkpoint.folders import LATEST
 from megatron_aquila.checkpoint.tensorfile import Entry
 from megatron_aquila.commands import pretrain
 from megatron_aquila.optim.distributed import DistributedOptimizer
-from megatron_aquila.train import evaluate, run, trainer
+from megatron_aquila.train import evaluate, faults, run, trainer
 from megatron_aquila.train.record import RunRecord
 from tests.chaos.damage import fill, pick
 from tests.chaos.faults import KINDS, Fault
@@ -209,6 +209,19 @@ class Injector:
 
         self.before(DistributedOptimizer, "clip", to_nan)
 
+    def at_rewind(self, number: int) -> None:
+        """Once NaN in this rank's gradients has sent the run back: while it loads, or before its next step."""
+        self.poison()
+        place = (faults, "load_weights") if self._fault.share < 0.5 else (trainer.Loop, "_take")
+        right, is_back = trainer.Loop._go_back, []
+
+        def back(*args: Any) -> None:
+            is_back.append(True)
+            right(*args)
+
+        trainer.Loop._go_back = back
+        self.before(*place, lambda *_: self.fire(number) if is_back else None)
+
     def flip_weight(self) -> None:
         """Another bit in one weight as this replica received it."""
 
@@ -257,6 +270,7 @@ PLACES: dict[str, Callable[..., None]] = {
     "nan-skip": Injector.poison,
     "nan-rewind": Injector.poison,
     "nan-stop": Injector.poison,
+    "rewind": Injector.at_rewind,
     "flip-weight": Injector.flip_weight,
     "two-runs": Injector.wait_in_step,
 }

@@ -6,7 +6,16 @@ import sys
 import pytest
 
 from megatron_aquila.commands.failure import exit_code
-from megatron_aquila.errors import LOST_RANK, CommunicationError, ConfigError, DataError, Problem, Stopped
+from megatron_aquila.errors import (
+    DRIFTED,
+    LOST_RANK,
+    CommunicationError,
+    ConfigError,
+    DataError,
+    Problem,
+    ReplicaError,
+    Stopped,
+)
 
 
 def test_success_is_zero() -> None:
@@ -51,6 +60,14 @@ def test_a_lost_rank_has_a_status_so_that_a_launcher_starts_again(
         raise CommunicationError("another rank is gone")
     assert code.value == LOST_RANK == 3
     assert capsys.readouterr().err == "rank 5: error: another rank is gone\n"
+
+
+def test_drifted_replicas_are_said_once_and_have_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 1):
+        with exit_code(rank=rank) as code:
+            raise ReplicaError("replicas have drifted apart")
+        assert code.value == DRIFTED == 4
+    assert capsys.readouterr().err == "error: replicas have drifted apart\n"
 
 
 def test_a_stop_before_training_leaves_with_the_signals_status(capsys: pytest.CaptureFixture[str]) -> None:

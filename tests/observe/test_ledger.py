@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_aquila.errors import DataError
-from megatron_aquila.observe.ledger import LEDGER_NAME, Ledger, joined, read_ledger
+from megatron_aquila.observe.ledger import LEDGER_NAME, Ledger, joined, outside, read_ledger
 
 
 def test_events_are_appended_and_read_in_order(tmp_path: Path) -> None:
@@ -106,3 +106,16 @@ def test_joined_ranges_hold_the_same_numbers_in_order(ranges: list[tuple[int, in
     assert {n for start, stop in found for n in range(start, stop)} == {n for a, b in ranges for n in range(a, b)}
     assert all(start < stop for start, stop in found)
     assert all(stop < after for (_, stop), (after, _) in pairwise(found))
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)))
+
+
+@given(RANGES, RANGES)
+def test_what_is_outside_of_ranges_is_in_the_first_and_not_in_the_others(
+    ranges: list[tuple[int, int]], others: list[tuple[int, int]]
+) -> None:
+    first, second = ({n for a, b in found for n in range(a, b)} for found in (ranges, others))
+    found = outside(tuple(ranges), tuple(others))
+    assert {n for start, stop in found for n in range(start, stop)} == first - second
+    assert found == joined(found)

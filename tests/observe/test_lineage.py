@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_aquila.observe.lineage import check_ledger
+from megatron_aquila.observe.lineage import check_ledger, left_out_after
 
 Events = list[dict[str, Any]]
 
@@ -29,9 +29,9 @@ def stop(at: int, *ranges: tuple[int, int], failed: bool = False) -> dict[str, A
     return {"event": "stop", "step": at, "samples": at, "reason": "", "failed": failed, "ranges": [*map(list, ranges)]}
 
 
-def rewind(at: int, to: str, *ranges: tuple[int, int]) -> dict[str, Any]:
+def rewind(at: int, to: str, *ranges: tuple[int, int], without: Any = ()) -> dict[str, Any]:
     return {"event": "rewind", "step": at, "samples": at, "checkpoint": to, "ranges": [*map(list, ranges)],
-            "skipped": [], "reason": ""}  # fmt: skip
+            "skipped": [*map(list, without)], "reason": ""}  # fmt: skip
 
 
 def problems(*events: dict[str, Any]) -> list[str]:
@@ -69,12 +69,31 @@ ONE = [start(), saved(8, (0, 8))]
         ([*ONE, start(6, "step_6")], "a start from step_6, of whose saving nothing is written"),
         ([*ONE, saved(16, (8, 16), parent="step_4")], "step_16 names step_4 as its parent"),
         ([*ONE, rewind(16, "step_2")], "a rewind to step_2, of whose saving nothing is written"),
+        ([*ONE, rewind(24, "step_8", without=[(16, 24)]), start(8, "step_8"), saved(32, (8, 32), parent="step_8")],
+         "step_32: samples 16 to 24 are in it, though a rewind left them out"),
         ([*ONE, stop(16, (8, 16))], "work is lost: a stop 8 samples beyond step_8 without a save"),
     ],
 )  # fmt: skip
 def test_what_must_not_be_is_found(events: Events, words: str) -> None:
     found = problems(*events)
     assert any(words in problem for problem in found), found
+
+
+def test_what_rewinds_left_out_holds_for_every_start_from_before_until_another_checkpoint_takes_the_place() -> None:
+    fallback = {"event": "fallback", "bad": "step_16", "checkpoint": "step_8", "reason": "damaged"}
+    events = [
+        start(),
+        saved(8, (0, 8)),
+        saved(16, (8, 16), parent="step_8"),
+        rewind(32, "step_16", (16, 32), without=[(24, 32)]),
+        rewind(24, "step_16", (16, 24), without=[(16, 24)]),
+    ]
+    assert left_out_after(events, "step_16") == left_out_after(events, "step_8") == ((16, 32),)
+    assert left_out_after(events, "step_24") == ()
+    events += [fallback, start(8, "step_8"), saved(16, (8, 16), parent="step_8", skipped=[(16, 32)])]
+    assert left_out_after(events, "step_16") == (), "the new one knows"
+    assert problems(*events, saved(24, (16, 24), parent="step_16", skipped=[(16, 32)])) == []
+    assert "though a rewind" in problems(*events[:-1], saved(32, (8, 32), parent="step_8", skipped=[(16, 24)]))[0]
 
 
 def test_an_older_start_is_no_loss_where_it_was_meant_or_the_newer_one_is_damaged() -> None:

@@ -167,9 +167,9 @@ def test_ranks_that_go_back_from_different_steps_are_found_out(pool: Pools, tmp_
 def go_back_apart(config: RunConfig) -> None:
     right = faults.Rewinder.back
 
-    def apart(self: faults.Rewinder, fault: faults.Fault) -> TrainState:
+    def apart(self: faults.Rewinder, fault: faults.Fault, *args: Any) -> TrainState:
         rank = torch.distributed.get_rank()
-        return right(self, replace(fault, step=fault.step + rank))
+        return right(self, replace(fault, step=fault.step + rank), *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faults.Rewinder, "back", apart)

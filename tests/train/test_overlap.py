@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_aquila.checkpoint.layout import Chunk, param_chunks
 from megatron_aquila.config.schema import ModelConfig, RunConfig
+from megatron_aquila.errors import ReplicaError
 from megatron_aquila.optim import buckets
 from megatron_aquila.optim.buckets import Bucket
 from megatron_aquila.optim.distributed import DistributedOptimizer
-from megatron_aquila.parallel.sanity import ReplicaError
 from megatron_aquila.pipeline.engine import Engine
 from megatron_aquila.train import build
 from megatron_aquila.train.build import Machine
