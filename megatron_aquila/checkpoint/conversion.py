@@ -27,7 +27,8 @@ from megatron_aquila.checkpoint.huggingface import INDEX, read_json, shards_of, 
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import LEAVE_OUT_CLAMP, SpecialIds, llama_tensors
 from megatron_aquila.checkpoint.manifest import Json, Manifest, Piece, StoredTensor, piece_key
-from megatron_aquila.checkpoint.megatron import FILE, MegatronForm, megatron_map, write_megatron, write_tracker
+from megatron_aquila.checkpoint.megatron import FILE, write_megatron, write_tracker
+from megatron_aquila.checkpoint.megatron_form import MegatronForm, megatron_map
 from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.rectangles import Rectangle

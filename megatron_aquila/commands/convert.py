@@ -71,6 +71,11 @@ class Convert:
     """tensor-parallel ranks of a written Megatron checkpoint"""
     pp: int = 1
     """its pipeline ranks"""
+    chunks: int = 1
+    """virtual stages of each pipeline rank"""
+    megatron_names: Literal["classic", "core", "core-local"] = "classic"
+    """what its tensors are called: as in FlagScale 0.x, or as in Megatron core, with Transformer Engine's layers or its
+    own"""
     vocab_multiple: int = 128
     """its vocabulary is padded to a multiple of this times tp"""
     vocab_file: Path | None = None
@@ -269,7 +274,7 @@ def job_of(options: Convert, model: Model) -> Job:
     from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.families import FAMILIES, family_of_shape
     from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
-    from megatron_aquila.checkpoint.megatron import MegatronForm
+    from megatron_aquila.checkpoint.megatron_form import MegatronForm
     from megatron_aquila.plan.shape import padded_vocab_size
 
     reader, shape, form = model.reader, model.shape, model.form
@@ -278,7 +283,9 @@ def job_of(options: Convert, model: Model) -> Job:
     max_bytes = shard_bytes(options.shard_size)
     if form == "megatron":
         rows = padded_vocab_size(shape.vocab_size, options.vocab_multiple * options.tp)
-        cut = MegatronForm(tp=options.tp, pp=options.pp, padded_vocab_size=rows)
+        cut = MegatronForm(
+            tp=options.tp, pp=options.pp, chunks=options.chunks, padded_vocab_size=rows, names=options.megatron_names
+        )
         return Job(target=conversion.megatron_target(reader, shape, cut, dtype=dtype), dtype=dtype)
     if form == "checkpoint":
         state: dict[str, Json] = {"converted_from": str(options.source), SAID: said_by(model.opened)}

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from megatron_aquila.checkpoint.megatron import MegatronForm, write_megatron, write_tracker
+from megatron_aquila.checkpoint.megatron import write_megatron, write_tracker
+from megatron_aquila.checkpoint.megatron_form import MegatronForm
 from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.errors import CheckpointError
