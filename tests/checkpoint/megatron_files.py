@@ -75,13 +75,16 @@ def write_files(
     rows: int,
     patched: bool = False,
     layers: tuple[int, ...] = (),
+    zeros: bool = False,
     **arguments: Any,
 ) -> Path:
-    """Iteration 7 in ``folder``, its vocabulary padded to ``rows`` by its last row. ``layers``: of uneven parts."""
+    """Iteration 7 in ``folder``, its vocabulary padded to ``rows`` by its last row, or zeros. ``layers``: of uneven
+    parts.
+    """
     parts = pp * chunks
     counts = layers or (shape.num_layers // parts,) * parts
     table = {"embed": weights["model.embed_tokens.weight"], "head": weights["lm_head.weight"]}
-    table = {name: torch.cat([x, x[-1:].expand(rows - len(x), -1)]) for name, x in table.items()}
+    table = {name: torch.cat([x, x[-1:].expand(rows - len(x), -1) * (not zeros)]) for name, x in table.items()}
     for rank in range(tp):
         for pp_rank in range(pp):
             state: dict[str, Any] = {"args": namespace(shape, rows, tp, pp, patched, **arguments), "iteration": 7}
@@ -143,3 +146,14 @@ def namespace(shape: ModelShape, rows: int, tp: int, pp: int, patched: bool, **m
         "untie_embeddings_and_output_weights": True, "params_dtype": torch.float32,
     }  # fmt: skip
     return argparse.Namespace(**(said | more))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Tensors of nested tables by their path; no states of low precision."""
+    out: dict[str, torch.Tensor] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            out |= leaves(value, f"{prefix}{name}/")
+        elif isinstance(value, torch.Tensor) and "_extra_state" not in name:
+            out[prefix + name] = value
+    return out

@@ -12,7 +12,7 @@ from megatron_aquila.checkpoint.published import model_shape, open_weights
 from megatron_aquila.commands import convert
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.plan.shape import ModelShape
-from tests.checkpoint.megatron_files import write_files
+from tests.checkpoint.megatron_files import leaves, write_files
 
 SHAPE = ModelShape(
     num_layers=8, hidden_size=24, ffn_size=20, num_heads=6, num_kv_heads=2, head_dim=4, vocab_size=29,
@@ -45,9 +45,8 @@ def test_every_cut_is_read(tmp_path: Path, cut: str, names: str) -> None:
 
 @pytest.mark.parametrize("names", ["classic", "core", "core-local"])
 def test_what_is_written_is_what_megatron_writes(tmp_path: Path, names: str) -> None:
-    """But for padding, which is zeros here and the last row there."""
     cut = {"tp": 2, "pp": 2, "chunks": 2}
-    theirs = write_files(tmp_path / "theirs", weights(), SHAPE, rows=32, names=names, **cut)
+    theirs = write_files(tmp_path / "theirs", weights(), SHAPE, rows=32, names=names, zeros=True, **cut)
     flags = ["--to-format", "megatron", "--vocab-multiple", "16", "--megatron-names", names]
     flags += [word for name, degree in cut.items() for word in (f"--{name}", str(degree))]
     assert convert.main(["--from", str(theirs), "--to", str(tmp_path / "ours"), *flags]) == 0
@@ -58,20 +57,8 @@ def test_what_is_written_is_what_megatron_writes(tmp_path: Path, names: str) -> 
         for part in ("model0", "model1"):
             found, wanted = leaves(written[part]), leaves(expected[part])
             assert found.keys() == wanted.keys()
-            for name, tensor in wanted.items():
-                rows = 29 - 16 if rank.startswith("mp_rank_01") and ("word_emb" in name or "output" in name) else None
-                assert torch.equal(found[name][:rows], tensor[:rows]), name
+            assert [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)] == []
         assert written["args"].virtual_pipeline_model_parallel_size == 2
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    out: dict[str, torch.Tensor] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            out |= leaves(value, f"{prefix}{name}/")
-        elif isinstance(value, torch.Tensor) and "_extra_state" not in name:
-            out[prefix + name] = value
-    return out
 
 
 def test_mcores_interleaved_rotation_and_the_order_of_norms(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.checkpoint.tensorfile import FileRecord, file_sha256, write_tensors
 from megatron_aquila.commands import convert
 from megatron_aquila.errors import CheckpointError
-from tests.checkpoint.test_families import (
+from tests.checkpoint.plain_networks import (
     AQUILA,
     BAICHUAN,
     aquila_files,
