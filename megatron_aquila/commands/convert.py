@@ -264,7 +264,7 @@ class Job:
     target: "Target"
     dtype: "torch.dtype"
     judged: Literal["read", "written"] | None = None
-    unjudged: str = "transformers does not know this form"
+    unjudged: str = "transformers judges safetensors of Llama's form alone"
 
 
 def job_of(options: Convert, model: Model) -> Job:
@@ -289,9 +289,10 @@ def job_of(options: Convert, model: Model) -> Job:
         return Job(target=conversion.megatron_target(reader, shape, cut, dtype=dtype), dtype=dtype)
     if form == "checkpoint":
         state: dict[str, Json] = {"converted_from": str(options.source), SAID: said_by(model.opened)}
-        is_judged = isinstance(model.opened, HuggingFaceReader) and options.resize_vocab is None
         target = conversion.checkpoint_target(reader, shape, dtype=dtype, max_bytes=max_bytes, state=state)
-        return Job(target=target, dtype=dtype, judged="read" if is_judged else None)
+        if options.resize_vocab is not None:
+            return Job(target=target, dtype=dtype, unjudged="the vocabulary is no longer that of the files read")
+        return Job(target=target, dtype=dtype, judged="read" if isinstance(model.opened, HuggingFaceReader) else None)
     family = family_of_shape(shape) if options.family is None else FAMILIES[options.family]
     said = said_by(model.opened)
     ids = special_ids(said, model.tokenizer)

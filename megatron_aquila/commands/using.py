@@ -36,7 +36,7 @@ class ModelOptions:
     """The model and how it is split."""
 
     load: Path
-    """a checkpoint, the folder whose `latest` names one, or a Hugging Face folder"""
+    """a checkpoint, the folder whose `latest` names one, published weights of a known family, or Megatron's files"""
     tp: int = 1
     """tensor-parallel degree"""
     pp: int = 1

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from megatron_aquila.checkpoint.megatron import TRACKER
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, tokenizer_at
@@ -65,8 +66,12 @@ def _opened(reader: TensorReader, given: Mapping[str, Path | None], saved: Any, 
 
 
 def tokenizer_beside(reader: TensorReader) -> Path | None:
-    """The folder of a tokenizer that lies beside the weights; of a checkpoint also beside its steps."""
-    folders = [reader.folder, *([reader.folder.resolve().parent] if isinstance(reader, CheckpointReader) else [])]
+    """The folder of a tokenizer that lies beside the weights; of a checkpoint, ours or Megatron's, also beside its
+    steps.
+    """
+    parent = reader.folder.resolve().parent
+    holds_steps = isinstance(reader, CheckpointReader) or (parent / TRACKER).is_file()
+    folders = [reader.folder, *([parent] if holds_steps else [])]
     files = ("tokenizer.json", "tokenizer.model", "vocab.json")
     return next((folder for folder in folders if any((folder / name).is_file() for name in files)), None)
 

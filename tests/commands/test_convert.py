@@ -224,9 +224,14 @@ def test_there_and_back_needs_no_flags(checkpoint: Path, tmp_path: Path) -> None
     assert to_hf(checkpoint, tmp_path / "out", "--no-verify") == 0
     assert to_hf(tmp_path / "out", tmp_path / "ours", "--no-verify") == 0
     assert (tmp_path / "ours/tokenizer.json").is_file()
+    megatron = ("--to-format", "megatron", "--no-verify")
+    assert to_hf(tmp_path / "out", tmp_path / "megatron", *megatron) == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "from_megatron", "--no-verify") == 0
+    assert (tmp_path / "from_megatron/tokenizer.json").is_file(), "they lie beside its iterations"
     assert to_hf(tmp_path / "ours", tmp_path / "again", "--no-verify") == 0
     for name in ("tokenizer.json", "config.json", "generation_config.json", "model-00001-of-00001.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    assert "| converted from | out |" in (tmp_path / "again/README.md").read_text()
 
 
 def test_a_llama_stays_a_llama_and_keeps_what_it_says(tmp_path: Path, tokenizer_dir: Path) -> None:
