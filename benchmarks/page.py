@@ -17,8 +17,8 @@ HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.page` from the files in `benchmarks/results/`, each of which one command writes with the
 machine, the versions and the commit: `python -m benchmarks.ceilings`, `kernels`, `step`, `cpu`, `loader`,
-`checkpoint`, `index_build` or `preprocess`, all with `--help`. The first three need a GPU. Figures of others, and of
-plans, are not on this page.
+`checkpoint`, `convert`, `index_build` or `preprocess`, all with `--help`. The first three need a GPU. Figures of
+others, and of plans, are not on this page.
 
 MFU is as in [numerics.md](numerics.md): the model's FLOPs, attention counted causally, over the dense peak. Seconds are
 medians of calls taken in turns with what they are compared with. "Load" is how many processes wanted a core before and
@@ -165,6 +165,15 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
                 Column("saves", "calls"),
             ),
         },
+        "convert": {
+            "converting": (
+                Column("conversion", "name"),
+                Column("GB of weights", "num_bytes", 1e-9),
+                Column("seconds", "seconds"),
+                Column("in plain copies of the files", "in_copies"),
+                Column("own memory, GB", "own_bytes", 1e-9, 2),
+            ),
+        },
         "index_build": {
             "building": (
                 Column("who", "name"),
@@ -219,6 +228,10 @@ microbatches of 4. Peak memory counts the mapped files' pages that were touched.
         "checkpoint": """\
 One rank's state, saved to a local disk at once and from a copy in host memory while training goes on, in turns with
 plain copies of the same tensors.""",
+        "convert": """\
+`aquila convert` on the 34B's sizes with few of its 60 layers, random weights in bf16, each command in a process of its
+own. Own memory is what is no file's page, at its peak. Every conversion reads all tensors back; the largest tensor is
+1.2 GB, twice that in fp32.""",
         "index_build": """\
 Document order, sample index and sample order of a data set, built and written: ours, and Megatron-LM's way repeated in
 numpy (its sample index is C++ too, ours in both).""",

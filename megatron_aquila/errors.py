@@ -78,6 +78,14 @@ class ConfigError(AquilaError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise ConfigError where there are any, which every rank has found alike."""
+    if problems:
+        error = ConfigError(problems)
+        error.is_shared = True
+        raise error
+
+
 def format_problems(error: ConfigError) -> str:
     """What every command prints when the settings cannot run: one line a problem."""
     count = len(error.problems)

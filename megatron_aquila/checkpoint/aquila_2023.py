@@ -103,6 +103,7 @@ def aquila_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "rope_base": ROPE_BASE,
         "position_embedding": "rope-interleaved",
         "score_clamp": SCORE_CLAMP,
+        **({"seq_len": config["max_seq_len"]} if "max_seq_len" in config else {}),
     }
 
 
@@ -119,6 +120,6 @@ def aquila_cannot_hold(shape: ModelShape) -> str | None:
         return "positions are rotary, and every query head has its own key"
     if shape.rope_scaling != "none" or shape.rope_base != ROPE_BASE:
         return f"positions are not stretched, and their base is {ROPE_BASE:g}"
-    if shape.score_clamp not in (None, SCORE_CLAMP):
+    if shape.score_clamp != SCORE_CLAMP:
         return f"scores are clamped at {SCORE_CLAMP:g}"
     return None

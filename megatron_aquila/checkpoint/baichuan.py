@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_aquila.checkpoint.llama import SpecialIds, llama_config, llama_tensors
+from megatron_aquila.checkpoint.llama import LEAVE_OUT_CLAMP, NORM_ORDER, SpecialIds, llama_config, llama_tensors
 from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_strips, whole
 from megatron_aquila.plan.shape import ModelShape
 
@@ -51,7 +51,7 @@ def _pack(layer: int) -> str:
 
 def baichuan_config(shape: ModelShape, dtype: torch.dtype, ids: SpecialIds) -> dict[str, object]:
     """The content of config.json. The remote code that it names is not ours: copy it from the published files."""
-    unknown = ("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "rope_scaling", "rope_theta")
+    unknown = ("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "rope_scaling", "rope_theta", NORM_ORDER)
     config = {name: value for name, value in llama_config(shape, dtype, ids).items() if name not in unknown}
     return config | {
         "architectures": ["BaichuanForCausalLM"],
@@ -72,6 +72,7 @@ def baichuan_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
     Raises KeyError with the name of a missing entry.
     """
     heads = config["num_attention_heads"]
+    lengths = [config[name] for name in ("model_max_length", "max_position_embeddings") if name in config]
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -85,6 +86,7 @@ def baichuan_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "rope_base": ROPE_BASE,
         FORM: config.get(FORM, "alibi" if heads == ALIBI_HEADS else "rope"),
         "norm_head": True,
+        **({"seq_len": lengths[0]} if lengths else {}),
     }
 
 
@@ -106,4 +108,4 @@ def baichuan_cannot_hold(shape: ModelShape) -> str | None:
         return "every query head has its own key, and they fill the hidden size"
     if shape.position_embedding != "alibi" and (shape.rope_scaling != "none" or shape.rope_base != ROPE_BASE):
         return f"positions are not stretched, and their base is {ROPE_BASE:g}"
-    return None if shape.score_clamp is None else "scores are not clamped"
+    return None if shape.score_clamp is None else f"scores are not clamped; {LEAVE_OUT_CLAMP}"

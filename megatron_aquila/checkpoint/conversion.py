@@ -25,9 +25,10 @@ from megatron_aquila.checkpoint.families import Family
 from megatron_aquila.checkpoint.folders import LATEST, MANIFEST, beside, step_folder, sync_folder, write_text
 from megatron_aquila.checkpoint.huggingface import INDEX, read_json, shards_of, write_json
 from megatron_aquila.checkpoint.layout import Chunk
-from megatron_aquila.checkpoint.llama import SpecialIds, llama_tensors
+from megatron_aquila.checkpoint.llama import LEAVE_OUT_CLAMP, SpecialIds, llama_tensors
 from megatron_aquila.checkpoint.manifest import Json, Manifest, Piece, StoredTensor, piece_key
-from megatron_aquila.checkpoint.megatron import FILE, MegatronForm, megatron_map, write_megatron, write_tracker
+from megatron_aquila.checkpoint.megatron import FILE, write_megatron, write_tracker
+from megatron_aquila.checkpoint.megatron_form import MegatronForm, megatron_map
 from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.rectangles import Rectangle
@@ -55,19 +56,54 @@ class Target:
     reopen: Callable[[Path], TensorReader]
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a conversion reads: ``content`` as ``content_of`` has it, and the tokenizer's fingerprint, where it has one.
+
+    A killed conversion goes on with the same alone.
+    """
+
+    content: str
+    tokenizer: str | None = None
+
+
+def content_of(reader: TensorReader) -> str:
+    """A hash that stands for the reader's weights: over the hashes of their files where the format records them, else
+    over their sizes and times. Raises OSError.
+    """
+    records = {name: record.sha256 for name, record in reader.files.items()}
+    if not records:
+        found = ((path, path.stat()) for path in sorted(reader.folder.rglob("*")) if path.is_file())
+        records = {str(path.relative_to(reader.folder)): f"{x.st_size} {x.st_mtime_ns}" for path, x in found}
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
 def convert(
-    reader: TensorReader, shape: ModelShape, target: Target, out_dir: Path, *, dtype: torch.dtype, workers: int = 1
+    reader: TensorReader,
+    shape: ModelShape,
+    target: Target,
+    out_dir: Path,
+    *,
+    dtype: torch.dtype,
+    inputs: Inputs,
+    workers: int = 1,
 ) -> Path:
     """Write ``target`` beside ``out_dir`` and read every tensor back; returns the folder, under its temporary name.
 
     Files that an earlier, killed run has finished are kept where they still have their hash. ``workers`` threads write
     a file each, and have a tensor each in memory; the bytes do not depend on them. Leaves a certificate.
-    Raises CheckpointError when a value is not finite in ``dtype``, or a tensor comes back other than it was.
+    Raises CheckpointError when the reader has not the tensors of ``shape``, a value is not finite in ``dtype``, a
+    tensor comes back other than it was, or the killed run had another tokenizer.
     """
+    for name, size in llama_tensors(shape).items():
+        found = reader.tensors[name].shape if name in reader.tensors else None
+        if found != size:
+            raise CheckpointError(f"{reader.folder}: {name} has shape {found}, a model of this shape needs {size}")
     folder = beside(out_dir, "tmp")
     plan = {"from": str(reader.folder.resolve()), "to": target.kind, "dtype": str(dtype), "shape": asdict(shape)}
+    plan |= asdict(inputs)
     noted = plan | {"files": [*target.files]}
-    done = _finished(folder, noted)
+    done = finished_files(folder, noted)
     lock = Lock()
 
     def write(name: str) -> None:
@@ -118,12 +154,22 @@ def publish(folder: Path, out_dir: Path, *, logits: str) -> None:
     sync_folder(out_dir.parent)
 
 
-def _finished(folder: Path, plan: Mapping[str, object]) -> dict[str, FileRecord]:
-    """Files of a killed run of the same plan that are whole; of another plan the folder is emptied."""
+def finished_files(folder: Path, plan: Mapping[str, object]) -> dict[str, FileRecord]:
+    """Files of a killed run of the same plan that are whole; of another plan the folder is emptied.
+
+    Raises CheckpointError where the tokenizer alone is another: nobody asked for that with a flag.
+    """
     plan = json.loads(json.dumps(plan))
     if (folder / PROGRESS).is_file():
         noted = read_json(folder / PROGRESS)
-        if noted.get("plan") == plan:
+        before = noted.get("plan", {})
+        if before != plan and before | {"tokenizer": plan["tokenizer"]} == plan:
+            raise CheckpointError(
+                f"{folder}: the conversion that it holds was begun with another tokenizer (fingerprint "
+                f"{str(before['tokenizer'])[:12]}, not {str(plan['tokenizer'])[:12]}); give that one, or remove the "
+                "folder"
+            )
+        if before == plan:
             found = {name: FileRecord(*record) for name, record in noted["done"].items()}
             return {name: record for name, record in found.items() if _is_whole(folder / name, record)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,9 +254,19 @@ def finite(reader: TensorReader, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def huggingface_target(
-    reader: TensorReader, shape: ModelShape, family: Family, *, dtype: torch.dtype, max_bytes: int, ids: SpecialIds
+    reader: TensorReader,
+    shape: ModelShape,
+    family: Family,
+    *,
+    dtype: torch.dtype,
+    max_bytes: int,
+    ids: SpecialIds,
+    generation: Mapping[str, object] | None = None,
 ) -> Target:
-    """Published files of ``family``: config.json, generation_config.json, safetensors shards and their index."""
+    """Published files of ``family``: config.json, generation_config.json, safetensors shards and their index.
+
+    ``generation``: what generation_config.json says beside the special ids, or instead of them.
+    """
     why = family.cannot_hold(shape)
     if why is not None:
         raise CheckpointError(f"--family {family.name}: its files cannot hold this model: {why}")
@@ -227,7 +283,7 @@ def huggingface_target(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(folder / "config.json", family.config(shape, dtype, ids))
         special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
-        write_json(folder / "generation_config.json", special)
+        write_json(folder / "generation_config.json", {**special, **({} if generation is None else generation)})
 
     return Target(
         kind=f"huggingface {family.name}",
@@ -281,6 +337,8 @@ def megatron_target(reader: TensorReader, shape: ModelShape, form: MegatronForm,
         raise CheckpointError(
             f"Megatron's classic form has no word for stretched rotary positions; this model's are {shape.rope_scaling}"
         )
+    if shape.score_clamp is not None:
+        raise CheckpointError(f"Megatron's classic form does not clamp scores; {LEAVE_OUT_CLAMP}")
     megatron_map(shape, form)  # says now what does not divide
     read = partial(finite, reader, dtype)
     ranks = [form.folder(tp, pp) for pp in range(form.pp) for tp in range(form.tp)]
@@ -290,7 +348,7 @@ def megatron_target(reader: TensorReader, shape: ModelShape, form: MegatronForm,
         return FileRecord(path.stat().st_size, file_sha256(path))
 
     return Target(
-        kind=f"megatron tp {form.tp} pp {form.pp}",
+        kind=f"megatron {form}",
         files={f"iter_0000000/{rank}/{FILE}": partial(write, rank) for rank in ranks},
         finish=lambda folder, _: write_tracker(folder, 0),
         reopen=partial(open_weights, vocab_size=shape.vocab_size, position_embedding=shape.position_embedding),

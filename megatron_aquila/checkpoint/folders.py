@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_aquila.errors import CheckpointError
@@ -94,23 +92,3 @@ def put_in_place(temporary: Path, final: Path) -> None:
     os.rename(temporary, final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """A new folder beside ``final`` to write into, renamed when the body ends well and removed when it raises.
-
-    Raises CheckpointError when ``final`` exists and is not an empty folder.
-    """
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise CheckpointError(f"{final}: it exists already; choose a new folder or remove it")
-    temporary = beside(final, "tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.rename(temporary, final)
-        sync_folder(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Final
 
 from safetensors import safe_open
 from torch import Tensor
@@ -17,12 +18,14 @@ from megatron_aquila.checkpoint.strips import TensorMap
 from megatron_aquila.errors import CheckpointError
 
 Fields = Mapping[str, object]
+# tables that follow from the settings, and states of low precision: in some files, and no part of a model
+NO_WEIGHTS: Final = ("inv_freq", "freqs_cis", "rope.freqs", "_mask", "_extra_state")
 
 
 class ForeignReader(TensorReader):
     """``theirs`` gives each tensor of the files by its key, and ``found`` their shapes and types.
 
-    Raises CheckpointError when a tensor of the map is missing or of another shape.
+    Raises CheckpointError when a tensor of the map is missing or of another shape, or one of theirs is not in the map.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class ForeignReader(TensorReader):
             for key, shape in tensor_map.theirs.items()
             if key not in found or found[key].shape != shape
         ]
+        strangers = found.keys() - tensor_map.theirs.keys()
+        wrong += [f"{key} has no place in the model" for key in sorted(strangers) if not key.endswith(NO_WEIGHTS)]
         if wrong:
             more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise CheckpointError(f"{folder}: it does not fit its own description:\n  " + "\n  ".join(wrong[:8]) + more)

@@ -1,27 +1,18 @@
-"""Folders of Hugging Face weights: published ones in, our checkpoints out. Needs no transformers."""
+"""Folders of Hugging Face weights of Llama's form, read without transformers; and the files of any."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from megatron_aquila.checkpoint.folders import staged_folder, write_text
-from megatron_aquila.checkpoint.llama import (
-    SpecialIds,
-    llama_config,
-    llama_feature_problems,
-    llama_shape_fields,
-    llama_tensors,
-)
+from megatron_aquila.checkpoint.folders import write_text
+from megatron_aquila.checkpoint.llama import llama_feature_problems, llama_shape_fields, llama_tensors
 from megatron_aquila.checkpoint.manifest import Piece, StoredTensor
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.rectangles import Rectangle
-from megatron_aquila.checkpoint.tensorfile import DTYPES, Entry, write_tensors
+from megatron_aquila.checkpoint.tensorfile import DTYPES, Entry
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.plan.shape import ModelShape
 
@@ -65,51 +56,6 @@ class HuggingFaceReader(TensorReader):
             *super().shape_problems(shape, same_positions=same_positions),
             *(f"{name} has no place in the model" for name in strangers),
         ]
-
-
-def export_huggingface(
-    reader: TensorReader,
-    out_dir: Path,
-    *,
-    shape: ModelShape,
-    dtype: torch.dtype,
-    ids: SpecialIds,
-    max_shard_bytes: int = 5 * 10**9,
-    finish: Callable[[Path], None] | None = None,
-) -> None:
-    """Write the model as ``out_dir`` with config.json, generation_config.json, safetensors shards and their index.
-
-    Tensors are read, cast to ``dtype`` and written one by one. ``finish`` is given the complete folder under its
-    temporary name, to add a tokenizer or to check it; when it or anything else raises, nothing is left. Raises
-    CheckpointError when ``out_dir`` exists, a tensor is missing or of another shape, or a value is not finite.
-    """
-    names = llama_tensors(shape)
-    for name, size in names.items():
-        found = reader.tensors[name].shape if name in reader.tensors else None
-        if found != size:
-            raise CheckpointError(f"{reader.folder}: {name} has shape {found}, a model of this shape needs {size}")
-    entries = [Entry(name, dtype, size, partial(_load, reader, name, dtype)) for name, size in names.items()]
-    shards = list(shards_of(entries, max_shard_bytes))
-    with staged_folder(out_dir) as folder:
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(folder / file, shard, metadata={"format": "pt"})
-            weight_map |= {entry.key: file for entry in shard}
-        total = sum(entry.num_bytes for entry in entries)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_json(folder / "config.json", llama_config(shape, dtype, ids))
-        special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
-        write_json(folder / "generation_config.json", special)
-        if finish is not None:
-            finish(folder)
-
-
-def _load(reader: TensorReader, name: str, dtype: torch.dtype) -> Tensor:
-    tensor = reader.read(name).to(dtype)
-    if not tensor.isfinite().all():
-        raise CheckpointError(f"{reader.folder}: {name} has values that are not finite in {dtype}; choose a wider type")
-    return tensor
 
 
 def shards_of(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:

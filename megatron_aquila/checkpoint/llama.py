@@ -4,23 +4,26 @@ Published Aquila2 weights have exactly these names and shapes under ``model_type
 every tool loads without remote code.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, get_args
 
 import torch
 
 from megatron_aquila.checkpoint.llama_rope import rope_entries, rope_fields, rope_problems
 from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_strips, whole
-from megatron_aquila.plan.shape import ModelShape, PositionEmbedding
+from megatron_aquila.plan.shape import ModelShape, NormOrder, PositionEmbedding
+
+NORM_ORDER: Final = "norm_order"  # our word in config.json, which decides where it is there
+LEAVE_OUT_CLAMP: Final = "--drop-score-clamp leaves it out"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpecialIds:
-    """Token ids that generation needs; ``None`` where the tokenizer has no such token."""
+    """Token ids that generation needs; ``None`` where the tokenizer has no such token. Several may end a text."""
 
     bos: int | None
-    eos: int | None
+    eos: int | Sequence[int] | None
     pad: int | None
 
 
@@ -70,14 +73,14 @@ def renamed(
 
 
 def llama_cannot_hold(shape: ModelShape) -> str | None:
-    """What of the model config.json has no word for. A clamp of scores far from where they are is left out."""
+    """What of the model config.json has no word for."""
     if shape.position_embedding == "alibi":
         return "positions are rotary"
     if shape.rope_scaling == "two-range":
         return "positions have one range"
     if shape.norm_head:
         return "the head is used as it is stored"
-    return None
+    return None if shape.score_clamp is None else f"scores are not clamped; {LEAVE_OUT_CLAMP}"
 
 
 def llama_config(shape: ModelShape, dtype: torch.dtype, ids: SpecialIds) -> dict[str, object]:
@@ -106,6 +109,7 @@ def llama_config(shape: ModelShape, dtype: torch.dtype, ids: SpecialIds) -> dict
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
         "vocab_size": shape.vocab_size,
+        NORM_ORDER: shape.norm_order,
     }
 
 
@@ -116,6 +120,9 @@ def llama_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
     """
     heads = config["num_attention_heads"]
     kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
+    said: dict[str, object] = {"norm_order": "aquila"} if config.get("model_type") == "aquila" else {}
+    said |= {"norm_order": config[NORM_ORDER]} if NORM_ORDER in config else {}
+    said |= {"seq_len": config["max_position_embeddings"]} if "max_position_embeddings" in config else {}
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -126,6 +133,7 @@ def llama_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "vocab_size": config["vocab_size"],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         **rope_fields(config),
+        **said,
         "norm_head": False,
     }
 
@@ -136,6 +144,7 @@ def llama_feature_problems(config: Mapping[str, Any]) -> list[str]:
         "model_type": ("llama", "aquila"),
         "hidden_act": ("silu",),
         "tie_word_embeddings": (False,),
+        NORM_ORDER: get_args(NormOrder),
         "attention_bias": (False,),
         "mlp_bias": (False,),
     }

@@ -6,6 +6,7 @@ rank's whole state costs no memory until a tensor is copied.
 
 import argparse
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ _RECONSTRUCT = np.empty(0).__reduce__()[0]  # makes an empty array of a type, an
 _ALLOWED: tuple[Any, ...] = (
     argparse.Namespace,
     SimpleNamespace,
+    BytesIO,  # Transformer Engine's states
     np.ndarray,
     np.dtype,
     type(np.dtype(np.uint32)),

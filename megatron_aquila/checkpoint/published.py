@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from megatron_aquila.checkpoint.aquila_2023 import aquila_map
 from megatron_aquila.checkpoint.families import FAMILIES, Family, family_of_config
@@ -14,7 +14,9 @@ from megatron_aquila.checkpoint.megatron import is_megatron, open_megatron
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.errors import CheckpointError
-from megatron_aquila.plan.shape import ModelShape, PositionEmbedding
+from megatron_aquila.plan.shape import ModelShape, NormOrder, PositionEmbedding, padded_vocab_size
+
+ROWS: Final = 128  # a vocabulary is padded to a multiple of this
 
 
 def open_weights(
@@ -46,13 +48,27 @@ def open_weights(
     return open_llama(folder) if is_plain else open_family(folder, config, known, position_embedding)
 
 
+def model_shape(reader: TensorReader, *, seq_len: int | None = None, norm_order: NormOrder | None = None) -> ModelShape:
+    """The shape of the reader's model. ``norm_order`` stands in for what published files do not say, which is Llama's
+    else; ``seq_len``, which they may say, is the longest sample. Raises CheckpointError where they say other.
+    """
+    if isinstance(reader, CheckpointReader):
+        return reader.shape()
+    said: Any = reader.shape_fields()
+    if norm_order is not None and said.get("norm_order", norm_order) != norm_order:
+        raise CheckpointError(f"--norm-order {norm_order}: {reader.folder} says {said['norm_order']}; leave it out")
+    fields: dict[str, Any] = {"seq_len": 2048, "norm_order": "llama" if norm_order is None else norm_order, **said}
+    rows = padded_vocab_size(fields["vocab_size"], ROWS)
+    return ModelShape(**{"padded_vocab_size": rows, **fields, **({} if seq_len is None else {"seq_len": seq_len})})
+
+
 def open_llama(folder: Path) -> HuggingFaceReader:
     """Published files of Llama's form. Raises CheckpointError where they ask for what is not offered."""
     reader = HuggingFaceReader(folder)
     problems = llama_feature_problems(reader.config)
     if not problems:
         fields: Any = reader.shape_fields()
-        shape = ModelShape(**{"padded_vocab_size": fields["vocab_size"], "seq_len": 1, **fields})
+        shape = ModelShape(**{**fields, "padded_vocab_size": fields["vocab_size"], "seq_len": 1})
         names = {name for name in reader.tensors if not name.endswith("rotary_emb.inv_freq")}
         problems = [f"{name} has no place in the model" for name in sorted(names - llama_tensors(shape).keys())]
     if problems:

@@ -35,7 +35,7 @@ class TensorReader(ABC):
     def __init__(self, folder: Path, tensors: Mapping[str, StoredTensor], files: Mapping[str, FileRecord]) -> None:
         self.folder = folder
         self.tensors = tensors
-        self._files = files
+        self.files = files
         self._verified: set[str] = set()
 
     @abstractmethod
@@ -100,11 +100,11 @@ class TensorReader(ABC):
         """
 
         def verify_mine() -> None:
-            for file in sorted(self._files)[group.rank :: group.size]:
+            for file in sorted(self.files)[group.rank :: group.size]:
                 self._verify(file)
 
         together(verify_mine, group)
-        self._verified.update(self._files)
+        self._verified.update(self.files)
 
     def verify_here(self) -> None:
         """Hash every file. Local. Raises CheckpointError naming one that is missing or damaged."""
@@ -129,7 +129,7 @@ class TensorReader(ABC):
             raise CheckpointError(f"{self.folder}: it does not fit the model:\n  {listing}{more}")
 
     def _verify(self, file: str) -> None:
-        record = self._files.get(file)
+        record = self.files.get(file)
         if record is None or file in self._verified:
             return
         path = self.folder / file

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +20,17 @@ from megatron_aquila.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.conversion import Target
     from megatron_aquila.checkpoint.llama import SpecialIds
+    from megatron_aquila.checkpoint.manifest import Json
     from megatron_aquila.checkpoint.reader import TensorReader
     from megatron_aquila.data.tokenizer import Tokenizer
     from megatron_aquila.plan.shape import ModelShape
 
+SAID = "published"  # in a checkpoint's state
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Given our weights, their tokenizer, the published folder (one that is written has a temporary name still) and the
 # model's shape: a line on how well they agree. Raises AquilaError when they do not.
 Verifier = Callable[["TensorReader", "Tokenizer | None", Path, "ModelShape"], str]
@@ -66,6 +71,11 @@ class Convert:
     """tensor-parallel ranks of a written Megatron checkpoint"""
     pp: int = 1
     """its pipeline ranks"""
+    chunks: int = 1
+    """virtual stages of each pipeline rank"""
+    megatron_names: Literal["classic", "core", "core-local"] = "classic"
+    """what its tensors are called: as in FlagScale 0.x, or as in Megatron core, with Transformer Engine's layers or its
+    own"""
     vocab_multiple: int = 128
     """its vocabulary is padded to a multiple of this times tp"""
     vocab_file: Path | None = None
@@ -76,6 +86,10 @@ class Convert:
     """special_tokens.txt"""
     tokenizer_model: Path | None = None
     """tokenizer.json instead of the three files"""
+    norm_order: Literal["aquila", "llama"] | None = None
+    """where RMSNorm casts, of weights that do not say; default llama"""
+    drop_score_clamp: bool = False
+    """leave the clamp of attention's scores out: the model is the same while no score reaches it"""
     tokenizer: bool = True
     """write a tokenizer beside published weights; one must be found"""
     resize_vocab: Path | None = None
@@ -126,7 +140,7 @@ def convert(options: Convert, verify: Verifier) -> None:
 class Model:
     """What is to be converted: the weights as ``opened``, and as they are to be read: with a plain head, or resized.
 
-    ``tokenizer`` is written beside them; None where the files that lie beside them are copied, or none is wanted.
+    ``tokenizer``: that of the written weights, where it had to be opened. ``left_out``: what is lost, in words.
     """
 
     form: str
@@ -134,12 +148,13 @@ class Model:
     reader: "TensorReader"
     shape: "ModelShape"
     tokenizer: "Tokenizer | None"
+    left_out: str = ""
 
 
 def model_of(options: Convert) -> Model:
     """What the settings name. Raises CheckpointError or DataError where it cannot be opened or made so."""
     from megatron_aquila.checkpoint import conversion
-    from megatron_aquila.checkpoint.published import open_weights
+    from megatron_aquila.checkpoint.published import model_shape, open_weights
     from megatron_aquila.checkpoint.store import CheckpointReader
 
     opened: TensorReader = open_weights(
@@ -148,7 +163,7 @@ def model_of(options: Convert) -> Model:
         vocab_size=options.vocab_size,
         position_embedding=options.position_embedding,
     )
-    reader, shape = opened, shape_of(opened, options.seq_len)
+    reader, shape = opened, model_shape(opened, seq_len=options.seq_len, norm_order=options.norm_order)
     if options.workers < 1:
         raise CheckpointError(f"--workers {options.workers}: at least one thread writes; give 1 or more")
     form = options.to_format or ("hf" if isinstance(opened, CheckpointReader) else "checkpoint")
@@ -157,7 +172,11 @@ def model_of(options: Convert) -> Model:
         reader, shape, tokenizer = resized(opened, shape, tokenizer, options.resize_vocab)
     if form == "hf" and options.family == "llama" and shape.norm_head:
         reader, shape = conversion.PlainHead(reader), replace(shape, norm_head=False, max_z_loss=0.0)
-    return Model(form=form, opened=opened, reader=reader, shape=shape, tokenizer=tokenizer)
+    left_out = ""
+    if options.drop_score_clamp and shape.score_clamp is not None:
+        left_out = f"; the clamp of scores at {shape.score_clamp:g} was left out"
+        shape = replace(shape, score_clamp=None)
+    return Model(form=form, opened=opened, reader=reader, shape=shape, tokenizer=tokenizer, left_out=left_out)
 
 
 def write(options: Convert, model: Model, job: "Job", verify: Verifier) -> str:
@@ -167,8 +186,11 @@ def write(options: Convert, model: Model, job: "Job", verify: Verifier) -> str:
     from megatron_aquila.commands.convert_tokenizer import copy_tokenizer, write_tokenizer
     from megatron_aquila.commands.model_card import model_card
 
-    reader, shape, tokenizer = model.reader, model.shape, model.tokenizer
-    folder = conversion.convert(reader, shape, job.target, options.output, dtype=job.dtype, workers=options.workers)
+    reader, shape, tokenizer = model.reader, model.shape, model.tokenizer if options.tokenizer else None
+    inputs = inputs_of(model)
+    folder = conversion.convert(
+        reader, shape, job.target, options.output, dtype=job.dtype, inputs=inputs, workers=options.workers
+    )
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder, max_length=shape.seq_len)
     elif options.tokenizer:
@@ -179,11 +201,21 @@ def write(options: Convert, model: Model, job: "Job", verify: Verifier) -> str:
         if job.judged is not None:
             ours = job.target.reopen(folder) if model.form == "checkpoint" else reader
             line = verify(ours, tokenizer, folder if job.judged == "written" else options.source, shape)
+    line += model.left_out
     if model.form == "hf":
         card = model_card(options.output.name, model.opened, shape, tokenizer, job.dtype, line)
         write_text(folder / "README.md", card)
     conversion.publish(folder, options.output, logits=line)
     return line
+
+
+def inputs_of(model: Model) -> "conversion.Inputs":
+    """What is read, so that a conversion that is taken up goes on with the same."""
+    from megatron_aquila.checkpoint import conversion
+    from megatron_aquila.data.tokenizer import fingerprint
+
+    content = conversion.content_of(model.opened)
+    return conversion.Inputs(content, None if model.tokenizer is None else fingerprint(model.tokenizer))
 
 
 def tokenizer_of(options: Convert, form: str, reader: "TensorReader", shape: "ModelShape") -> "Tokenizer | None":
@@ -192,19 +224,14 @@ def tokenizer_of(options: Convert, form: str, reader: "TensorReader", shape: "Mo
     Raises CheckpointError where it has more tokens than the model, or none is found.
     """
     from megatron_aquila.checkpoint.store import CheckpointReader
-    from megatron_aquila.commands.convert_tokenizer import open_tokenizer
+    from megatron_aquila.generate.tokenizers import FILES, GIVE, open_tokenizer
 
     is_export = form == "hf" and options.tokenizer and isinstance(reader, CheckpointReader)
     if not is_export and options.resize_vocab is None:
         return None
-    names = ("vocab_file", "merge_file", "special_tokens_file", "tokenizer_model")
-    tokenizer = open_tokenizer(options.source, reader, {name: getattr(options, name) for name in names})
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise CheckpointError(
-            f"{reader.folder}: the model has {shape.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}; name the "
-            "tokenizer that the run was trained with, or give an extended one as --resize-vocab"
-        )
-    return tokenizer
+    given = {name: getattr(options, name) for name in FILES}
+    way_out = f"{GIVE}, or --no-tokenizer to write the weights alone"
+    return open_tokenizer(reader, given, vocab_size=shape.vocab_size, way_out=way_out)
 
 
 def resized(
@@ -237,7 +264,7 @@ class Job:
     target: "Target"
     dtype: "torch.dtype"
     judged: Literal["read", "written"] | None = None
-    unjudged: str = "transformers does not know this form"
+    unjudged: str = "transformers judges safetensors of Llama's form alone"
 
 
 def job_of(options: Convert, model: Model) -> Job:
@@ -247,7 +274,7 @@ def job_of(options: Convert, model: Model) -> Job:
     from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.families import FAMILIES, family_of_shape
     from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
-    from megatron_aquila.checkpoint.megatron import MegatronForm
+    from megatron_aquila.checkpoint.megatron_form import MegatronForm
     from megatron_aquila.plan.shape import padded_vocab_size
 
     reader, shape, form = model.reader, model.shape, model.form
@@ -256,51 +283,52 @@ def job_of(options: Convert, model: Model) -> Job:
     max_bytes = shard_bytes(options.shard_size)
     if form == "megatron":
         rows = padded_vocab_size(shape.vocab_size, options.vocab_multiple * options.tp)
-        cut = MegatronForm(tp=options.tp, pp=options.pp, padded_vocab_size=rows)
+        cut = MegatronForm(
+            tp=options.tp, pp=options.pp, chunks=options.chunks, padded_vocab_size=rows, names=options.megatron_names
+        )
         return Job(target=conversion.megatron_target(reader, shape, cut, dtype=dtype), dtype=dtype)
     if form == "checkpoint":
-        state = {"converted_from": str(options.source)}
-        is_judged = isinstance(model.opened, HuggingFaceReader) and options.resize_vocab is None
+        state: dict[str, Json] = {"converted_from": str(options.source), SAID: said_by(model.opened)}
         target = conversion.checkpoint_target(reader, shape, dtype=dtype, max_bytes=max_bytes, state=state)
-        return Job(target=target, dtype=dtype, judged="read" if is_judged else None)
+        if options.resize_vocab is not None:
+            return Job(target=target, dtype=dtype, unjudged="the vocabulary is no longer that of the files read")
+        return Job(target=target, dtype=dtype, judged="read" if isinstance(model.opened, HuggingFaceReader) else None)
     family = family_of_shape(shape) if options.family is None else FAMILIES[options.family]
-    ids = special_ids(model.opened, model.tokenizer)
-    target = conversion.huggingface_target(reader, shape, family, dtype=dtype, max_bytes=max_bytes, ids=ids)
+    said = said_by(model.opened)
+    ids = special_ids(said, model.tokenizer)
+    target = conversion.huggingface_target(
+        reader, shape, family, dtype=dtype, max_bytes=max_bytes, ids=ids, generation=said.get(GENERATION, {})
+    )
     judged: Literal["written"] | None = "written" if family.name == "llama" else None
     return Job(target=target, dtype=dtype, judged=judged)
 
 
-def special_ids(reader: "TensorReader", tokenizer: "Tokenizer | None") -> "SpecialIds":
-    """Those of the tokenizer; without one those that lie with the weights, if any."""
-    from megatron_aquila.checkpoint.huggingface import read_json
-    from megatron_aquila.checkpoint.llama import SpecialIds
-
-    if tokenizer is not None:
-        return SpecialIds(bos=tokenizer.bos, eos=tokenizer.eod, pad=tokenizer.pad)
-    path = reader.folder / "config.json"
-    found = read_json(path) if path.is_file() else {}
-    kept = {
-        name: value if isinstance(value := found.get(f"{name}_token_id"), int) else None
-        for name in ("bos", "eos", "pad")
-    }
-    return SpecialIds(**kept)
-
-
-def shape_of(reader: "TensorReader", seq_len: int | None) -> "ModelShape":
-    """The model's shape, with what published files do not say filled in."""
+def said_by(reader: "TensorReader") -> dict[str, Any]:
+    """What published weights say beside their model, which a checkpoint made of them keeps: the special ids of
+    config.json, and generation_config.json.
+    """
     from megatron_aquila.checkpoint.huggingface import read_json
     from megatron_aquila.checkpoint.store import CheckpointReader
-    from megatron_aquila.plan.shape import ModelShape, padded_vocab_size
 
     if isinstance(reader, CheckpointReader):
-        return reader.shape()
-    fields: dict[str, Any] = dict(reader.shape_fields())
-    if seq_len is None:
-        path = reader.folder / "config.json"
-        seq_len = read_json(path).get("max_position_embeddings", 2048) if path.is_file() else 2048
-    rows = padded_vocab_size(fields["vocab_size"], 128)
-    fields = {"padded_vocab_size": rows, "seq_len": seq_len, **fields}
-    return ModelShape(**fields)
+        kept: Any = reader.state.get(SAID, {})
+        return dict(kept)
+    config, generation = (
+        read_json(path) if (path := reader.folder / name).is_file() else {} for name in (CONFIG, GENERATION)
+    )
+    return {CONFIG: {name: config[name] for name in SPECIAL_IDS if name in config}, GENERATION: generation}
+
+
+def special_ids(said: Mapping[str, Any], tokenizer: "Tokenizer | None") -> "SpecialIds":
+    """Those that the weights came with; what they do not say is the tokenizer's."""
+    from megatron_aquila.checkpoint.llama import SpecialIds
+
+    own = (None,) * 3 if tokenizer is None else (tokenizer.bos, tokenizer.eod, tokenizer.pad)
+    config = said.get(CONFIG, {})
+    bos, eos, pad = (
+        config[name] if config.get(name) is not None else number for name, number in zip(SPECIAL_IDS, own, strict=True)
+    )
+    return SpecialIds(bos=bos, eos=eos, pad=pad)
 
 
 def shard_bytes(text: str) -> int:

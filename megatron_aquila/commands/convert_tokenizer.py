@@ -1,64 +1,20 @@
 """The tokenizer that goes along with converted weights: found, written, and compared with what transformers reads."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_aquila.checkpoint.reader import TensorReader
-from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.data.huggingface_tokenizer import (
     check_aquila_ids,
     check_huggingface_tokenizer,
     save_huggingface_tokenizer,
 )
 from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, load_tokenizer, tokenizer_at
+from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer
 from megatron_aquila.data.tokenizer_extension import save_tokenizer
-from megatron_aquila.errors import CheckpointError
-from megatron_aquila.generate.source import kind_of, tokenizer_beside
+from megatron_aquila.generate.tokenizers import tokenizer_beside
 
 _TEXTS = ("这是一个测试", "Hello world", "[CLS]你好</s>", "### Human: 你好\n", "def f(x):\n\treturn x  # 1 + 1 = 2\n")
-_GIVE_FILES = "give --tokenizer-model, or --vocab-file, --merge-file and --special-tokens-file"
-
-
-def open_tokenizer(source: Path, reader: TensorReader, given: Mapping[str, Path | None]) -> Tokenizer:
-    """The tokenizer whose files are given, else the one that the checkpoint names, else the one that lies beside it.
-
-    Raises CheckpointError when none of them is there, or they are another tokenizer than the run's, DataError when they
-    are no tokenizer.
-    """
-    saved: Any = reader.state.get("tokenizer") if isinstance(reader, CheckpointReader) else None
-    if any(path is not None for path in given.values()):
-        kind = kind_of(given["tokenizer_model"])
-    elif isinstance(saved, Mapping) and any(saved[name] is not None for name in given):
-        kind, given = (
-            saved["tokenizer_type"],
-            {name: None if saved[name] is None else Path(saved[name]) for name in given},
-        )
-    elif (folder := tokenizer_beside(reader)) is not None:
-        return tokenizer_at(folder)
-    else:
-        way_out = f"{_GIVE_FILES}, or --no-tokenizer to write the weights alone"
-        raise CheckpointError(f"{source}: it names no tokenizer, and none lies beside it; {way_out}")
-    missing = [str(path) for path in given.values() if path is not None and not path.exists()]
-    if missing:
-        raise CheckpointError(f"{source}: its tokenizer's {', '.join(missing)} is not there; {_GIVE_FILES}")
-    tokenizer = load_tokenizer(
-        kind,
-        vocab_file=given["vocab_file"],
-        merge_file=given["merge_file"],
-        special_tokens_file=given["special_tokens_file"],
-        tokenizer_model=given["tokenizer_model"],
-    )
-    expected = saved.get("fingerprint") if isinstance(saved, Mapping) else None
-    if expected is not None and fingerprint(tokenizer) != expected:
-        paths = ", ".join(str(path) for path in given.values() if path is not None)
-        raise CheckpointError(
-            f"{source}: {paths}: not the tokenizer that the run was trained with: the fingerprint is "
-            f"{fingerprint(tokenizer)[:12]}, not {str(expected)[:12]}; {_GIVE_FILES} as they were"
-        )
-    return tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:

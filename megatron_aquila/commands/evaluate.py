@@ -10,7 +10,7 @@ import tyro
 
 from megatron_aquila.commands.score_report import score_report, task_report
 from megatron_aquila.commands.using import ModelOptions, on_ranks, read_source, read_tokenizer, running
-from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.errors import Problem, refuse
 from megatron_aquila.plan.shape import RopeScaling
 from megatron_aquila.train.launcher import Launch
 
@@ -73,15 +73,7 @@ def check(options: EvaluateOptions) -> None:
             problems.append(Problem(f"--{flag.replace('_', '-')}", value, "it must be positive", "use 1 or more"))
     if options.by_position is not None and options.tasks:
         problems.append(Problem("--by-position", options.by_position, "tasks have no windows", "use it with --data"))
-    _refuse(problems)
-
-
-def _refuse(problems: list[Problem]) -> None:
-    """Raise what every rank has found alike, if anything."""
-    if problems:
-        error = ConfigError(problems)
-        error.is_shared = True
-        raise error
+    refuse(problems)
 
 
 def run(options: EvaluateOptions, launch: Launch) -> None:
@@ -133,7 +125,7 @@ def _score(options: EvaluateOptions, runner: "Runner", prefixes: Sequence[str]) 
 
     seq_len, num_bins = runner.shape.seq_len, 1 if options.by_position is None else options.by_position
     if num_bins > seq_len:
-        _refuse([Problem("--by-position", num_bins, f"a window has {seq_len} tokens", "use fewer parts")])
+        refuse([Problem("--by-position", num_bins, f"a window has {seq_len} tokens", "use fewer parts")])
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     return evaluate(
         runner, datasets, seq_len=seq_len, batch=options.batch, max_tokens=options.max_tokens, num_bins=num_bins

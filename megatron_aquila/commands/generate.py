@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from megatron_aquila.commands.using import ModelOptions, on_ranks, read_source, read_tokenizer, running
-from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.errors import Problem, refuse
 from megatron_aquila.train.launcher import Launch
 
 if TYPE_CHECKING:
@@ -86,10 +86,7 @@ def check(options: GenerateOptions) -> None:
         ),
     }  # fmt: skip
     problems = [Problem(flag, value, why, way) for flag, (value, is_right, why, way) in flags.items() if not is_right]
-    if problems:
-        error = ConfigError(problems)
-        error.is_shared = True
-        raise error
+    refuse(problems)
 
 
 def run(options: GenerateOptions, launch: Launch) -> None:

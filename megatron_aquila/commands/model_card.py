@@ -60,7 +60,9 @@ def training_rows(step: int, state: Mapping[str, Any]) -> Rows:
         for number, one in enumerate(data["sets"], start=1):
             share = "" if one["weight"] is None else f", weight {one['weight']:.4g}"
             found.append((f"data set {number}", f"{one['tokens']:,} tokens{share}, index {one['index_sha256'][:12]}"))
-    found += [(name, str(state[name])) for name in ("precision", "optimizer", "converted_from") if name in state]
+    found += [(name, str(state[name])) for name in ("precision", "optimizer") if name in state]
+    if "converted_from" in state:
+        found.append(("converted from", Path(str(state["converted_from"])).name))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.commands.pretrain import leave
-from megatron_aquila.errors import ConfigError
+from megatron_aquila.errors import refuse
 from megatron_aquila.train.launcher import Launch, read_launch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ModelOptions:
     """The model and how it is split."""
 
     load: Path
-    """a checkpoint, the folder whose `latest` names one, or a Hugging Face folder"""
+    """a checkpoint, the folder whose `latest` names one, published weights of a known family, or Megatron's files"""
     tp: int = 1
     """tensor-parallel degree"""
     pp: int = 1
@@ -68,21 +68,18 @@ def read_source(options: ModelOptions, launch: Launch, *, replicates: bool) -> "
     from megatron_aquila.generate.source import open_source
 
     source = open_source(options.load, tp=options.tp)
-    problems = layout_problems(
-        source.shape, tp=options.tp, pp=options.pp, world_size=launch.world_size, replicates=replicates
+    refuse(
+        layout_problems(source.shape, tp=options.tp, pp=options.pp, world_size=launch.world_size, replicates=replicates)
     )
-    if problems:
-        error = ConfigError(problems)
-        error.is_shared = True
-        raise error
     return source
 
 
 def read_tokenizer(options: ModelOptions, source: "Source") -> "Tokenizer":
-    """The tokenizer of the flags, else the model's own. Raises as ``generate.source.open_tokenizer``."""
-    from megatron_aquila.generate.source import FILES, open_tokenizer
+    """The tokenizer of the flags, else the model's own. Raises as ``generate.tokenizers.open_tokenizer``."""
+    from megatron_aquila.generate.tokenizers import FILES, open_tokenizer
 
-    return open_tokenizer(source, {name: getattr(options, name) for name in FILES})
+    given = {name: getattr(options, name) for name in FILES}
+    return open_tokenizer(source.reader, given, vocab_size=source.shape.vocab_size)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 Sources. *7B*, *34B*, *70B*: FlagScale's published scripts, tags v0.1 and v0.2,
 ``examples/aquila/{7B,34B,70B}/pretrain_aquila_*_distributed_*.sh``. *v1*: FlagAI's ``Aquila-pretrain.yaml``, the
-from-scratch run of the 7B's predecessor, and its ``config.json``. *Llama* and *Baichuan*: the Llama 2 and Baichuan 2
-papers (2023) and the config.json of their weights; these numbers were not checked against them here. Where none names
-a batch, 4 M tokens stand.
+from-scratch run of the 7B's predecessor, and its ``config.json``. *Llama*: the network is
+transformers' ``LlamaConfig`` as it comes, with the ``rms_norm_eps`` and context of Llama-2-13B's config.json, which
+kingTLE/literary-alpaca2 has. *Atom*: the README of FlagAlpha/Llama2-Chinese. *Baichuan*: modeling_baichuan.py and
+configuration_baichuan.py, which lie with the weights of both sizes. *paper*: how these were trained, by the Llama 2 and
+Baichuan 2 papers (2023), from memory and not checked. Where none names a batch, 4 M tokens stand.
 """
 
 from collections.abc import Mapping
@@ -124,7 +126,7 @@ _AQUILACODE = {  # FlagAI's Aquila-code.yaml: trains the 7B on
     "optim.min_lr": 2e-6,
 }
 
-_LLAMA2_7B = {  # Llama, unverified
+_LLAMA2_7B = {  # Llama
     **{name: value for name, value in _COMMON.items() if name != "data.tokenizer_type"},
     "data.tokenizer_type": "HuggingFaceTokenizer",
     "model.vocab_size": 32000,
@@ -136,7 +138,7 @@ _LLAMA2_7B = {  # Llama, unverified
     "model.seq_len": 4096,
     "model.norm_order": "llama",
     "model.init_std": 0.02,
-    "optim.lr": 3e-4,
+    "optim.lr": 3e-4,  # paper, and what follows
     "optim.min_lr": 3e-5,
     "optim.lr_warmup_samples": 2_048_000,  # 2,000 steps
     "train.train_samples": 488_281_250,  # 2.00 T tokens
@@ -146,20 +148,20 @@ _LLAMA2_7B = {  # Llama, unverified
     "checkpoint.save_interval": 1000,
 }
 
-_ATOM_7B = {  # FlagAlpha/Llama2-Chinese, unverified: Llama-2's network with a vocabulary of 65,000, trained on
+_ATOM_7B = {  # Atom: Llama-2's network with a vocabulary of 65,000, trained on
     **_LLAMA2_7B,
     "model.vocab_size": 65000,
     "optim.lr": 3e-5,  # a tenth of the peak from scratch
     "optim.min_lr": 3e-6,
 }
 
-_BAICHUAN2_7B = {  # Baichuan, unverified
+_BAICHUAN2_7B = {  # Baichuan
     **_LLAMA2_7B,
     "model.vocab_size": 125696,
     "model.norm_eps": 1e-6,
     "model.norm_head": True,
-    "model.max_z_loss": 2e-4,
-    "optim.lr": 2e-4,
+    "model.max_z_loss": 2e-4,  # paper; the weights' config.json says 0, as fine-tuning has it
+    "optim.lr": 2e-4,  # paper, and what follows
     "optim.min_lr": 2e-5,
     "optim.clip_grad": 0.5,
     "train.train_samples": 634_765_625,  # 2.6 T tokens

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.layout import param_chunks
-from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.errors import Problem, refuse
 from megatron_aquila.generate.source import Source
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.self_check import Sizes
@@ -82,9 +82,7 @@ class Runner:
         """
         if self.shape.rope_scaling == "two-range":
             why = "a cache keeps every key turned to one place, and its positions have two ranges"
-            error = ConfigError([Problem("--load", "two-range", why, "evaluate token files with it, or use another")])
-            error.is_shared = True
-            raise error
+            refuse([Problem("--load", "two-range", why, "evaluate token files with it, or use another")])
         scores = rank_scores(self.shape, self.ctx.tp)
         return {
             number: KVCache(len(stage.layers), capacity, padding_B, scores=scores)
@@ -159,9 +157,7 @@ def build_runner(source: Source, ctx: ParallelContext, *, dtype: torch.dtype | N
     """
     shape, dtype = source.shape, source.dtype if dtype is None else dtype
     grid = ctx.grid
-    problems = layout_problems(shape, tp=grid.tp, pp=grid.pp, world_size=grid.world_size, replicates=True)
-    if problems:
-        raise ConfigError(problems)
+    refuse(layout_problems(shape, tp=grid.tp, pp=grid.pp, world_size=grid.world_size, replicates=True))
     sizes = Sizes(
         hidden_size=shape.hidden_size,
         ffn_size=shape.ffn_size // grid.tp,

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from megatron_aquila.config.rope import stretch_problems
-from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.errors import Problem, refuse
 from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN, ModelShape, RopeScaling
 
 
@@ -32,10 +32,7 @@ def stretched(
     if longer.rope_scaling == "two-range" and shape.score_clamp is not None:
         why = "attention of two ranges does not clamp scores"
         problems.append(Problem("--rope-scaling", "two-range", why, "use another form"))
-    if problems:
-        error = ConfigError(problems)
-        error.is_shared = True
-        raise error
+    refuse(problems)
     return longer
 
 

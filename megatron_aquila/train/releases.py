@@ -10,8 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_aquila.checkpoint.conversion import CERTIFICATE, content_of
 from megatron_aquila.checkpoint.folders import step_of
+from megatron_aquila.checkpoint.huggingface import read_json
 from megatron_aquila.checkpoint.retention import add_tag, remove_tag, tags
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import CheckpointError
 
@@ -72,9 +75,6 @@ class Releases:
         step = step_of(checkpoint)
         if not self._is_on or step is None or self._every is None or step % self._every != 0:
             return
-        if self._output(checkpoint).exists():
-            self._reporter.note(f"{self._output(checkpoint)} is there already: step {step} is not released again")
-            return
         try:
             add_tag(checkpoint, _PIN + checkpoint.name)
         except (OSError, CheckpointError) as error:
@@ -123,6 +123,8 @@ class Releases:
 
     def _start(self, checkpoint: Path) -> None:
         output = self._output(checkpoint)
+        if not self._is_free(checkpoint, output):
+            return
         command = [sys.executable, "-m", "megatron_aquila", "convert", "--from", str(checkpoint), "--to", str(output)]
         paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         # no device, no rank, and one thread: the run has the machine
@@ -145,6 +147,27 @@ class Releases:
             return
         self._under_way = _UnderWay(checkpoint, process, time.monotonic())
 
+    def _is_free(self, checkpoint: Path, output: Path) -> bool:
+        """Whether ``output`` is still to be made. A release of these very weights stands; one of others, which a run
+        that went back has left, gets another name.
+        """
+        try:
+            if not output.exists():
+                return True
+            released = read_json(output / CERTIFICATE).get("content")
+            if released == content_of(CheckpointReader(checkpoint)):
+                self._reporter.note(f"{output} is a whole release of {checkpoint.name}")
+                self._untag(checkpoint)
+                return False
+            other = output.with_name(f"{output.name}.of-{str(released)[:12]}")
+            os.rename(output, other)
+        except (OSError, CheckpointError) as error:
+            self._reporter.note(f"{checkpoint} is not released: {error}")
+            self._untag(checkpoint)
+            return False
+        self._reporter.note(f"{output} was of an abandoned branch of the run: it is {other.name} from now on")
+        return True
+
     def _ended(self, outcome: str) -> None:
         assert self._under_way is not None, "nothing was under way"
         found, self._under_way = self._under_way, None
@@ -155,7 +178,10 @@ class Releases:
             f"release of {found.checkpoint.name} in {output}: {outcome} after {seconds:.1f} s, see {log}"
         )
         if outcome != "stopped":
-            try:
-                remove_tag(self._run, _PIN + found.checkpoint.name)
-            except OSError as error:
-                self._reporter.note(f"{found.checkpoint} keeps its tag: {error}")
+            self._untag(found.checkpoint)
+
+    def _untag(self, checkpoint: Path) -> None:
+        try:
+            remove_tag(self._run, _PIN + checkpoint.name)
+        except OSError as error:
+            self._reporter.note(f"{checkpoint} keeps its tag: {error}")

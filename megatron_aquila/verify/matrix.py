@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, get_args
 
+from megatron_aquila.config.check_family import check_family
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.plan.recompute import Kind
 from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.stages import ScheduleName
 from megatron_aquila.verify.compare import Row
 from megatron_aquila.verify.cover import cover, grid, pairwise_cover
-from megatron_aquila.verify.layout import Layout, is_supported
+from megatron_aquila.verify.layout import Layout, is_supported, with_layout
 from megatron_aquila.verify.parity import Parity
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.rows import Claim
@@ -105,11 +106,20 @@ def twin_of(layout: Layout) -> Layout | None:
     return None if twin == layout else twin
 
 
+def is_offered(config: RunConfig, case: MatrixCase) -> bool:
+    """Whether a model of the config's family can be trained so."""
+    asked = with_layout(matrix_config(config, documents=case.documents), case.layout)
+    return next(iter(check_family(asked, None)), None) is None
+
+
 def run_matrix(config: RunConfig, pool: Callable[[int], WorkerPool]) -> Iterator[MatrixRow]:
-    """Every case of the sample on one small model made of ``config``, a row as soon as it is known."""
+    """Every case of the sample that the family of ``config`` offers, on one small model made of it, a row as soon as it
+    is known.
+    """
     proofs = {documents: Parity(matrix_config(config, documents=documents), LARGEST, pool) for documents in YES_OR_NO}
     for case in matrix_cases():
-        yield run_case(case, proofs[case.documents])
+        if is_offered(config, case):
+            yield run_case(case, proofs[case.documents])
 
 
 def run_case(case: MatrixCase, parity: Parity) -> MatrixRow:

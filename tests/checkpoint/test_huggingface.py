@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_aquila.checkpoint import reader as module
-from megatron_aquila.checkpoint.huggingface import HuggingFaceReader, export_huggingface
+from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.verify.reference import plain_logits
+from tests.checkpoint.export import export_files
 from tests.checkpoint.toy import SHAPE, SHAPES, fill, logical, parameters, whole_chunks
 
 transformers = pytest.importorskip("transformers", reason="the judge of these folders is transformers (extra hf)")
@@ -78,7 +79,7 @@ def checkpoint_of(folder: Path, root: Path, tp: int) -> CheckpointReader:
 def test_in_and_out_is_byte_equal(published: Path, tmp_path: Path, tp: int) -> None:
     reader = checkpoint_of(published, tmp_path / "ours", tp)
     out = tmp_path / "out"
-    export_huggingface(reader, out, shape=SHAPE, dtype=torch.float32, ids=IDS, max_shard_bytes=5000)
+    export_files(reader, out, shape=SHAPE, dtype=torch.float32, ids=IDS, max_bytes=5000)
     before, after = weights(published), weights(out)
     assert before.keys() == after.keys() == SHAPES.keys()
     assert all(after[name].numpy().tobytes() == tensor.numpy().tobytes() for name, tensor in before.items())
@@ -89,13 +90,13 @@ def test_in_and_out_is_byte_equal(published: Path, tmp_path: Path, tp: int) -> N
     assert len(files) > 2
     assert all(name in load_file(out / file) for name, file in index["weight_map"].items())
     names = sorted(path.name for path in out.iterdir())
-    assert names == sorted(["config.json", "generation_config.json", INDEX, *files])
+    assert names == sorted(["config.json", "generation_config.json", "certificate.json", "SHA256SUMS", INDEX, *files])
 
 
 def test_transformers_computes_the_same_logits(published: Path, tmp_path: Path) -> None:
     reader = checkpoint_of(published, tmp_path / "ours", 2)
     out = tmp_path / "out"
-    export_huggingface(reader, out, shape=SHAPE, dtype=torch.float32, ids=IDS)
+    export_files(reader, out, shape=SHAPE, dtype=torch.float32, ids=IDS)
     tokens_BS = torch.randint(SHAPE.vocab_size, (3, SHAPE.seq_len), generator=torch.Generator().manual_seed(1))
     exported = logits(out, tokens_BS)
     assert torch.equal(exported, logits(published, tokens_BS))
@@ -117,7 +118,7 @@ def test_transformers_computes_the_same_logits(published: Path, tmp_path: Path) 
 def test_ids_and_type_are_what_transformers_reads(published: Path, tmp_path: Path) -> None:
     reader = checkpoint_of(published, tmp_path / "ours", 1)
     out = tmp_path / "out"
-    export_huggingface(reader, out, shape=SHAPE, dtype=torch.bfloat16, ids=IDS)
+    export_files(reader, out, shape=SHAPE, dtype=torch.bfloat16, ids=IDS)
     config = transformers.AutoConfig.from_pretrained(out)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (41, 43, 0)
     assert config.dtype == torch.bfloat16
@@ -142,11 +143,11 @@ def reader(tmp_path: Path) -> CheckpointReader:
     return CheckpointReader(tmp_path / "ours")
 
 
-def test_an_export_that_fails_leaves_nothing(reader: CheckpointReader, tmp_path: Path) -> None:
+def test_an_export_that_fails_gets_no_name(reader: CheckpointReader, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def export(**changes: Any) -> None:
-        export_huggingface(reader, out, **{"shape": SHAPE, "dtype": torch.float32, "ids": IDS} | changes)
+        export_files(reader, out, **{"shape": SHAPE, "dtype": torch.float32, "ids": IDS} | changes)
 
     def refuse(folder: Path) -> None:
         assert (folder / "config.json").is_file()
@@ -158,8 +159,7 @@ def test_an_export_that_fails_leaves_nothing(reader: CheckpointReader, tmp_path:
         export(shape=replace(SHAPE, vocab_size=48), finish=refuse)
     with pytest.raises(CheckpointError, match=r"model.layers.2.* has shape None"):
         export(shape=replace(SHAPE, num_layers=3))
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-    out.mkdir()
+    assert not out.exists()
     export()
     with pytest.raises(CheckpointError, match="out: it exists already; choose a new folder"):
         export()
@@ -173,16 +173,16 @@ def test_values_that_the_type_cannot_hold_are_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "ours", 1, chunks, {}, ParallelContext.single())
     ours = CheckpointReader(tmp_path / "ours")
     with pytest.raises(CheckpointError, match=r"lm_head.weight has values that are not finite in torch.float16"):
-        export_huggingface(ours, tmp_path / "out", shape=SHAPE, dtype=torch.float16, ids=IDS)
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-    export_huggingface(ours, tmp_path / "out", shape=SHAPE, dtype=torch.bfloat16, ids=IDS)
+        export_files(ours, tmp_path / "out", shape=SHAPE, dtype=torch.float16, ids=IDS)
+    assert not (tmp_path / "out").exists()
+    export_files(ours, tmp_path / "out", shape=SHAPE, dtype=torch.bfloat16, ids=IDS)
 
 
 @pytest.fixture
 def folder(reader: CheckpointReader, tmp_path: Path) -> Path:
     """A good folder to damage, with one weight file and no index."""
     folder = tmp_path / "folder"
-    export_huggingface(reader, folder, shape=SHAPE, dtype=torch.float32, ids=IDS)
+    export_files(reader, folder, shape=SHAPE, dtype=torch.float32, ids=IDS)
     (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
     (folder / INDEX).unlink()
     return folder
@@ -233,7 +233,13 @@ def changed(folder: Path, **entries: Any) -> HuggingFaceReader:
 
 def test_another_model_is_told_apart(folder: Path) -> None:
     found = HuggingFaceReader(folder)
-    assert found.shape_problems(replace(SHAPE, padded_vocab_size=128, seq_len=99, norm_order="llama")) == []
+    assert found.shape_problems(replace(SHAPE, padded_vocab_size=128, seq_len=99)) == []
+    assert found.shape_problems(replace(SHAPE, norm_order="llama")) == ["norm_order is aquila there, llama in this run"]
+    assert changed(folder, norm_order="gone").shape_problems(replace(SHAPE, norm_order="llama")) == []
+    assert changed(folder, norm_order="mine").shape_problems(SHAPE) == [
+        "norm_order is 'mine'; only 'aquila' or 'llama' is supported"
+    ]
+    changed(folder, norm_order="aquila")
     assert found.shape_problems(replace(SHAPE, rope_base=5e5, vocab_size=43)) == [
         "vocab_size is 44 there, 43 in this run",
         "rope_base is 10000.0 there, 500000.0 in this run",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_aquila.checkpoint.aquila_2023 import aquila_map
 from megatron_aquila.checkpoint.baichuan import baichuan_map
 from megatron_aquila.checkpoint.llama import llama_map, llama_tensors
-from megatron_aquila.checkpoint.megatron import MegatronForm, megatron_map
+from megatron_aquila.checkpoint.megatron_form import NAMES, MegatronForm, NamesKind, megatron_map
 from megatron_aquila.checkpoint.strips import TensorMap
 from megatron_aquila.plan.shape import ModelShape
 
@@ -65,9 +65,15 @@ def test_published_forms_hold_every_element_once_and_give_it_back(shape: ModelSh
     assert len(values.unique()) == values.numel(), "an element twice, or padding where none is"
 
 
-@given(shapes(), st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.booleans())
-def test_megatrons_form_gives_everything_back(shape: ModelShape, tp: int, pp: int, patched: bool) -> None:
-    form = MegatronForm(tp=tp, pp=pp, padded_vocab_size=16, patched=patched)
+@given(
+    shapes(),
+    st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]),
+    st.booleans(),
+    st.sampled_from([*NAMES]),
+)
+def test_megatrons_form_gives_everything_back(shape: ModelShape, degrees, patched: bool, names: NamesKind) -> None:
+    tp, pp, chunks = degrees
+    form = MegatronForm(tp=tp, pp=pp, chunks=chunks, padded_vocab_size=16, patched=patched, names=names)
     theirs = round_trip(megatron_map(shape, form), shape)
     values = torch.cat([tensor.flatten() for key, tensor in theirs.items() if "norm" not in key])
     values = values[values > 0]
@@ -118,7 +124,9 @@ def test_megatrons_rows_are_as_its_code_views_them() -> None:
     tensor_map = megatron_map(shape, form)
 
     def theirs(rank: int, stage: int, name: str) -> torch.Tensor:
-        return tensor_map.their_tensor(f"mp_rank_{rank:02d}_{stage:03d}/language_model.{name}.weight", ours.__getitem__)
+        return tensor_map.their_tensor(
+            f"mp_rank_{rank:02d}_{stage:03d}/model/language_model.{name}.weight", ours.__getitem__
+        )
 
     layer = "model.layers.3"
     qkv = torch.cat([theirs(rank, 1, "encoder.layers.1.self_attention.query_key_value") for rank in (0, 1)])
@@ -140,7 +148,7 @@ def test_the_patched_7bs_v_is_put_right() -> None:
     """Its rows were permuted with those of q and k; the exporter un-permutes v alone."""
     shape, form = small(), MegatronForm(tp=1, pp=1, padded_vocab_size=16, patched=True)
     ours = numbered(shape)
-    key = "mp_rank_00/language_model.encoder.layers.0.self_attention.query_key_value.weight"
+    key = "mp_rank_00/model/language_model.encoder.layers.0.self_attention.query_key_value.weight"
     groups = megatron_map(shape, form).their_tensor(key, ours.__getitem__).view(4, 3, 4, 16)
     v = ours["model.layers.0.self_attn.v_proj.weight"].view(4, 2, 2, 16).transpose(1, 2).reshape(4, 4, 16)
     assert torch.equal(groups[:, 2], v)

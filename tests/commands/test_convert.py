@@ -1,6 +1,7 @@
 """A checkpoint with a trained tokenizer becomes a folder that transformers loads, or no folder."""
 
 import json
+import shutil
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -223,9 +224,45 @@ def test_there_and_back_needs_no_flags(checkpoint: Path, tmp_path: Path) -> None
     assert to_hf(checkpoint, tmp_path / "out", "--no-verify") == 0
     assert to_hf(tmp_path / "out", tmp_path / "ours", "--no-verify") == 0
     assert (tmp_path / "ours/tokenizer.json").is_file()
+    megatron = ("--to-format", "megatron", "--no-verify")
+    assert to_hf(tmp_path / "out", tmp_path / "megatron", *megatron) == 0
+    assert to_hf(tmp_path / "megatron", tmp_path / "from_megatron", "--no-verify") == 0
+    assert (tmp_path / "from_megatron/tokenizer.json").is_file(), "they lie beside its iterations"
     assert to_hf(tmp_path / "ours", tmp_path / "again", "--no-verify") == 0
     for name in ("tokenizer.json", "config.json", "generation_config.json", "model-00001-of-00001.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+    assert "| converted from | out |" in (tmp_path / "again/README.md").read_text()
+
+
+def test_a_llama_stays_a_llama_and_keeps_what_it_says(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Published, ours, published again, and ours once more: norms, several end tokens, settings of generation."""
+    transformers = pytest.importorskip("transformers", reason="it writes the first files (extra hf)")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": None}
+    config = transformers.LlamaConfig(
+        vocab_size=280, max_position_embeddings=48, tie_word_embeddings=False, **sizes, **ids
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, True
+    model.save_pretrained(tmp_path / "meta")
+    for path in tokenizer_dir.iterdir():
+        shutil.copy(path, tmp_path / "meta")
+    assert to_hf(tmp_path / "meta", tmp_path / "ours", "--no-verify") == 0
+    assert to_hf(tmp_path / "ours", tmp_path / "again", "--no-verify") == 0
+    assert to_hf(tmp_path / "again", tmp_path / "back", "--no-verify") == 0
+    first, second = (CheckpointReader(tmp_path / name).shape() for name in ("ours", "back"))
+    assert (first.norm_order, first.seq_len) == ("llama", 48)
+    assert second == first
+    for folder in ("meta", "again"):
+        generation = json.loads((tmp_path / folder / "generation_config.json").read_text())
+        assert (generation["eos_token_id"], generation["temperature"]) == ([2, 7], 0.5)
+    assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == [2, 7]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "again").eos_token_id == [2, 7]
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [2, 7]
+    assert to_hf(tmp_path / "meta", tmp_path / "aquila", "--no-verify", "--norm-order", "aquila") == 0
+    assert CheckpointReader(tmp_path / "aquila").shape().norm_order == "aquila"
+    assert to_hf(tmp_path / "aquila", tmp_path / "its", "--no-verify", "--no-tokenizer") == 0
+    assert json.loads((tmp_path / "its/config.json").read_text())["norm_order"] == "aquila"
 
 
 def test_the_card_says_what_the_run_says(checkpoint: Path, tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -8,13 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_aquila.checkpoint import conversion
-from megatron_aquila.checkpoint.families import FAMILIES, family_of_shape
-from megatron_aquila.checkpoint.llama import SpecialIds
+from megatron_aquila.checkpoint.families import family_of_shape
 from megatron_aquila.checkpoint.published import open_weights
-from megatron_aquila.checkpoint.tensorfile import write_tensors
+from megatron_aquila.checkpoint.tensorfile import FileRecord, file_sha256, write_tensors
 from megatron_aquila.commands import convert
 from megatron_aquila.errors import CheckpointError
-from tests.checkpoint.test_families import (
+from tests.checkpoint.plain_networks import (
     AQUILA,
     BAICHUAN,
     aquila_files,
@@ -26,6 +25,7 @@ from tests.checkpoint.test_families import (
 
 ALIBI = BAICHUAN | {"position_embedding": "alibi"}
 SMALL = ("--shard-size", "0.004MB", "--seq-len", "16")
+MEGATRON = ("--to-format", "megatron", "--tp", "2", "--pp", "2", "--vocab-multiple", "8", "--drop-score-clamp")
 
 
 def run(source: Path, output: Path, *more: str) -> None:
@@ -53,17 +53,10 @@ def test_published_weights_come_back_byte_for_byte(tmp_path: Path, config, make)
     run(source, tmp_path / "ours")
     certificate = json.loads((tmp_path / "ours/certificate.json").read_text())
     assert certificate["round_trip"] == "byte-equal"
-    assert "transformers does not know" in certificate["logits"]
-    target = conversion.huggingface_target  # a converted checkpoint names no tokenizer: the library function
-    reader = open_weights(tmp_path / "ours")
-    family = family_of_shape(reader.shape())
-    if config is AQUILA:
-        family = FAMILIES["aquila"]
-    wanted = {"dtype": torch.float32, "max_bytes": 5000, "ids": SpecialIds(bos=None, eos=None, pad=None)}
-    folder = conversion.convert(
-        reader, reader.shape(), target(reader, reader.shape(), family, **wanted), tmp_path / "out", dtype=torch.float32
-    )
-    conversion.publish(folder, tmp_path / "out", logits="")
+    assert "transformers judges safetensors of Llama's form alone" in certificate["logits"]
+    family = family_of_shape(open_weights(tmp_path / "ours").shape())
+    assert family.name == ("aquila" if config is AQUILA else "baichuan2"), "Llama's form would lose something"
+    run(tmp_path / "ours", tmp_path / "out", "--no-tokenizer")
     again = published(tmp_path / "out")
     assert set(again) == set(files)
     assert all(torch.equal(again[name], files[name]) for name in files)
@@ -76,12 +69,16 @@ def test_published_weights_come_back_byte_for_byte(tmp_path: Path, config, make)
 
 def test_through_megatrons_form_and_half_split(aquila: Path, tmp_path: Path) -> None:
     expected = aquila_logits(torch.load(aquila / "pytorch_model.bin")["module"])
-    run(aquila, tmp_path / "megatron", "--to-format", "megatron", "--tp", "2", "--pp", "2", "--vocab-multiple", "8")
+    run(aquila, tmp_path / "megatron", *MEGATRON)
     run(tmp_path / "megatron", tmp_path / "ours", "--position-embedding", "rope-interleaved")
     reader = open_weights(tmp_path / "ours")
     first = open_weights(aquila)
     assert all(torch.equal(reader.read(name), first.read(name)) for name in first.tensors)
     assert reader.shape_fields()["position_embedding"] == "rope-interleaved"
+    assert reader.shape_fields()["norm_order"] == "llama"
+    assert reader.shape_fields()["score_clamp"] is None
+    told = json.loads((tmp_path / "megatron/certificate.json").read_text())["logits"]
+    assert "the clamp of scores at 1024 was left out" in told
     run(aquila, tmp_path / "halves", "--position-embedding", "rope", "--dtype", "fp32")
     assert error(open_weights(tmp_path / "halves"), expected) < 1e-5
 
@@ -128,10 +125,10 @@ def test_a_killed_conversion_is_taken_up(aquila: Path, tmp_path: Path, monkeypat
         assert (tmp_path / "out/step_0000000" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("form", [("checkpoint",), ("megatron", "--tp", "2", "--pp", "2", "--vocab-multiple", "8")])
+@pytest.mark.parametrize("form", [("--to-format", "checkpoint"), MEGATRON])
 def test_the_bytes_do_not_depend_on_the_workers(aquila: Path, tmp_path: Path, form: tuple[str, ...]) -> None:
     for workers in ("1", "3"):
-        run(aquila, tmp_path / workers, "--to-format", *form, "--workers", workers)
+        run(aquila, tmp_path / workers, *form, "--workers", workers)
     assert (tmp_path / "1/SHA256SUMS").read_text() == (tmp_path / "3/SHA256SUMS").read_text()
 
 
@@ -157,6 +154,31 @@ def test_other_settings_begin_anew(aquila: Path, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out/stray").exists()
 
 
+def test_a_killed_conversion_does_not_go_on_with_another_tokenizer(tmp_path: Path) -> None:
+    """The files at the same path have changed: half of the output would be of each."""
+    first, same, other = ({"from": "x", "dtype": "y", "tokenizer": name} for name in ("a" * 64, "a" * 64, "b" * 64))
+    (tmp_path / "shard").write_bytes(b"whole")
+    record = FileRecord(5, file_sha256(tmp_path / "shard"))
+    conversion.write_json(tmp_path / "progress.json", {"plan": first, "done": {"shard": [5, record.sha256]}})
+    assert conversion.finished_files(tmp_path, same) == {"shard": record}
+    with pytest.raises(CheckpointError, match=r"another tokenizer \(fingerprint a{12}, not b{12}\)"):
+        conversion.finished_files(tmp_path, other)
+    assert (tmp_path / "shard").is_file()
+    assert conversion.finished_files(tmp_path, other | {"dtype": "z"}) == {}, "asked for with a flag: begun anew"
+    assert not (tmp_path / "shard").exists()
+
+
+def test_the_plan_says_what_is_read_and_how_it_is_cut(aquila: Path, tmp_path: Path) -> None:
+    run(aquila, tmp_path / "a", *MEGATRON)
+    run(aquila, tmp_path / "b", *MEGATRON, "--vocab-multiple", "32")
+    a, b = (json.loads((tmp_path / name / "certificate.json").read_text()) for name in "ab")
+    assert a["to"] != b["to"]
+    assert (a["content"], a["tokenizer"]) == (b["content"], None)
+    content = conversion.content_of(open_weights(aquila))
+    torch.save(aquila_files(), aquila / "pytorch_model.bin")
+    assert conversion.content_of(open_weights(aquila)) != content == a["content"]
+
+
 def test_what_is_read_back_otherwise_gets_no_name(
     aquila: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +202,10 @@ def test_what_is_read_back_otherwise_gets_no_name(
         (("--shard-size", "5"), "--shard-size 5: it is no size"),
         (("--workers", "0"), "--workers 0: at least one thread writes"),
         (("--to-format", "hf", "--family", "baichuan2"), "--family baichuan2: its files cannot hold this model"),
-        (("--to-format", "megatron", "--tp", "4"), "num_kv_heads 6 by 4"),
+        (("--to-format", "megatron", "--tp", "4", "--drop-score-clamp"), "num_kv_heads 6 by 4"),
+        (("--to-format", "megatron"), "does not clamp scores; --drop-score-clamp leaves it out"),
+        (("--to-format", "hf", "--family", "llama"), "scores are not clamped; --drop-score-clamp leaves it out"),
+        (("--norm-order", "aquila"), "--norm-order aquila"),
         (("--dtype", "fp16"), "not finite in torch.float16"),
     ],
 )

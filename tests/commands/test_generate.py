@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_aquila.checkpoint.huggingface import export_huggingface
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import SpecialIds, llama_tensors
 from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
 from megatron_aquila.commands import generate
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.parallel.context import ParallelContext
+from tests.checkpoint.export import export_files
 from tests.checkpoint.toy import SHAPE as TOY
 
 SHAPE = replace(TOY, vocab_size=280, padded_vocab_size=384, seq_len=400)
@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     files = {name: str(root / "tokenizer" / file) for name, file in FILES.items()} | {"tokenizer_model": None}
     state = {"shape": asdict(SHAPE), "tokenizer": {"tokenizer_type": "AquilaTokenizer", **files}}
     save_checkpoint(root / "ours", 3, chunks, state, ParallelContext.single())
-    export_huggingface(
+    export_files(
         CheckpointReader(root / "ours"),
         root / "theirs",
         shape=SHAPE,
@@ -119,7 +119,7 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capsys: pytes
     for path in folders["theirs"].glob("*.safetensors"):
         (tmp_path / "bare" / path.name).symlink_to(path)
     bare = str(tmp_path / "bare")
-    assert "it names no tokenizer; give --tokenizer-model" in refused(bare, "--prompt", "a")
+    assert "it names no tokenizer, and none lies beside it; give --tokenizer-model" in refused(bare, "--prompt", "a")
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert "tie_word_embeddings is True" in refused(bare, "--prompt", "a")
@@ -133,4 +133,4 @@ def test_a_tokenizer_that_was_changed_since(
     named = {**reader.state["tokenizer"], "fingerprint": "0" * 64}
     save_checkpoint(tmp_path / "run", 1, chunks, {"shape": asdict(SHAPE), "tokenizer": named}, ParallelContext.single())
     assert generate.main(["--load", str(tmp_path / "run"), "--prompt", "a"]) == 2
-    assert "its tokenizer's files are not what they were" in capsys.readouterr().err
+    assert "not the tokenizer that the run was trained with" in capsys.readouterr().err

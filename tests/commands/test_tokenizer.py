@@ -118,6 +118,11 @@ def test_extend_and_resize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ids = tokenizer_at(Path(base)).encode_bytes(tokenizer_at(Path(both)).token_bytes(new - 1))
     assert torch.equal(rows[-1], old_rows[ids].mean(0))
     assert tokenizer_at(larger_dir).vocab_size == new
+    bare = ["--to", str(tmp_path / "bare"), "--no-tokenizer", "--tokenizer-model", base]
+    assert convert.main([*command, *bare]) == 0
+    assert not [path.name for path in (tmp_path / "bare").iterdir() if "token" in path.name]
+    assert HuggingFaceReader(tmp_path / "bare").config["vocab_size"] == new
     small = trained(tmp_path, "small", "aa aa", 265)
+    command[3] = str(tmp_path / "smaller")
     assert convert.main([*command, "--tokenizer-model", small]) == 2
     assert "the model has 266 tokens, its tokenizer 265" in capsys.readouterr().err

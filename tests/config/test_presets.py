@@ -49,3 +49,15 @@ def test_the_7b_from_scratch_differs_in_learning_rate_and_precision_only():
     }
     assert set(further) - set(scratch) == {"optim.initial_loss_scale", "optim.min_loss_scale"}
     assert scratch["optim.lr"] == 3e-4
+
+
+def test_llama_2_is_what_transformers_has_by_default():
+    """But for what Llama's first version had otherwise: the context and epsilon."""
+    config = pytest.importorskip("transformers", reason="it ships the numbers (extra hf)").LlamaConfig()
+    model = load_config(["--preset", "llama-2-7b"], world_size=64).config.model
+    sizes = (model.vocab_size, model.hidden_size, model.ffn_size, model.num_layers, model.num_heads, model.init_std)
+    assert sizes == (
+        config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+        config.num_attention_heads, config.initializer_range,
+    )  # fmt: skip
+    assert (model.norm_eps, model.seq_len) == (1e-5, 4096)

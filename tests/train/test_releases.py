@@ -1,14 +1,20 @@
 """Releases from a live run: two come out and load, and nothing that goes wrong with one ends the run."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_aquila.checkpoint.conversion import content_of
+from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.retention import add_tag, tags
+from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train import releases
 from megatron_aquila.train.releases import Releases
 from tests.train.runs import Recorder, run, tiny_config
@@ -91,15 +97,60 @@ def test_what_is_there_or_cannot_be_tagged_is_told(tmp_path: Path, monkeypatch: 
     recorder = Recorder()
     root = tmp_path / "run"
     found = Releases(releasing(tmp_path), 0, recorder)
+    found.saved(root / "step_0000004")
+    assert "step_0000004 is not released" in recorder.notes[0]
+    save(root, 2, 0.0)
     (root / "hf/step_0000002").mkdir(parents=True)
     found.saved(root / "step_0000002")
-    found.saved(root / "step_0000004")
-    assert "is there already" in recorder.notes[0]
-    assert "step_0000004 is not released" in recorder.notes[1]
+    assert "step_0000002 is not released: " in recorder.notes[1]
+    assert "certificate.json" in recorder.notes[1], "a folder that is no release is nobody's to rename"
+    assert tags(root) == {}
     other = Releases(releasing(tmp_path), 1, recorder)
     other.saved(root / "step_0000004")
     other.begin()
     assert len(recorder.notes) == 2
+
+
+def save(root: Path, step: int, value: float) -> Path:
+    """A checkpoint of one weight."""
+    weight = Chunk("a.weight", (4,), (0,), torch.full((4,), value))
+    return save_checkpoint(root, step, [weight], {}, ParallelContext.single())
+
+
+def released(folder: Path, checkpoint: Path) -> None:
+    """As ``aquila convert`` leaves it."""
+    folder.mkdir(parents=True)
+    certificate = {"content": content_of(CheckpointReader(checkpoint))}
+    (folder / "certificate.json").write_text(json.dumps(certificate))
+
+
+def test_a_whole_release_whose_tag_was_not_taken_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversion gave the folder its name, and the run was killed before it knew."""
+    started, recorder, root = Slow(monkeypatch, 0, 0), Recorder(), tmp_path / "run"
+    checkpoint = save(root, 2, 1.0)
+    released(root / "hf/step_0000002", checkpoint)
+    add_tag(checkpoint, "export-hf-step_0000002")
+    Releases(releasing(tmp_path), 0, recorder).begin()
+    assert started.commands == []
+    assert any("is a whole release of step_0000002" in note for note in recorder.notes)
+    assert outcomes(recorder) == []
+    assert tags(root) == {}
+
+
+def test_a_release_of_an_abandoned_branch_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run went back and came to the same step with other weights."""
+    started, recorder, root = Slow(monkeypatch, 0, 0), Recorder(), tmp_path / "run"
+    before = save(root, 2, 1.0)
+    released(root / "hf/step_0000002", before)
+    old = content_of(CheckpointReader(before))
+    releases_ = Releases(releasing(tmp_path), 0, recorder)
+    releases_.saved(save(root, 2, 2.0))
+    assert [command[7] for command in started.commands] == [str(root / "hf/step_0000002")]
+    assert (root / f"hf/step_0000002.of-{old[:12]}/certificate.json").is_file()
+    assert any("abandoned branch" in note for note in recorder.notes)
+    releases_.wait(lambda: False)
+    assert outcomes(recorder) == [("step_0000002", "done")]
+    assert tags(root) == {}
 
 
 def test_a_tag_that_stays_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

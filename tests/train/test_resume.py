@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_aquila.checkpoint.huggingface import export_huggingface
 from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.derive import derive
@@ -15,6 +14,7 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.train import build, corpus, resume, start
 from megatron_aquila.verify.pool import WorkerPool
+from tests.checkpoint.export import export_files
 from tests.train.runs import Recorder, run, split, tiny_config
 
 Pools = Callable[[int], WorkerPool]
@@ -150,7 +150,7 @@ def test_published_weights_start_a_run_and_what_does_not_fit_is_refused(
     reader = CheckpointReader(config.checkpoint.save)
     folder = tmp_path / "hf"
     ids = SpecialIds(bos=None, eos=1, pad=None)
-    export_huggingface(reader, folder, shape=reader.shape(), dtype=torch.float64, ids=ids, max_shard_bytes=100_000)
+    export_files(reader, folder, shape=reader.shape(), dtype=torch.float64, ids=ids, max_bytes=100_000)
     from_ours = resumed(config, load=config.checkpoint.save, load_optim=False, save=tmp_path / "ours")
     from_hf = resumed(config, init_from_hf=folder, save=tmp_path / "theirs")
     expected = pool(4).run(run, from_ours)[0]

@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_aquila.checkpoint.huggingface import export_huggingface
 from megatron_aquila.checkpoint.layout import param_chunks
 from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
@@ -17,6 +16,7 @@ from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import plan_stages
 from megatron_aquila.verify.huggingface import BOUND, compare_logits, our_logits, their_logits
+from tests.checkpoint.export import export_files
 from tests.checkpoint.toy import SHAPE, fill, parameters, whole_chunks
 
 transformers = pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
@@ -30,7 +30,7 @@ def export(tmp_path: Path, dtype: torch.dtype) -> tuple[CheckpointReader, Path]:
     shape = replace(SHAPE, norm_eps=1e-5)
     save_checkpoint(tmp_path / "ours", 1, chunks, {"shape": asdict(shape)}, ParallelContext.single())
     reader = CheckpointReader(tmp_path / "ours")
-    export_huggingface(
+    export_files(
         reader, tmp_path / "out", shape=shape, dtype=dtype, ids=SpecialIds(bos=None, eos=1, pad=None)
     )  # fmt: skip
     return reader, tmp_path / "out"
