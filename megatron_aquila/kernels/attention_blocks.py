@@ -64,8 +64,9 @@ class ScoreBlocks:
         o_SBND = torch.empty(q_SBND.shape, dtype=compute_dtype(q_SBND.dtype), device=q_SBND.device)
         return o_SBND, _attend_(o_SBND, q_SBND, k_TBKD, v_TBKD, _Wanted(self.scores, meeting))
 
-    def attend_backward(
+    def add_gradients_(
         self,
+        grads: Grads,
         grad_o: Tensor,
         q_SBND: Tensor,
         k_TBKD: Tensor,
@@ -73,11 +74,9 @@ class ScoreBlocks:
         o: Tensor,
         lse_SBN: Tensor,
         meeting: Meeting,
-    ) -> Grads:
+    ) -> None:
         """As of ``MeetingKernel``."""
-        grad_q = torch.empty(q_SBND.shape, dtype=lse_SBN.dtype, device=q_SBND.device)
-        wanted = _Wanted(self.scores, meeting)
-        return grad_q, *_attend_backward_(grad_q, grad_o, q_SBND, k_TBKD, v_TBKD, o, lse_SBN, wanted)
+        _add_gradients_(grads, grad_o, q_SBND, k_TBKD, v_TBKD, o, lse_SBN, _Wanted(self.scores, meeting))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +88,17 @@ class _Wanted:
     numbers_BS: Tensor | None = None
 
     def held(self, raw: Tensor, rows: range) -> Tensor:
-        """A new tensor of what the softmax takes: clamped, biased, and of later or foreign tokens minus infinity."""
+        """What the softmax takes: clamped, biased, and of later or foreign tokens minus infinity.
+
+        In the memory of ``raw`` if there is no clamp, whose gradient asks for it.
+        """
         scores, columns = self.scores, raw.shape[-1]
-        held = raw.clone() if scores.clamp is None else raw.clamp(-scores.clamp, scores.clamp)
+        held = raw if scores.clamp is None else raw.clamp(-scores.clamp, scores.clamp)
         if scores.slopes is not None:
             queries_S, keys_T = (places_of(places, raw) for places in (self.meeting.queries, self.meeting.keys))
-            bias = scores.bias(queries_S[rows.start : rows.stop], keys_T[:columns])
-            held.view(-1, *bias.shape).add_(bias)
+            apart_ST = keys_T[:columns] - queries_S[rows.start : rows.stop, None]
+            slopes = scores.slopes_N11(raw)
+            held.view(-1, len(slopes), *apart_ST.shape).addcmul_(slopes, apart_ST)
         if self.meeting.is_causal:
             query, key = (torch.arange(x.start, x.stop, device=raw.device) for x in (rows, range(columns)))
             by_row = held.view(held.shape[0], -1, len(rows), columns)
@@ -120,10 +123,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_SBND: Tensor) -> tuple[Tensor | None, ...]:
-        q_SBND, *others = ctx.saved_tensors
-        grad_q = torch.empty(q_SBND.shape, dtype=q_SBND.dtype, device=q_SBND.device)
-        grads = _attend_backward_(grad_q, grad_SBND, q_SBND, *others, wanted=ctx.wanted)
-        return grad_q, *(grad.to(q_SBND.dtype) for grad in grads), None
+        *qkv, out_SBND, lse_SBN = ctx.saved_tensors
+        dtype = grad_SBND.dtype  # a query is in one block, and rounded once; a key is in many
+        grads = tuple(
+            torch.zeros_like(x, dtype=wide) for x, wide in zip(qkv, (dtype, *2 * (lse_SBN.dtype,)), strict=True)
+        )
+        _add_gradients_(grads, grad_SBND, *qkv, out_SBND, lse_SBN, wanted=ctx.wanted)
+        return *(grad.to(dtype) for grad in grads), None
 
 
 def _attend_(out_SBND: Tensor, q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, wanted: _Wanted) -> Tensor:
@@ -140,8 +146,8 @@ def _attend_(out_SBND: Tensor, q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, w
     return lse_SBN
 
 
-def _attend_backward_(
-    grad_q: Tensor,
+def _add_gradients_(
+    grads: Grads,
     grad_SBND: Tensor,
     q_SBND: Tensor,
     k_TBKD: Tensor,
@@ -149,28 +155,24 @@ def _attend_backward_(
     out_SBND: Tensor,
     lse_SBN: Tensor,
     wanted: _Wanted,
-) -> tuple[Tensor, Tensor]:
-    """Fills ``grad_q``, rounding once; returns the gradients of k_TBKD and v_TBKD in ``compute_dtype``."""
+) -> None:
+    grad_q, grad_k, grad_v = grads
     wide, clamp = lse_SBN.dtype, wanted.scores.clamp
-    grad_k, grad_v = (
-        torch.zeros(x.shape[1], x.shape[2], x.shape[0], x.shape[3], dtype=wide, device=x.device)
-        for x in (k_TBKD, v_TBKD)
-    )
     for rows, stop in _blocks(q_SBND, k_TBKD, wanted):
         raw = _raw_scores(q_SBND, k_TBKD, rows, stop)
         weights = wanted.held(raw, rows).sub_(_grouped(lse_SBN.unsqueeze(-1), k_TBKD, rows)).exp_()
         grad_out, out = (_grouped(x, k_TBKD, rows) for x in (grad_SBND, out_SBND))
-        group = _product(weights.to(_narrow(v_TBKD)).mT, grad_out)
-        grad_v[:, :, :stop] += group.view(*grad_v.shape[:2], *group.shape[1:])
+        grad_v[:stop] += _keys_first(_product(weights.to(_narrow(v_TBKD)).mT, grad_out), k_TBKD)
         mean = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)
         grad_raw = _product(grad_out, _keys(v_TBKD, stop).mT).sub_(mean).mul_(weights)
+        del weights
         if clamp is not None:
-            grad_raw.mul_(raw.abs() <= clamp)
+            grad_raw.mul_(raw.abs_() <= clamp)
+        del raw
         grad_raw = grad_raw.mul_(q_SBND.shape[-1] ** -0.5).to(_narrow(q_SBND))
-        grad_q[rows.start : rows.stop] = _rows_first(_product(grad_raw, _keys(k_TBKD, stop)), q_SBND, len(rows))
-        group = _product(grad_raw.mT, _grouped(q_SBND, k_TBKD, rows))
-        grad_k[:, :, :stop] += group.view(*grad_k.shape[:2], *group.shape[1:])
-    return grad_k.permute(2, 0, 1, 3), grad_v.permute(2, 0, 1, 3)
+        grad_q[rows.start : rows.stop] += _rows_first(_product(grad_raw, _keys(k_TBKD, stop)), q_SBND, len(rows))
+        grad_k[:stop] += _keys_first(_product(grad_raw.mT, _grouped(q_SBND, k_TBKD, rows)), k_TBKD)
+        del grad_raw
 
 
 def _blocks(q_SBND: Tensor, k_TBKD: Tensor, wanted: _Wanted) -> Iterator[tuple[range, int]]:
@@ -198,6 +200,11 @@ def _rows_first(x: Tensor, like_SBND: Tensor, num_rows: int) -> Tensor:
 def _keys(k_TBKD: Tensor, stop: int) -> Tensor:
     """The keys up to ``stop``: (B * K, T, D)."""
     return k_TBKD[:stop].permute(1, 2, 0, 3).flatten(0, 1)
+
+
+def _keys_first(x: Tensor, like_TBKD: Tensor) -> Tensor:
+    """``_keys`` undone."""
+    return x.view(*like_TBKD.shape[1:3], *x.shape[1:]).permute(2, 0, 1, 3)
 
 
 def _raw_scores(q_SBND: Tensor, k_TBKD: Tensor, rows: range, stop: int) -> Tensor:

@@ -60,8 +60,9 @@ class BlockAttention:
         """As of ``MeetingKernel``: where the tokens lie is nothing to it."""
         return self.forward(q_SBND, k_TBKD, v_TBKD, meeting.is_causal)
 
-    def attend_backward(
+    def add_gradients_(
         self,
+        grads: Grads,
         grad_o: Tensor,
         q_SBND: Tensor,
         k_TBKD: Tensor,
@@ -69,9 +70,11 @@ class BlockAttention:
         o: Tensor,
         lse_SBN: Tensor,
         meeting: Meeting,
-    ) -> Grads:
+    ) -> None:
         """As of ``MeetingKernel``."""
-        return self.backward(grad_o, q_SBND, k_TBKD, v_TBKD, o, lse_SBN, meeting.is_causal)
+        found = self.backward(grad_o, q_SBND, k_TBKD, v_TBKD, o, lse_SBN, meeting.is_causal)
+        for total, part in zip(grads, found, strict=True):
+            total += part
 
 
 def _halves(samples: slice, places: range) -> Iterator[Block]:

@@ -43,8 +43,9 @@ class MeetingKernel(Protocol):
         """The part of these keys."""
         ...
 
-    def attend_backward(
+    def add_gradients_(
         self,
+        grads: Grads,
         grad_o: Tensor,
         q_SBND: Tensor,
         k_TBKD: Tensor,
@@ -52,8 +53,8 @@ class MeetingKernel(Protocol):
         o: Tensor,
         lse_SBN: Tensor,
         meeting: Meeting,
-    ) -> Grads:
-        """Their share of the gradients."""
+    ) -> None:
+        """Add their share of the gradients to ``grads``, in place. ``o`` and ``lse_SBN`` are those of all keys."""
         ...
 
 
@@ -122,9 +123,6 @@ class _InBlocks(torch.autograd.Function):
         grads = [x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
         for block in ctx.blocks:
             rows, keys = (block.queries, block.samples), (block.keys, block.samples)
-            found = ctx.kernel.attend_backward(
-                grad_o[rows], q[rows], k[keys], v[keys], o[rows], lse[rows], block.meeting
-            )
-            for grad, place, part in zip(grads, (rows, keys, keys), found, strict=True):
-                grad[place] += part
+            sums = tuple(grad[place] for grad, place in zip(grads, (rows, keys, keys), strict=True))
+            ctx.kernel.add_gradients_(sums, grad_o[rows], q[rows], k[keys], v[keys], o[rows], lse[rows], block.meeting)
         return *(grad.to(q.dtype) for grad in grads), None, None

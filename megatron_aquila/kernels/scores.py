@@ -35,11 +35,10 @@ class Scores:
         num_heads = len(self.slopes) // size
         return replace(self, slopes=self.slopes[rank * num_heads : (rank + 1) * num_heads])
 
-    def bias(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
-        """What slopes add to the scores of the queries and keys at these places, (heads, S, T), in their type."""
+    def slopes_N11(self, like: Tensor) -> Tensor:
+        """The slopes in the type of ``like``: times how far a key lies after the query, they are added to a score."""
         assert self.slopes is not None, f"no slopes: {self}"
-        slopes = torch.tensor(self.slopes, dtype=queries_S.dtype, device=queries_S.device)
-        return slopes[:, None, None] * (keys_T[None, :] - queries_S[:, None])
+        return torch.tensor(self.slopes, dtype=like.dtype, device=like.device)[:, None, None]
 
     def of(
         self, q_SBND: Tensor, k_TBND: Tensor, queries: Places, keys: Places, *, k_far_TBND: Tensor | None = None
@@ -54,7 +53,9 @@ class Scores:
         found = found * q_SBND.shape[-1] ** -0.5
         if self.clamp is not None:
             found = found.clamp(-self.clamp, self.clamp)
-        return found if self.slopes is None else found + self.bias(queries_S, keys_T)
+        if self.slopes is not None:
+            found = found + self.slopes_N11(found) * (keys_T - queries_S[:, None])
+        return found
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:

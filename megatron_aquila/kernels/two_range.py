@@ -149,8 +149,9 @@ class TwoRangeBlocks:
             merge_((o[rows], lse[rows]), (o_part, lse_part))
         return o, lse
 
-    def attend_backward(
+    def add_gradients_(
         self,
+        grads: Grads,
         grad_o: Tensor,
         q_SBND: Tensor,
         k_TBKD: Tensor,
@@ -158,24 +159,28 @@ class TwoRangeBlocks:
         o: Tensor,
         lse_SBN: Tensor,
         meeting: Meeting,
-    ) -> Grads:
+    ) -> None:
         """As of ``MeetingKernel``."""
+        grad_q, grad_k, grad_v = grads
         parts = list(pieces(meeting, self.ranges.threshold))
         pairs = self._pairs(q_SBND, k_TBKD, meeting, parts)
-        grads = [[torch.zeros_like(x, dtype=lse_SBN.dtype) for x in pair] for pair in pairs]
-        grad_v = torch.zeros_like(v_TBKD, dtype=lse_SBN.dtype)
+        far = [[torch.zeros_like(x, dtype=lse_SBN.dtype) for x in pair] for pair in pairs[1:]]
+        of_pairs = [[grad_q, grad_k], *far]
         for piece in parts:
             rows, keys = piece.queries, piece.keys
             q_of, k_of = pairs[piece.is_far]
+            of_q, of_k = of_pairs[piece.is_far]
             inputs = piece.ordered((grad_o[rows], q_of[rows], k_of[keys], v_TBKD[keys], o[rows], lse_SBN[rows]))
-            found = piece.ordered(self.kernel.attend_backward(*inputs, meeting=Meeting(is_causal=piece.is_causal)))
-            for total, place, part in zip((*grads[piece.is_far], grad_v), (rows, keys, keys), found, strict=True):
-                total[place] += part
-        (grad_q, grad_k), *far = grads
+            sums = (of_q[rows], of_k[keys], grad_v[keys])
+            found = tuple(torch.zeros_like(x) for x in sums) if piece.is_flipped else sums
+            self.kernel.add_gradients_(found, *inputs, meeting=Meeting(is_causal=piece.is_causal))
+            if piece.is_flipped:
+                for total, part in zip(sums, found, strict=True):
+                    total += part.flip(0)
+        pairs.clear()
         for far_q, far_k in far:
             grad_q += self.ranges.far_q_gradient(far_q, meeting.queries)
             grad_k += self.ranges.far_k_gradient(far_k, meeting.keys)
-        return grad_q, grad_k, grad_v
 
     def _pairs(
         self, q_SBND: Tensor, k_TBKD: Tensor, meeting: Meeting, parts: Sequence[Piece]

@@ -98,12 +98,10 @@ class _Ring(torch.autograd.Function):
             grad_kv = torch.zeros_like(kv, dtype=lse.dtype)
             for block in ring.blocks(q, ctx.documents, ring.owner(step)):
                 rows, keys = (block.queries, block.samples), (block.keys, block.samples)
-                of_q, of_k, of_v = ctx.kernel.attend_backward(
-                    grad_o[rows], q[rows], kv[0][keys], kv[1][keys], o[rows], lse[rows], _meeting(block)
+                sums = (grad_q[rows], grad_kv[0][keys], grad_kv[1][keys])
+                ctx.kernel.add_gradients_(
+                    sums, grad_o[rows], q[rows], kv[0][keys], kv[1][keys], o[rows], lse[rows], _meeting(block)
                 )
-                grad_q[rows] += of_q
-                grad_kv[0][keys] += of_k
-                grad_kv[1][keys] += of_v
             if returning is not None:
                 grad_kv += returning.wait()  # from the ranks that had these keys before
             returning = begin_pass_on(grad_kv, ring.cp, overlap=ring.overlap)
