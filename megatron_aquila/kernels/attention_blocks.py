@@ -123,13 +123,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_SBND: Tensor) -> tuple[Tensor | None, ...]:
-        *qkv, out_SBND, lse_SBN = ctx.saved_tensors
-        dtype = grad_SBND.dtype  # a query is in one block, and rounded once; a key is in many
-        grads = tuple(
-            torch.zeros_like(x, dtype=wide) for x, wide in zip(qkv, (dtype, *2 * (lse_SBN.dtype,)), strict=True)
-        )
-        _add_gradients_(grads, grad_SBND, *qkv, out_SBND, lse_SBN, wanted=ctx.wanted)
-        return *(grad.to(dtype) for grad in grads), None
+        q, k, v, out_SBND, lse_SBN = ctx.saved_tensors
+        # a query is in one block, and rounded once; a key is in many
+        grad_q, (grad_k, grad_v) = torch.zeros_like(q), (torch.zeros_like(x, dtype=lse_SBN.dtype) for x in (k, v))
+        _add_gradients_((grad_q, grad_k, grad_v), grad_SBND, q, k, v, out_SBND, lse_SBN, ctx.wanted)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
 def _attend_(out_SBND: Tensor, q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, wanted: _Wanted) -> Tensor:

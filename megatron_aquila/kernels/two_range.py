@@ -144,8 +144,9 @@ class TwoRangeBlocks:
         for piece in parts:
             rows, keys = piece.queries, piece.keys
             q_of, k_of = pairs[piece.is_far]
-            inputs = piece.ordered((q_of[rows], k_of[keys], v_TBKD[keys]))
-            o_part, lse_part = piece.ordered(self.kernel.attend(*inputs, meeting=Meeting(is_causal=piece.is_causal)))
+            q, k, v = piece.ordered((q_of[rows], k_of[keys], v_TBKD[keys]))
+            part = self.kernel.attend(q, k, v, Meeting(is_causal=piece.is_causal))
+            o_part, lse_part = piece.ordered(part)
             merge_((o[rows], lse[rows]), (o_part, lse_part))
         return o, lse
 
@@ -170,13 +171,16 @@ class TwoRangeBlocks:
             rows, keys = piece.queries, piece.keys
             q_of, k_of = pairs[piece.is_far]
             of_q, of_k = of_pairs[piece.is_far]
-            inputs = piece.ordered((grad_o[rows], q_of[rows], k_of[keys], v_TBKD[keys], o[rows], lse_SBN[rows]))
-            sums = (of_q[rows], of_k[keys], grad_v[keys])
-            found = tuple(torch.zeros_like(x) for x in sums) if piece.is_flipped else sums
-            self.kernel.add_gradients_(found, *inputs, meeting=Meeting(is_causal=piece.is_causal))
+            grad, q, k, v, out, lse = piece.ordered(
+                (grad_o[rows], q_of[rows], k_of[keys], v_TBKD[keys], o[rows], lse_SBN[rows])
+            )
+            sums = found = of_q[rows], of_k[keys], grad_v[keys]
             if piece.is_flipped:
-                for total, part in zip(sums, found, strict=True):
-                    total += part.flip(0)
+                found = torch.zeros_like(sums[0]), torch.zeros_like(sums[1]), torch.zeros_like(sums[2])
+            self.kernel.add_gradients_(found, grad, q, k, v, out, lse, Meeting(is_causal=piece.is_causal))
+            if piece.is_flipped:
+                for total, share in zip(sums, found, strict=True):
+                    total += share.flip(0)
         pairs.clear()
         for far_q, far_k in far:
             grad_q += self.ranges.far_q_gradient(far_q, meeting.queries)
