@@ -268,8 +268,7 @@ _WIDTHS = "model.ffn_size model.ffn_multiple_of model.ffn_multiplier model.vocab
 RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _heads: _SHAPE,
     _tensor: f"{_LAYOUT} {_SHAPE} {_WIDTHS} parallel.sequence",
-    check_family: "model.position_embedding model.score_clamp parallel.context data.reset_position_ids "
-    "data.reset_attention_mask",
+    check_family: "model.position_embedding data.reset_position_ids data.reset_attention_mask",
     _pipeline: _STAGES,
     _world: f"{_LAYOUT} parallel.elastic {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks "
     "parallel.context_method",
@@ -288,8 +287,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     "train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
     check_rope: "model.rope_scaling model.rope_factor model.rope_trained_len model.position_embedding",
-    check_two_range: "model.rope_scaling model.score_clamp parallel.context data.reset_position_ids "
-    "data.reset_attention_mask",
+    check_two_range: "model.rope_scaling data.reset_position_ids data.reset_attention_mask",
     check_profile: f"{_BATCH} train.rampup_batch train.train_samples observe.profile_steps observe.profile_ranks "
     "observe.log_dir checkpoint.save",
     check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "

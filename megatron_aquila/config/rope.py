@@ -17,16 +17,10 @@ def check_rope(config: RunConfig, _world: int | None) -> Iterator[Problem]:
 
 
 def check_two_range(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    """Distances decide which pairs are far: they must be those of the tokens at hand, and no score changes after."""
+    """Distances decide which pairs are far: they must be those of the tokens at hand."""
     model, data = config.model, config.data
     if model.rope_scaling != "two-range":
         return
-    if config.parallel.context > 1:
-        why = "near and far pairs are not told apart where a sample is split over ranks"
-        yield Problem("--rope-scaling", "two-range", why, "use --cp 1, with --sp and more --tp for long sequences")
-    if model.score_clamp is not None:
-        why = "attention by blocks does not clamp scores, and --rope-scaling two-range needs it"
-        yield Problem("--score-clamp", model.score_clamp, why, "leave it out, or use another form")
     if data.reset_position_ids and not data.reset_attention_mask:
         why = "--rope-scaling two-range counts the tokens in between, and has no positions to begin anew"
         yield Problem("--reset-position-ids", True, why, "leave it out, or add --reset-attention-mask")

@@ -76,13 +76,7 @@ class Runner:
         engine.evaluate(forward_only(self.plan.stage_rank, len(batches))[self.ctx.pp.rank], batches)
 
     def new_caches(self, capacity: int, padding_B: Tensor) -> dict[int, KVCache]:
-        """An empty cache for each of this rank's stages.
-
-        Raises ``ConfigError`` on every rank for positions of two ranges: a key kept is turned for one of them.
-        """
-        if self.shape.rope_scaling == "two-range":
-            why = "a cache keeps every key turned to one place, and its positions have two ranges"
-            refuse([Problem("--load", "two-range", why, "evaluate token files with it, or use another")])
+        """An empty cache for each of this rank's stages."""
         scores = rank_scores(self.shape, self.ctx.tp)
         return {
             number: KVCache(len(stage.layers), capacity, padding_B, scores=scores)

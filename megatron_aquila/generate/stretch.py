@@ -29,9 +29,6 @@ def stretched(
     if longer.rope_scaling != "none" and shape.position_embedding == "alibi":
         why = "the model has ALiBi: nothing is turned"
         problems.append(Problem("--rope-scaling", longer.rope_scaling, why, "leave it out"))
-    if longer.rope_scaling == "two-range" and shape.score_clamp is not None:
-        why = "attention of two ranges does not clamp scores"
-        problems.append(Problem("--rope-scaling", "two-range", why, "use another form"))
     refuse(problems)
     return longer
 

@@ -35,12 +35,8 @@ def causal_attention_reference(
     seq_len, heads_per_group = q_SBND.shape[0], _heads_per_group(q_SBND, k_SBKD)
     k_SBND = k_SBKD.to(wide).repeat_interleave(heads_per_group, dim=2)
     v_SBND = v_SBKD.to(wide).repeat_interleave(heads_per_group, dim=2)
-    scores_BNSS = torch.einsum("sbnd,tbnd->bnst", q_SBND.to(wide), k_SBND) * q_SBND.shape[-1] ** -0.5
-    if scores.clamp is not None:
-        scores_BNSS = scores_BNSS.clamp(-scores.clamp, scores.clamp)
-    bias_NSS = scores.bias(range(seq_len), range(seq_len), dtype=wide, device=q_SBND.device)
-    if bias_NSS is not None:
-        scores_BNSS = scores_BNSS + bias_NSS
+    places = (range(seq_len),)
+    scores_BNSS = scores.of(q_SBND.to(wide), k_SBND, places, places)
     hidden = torch.ones(seq_len, seq_len, dtype=torch.bool, device=q_SBND.device).triu(1)
     if documents is not None:
         number_BS = documents.numbers_BS(q_SBND.shape[1])

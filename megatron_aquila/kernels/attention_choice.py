@@ -37,7 +37,7 @@ def attention_preferences(device: torch.device, sizes: Sizes) -> dict[str, str]:
 
     From Hopper on flash attention 2 is published to take 1.7 to 2.3 times as long as cuDNN.
     """
-    if sizes.scores is not None:
+    if sizes.alters_scores:
         return {"score_blocks": "the only one that biases and clamps scores"}
     if sizes.by_blocks:
         names = ("blocks_flash", "blocks_efficient", "blocks_reference") if device.type == "cuda" else ("blocks",)
@@ -61,12 +61,13 @@ def why_attention_refused(name: str, *, device: torch.device, dtype: torch.dtype
     The plain one holds all scores, and torch says what its backends take. Asked at the run's own shape: what is tried
     against the reference is shorter.
     """
-    if sizes.by_blocks and name not in RING:
-        return "attention goes block by block here: use one of " + ", ".join(RING)
+    if sizes.alters_scores and name not in CHANGE_SCORES:
+        return "it neither biases nor clamps scores, and this model does"
+    by_blocks = CHANGE_SCORES[:1] if sizes.alters_scores else tuple(RING)
+    if sizes.by_blocks and name not in by_blocks:
+        return f"attention goes block by block here: use {'one of ' * (len(by_blocks) > 1)}{', '.join(by_blocks)}"
     if name in ("reference", "blocks_reference") and sizes.seq_len > LONGEST_PLAIN:
         return f"it holds the scores of all pairs of {sizes.seq_len} tokens"
-    if sizes.scores is not None and name not in CHANGE_SCORES:
-        return "it neither biases nor clamps scores, and this model does"
     if name not in SDPA_BACKENDS:
         return None
     num_kv_heads = sizes.num_heads if name == "sdpa_efficient" else sizes.num_kv_heads  # it has them repeated

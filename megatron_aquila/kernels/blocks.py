@@ -1,24 +1,26 @@
-"""Attention of a block of queries over a block of keys: a part of a softmax, and how parts are put together.
+"""Attention of a block of queries over a block of keys, by torch's fused kernels and in plain PyTorch."""
 
-A part gives its output ``o`` and ``lse``, each query's logarithm of the sum of the exponentials of its scores. Parts
-are merged in ``compute_dtype``: ``o = sum(o_i exp(lse_i - lse))`` with ``lse = log(sum(exp(lse_i)))``. Backward takes
-the merged ``o`` and ``lse`` and gives each block's share of the gradients, which are sums over the blocks.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.precision import apply, compute_dtype, multiplies_widened
-
-Part = tuple[Tensor, Tensor]  # o_SBND and lse_SBN
-Grads = tuple[Tensor, Tensor, Tensor]  # of q_SBND, k_SBKD and v_SBKD
+from megatron_aquila.kernels.parts import (
+    Block,
+    Grads,
+    Meeting,
+    MeetingKernel,
+    Part,
+    attention_in_blocks,
+    document_spans,
+    square,
+)
+from megatron_aquila.kernels.precision import compute_dtype, multiplies_widened
+from megatron_aquila.kernels.scores import Scores
+from megatron_aquila.kernels.two_range import TwoRangeBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,72 +29,63 @@ class BlockAttention:
     its ``Grads``. Causal blocks have as many keys as queries. ``lse`` is in ``compute_dtype``, all else in the type of
     q or wider.
 
-    As a ``CausalAttention`` it is a ring on one process: what self-checks and tests run.
+    As a ``CausalAttention`` it is a ring on one process: what self-checks and tests run, and far and near pairs need.
     """
 
     forward: Callable[..., Part]
     backward: Callable[..., Grads]
 
-    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-        """``causal_attention_reference``, each document in three blocks."""
-        return apply(_InBlocks, q_SBND, k_SBKD, v_SBKD, self, documents)
-
-
-def empty_sum(q_SBND: Tensor) -> Part:
-    """The part that has no keys: what others are merged into."""
-    wide = compute_dtype(q_SBND.dtype)
-    return q_SBND.new_zeros(q_SBND.shape, dtype=wide), q_SBND.new_full(q_SBND.shape[:-1], -torch.inf, dtype=wide)
-
-
-def merge_(total: Part, part: Part) -> None:
-    """Add the keys of ``part`` to those of ``total``, of the same queries, in place."""
-    (o, lse), (o_part, lse_part) = total, part
-    merged = torch.logaddexp(lse, lse_part)
-    o.mul_((lse - merged).exp_().unsqueeze(-1)).add_(o_part * (lse_part - merged).exp_().unsqueeze(-1))
-    lse.copy_(merged)
-
-
-def _blocks(length: int, num_samples: int, documents: Documents | None) -> list[tuple[slice, slice, slice, bool]]:
-    """Samples, queries and keys of three blocks a document, and whether they are causal: head, tail, tail with head."""
-    bounds = (0, length) if documents is None else documents.bounds
-    found = []
-    for start, stop in pairwise(bounds):
-        sample, start = divmod(start, length)
-        samples = slice(0, num_samples) if documents is None else slice(sample, sample + 1)
-        stop -= sample * length
-        middle = (start + stop) // 2
-        head, tail = slice(start, middle), slice(middle, stop)
-        found.append((samples, tail, tail, True))
-        if start < middle:
-            found += [(samples, head, head, True), (samples, tail, head, False)]
-    return found
-
-
-class _InBlocks(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: BlockAttention, documents: Documents | None
+    def __call__(
+        self,
+        q_SBND: Tensor,
+        k_SBKD: Tensor,
+        v_SBKD: Tensor,
+        documents: Documents | None = None,
+        *,
+        scores: Scores = Scores(),
     ) -> Tensor:
-        total = o, lse = empty_sum(q)
-        ctx.blocks, ctx.kernel = _blocks(q.shape[0], q.shape[1], documents), kernel
-        for samples, rows, keys, is_causal in ctx.blocks:
-            part = kernel.forward(q[rows, samples], k[keys, samples], v[keys, samples], is_causal)
-            merge_((total[0][rows, samples], total[1][rows, samples]), part)
-        ctx.save_for_backward(q, k, v, out := o.to(q.dtype), lse)
-        return out
+        """``causal_attention_reference``, each document in three blocks, or whole where its pairs are near and far."""
+        spans = list(document_spans(q_SBND, documents))
+        blocks = [square(*span) for span in spans]
+        if scores.ranges is None:
+            blocks = [block for span in spans for block in _halves(*span)]
+        return attention_in_blocks(q_SBND, k_SBKD, v_SBKD, self.of(scores), blocks)
 
-    @staticmethod
-    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        grads = [x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
-        for samples, rows, keys, is_causal in ctx.blocks:
-            of_queries = (x[rows, samples] for x in (grad_o, q))
-            of_keys = (x[keys, samples] for x in (k, v))
-            sums = (x[rows, samples] for x in (o, lse))
-            found = ctx.kernel.backward(*of_queries, *of_keys, *sums, is_causal)
-            for grad, place, part in zip(grads, (rows, keys, keys), found, strict=True):
-                grad[place, samples] += part
-        return *(grad.to(q.dtype) for grad in grads), None, None
+    def of(self, scores: Scores) -> MeetingKernel:
+        """This kernel for pairs that are near and far, if ``scores`` say so."""
+        assert not scores.alters, f"a fused kernel gives no scores to alter: {scores}"
+        return self if scores.ranges is None else TwoRangeBlocks(self, scores.ranges)
+
+    def attend(self, q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, meeting: Meeting) -> Part:
+        """As of ``MeetingKernel``: where the tokens lie is nothing to it."""
+        return self.forward(q_SBND, k_TBKD, v_TBKD, meeting.is_causal)
+
+    def add_gradients_(
+        self,
+        grads: Grads,
+        grad_o: Tensor,
+        q_SBND: Tensor,
+        k_TBKD: Tensor,
+        v_TBKD: Tensor,
+        o: Tensor,
+        lse_SBN: Tensor,
+        meeting: Meeting,
+    ) -> None:
+        """As of ``MeetingKernel``."""
+        found = self.backward(grad_o, q_SBND, k_TBKD, v_TBKD, o, lse_SBN, meeting.is_causal)
+        for total, part in zip(grads, found, strict=True):
+            total += part
+
+
+def _halves(samples: slice, places: range) -> Iterator[Block]:
+    """A document in three blocks: tail, head, tail with head."""
+    middle = (places.start + places.stop) // 2
+    head, tail = range(places.start, middle), range(middle, places.stop)
+    yield square(samples, tail)
+    if head:
+        yield square(samples, head)
+        both = Meeting(is_causal=False, queries=(tail,), keys=(head,))
+        yield Block(samples, slice(tail.start, tail.stop), slice(head.start, head.stop), both)
 
 
 def _reference(q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, is_causal: bool) -> Part:

@@ -15,23 +15,21 @@ def cached_attention_reference(
     visible_BST: Tensor | None = None,
     *,
     scores: Scores = Scores(),
+    k_far_TBKD: Tensor | None = None,
 ) -> Tensor:
     """Softmax of the scaled scores of the T cached tokens times their values: ``o_SBND``.
 
     The S queries are the last S of the T tokens. ``visible_BST``: which of them each query sees, at least itself; None:
-    all up to itself. ``scores``: what is done to them; distances are those of the cache. Computed in ``compute_dtype``
-    and rounded once.
+    all up to itself. ``scores``: what is done to them; distances are those of the cache. ``k_far_TBKD``: the keys for
+    far pairs, where they are kept, too. Computed in ``compute_dtype`` and rounded once.
     """
     wide, group = compute_dtype(q_SBND.dtype), q_SBND.shape[2] // k_TBKD.shape[2]
     num_new, num_tokens = q_SBND.shape[0], k_TBKD.shape[0]
     k_TBND, v_TBND = (x.to(wide).repeat_interleave(group, dim=2) for x in (k_TBKD, v_TBKD))
-    scores_BNST = torch.einsum("sbnd,tbnd->bnst", q_SBND.to(wide), k_TBND) * q_SBND.shape[-1] ** -0.5
-    if scores.clamp is not None:
-        scores_BNST = scores_BNST.clamp(-scores.clamp, scores.clamp)
-    new, every = range(num_tokens - num_new, num_tokens), range(num_tokens)
-    bias_NST = scores.bias(new, every, dtype=wide, device=q_SBND.device)
-    if bias_NST is not None:
-        scores_BNST = scores_BNST + bias_NST
+    new, every = (range(num_tokens - num_new, num_tokens),), (range(num_tokens),)
+    if k_far_TBKD is not None:
+        k_far_TBKD = k_far_TBKD.to(wide).repeat_interleave(group, dim=2)
+    scores_BNST = scores.of(q_SBND.to(wide), k_TBND, new, every, k_far_TBND=k_far_TBKD)
     if visible_BST is None:
         visible_BST = causal_ST(num_new, num_tokens, q_SBND.device).unsqueeze(0)
     weights_BNST = scores_BNST.masked_fill(~visible_BST.unsqueeze(1), float("-inf")).softmax(dim=-1)

@@ -24,7 +24,7 @@ from megatron_aquila.kernels.attention import (
     causal_attention_reference,
     causal_attention_torch_flash,
 )
-from megatron_aquila.kernels.attention_blocks import causal_attention_blocks
+from megatron_aquila.kernels.attention_blocks import SCORE_BLOCKS
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
 from megatron_aquila.kernels.blocks import BLOCKS_CPU, BLOCKS_EFFICIENT, BLOCKS_FLASH, BLOCKS_REFERENCE
 from megatron_aquila.kernels.compiled import compiled
@@ -76,7 +76,7 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "flash_attn": causal_attention_flash,
             "flash_attn_3": causal_attention_flash_3,
             "flash_attn_4": causal_attention_flash_4,
-            "score_blocks": causal_attention_blocks,
+            "score_blocks": SCORE_BLOCKS,
             "reference": causal_attention_reference,
             "blocks": BLOCKS_CPU,
             "blocks_flash": BLOCKS_FLASH,

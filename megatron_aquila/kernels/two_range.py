@@ -9,15 +9,12 @@ document begins at does not matter.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_aquila.kernels.blocks import BlockAttention, Part, empty_sum, merge_
-from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.precision import apply, compute_dtype
+from megatron_aquila.kernels.parts import Grads, Meeting, MeetingKernel, Part, Places, empty_sum, merge_
+from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.rope import apply_rope, rope_tables
 
 Tables = tuple[Tensor, Tensor]
@@ -32,59 +29,32 @@ class Ranges:
     base: float
     interleaved: bool = False
 
-    def tables(self, like_SBND: Tensor) -> tuple[Tables, Tables]:
-        """Cosines and sines by which q, and by which k, turned to their places, are turned for far pairs."""
-        wide, device = compute_dtype(like_SBND.dtype), like_SBND.device
-        place_1S = torch.arange(like_SBND.shape[0], dtype=wide, device=device).unsqueeze(0)
-        share = 1 - 1 / self.factor
-        of_q, of_k = (
-            rope_tables(share * turn, head_dim=like_SBND.shape[-1], base=self.base, dtype=wide)
-            for turn in (self.threshold - place_1S, -place_1S)
-        )
-        return of_q, of_k
+    def far_q(self, q_SBND: Tensor, places: Places) -> Tensor:
+        """Queries that are turned to their ``places``, turned further for far pairs."""
+        return self._turned(q_SBND, self.threshold - places_of(places, q_SBND))
 
-    def far(self, x_SBND: Tensor, tables: Tables) -> Tensor:
-        """``x`` turned further."""
+    def far_k(self, k_SBKD: Tensor, places: Places) -> Tensor:
+        """Keys, likewise."""
+        return self._turned(k_SBKD, -places_of(places, k_SBKD))
+
+    def far_q_gradient(self, grad_SBND: Tensor, places: Places) -> Tensor:
+        """The gradient of ``far_q``'s input: turned back."""
+        return self._turned(grad_SBND, places_of(places, grad_SBND) - self.threshold)
+
+    def far_k_gradient(self, grad_SBKD: Tensor, places: Places) -> Tensor:
+        """The gradient of ``far_k``'s input."""
+        return self._turned(grad_SBKD, places_of(places, grad_SBKD))
+
+    def _turned(self, x_SBND: Tensor, turn_S: Tensor) -> Tensor:
+        turn_1S = (1 - 1 / self.factor) * turn_S.unsqueeze(0)
+        tables = rope_tables(turn_1S, head_dim=x_SBND.shape[-1], base=self.base, dtype=turn_S.dtype)
         return apply_rope(x_SBND, *tables, interleaved=self.interleaved)
 
-    def far_gradient(self, grad_SBND: Tensor, tables: Tables) -> Tensor:
-        """The gradient of ``far``'s input: turned back."""
-        cos, sin = tables
-        return apply_rope(grad_SBND, cos, -sin, interleaved=self.interleaved)
 
-
-def two_range_reference(
-    q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None, *, ranges: Ranges
-) -> Tensor:
-    """``causal_attention_reference`` with far pairs scored by what ``Ranges.far`` gives. Holds all S x S scores."""
-    wide, group = compute_dtype(q_SBND.dtype), q_SBND.shape[2] // k_SBKD.shape[2]
-    q, k, v = (x.to(wide) for x in (q_SBND, k_SBKD, v_SBKD))
-    of_q, of_k = ranges.tables(q)
-    k, k_far, v = (x.repeat_interleave(group, dim=2) for x in (k, ranges.far(k, of_k), v))
-    near, far = (torch.einsum("sbnd,tbnd->bnst", *pair) for pair in ((q, k), (ranges.far(q, of_q), k_far)))
-    place = torch.arange(q.shape[0], device=q.device)
-    apart = place[:, None] - place
-    scores = torch.where(apart < ranges.threshold, near, far) * q.shape[-1] ** -0.5
-    hidden = apart < 0
-    if documents is not None:
-        number_BS = documents.numbers_BS(q.shape[1])
-        hidden = hidden | (number_BS[:, None, :, None] != number_BS[:, None, None, :])
-    return torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).to(q_SBND.dtype)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TwoRangeAttention:
-    """``two_range_reference`` as a ``CausalAttention``, by a kernel of blocks; q and k are turned to their places.
-
-    No more is kept for backward than by other attention: far q and k are made again.
-    """
-
-    kernel: BlockAttention
-    ranges: Ranges
-
-    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-        """q_SBND, k_SBKD, v_SBKD -> o_SBND."""
-        return apply(_TwoRange, q_SBND, k_SBKD, v_SBKD, self, documents)
+def places_of(places: Places, like: Tensor) -> Tensor:
+    """The places of tokens one after the other, in ``compute_dtype`` of ``like`` and where it is."""
+    wide, device = compute_dtype(like.dtype), like.device
+    return torch.cat([torch.arange(run.start, run.stop, dtype=wide, device=device) for run in places])
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,86 +67,131 @@ class Piece:
     is_far: bool
     is_flipped: bool = False
 
+    def ordered(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors of a piece as the kernel takes them, and back."""
+        return [x.flip(0) for x in tensors] if self.is_flipped else list(tensors)
 
-def pieces(start: int, stop: int, threshold: int) -> Iterator[Piece]:
-    """All pairs of the document ``start : stop``, each once.
 
-    Queries go by blocks of T tokens. With its own block each is near. In the block before, T + r - c apart for row r
-    and column c: far on and below the diagonal, a causal square; near above it, which from the last row and column on
-    is a causal square one smaller; where the last block is short, a rectangle of near keys remains. All before is far.
+def pieces(meeting: Meeting, threshold: int) -> Iterator[Piece]:
+    """All pairs of a meeting, each once, as slices of its queries and keys; every run of queries with every earlier run
+    of keys, and with itself.
+
+    Of a run itself, queries go by blocks of T tokens: with its own block each is near, and all before is earlier.
     """
-    for first in range(start, stop, threshold):
-        last = min(first + threshold, stop)
-        size, before, queries = last - first, first - threshold, slice(first, last)
-        yield Piece(queries, queries, is_causal=True, is_far=False)
-        if before < start:
-            continue
-        yield Piece(queries, slice(before, before + size), is_causal=True, is_far=True)
-        if size > 1:
-            upper = slice(before + 1, before + size)
-            yield Piece(slice(first, last - 1), upper, is_causal=True, is_far=False, is_flipped=True)
-        if size < threshold:
-            yield Piece(queries, slice(before + size, first), is_causal=False, is_far=False)
-        if before > start:
-            yield Piece(queries, slice(start, before), is_causal=False, is_far=True)
+    for rows, queries in _runs(meeting.queries):
+        for columns, keys in _runs(meeting.keys):
+            if keys.stop <= queries.start:
+                yield from _rectangle(rows, columns, queries.start - keys.start, threshold)
+            elif keys == queries:
+                for first in range(0, len(queries), threshold):
+                    own = slice(first, min(first + threshold, len(queries)))
+                    block, its_keys = rows[own], columns[own]
+                    yield Piece(_slice(block), _slice(its_keys), is_causal=True, is_far=False)
+                    yield from _rectangle(block, columns[:first], first, threshold)
 
 
-def _all_pieces(
-    length: int, num_samples: int, documents: Documents | None, threshold: int
-) -> Iterator[tuple[slice, Piece]]:
-    """With the samples that each piece is of."""
-    if documents is None:
-        yield from ((slice(0, num_samples), piece) for piece in pieces(0, length, threshold))
-        return
-    for start, stop in pairwise(documents.bounds):
-        sample = start // length
-        for piece in pieces(start - sample * length, stop - sample * length, threshold):
-            yield slice(sample, sample + 1), piece
+def _runs(places: Places) -> Iterator[tuple[range, range]]:
+    """Where each run lies among the tokens, and its places."""
+    first = 0
+    for run in places:
+        yield range(first, first + len(run)), run
+        first += len(run)
 
 
-class _TwoRange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: TwoRangeAttention, documents: Documents | None
-    ) -> Tensor:
-        ranges = attention.ranges
-        ctx.attention, ctx.documents = attention, documents
-        of_q, of_k = ranges.tables(q)
-        pairs = ((q, k), (ranges.far(q, of_q), ranges.far(k, of_k)))
-        o, lse = empty_sum(q)
-        for samples, piece in _all_pieces(q.shape[0], q.shape[1], documents, ranges.threshold):
-            rows, keys = (piece.queries, samples), (piece.keys, samples)
+def _rectangle(rows: range, columns: range, apart: int, threshold: int) -> Iterator[Piece]:
+    """All pairs of ``rows`` and ``columns``, the i-th and the j-th of which lie ``apart + i - j`` apart, all positive.
+
+    Far are those with ``j <= i + shift``: from the row on that has one, ``some``, a causal square, what is left of it,
+    and all of the rows below it, from ``full`` on. Near is what is right of the diagonal: all of the rows above
+    ``some``; then, last row and column first, another causal square, one smaller where it ends with the columns, and
+    what is right of it.
+    """
+    shift = apart - threshold
+    some, full, last = (min(max(row, 0), len(rows)) for row in (-shift, len(columns) - shift, len(columns) - shift - 1))
+    found = (
+        (rows[:some], columns, False, False, False),
+        (rows[some:full], columns[some + shift : full + shift], True, True, False),
+        (rows[some:full], columns[: some + shift], False, True, False),
+        (rows[full:], columns, False, True, False),
+        (rows[some:last], columns[some + shift + 1 : last + shift + 1], True, False, True),
+        (rows[some:last], columns[last + shift + 1 :], False, False, False),
+    )
+    for queries, keys, is_causal, is_far, is_flipped in found:
+        if queries and keys:
+            yield Piece(_slice(queries), _slice(keys), is_causal, is_far, is_flipped)
+
+
+def _slice(held: range) -> slice:
+    return slice(held.start, held.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class TwoRangeBlocks:
+    """A ``MeetingKernel`` that takes each pair by the distance it counts as, by one that need not know of distances.
+
+    q and k are turned to their places. No more is kept for backward than by other attention: far q and k are made
+    again.
+    """
+
+    kernel: MeetingKernel
+    ranges: Ranges
+
+    def attend(self, q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, meeting: Meeting) -> Part:
+        """As of ``MeetingKernel``."""
+        o, lse = empty_sum(q_SBND)
+        parts = list(pieces(meeting, self.ranges.threshold))
+        pairs = self._pairs(q_SBND, k_TBKD, meeting, parts)
+        for piece in parts:
+            rows, keys = piece.queries, piece.keys
             q_of, k_of = pairs[piece.is_far]
-            inputs = _ordered(piece, (q_of[rows], k_of[keys], v[keys]))
-            part: Part = attention.kernel.forward(*inputs, piece.is_causal)
-            o_part, lse_part = _ordered(piece, part)
+            q, k, v = piece.ordered((q_of[rows], k_of[keys], v_TBKD[keys]))
+            part = self.kernel.attend(q, k, v, Meeting(is_causal=piece.is_causal))
+            o_part, lse_part = piece.ordered(part)
             merge_((o[rows], lse[rows]), (o_part, lse_part))
-        ctx.save_for_backward(q, k, v, out := o.to(q.dtype), lse)
-        return out
+        return o, lse
 
-    @staticmethod
-    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
-        attention: TwoRangeAttention = ctx.attention
-        ranges = attention.ranges
-        q, k, v, o, lse = ctx.saved_tensors
-        of_q, of_k = ranges.tables(q)
-        pairs = ((q, k), (ranges.far(q, of_q), ranges.far(k, of_k)))
-        grads = [tuple(torch.zeros_like(x, dtype=lse.dtype) for x in (q, k)) for _ in pairs]
-        grad_v = torch.zeros_like(v, dtype=lse.dtype)
-        for samples, piece in _all_pieces(q.shape[0], q.shape[1], ctx.documents, ranges.threshold):
-            rows, keys = (piece.queries, samples), (piece.keys, samples)
+    def add_gradients_(
+        self,
+        grads: Grads,
+        grad_o: Tensor,
+        q_SBND: Tensor,
+        k_TBKD: Tensor,
+        v_TBKD: Tensor,
+        o: Tensor,
+        lse_SBN: Tensor,
+        meeting: Meeting,
+    ) -> None:
+        """As of ``MeetingKernel``."""
+        grad_q, grad_k, grad_v = grads
+        parts = list(pieces(meeting, self.ranges.threshold))
+        pairs = self._pairs(q_SBND, k_TBKD, meeting, parts)
+        far = [[torch.zeros_like(x, dtype=lse_SBN.dtype) for x in pair] for pair in pairs[1:]]
+        of_pairs = [[grad_q, grad_k], *far]
+        for piece in parts:
+            rows, keys = piece.queries, piece.keys
             q_of, k_of = pairs[piece.is_far]
-            inputs = _ordered(piece, (grad_o[rows], q_of[rows], k_of[keys], v[keys], o[rows], lse[rows]))
-            found = _ordered(piece, attention.kernel.backward(*inputs, piece.is_causal))
-            sums = (*grads[piece.is_far], grad_v)
-            for total, place, part in zip(sums, (rows, keys, keys), found, strict=True):
-                total[place] += part
-        (grad_q, grad_k), (far_q, far_k) = grads
-        grad_q += ranges.far_gradient(far_q, of_q)
-        grad_k += ranges.far_gradient(far_k, of_k)
-        return *(grad.to(q.dtype) for grad in (grad_q, grad_k, grad_v)), None, None
+            of_q, of_k = of_pairs[piece.is_far]
+            grad, q, k, v, out, lse = piece.ordered(
+                (grad_o[rows], q_of[rows], k_of[keys], v_TBKD[keys], o[rows], lse_SBN[rows])
+            )
+            sums = found = of_q[rows], of_k[keys], grad_v[keys]
+            if piece.is_flipped:
+                found = torch.zeros_like(sums[0]), torch.zeros_like(sums[1]), torch.zeros_like(sums[2])
+            self.kernel.add_gradients_(found, grad, q, k, v, out, lse, Meeting(is_causal=piece.is_causal))
+            if piece.is_flipped:
+                for total, share in zip(sums, found, strict=True):
+                    total += share.flip(0)
+        pairs.clear()
+        for far_q, far_k in far:
+            grad_q += self.ranges.far_q_gradient(far_q, meeting.queries)
+            grad_k += self.ranges.far_k_gradient(far_k, meeting.keys)
 
-
-def _ordered(piece: Piece, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of a piece as the kernel takes them, and back."""
-    return [x.flip(0) for x in tensors] if piece.is_flipped else list(tensors)
+    def _pairs(
+        self, q_SBND: Tensor, k_TBKD: Tensor, meeting: Meeting, parts: Sequence[Piece]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """q and k for near pairs and, if there are any, for far ones."""
+        near = [(q_SBND, k_TBKD)]
+        if not any(piece.is_far for piece in parts):
+            return near
+        ranges = self.ranges
+        return [*near, (ranges.far_q(q_SBND, meeting.queries), ranges.far_k(k_TBKD, meeting.keys))]

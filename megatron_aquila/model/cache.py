@@ -38,22 +38,30 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's cache: attends in the place of a causal attention kernel."""
+    """One layer's cache: attends in the place of a causal attention kernel.
+
+    Where pairs are near and far it keeps every key twice, turned to its place and as far pairs take it.
+    """
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._k_TBKD: Tensor | None = None
-        self._v_TBKD: Tensor | None = None
+        self._kept: list[Tensor] = []  # keys, values and, where there are any, far keys
 
     def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
         """Keep the new keys and values, and attend to all: ``o_SBND``. Local; without gradients."""
         assert documents is None, "a cache holds one document a row"
-        cache = self._cache
-        if self._k_TBKD is None or self._v_TBKD is None:
-            self._k_TBKD, self._v_TBKD = (x.new_empty(cache.capacity, *x.shape[1:]) for x in (k_SBKD, v_SBKD))
-        self._k_TBKD[cache.start : cache.stop] = k_SBKD
-        self._v_TBKD[cache.start : cache.stop] = v_SBKD
-        keys, values = self._k_TBKD[: cache.stop], self._v_TBKD[: cache.stop]
-        if cache.scores is not None:
-            return cached_attention_reference(q_SBND, keys, values, cache.visible_BST, scores=cache.scores)
-        return cached_attention(q_SBND, keys, values, visible_BST=cache.visible_BST)
+        cache, new = self._cache, [k_SBKD, v_SBKD]
+        ranges = None if cache.scores is None else cache.scores.ranges
+        if ranges is not None:
+            new.append(ranges.far_k(k_SBKD, (range(cache.start, cache.stop),)))
+        if not self._kept:
+            self._kept = [x.new_empty(cache.capacity, *x.shape[1:]) for x in new]
+        for kept, x in zip(self._kept, new, strict=True):
+            kept[cache.start : cache.stop] = x
+        keys, values, *far_keys = (kept[: cache.stop] for kept in self._kept)
+        if cache.scores is None:
+            return cached_attention(q_SBND, keys, values, visible_BST=cache.visible_BST)
+        k_far = far_keys[0] if far_keys else None
+        return cached_attention_reference(
+            q_SBND, keys, values, cache.visible_BST, scores=cache.scores, k_far_TBKD=k_far
+        )

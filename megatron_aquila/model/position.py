@@ -6,12 +6,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from megatron_aquila.kernels.blocks import BlockAttention
 from megatron_aquila.kernels.ops import CausalAttention, Kernels, RopeQkv, ScoredAttention
 from megatron_aquila.kernels.rope import rope_tables, split_qkv
 from megatron_aquila.kernels.rope_scaling import Kind, Scaling
 from megatron_aquila.kernels.scores import Scores, alibi_slopes
-from megatron_aquila.kernels.two_range import Ranges, TwoRangeAttention
+from megatron_aquila.kernels.two_range import Ranges
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.plan.shape import ModelShape
 
@@ -57,11 +56,7 @@ def _unturned(
 
 
 def attention_of(shape: ModelShape, kernels: Kernels, tp: Group) -> CausalAttention:
-    """The attention of this rank's heads, with what ``shape`` does to its scores or to far pairs. Local."""
-    ranges = two_ranges(shape)
-    if ranges is not None:
-        assert isinstance(kernels.attention, BlockAttention), f"two ranges need it by blocks, not {kernels.attention}"
-        return TwoRangeAttention(kernel=kernels.attention, ranges=ranges)
+    """The attention of this rank's heads, with what ``shape`` does to their scores."""
     scores = rank_scores(shape, tp)
     return kernels.attention if scores is None else partial(cast(ScoredAttention, kernels.attention), scores=scores)
 
@@ -80,10 +75,10 @@ def two_ranges(shape: ModelShape) -> Ranges | None:
 
 def rank_scores(shape: ModelShape, tp: Group) -> Scores | None:
     """What is done to the scores of this rank's heads, each with its own slope; None where nothing is. Local."""
-    slopes = None
+    slopes, ranges = None, two_ranges(shape)
     if shape.position_embedding == "alibi":
         num_heads = shape.num_heads // tp.size
         slopes = alibi_slopes(shape.num_heads)[tp.rank * num_heads : (tp.rank + 1) * num_heads]
-    if slopes is None and shape.score_clamp is None:
+    if slopes is None and shape.score_clamp is None and ranges is None:
         return None
-    return Scores(slopes=slopes, clamp=shape.score_clamp)
+    return Scores(slopes=slopes, clamp=shape.score_clamp, ranges=ranges)

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_aquila.kernels.blocks import BlockAttention, empty_sum, merge_
+from megatron_aquila.kernels.attention_blocks import ScoreBlocks
+from megatron_aquila.kernels.blocks import BlockAttention
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.parts import Meeting, MeetingKernel, empty_sum, merge_
 from megatron_aquila.kernels.precision import apply
+from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.parallel.collectives import begin_pass_on
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.plan.sequence import Block, ring_blocks
@@ -27,12 +30,20 @@ class RingAttention:
     """
 
     cp: Group
-    kernel: BlockAttention
+    kernel: BlockAttention | ScoreBlocks
     overlap: bool
 
-    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-        """q_ScBND, k_ScBKD, v_ScBKD -> o_ScBND."""
-        return apply(_Ring, q_SBND, k_SBKD, v_SBKD, self, documents)
+    def __call__(
+        self,
+        q_SBND: Tensor,
+        k_SBKD: Tensor,
+        v_SBKD: Tensor,
+        documents: Documents | None = None,
+        *,
+        scores: Scores = Scores(),
+    ) -> Tensor:
+        """q_ScBND, k_ScBKD, v_ScBKD -> o_ScBND. Distances are those of the whole samples."""
+        return apply(_Ring, q_SBND, k_SBKD, v_SBKD, self, self.kernel.of(scores), documents)
 
     def blocks(self, q_SBND: Tensor, documents: Documents | None, owner: int) -> list[Block]:
         """What this rank's queries have to do with the keys of rank ``owner``. Local."""
@@ -54,15 +65,23 @@ class _Ring(torch.autograd.Function):
     """Keeps what ordinary attention keeps: q, k, v, the output and its log-sums, all of this rank's tokens."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention, documents: Documents | None) -> Tensor:
-        ctx.ring, ctx.documents = ring, documents
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ring: RingAttention,
+        kernel: MeetingKernel,
+        documents: Documents | None,
+    ) -> Tensor:
+        ctx.ring, ctx.kernel, ctx.documents = ring, kernel, documents
         o, lse = empty_sum(q)
         kv, last = torch.stack((k, v)), ring.cp.size - 1
         for step in range(ring.cp.size):
             turning = begin_pass_on(kv, ring.cp, overlap=ring.overlap) if step < last else None
             for block in ring.blocks(q, documents, ring.owner(step)):
                 rows, keys = (block.queries, block.samples), (block.keys, block.samples)
-                part = ring.kernel.forward(q[rows], kv[0][keys], kv[1][keys], block.is_causal)
+                part = kernel.attend(q[rows], kv[0][keys], kv[1][keys], _meeting(block))
                 merge_((o[rows], lse[rows]), part)
             kv = kv if turning is None else turning.wait()
         ctx.save_for_backward(q, k, v, out := o.to(q.dtype), lse)
@@ -79,16 +98,18 @@ class _Ring(torch.autograd.Function):
             grad_kv = torch.zeros_like(kv, dtype=lse.dtype)
             for block in ring.blocks(q, ctx.documents, ring.owner(step)):
                 rows, keys = (block.queries, block.samples), (block.keys, block.samples)
-                of_q, of_k, of_v = ring.kernel.backward(
-                    grad_o[rows], q[rows], kv[0][keys], kv[1][keys], o[rows], lse[rows], block.is_causal
+                sums = (grad_q[rows], grad_kv[0][keys], grad_kv[1][keys])
+                ctx.kernel.add_gradients_(
+                    sums, grad_o[rows], q[rows], kv[0][keys], kv[1][keys], o[rows], lse[rows], _meeting(block)
                 )
-                grad_q[rows] += of_q
-                grad_kv[0][keys] += of_k
-                grad_kv[1][keys] += of_v
             if returning is not None:
                 grad_kv += returning.wait()  # from the ranks that had these keys before
             returning = begin_pass_on(grad_kv, ring.cp, overlap=ring.overlap)
             kv = kv if turning is None else turning.wait()
         assert returning is not None, "a ring has at least one rank"
         grad_k, grad_v = returning.wait().to(k.dtype).unbind()
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
+
+
+def _meeting(block: Block) -> Meeting:
+    return Meeting(is_causal=block.is_causal, queries=block.query_places, keys=block.key_places)

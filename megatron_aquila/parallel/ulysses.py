@@ -4,14 +4,16 @@ Every rank attends over whole samples with its share of the heads, by any attent
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.ops import CausalAttention
+from megatron_aquila.kernels.ops import CausalAttention, ScoredAttention
 from megatron_aquila.kernels.precision import apply
+from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.parallel.collectives import all_to_all
 from megatron_aquila.parallel.context import Group
 from megatron_aquila.plan.sequence import num_shared_heads
@@ -28,8 +30,22 @@ class UlyssesAttention:
     cp: Group
     attention: CausalAttention
 
-    def __call__(self, q_SBND: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None = None) -> Tensor:
-        """q_ScBND, k_ScBKD, v_ScBKD -> o_ScBND. Inside, q_SBNcD, k and v of whole samples."""
+    def __call__(
+        self,
+        q_SBND: Tensor,
+        k_SBKD: Tensor,
+        v_SBKD: Tensor,
+        documents: Documents | None = None,
+        *,
+        scores: Scores | None = None,
+    ) -> Tensor:
+        """q_ScBND, k_ScBKD, v_ScBKD -> o_ScBND. Inside, q_SBNcD, k and v of whole samples, and ``scores`` of its heads.
+
+        An attention that was not chosen for changed ``scores`` takes none.
+        """
+        attend = self.attention
+        if scores is not None:
+            attend = partial(cast(ScoredAttention, attend), scores=scores.share(self.cp.rank, self.cp.size))
         copies = num_shared_heads(k_SBKD.shape[2], self.cp.size) // k_SBKD.shape[2]
         if copies > 1:
             k_SBKD, v_SBKD = (x.repeat_interleave(copies, dim=2) for x in (k_SBKD, v_SBKD))
@@ -38,7 +54,7 @@ class UlyssesAttention:
         shares = zip(*(x.chunk(self.cp.size, dim=2) for x in (q_SBND, k_SBKD, v_SBKD)), strict=True)
         qkv = torch.cat([x for share in shares for x in share], dim=2)
         q, k, v = apply(_ToHeads, qkv, self.cp).split_with_sizes(sizes, dim=2)
-        return apply(_ToTokens, self.attention(q, k, v, documents), self.cp)
+        return apply(_ToTokens, attend(q, k, v, documents), self.cp)
 
 
 class _ToHeads(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """How the tokens of a sample are dealt to the context-parallel ranks, and which of them meet in a step of the ring."""
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -31,12 +32,17 @@ def num_shared_heads(num_kv_heads: int, cp: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Queries that meet keys, as slices of what a rank holds: all pairs, or causally where both are the same tokens."""
+    """Queries that meet keys, as slices of what a rank holds: all pairs, or causally where both are the same tokens.
+
+    With the places of both in their sample, run by run.
+    """
 
     samples: slice
     queries: slice
     keys: slice
     is_causal: bool
+    query_places: tuple[range, ...]
+    key_places: tuple[range, ...]
 
 
 def ring_blocks(
@@ -76,7 +82,11 @@ def _sample_blocks(
 ) -> list[Block]:
     if rank == owner:
         squares = [_held(queries, start, stop) for start, stop in pairwise(bounds)]
-        return [Block(samples, square, square, True) for square in squares if square.start < square.stop]
+        return [
+            Block(samples, square, square, True, places := _places(queries, square), places)
+            for square in squares
+            if square.start < square.stop
+        ]
     # An earlier rank's head is before all that is here, its tail after it; of a later rank all is before the tail here.
     half = len(queries[0])
     meeting = keys[0][-1] if owner < rank else queries[1][0]
@@ -87,9 +97,21 @@ def _sample_blocks(
         there = slice(there.start, min(there.stop, half))
     else:
         here = slice(max(here.start, half), here.stop)
-    return [Block(samples, here, there, False)] if here.start < here.stop and there.start < there.stop else []
+    if here.start == here.stop or there.start >= there.stop:
+        return []
+    return [Block(samples, here, there, False, _places(queries, here), _places(keys, there))]
 
 
 def _held(pieces: tuple[range, ...], start: int, stop: int) -> slice:
     """Where in a shard the tokens ``start : stop`` of the sample lie that it holds."""
     return slice(*(sum(min(max(place - piece.start, 0), len(piece)) for piece in pieces) for place in (start, stop)))
+
+
+def _places(pieces: tuple[range, ...], held: slice) -> tuple[range, ...]:
+    """The places of the tokens ``held`` of a shard."""
+    firsts = itertools.accumulate((len(piece) for piece in pieces), initial=0)
+    runs = (
+        piece[max(held.start - first, 0) : max(held.stop - first, 0)]
+        for first, piece in zip(firsts, pieces, strict=False)
+    )
+    return tuple(run for run in runs if run)

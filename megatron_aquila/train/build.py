@@ -15,6 +15,7 @@ from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.optim import OptimConfig
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.data.loader import MicroBatch
+from megatron_aquila.kernels.attention_blocks import ScoreBlocks
 from megatron_aquila.kernels.blocks import BlockAttention
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
@@ -171,8 +172,9 @@ def split_attention(parallel: ParallelConfig, kernels: Kernels, ctx: ParallelCon
         return kernels
     if parallel.context_method == "ulysses":
         return replace(kernels, attention=UlyssesAttention(cp=ctx.cp, attention=kernels.attention))
-    assert isinstance(kernels.attention, BlockAttention), f"a ring needs attention by blocks, not {kernels.attention}"
-    return replace(kernels, attention=RingAttention(cp=ctx.cp, kernel=kernels.attention, overlap=parallel.overlap))
+    kernel = kernels.attention
+    assert isinstance(kernel, BlockAttention | ScoreBlocks), f"a ring needs attention by blocks, not {kernel}"
+    return replace(kernels, attention=RingAttention(cp=ctx.cp, kernel=kernel, overlap=parallel.overlap))
 
 
 def run_products(config: RunConfig, ctx: ParallelContext) -> Products:
@@ -185,9 +187,11 @@ def run_products(config: RunConfig, ctx: ParallelContext) -> Products:
 def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Sizes:
     """What this rank's kernels are tried at."""
     num_heads, num_kv_heads = shape.num_heads // ctx.tp.size, shape.num_kv_heads // ctx.tp.size
+    scores = rank_scores(shape, ctx.tp)
     is_ring = ctx.cp.size > 1 and config.parallel.context_method == "ring"
     if ctx.cp.size > 1 and not is_ring:
         num_heads, num_kv_heads = (n // ctx.cp.size for n in (num_heads, num_shared_heads(num_kv_heads, ctx.cp.size)))
+        scores = None if scores is None else scores.share(ctx.cp.rank, ctx.cp.size)
     return Sizes(
         hidden_size=shape.hidden_size,
         ffn_size=shape.ffn_size // ctx.tp.size,
@@ -199,7 +203,7 @@ def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> 
         by_blocks=is_ring or shape.rope_scaling == "two-range",
         norm_order=shape.norm_order,
         interleaved=shape.position_embedding == "rope-interleaved",
-        scores=rank_scores(shape, ctx.tp),
+        scores=scores,
     )
 
 

@@ -181,7 +181,7 @@ def dry_machine(config: RunConfig, world_size: int) -> Machine:
     ctx = create_context(config, derived, META)
     sizes = kernel_sizes(config, derived.shape, ctx)
     kernels = choose_kernels(META, DTYPES[config.train.precision], sizes=sizes)
-    if sizes.scores is None:
+    if not sizes.alters_scores:
         kernels = replace(kernels, attention=BLOCKS_FLASH if sizes.by_blocks else flash_attention)
     return build_machine(config, derived, ctx, kernels=kernels)
 

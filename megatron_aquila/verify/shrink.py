@@ -25,11 +25,11 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
     """
     model, kv_heads = config.model, config.model.num_kv_heads
     group = max(1, model.num_heads // (model.num_heads if kv_heads is None else kv_heads))
-    alibi = model.position_embedding == "alibi"
     # two a rank: with one, a query head could not read the wrong one; 3, 6 or 12 heads have slopes of both kinds
-    small_kv = (3 if alibi else 2) * largest.tp
+    kv_of_rank = 3 if model.position_embedding == "alibi" else 2
+    small_kv = kv_of_rank * largest.tp
     if largest.cp_method == "ulysses":
-        group *= largest.cp // math.gcd(largest.cp, 2 * group)  # a tensor rank's query heads split over cp
+        group *= largest.cp // math.gcd(largest.cp, kv_of_rank * group)  # a tensor rank's query heads split over cp
     num_heads = small_kv * group
     stage_layers = small_stages(given_layers(config.parallel))
     stages = largest.pp * largest.chunks

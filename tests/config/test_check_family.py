@@ -8,24 +8,19 @@ from tests.families import TWO_RANGE
 
 
 @pytest.mark.parametrize(
-    ("model", "parallel", "data", "problem"),
+    ("model", "data", "problem"),
     [
-        ({"position_embedding": "alibi"}, {"context": 2}, {}, "--position-embedding alibi: scores are not changed"),
-        ({"score_clamp": 9.0}, {"context": 2}, {}, "--score-clamp 9.0: scores are not changed"),
-        ({"position_embedding": "alibi"}, {}, {"reset_position_ids": True}, "--reset-position-ids True: ALiBi counts"),
+        ({"position_embedding": "alibi"}, {"reset_position_ids": True}, "--reset-position-ids True: ALiBi counts"),
         (
             {"position_embedding": "alibi", "rope_scaling": "linear", "rope_factor": 2.0},
             {},
-            {},
             "--rope-scaling linear: with --position-embedding alibi nothing is turned",
         ),
-        (TWO_RANGE, {"context": 2}, {}, "--rope-scaling two-range: near and far pairs are not told apart"),
-        ({**TWO_RANGE, "score_clamp": 9.0}, {}, {}, "--score-clamp 9.0: attention by blocks does not clamp"),
-        (TWO_RANGE, {}, {"reset_position_ids": True}, "--reset-position-ids True: --rope-scaling two-range counts"),
+        (TWO_RANGE, {"reset_position_ids": True}, "--reset-position-ids True: --rope-scaling two-range counts"),
     ],
 )
-def test_what_scores_that_change_do_not_go_with(model, parallel, data, problem) -> None:
-    config = RunConfig(model=ModelConfig(**model), parallel=ParallelConfig(**parallel), data=DataConfig(**data))
+def test_what_scores_that_change_do_not_go_with(model, data, problem) -> None:
+    config = RunConfig(model=ModelConfig(**model), data=DataConfig(**data))
     assert any(str(found).startswith(problem) for found in check(config, None))
 
 
@@ -34,3 +29,12 @@ def test_what_they_go_with() -> None:
     both = replace(config, data=DataConfig(reset_position_ids=True, reset_attention_mask=True, eod_token_id=2))
     for one in (config, both):
         assert not [found for found in check(one, None) if "position" in str(found)]
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+@pytest.mark.parametrize("model", [{"position_embedding": "alibi"}, {**TWO_RANGE, "score_clamp": 9.0}])
+def test_samples_may_be_split_whatever_is_done_to_scores(model, method) -> None:
+    parallel = ParallelConfig(context=2, context_method=method)
+    config = RunConfig(model=ModelConfig(**model), parallel=parallel)
+    flags = {problem.flag for problem in check(config, None)}
+    assert not flags & {"--cp", "--position-embedding", "--score-clamp", "--rope-scaling"}

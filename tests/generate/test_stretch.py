@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from megatron_aquila.errors import ConfigError
 from megatron_aquila.generate.stretch import beyond_training, stretched
@@ -40,14 +39,3 @@ def test_what_does_not_go_together_is_refused():
         stretch(factor=2.0)
     with pytest.raises(ConfigError, match="--rope-trained-len"):
         stretch(scaling="linear", length=9)
-
-
-def test_two_ranges_have_no_cache(tmp_path):
-    from tests.generate.models import runner_of, save_llama
-
-    pytest.importorskip("transformers", reason="makes the model (extra hf)")
-    save_llama(tmp_path)
-    runner = runner_of(tmp_path)
-    two = replace(runner, shape=stretched(runner.shape, seq_len=128, scaling="two-range", factor=None, length=None))
-    with pytest.raises(ConfigError, match="positions have two ranges"):
-        two.new_caches(4, torch.zeros(1, dtype=torch.int64))

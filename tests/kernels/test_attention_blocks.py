@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_aquila.kernels import attention_blocks
 from megatron_aquila.kernels.attention import causal_attention, causal_attention_reference
-from megatron_aquila.kernels.attention_blocks import causal_attention_blocks
+from megatron_aquila.kernels.attention_blocks import SCORE_BLOCKS
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.scores import Scores, alibi_slopes
 from megatron_aquila.plan import attention_memory
@@ -40,7 +40,7 @@ SCORES = {
 @pytest.mark.parametrize("rows", [1, 4, S])
 def test_equals_the_reference_with_gradients(kind: str, documents: Documents | None, rows: int) -> None:
     with mock.patch.object(attention_blocks, "MOST_SCORES", rows * B * 6 * S):
-        found = outcome(causal_attention_blocks, SCORES[kind], documents)
+        found = outcome(SCORE_BLOCKS, SCORES[kind], documents)
     for ours, expected in zip(found, outcome(causal_attention_reference, SCORES[kind], documents), strict=True):
         assert (ours - expected).norm() <= 1e-14 * expected.norm()
 
@@ -48,7 +48,7 @@ def test_equals_the_reference_with_gradients(kind: str, documents: Documents | N
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
 def test_shorter_types_are_rounded_once(dtype: torch.dtype, tolerance: float) -> None:
     """As torch's kernels: a hundred roundings in float32; one rounding of each result in bfloat16."""
-    found = outcome(causal_attention_blocks, SCORES["both"], DOCUMENTS, dtype=dtype)
+    found = outcome(SCORE_BLOCKS, SCORES["both"], DOCUMENTS, dtype=dtype)
     for ours, expected in zip(
         found, outcome(causal_attention_reference, SCORES["both"], DOCUMENTS, dtype=dtype), strict=True
     ):
@@ -61,14 +61,14 @@ def test_without_changes_it_is_ordinary_attention() -> None:
         return causal_attention(q, k, v, documents)
 
     for ours, expected in zip(
-        outcome(causal_attention_blocks, Scores(), DOCUMENTS), outcome(ordinary, Scores(), DOCUMENTS), strict=True
+        outcome(SCORE_BLOCKS, Scores(), DOCUMENTS), outcome(ordinary, Scores(), DOCUMENTS), strict=True
     ):
         assert (ours - expected).norm() <= 1e-14 * expected.norm()
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(AssertionError, match="3 query heads, 2 of keys"):
-        outcome(causal_attention_blocks, Scores(), None, heads=(3, 2))
+        outcome(SCORE_BLOCKS, Scores(), None, heads=(3, 2))
 
 
 def test_the_slopes_of_40_heads_are_those_of_32_and_every_other_of_64() -> None:

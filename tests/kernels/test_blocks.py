@@ -10,10 +10,9 @@ from megatron_aquila.kernels.blocks import (
     BLOCKS_EFFICIENT,
     BLOCKS_FLASH,
     BLOCKS_REFERENCE,
-    empty_sum,
-    merge_,
 )
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.parts import empty_sum, merge_
 from megatron_aquila.kernels.self_check import Sizes, why_refused
 
 BOUNDS = (0, 1, 5, 12, 24)

@@ -2,16 +2,21 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_aquila.kernels.attention import causal_attention_reference
+from megatron_aquila.kernels.attention_blocks import SCORE_BLOCKS
 from megatron_aquila.kernels.blocks import BLOCKS_CPU, BLOCKS_REFERENCE
 from megatron_aquila.kernels.documents import Documents
+from megatron_aquila.kernels.parts import Meeting
 from megatron_aquila.kernels.rope import apply_rope, rope_tables
-from megatron_aquila.kernels.two_range import Ranges, TwoRangeAttention, pieces, two_range_reference
+from megatron_aquila.kernels.scores import Scores, alibi_slopes
+from megatron_aquila.kernels.two_range import Ranges, pieces
 
 BOUNDS = (0, 1, 5, 13, 26)
 DOCUMENTS = Documents(BOUNDS, torch.tensor(BOUNDS, dtype=torch.int32))
@@ -23,6 +28,11 @@ def qkv(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     sizes = ((LENGTH, SAMPLES, heads, WIDTH) for heads in (6, 2, 2))
     return [torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for size in sizes]
+
+
+def of(ranges, attention=causal_attention_reference, **changes):
+    """Attention whose far pairs count as ``ranges`` say."""
+    return partial(attention, scores=Scores(ranges=ranges, **changes))
 
 
 def turned(attention, *, interleaved=False, offset=0):
@@ -85,8 +95,7 @@ def test_scores_are_those_of_the_distances(documents, interleaved):
     expected = outcome(by_distances(ranges), qkv(), documents)
 
     def ours(used, offset=0):
-        reference = lambda q, k, v, documents: two_range_reference(q, k, v, documents, ranges=used)  # noqa: E731
-        return outcome(turned(reference, interleaved=interleaved, offset=offset), qkv(), documents)
+        return outcome(turned(of(used), interleaved=interleaved, offset=offset), qkv(), documents)
 
     assert apart(ours(ranges), expected) < 1e-13
     assert apart(ours(ranges, offset=7), expected) < 1e-13
@@ -96,22 +105,33 @@ def test_scores_are_those_of_the_distances(documents, interleaved):
 
 @pytest.mark.parametrize("threshold", [1, 2, 3, 5, 12, 13, 20])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
-@pytest.mark.parametrize("kernel", [BLOCKS_REFERENCE, BLOCKS_CPU], ids=["reference", "cpu"])
+@pytest.mark.parametrize("kernel", [BLOCKS_REFERENCE, BLOCKS_CPU, SCORE_BLOCKS], ids=["reference", "cpu", "scores"])
 def test_pieces_make_up_the_whole(kernel, documents, threshold):
     ranges = replace(RANGES, threshold=threshold)
-    expected = outcome(lambda *qkv: two_range_reference(*qkv, ranges=ranges), qkv(), documents)
-    ours = TwoRangeAttention(kernel=kernel, ranges=ranges)
-    assert apart(outcome(ours, qkv(), documents), expected) < 1e-14
-    off_by_one = TwoRangeAttention(kernel=kernel, ranges=replace(ranges, threshold=threshold + 1))
+    expected = outcome(of(ranges), qkv(), documents)
+    assert apart(outcome(of(ranges, kernel), qkv(), documents), expected) < 1e-14
+    off_by_one = of(replace(ranges, threshold=threshold + 1), kernel)
     if threshold < 5:
         assert apart(outcome(off_by_one, qkv(), documents), expected) > 1e-3
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_far_pairs_are_clamped_too(documents):
+    clamped = partial(of, RANGES, clamp=0.4)
+    expected = outcome(clamped(), qkv(), documents)
+    assert apart(outcome(clamped(SCORE_BLOCKS), qkv(), documents), expected) < 1e-14
+    assert apart(outcome(of(RANGES), qkv(), documents), expected) > 1e-2
+    with pytest.raises(AssertionError, match="gives no scores to alter"):
+        clamped(BLOCKS_CPU)(*qkv())
+    with pytest.raises(AssertionError, match="nothing turns"):
+        SCORE_BLOCKS(*qkv(), scores=Scores(slopes=alibi_slopes(6), ranges=RANGES))
 
 
 def test_bfloat16_is_merged_in_float32():
     tensors = qkv(torch.bfloat16)
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    expected = outcome(lambda *qkv: two_range_reference(*qkv, ranges=RANGES), wide, None)
-    ours = outcome(TwoRangeAttention(kernel=BLOCKS_CPU, ranges=RANGES), tensors, None)
+    expected = outcome(of(RANGES), wide, None)
+    ours = outcome(of(RANGES, BLOCKS_CPU), tensors, None)
     assert all(x.dtype is torch.bfloat16 for x in ours)
     assert apart(ours, expected) < 2**-7  # far q and k are rounded once more
 
@@ -119,9 +139,27 @@ def test_bfloat16_is_merged_in_float32():
 @settings(max_examples=60, deadline=None)
 @given(start=st.integers(0, 9), length=st.integers(1, 40), threshold=st.integers(1, 45))
 def test_every_pair_is_in_one_piece(start, length, threshold):
-    stop, seen = start + length, {}
-    for piece in pieces(start, stop, threshold):
-        rows, columns = (list(range(x.start, x.stop)) for x in (piece.queries, piece.keys))
+    """A document, of one run of tokens."""
+    whole = (range(start, start + length),)
+    assert_met(Meeting(is_causal=True, queries=whole, keys=whole), threshold)
+
+
+@settings(max_examples=100, deadline=None)
+@given(bounds=st.lists(st.integers(0, 30), min_size=4, max_size=4, unique=True), threshold=st.integers(1, 32))
+def test_every_pair_of_a_shard_is_in_one_piece(bounds, threshold):
+    """A head and a tail among themselves, and all of an earlier one or another's head or both for queries that wait."""
+    a, b, c, d = sorted(bounds)
+    shard = (range(a, b), range(c, d))
+    assert_met(Meeting(is_causal=True, queries=shard, keys=shard), threshold)
+    assert_met(Meeting(is_causal=False, queries=(range(b, c), range(c, d)), keys=(range(a, b),)), threshold)
+    assert_met(Meeting(is_causal=False, queries=(range(c, d),), keys=(range(a, a + 1), range(a + 1, b))), threshold)
+
+
+def assert_met(meeting, threshold):
+    queries, all_keys = ([place for run in runs for place in run] for runs in (meeting.queries, meeting.keys))
+    seen = {}
+    for piece in pieces(meeting, threshold):
+        rows, columns = queries[piece.queries], all_keys[piece.keys]
         assert rows
         assert columns
         if piece.is_flipped:
@@ -132,6 +170,4 @@ def test_every_pair_is_in_one_piece(start, length, threshold):
                 if j <= i or not piece.is_causal:
                     assert (row, column) not in seen
                     seen[row, column] = piece.is_far
-    assert seen == {
-        (row, column): row - column >= threshold for row in range(start, stop) for column in range(start, row + 1)
-    }
+    assert seen == {(row, column): row - column >= threshold for row in queries for column in all_keys if column <= row}

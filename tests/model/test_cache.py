@@ -3,6 +3,7 @@ import torch
 
 from megatron_aquila.kernels.attention import causal_attention_reference
 from megatron_aquila.kernels.scores import Scores
+from megatron_aquila.kernels.two_range import Ranges
 from megatron_aquila.model.cache import KVCache
 
 
@@ -29,10 +30,17 @@ def test_without_padding_there_is_no_mask_and_no_room_beyond_the_end() -> None:
         cache.extend(1)
 
 
-def test_scores_that_change_are_changed_of_cached_tokens_too() -> None:
-    """Token by token what the whole sequence gives at once, with slopes of two ranks' heads apart and a clamp."""
+@pytest.mark.parametrize(
+    "scores",
+    [
+        Scores(slopes=(0.5, 0.25, 0.125, 0.0625), clamp=0.7),
+        Scores(ranges=Ranges(threshold=3, factor=2.5, base=100.0), clamp=0.7),
+    ],
+    ids=["alibi", "two ranges"],
+)
+def test_scores_that_change_are_changed_of_cached_tokens_too(scores: Scores) -> None:
+    """Token by token what the whole sequence gives at once."""
     q, k, v = (torch.randn(7, 2, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    scores = Scores(slopes=(0.5, 0.25, 0.125, 0.0625), clamp=0.7)
     expected = causal_attention_reference(q, k, v, scores=scores)
     cache = KVCache(1, 7, torch.tensor([0, 0]), scores=scores)
     found = []

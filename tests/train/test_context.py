@@ -14,7 +14,9 @@ from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.loader import microbatch
 from megatron_aquila.errors import ConfigError
+from megatron_aquila.kernels.attention_blocks import SCORE_BLOCKS
 from megatron_aquila.kernels.blocks import BLOCKS_CPU
+from megatron_aquila.kernels.scores import Scores, alibi_slopes
 from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.parallel.ring import RingAttention
 from megatron_aquila.parallel.ulysses import UlyssesAttention
@@ -170,3 +172,19 @@ def test_a_ring_needs_attention_by_blocks() -> None:
     kernels = build.run_kernels(config, shape, context(1))
     with pytest.raises(AssertionError, match="a ring needs attention by blocks"):
         build.split_attention(config.parallel, kernels, context(2))
+
+
+def test_a_ring_alters_scores_by_their_own_kernel() -> None:
+    config = RunConfig(model=ModelConfig(position_embedding="alibi", num_kv_heads=8, num_heads=8, hidden_size=64))
+    shape = derive(config, 1).shape
+    kernels = build.run_kernels(config, shape, context(2))
+    around = build.split_attention(config.parallel, kernels, context(2)).attention
+    assert isinstance(around, RingAttention)
+    assert around.kernel is SCORE_BLOCKS
+    for name, why in (("blocks", "it neither biases nor clamps scores"), ("reference", "use score_blocks;")):
+        forced = replace(config, train=TrainConfig(kernels=(f"attention={name}",)))
+        with pytest.raises(ConfigError, match=why):
+            build.run_kernels(forced, shape, context(2))
+    second = replace(context(4), cp=Group("cp", 1, 4, (0, 1, 2, 3), None))
+    dealt = build.kernel_sizes(replace(config, parallel=ParallelConfig(context_method="ulysses")), shape, second)
+    assert dealt.scores == Scores(slopes=alibi_slopes(8)[2:4])

@@ -25,7 +25,7 @@ from megatron_aquila.verify.observe import Observation, RankObservation
 from megatron_aquila.verify.page import markdown, put, write
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.rows import Claim, claims
-from megatron_aquila.verify.shrink import LOSS_CHUNK
+from megatron_aquila.verify.shrink import LOSS_CHUNK, SCORE_CLAMP
 from tests.families import AQUILA, BAICHUAN_7B, BAICHUAN_13B, TWO_RANGE
 
 Inject = Callable[[], Any]
@@ -1024,7 +1024,80 @@ def far_begins_late() -> Any:
 def far_gradient_as_it_comes() -> Any:
     from megatron_aquila.kernels.two_range import Ranges
 
-    return patched(Ranges, "far_gradient", lambda self, grad, tables: grad)
+    return patched(Ranges, "far_k_gradient", lambda self, grad, places: grad)
+
+
+# Families whose samples are split.
+
+
+def _places_in_the_shard() -> Any:
+    """Tokens of a ring that meet among themselves lie where they do in the shard."""
+    from megatron_aquila.parallel import ring
+
+    right = ring._meeting
+
+    def meeting(block: Any) -> Any:
+        found = right(block)
+        places = (range(sum(map(len, found.queries))),)
+        return replace(found, queries=places, keys=places) if found.is_causal else found
+
+    return patched(ring, "_meeting", meeting)
+
+
+@mutant(
+    "a ring counts distances from the beginning of its shard",
+    RING,
+    "cp (ring)",
+    "output of model.layers.0.self_attn",
+    model=BAICHUAN_13B,
+)
+def distances_of_a_shard() -> Any:
+    return _places_in_the_shard()
+
+
+@mutant(
+    "far pairs of a ring are those far apart in its shard",
+    RING,
+    "cp (ring)",
+    "output of model.layers.0.self_attn",
+    model=TWO_RANGE,
+)
+def far_in_a_shard() -> Any:
+    return _places_in_the_shard()
+
+
+@mutant(
+    "every rank of Ulysses takes the slopes of the first heads",
+    ULYSSES,
+    "cp (ulysses)",
+    "output of model.layers.0.self_attn",
+    model=BAICHUAN_13B,
+)
+def slopes_of_the_first_ulysses_heads() -> Any:
+    from megatron_aquila.kernels.scores import Scores
+
+    right = Scores.share
+    return patched(Scores, "share", lambda self, rank, size: right(self, 0, size))
+
+
+@mutant(
+    "a ring clamps merged outputs in place of scores",
+    RING,
+    "cp (ring)",
+    "output of model.layers.0.self_attn",
+    model=AQUILA,
+)
+def clamp_after_the_merge() -> Any:
+    from megatron_aquila.kernels.attention_blocks import ScoreBlocks
+    from megatron_aquila.parallel import ring
+
+    right, clamp = ring.merge_, SCORE_CLAMP
+
+    def wrong(total: Any, part: Any) -> None:
+        right(total, part)
+        total[0].clamp_(-clamp, clamp)
+
+    return both(patched(ScoreBlocks, "of", lambda self, scores: self), patched(ring, "merge_", wrong))
 
 
 def mutants_table() -> str:

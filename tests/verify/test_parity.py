@@ -40,7 +40,7 @@ def test_every_axis_and_all_together_hold(pool: Pools) -> None:
 TOGETHER = Layout(tp=2, sequence=True, pp=2, schedule="zb-h1", micro_batch=2, overlap=True)
 
 
-@pytest.mark.parametrize("layout", [TOGETHER, Layout(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [TOGETHER, Layout(tp=2, dp=2), Layout(cp=2, overlap=True)], ids=str)
 def test_two_ranges_hold(layout: Layout, pool: Pools) -> None:
     *_, together, documents = Parity(of_family(APART, TWO_RANGE), layout, pool).rows()
     assert together.holds, together
@@ -51,6 +51,18 @@ def test_two_ranges_hold(layout: Layout, pool: Pools) -> None:
 @pytest.mark.parametrize("layout", [TOGETHER, Layout(tp=2, dp=2), Layout(recompute="full")], ids=str)
 def test_every_family_holds(family: str, layout: Layout, pool: Pools) -> None:
     parity = Parity(of_family(CONFIG, FAMILIES[family]), layout, pool)
+    row = parity.hold(Claim(axis="all together", layout=layout))
+    assert row.holds, row
+
+
+@pytest.mark.parametrize("family", ["aquila", "baichuan2-13b", "two ranges"])
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2, cp=2, sequence=True), Layout(tp=2, cp=2, cp_method="ulysses", recompute="full")], ids=str
+)
+def test_every_family_holds_where_samples_are_split(family: str, layout: Layout, pool: Pools) -> None:
+    """With documents across the shards' borders."""
+    model = {**TWO_RANGE, "score_clamp": 1024.0} if family == "two ranges" else FAMILIES[family]
+    parity = Parity(of_family(APART, model), layout, pool)
     row = parity.hold(Claim(axis="all together", layout=layout))
     assert row.holds, row
 

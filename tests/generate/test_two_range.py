@@ -1,0 +1,90 @@
+"""Positions of two ranges in a cache: greedy tokens are those of plain forwards over all there is, on any layout."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_aquila.generate.generate import generate
+from megatron_aquila.generate.runner import Runner, build_runner, create_context
+from megatron_aquila.generate.sampling import Sampling
+from megatron_aquila.generate.source import open_source
+from megatron_aquila.generate.stretch import stretched
+from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.verify.pool import WorkerPool
+from megatron_aquila.verify.reference import plain_logits
+from tests.generate.models import PROMPTS, save_llama, words
+
+pytest.importorskip("transformers", reason="makes the model (extra hf)")
+
+NEW = 16
+THRESHOLD = 5  # tokens: most pairs are far
+CLAMPS = (None, 0.5)  # some scores are beyond it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    save_llama(path)
+    return path
+
+
+def two_ranges(shape: ModelShape, clamp: float | None) -> ModelShape:
+    shape = stretched(shape, seq_len=None, scaling="two-range", factor=4.0, length=THRESHOLD)
+    return replace(shape, score_clamp=clamp)
+
+
+def runner_of(folder: Path, tp: int, pp: int, clamp: float | None) -> Runner:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    ctx = create_context(tp, pp, torch.device("cpu"), world, timedelta(seconds=30))
+    source = open_source(folder, tp=tp)
+    return build_runner(replace(source, shape=two_ranges(source.shape, clamp)), ctx, dtype=torch.float64)
+
+
+def cached(folder: Path, tp: int, pp: int, clamp: float | None) -> list[tuple[int, ...]]:
+    """Prompts of different lengths in one batch, so that rows begin late in the cache."""
+    how = Sampling(temperature=0)
+    found = generate(runner_of(folder, tp, pp, clamp), PROMPTS, decode=words, how=how, max_new_tokens=NEW)
+    return [one.tokens for one in found]
+
+
+def uncached(folder: Path, shape: ModelShape) -> list[tuple[int, ...]]:
+    """The plain reference, each token from a forward over all before it."""
+    from transformers import LlamaForCausalLM
+
+    weights = {name: x.double() for name, x in LlamaForCausalLM.from_pretrained(folder).state_dict().items()}
+    found = []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(NEW):
+            logits_BSV = plain_logits(weights, shape, torch.tensor([tokens]), torch.arange(len(tokens))[None])
+            tokens.append(int(logits_BSV[0, -1].argmax()))
+        found.append(tuple(tokens[len(prompt) :]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[float | None, list[tuple[int, ...]]]:
+    shape = open_source(folder, tp=1).shape
+    with torch.no_grad():
+        found = {clamp: uncached(folder, two_ranges(shape, clamp)) for clamp in CLAMPS}
+        assert uncached(folder, shape) != found[None], "the test can fail"
+    return found
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_greedy_tokens_are_those_of_plain_forwards(folder: Path, expected, clamp: float | None) -> None:
+    assert cached(folder, 1, 1, clamp) == expected[clamp]
+    assert expected[None] != expected[CLAMPS[1]]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2), (2, 1)])
+def test_they_are_the_same_on_any_layout(
+    folder: Path, expected, pool: Callable[[int], WorkerPool], tp: int, pp: int
+) -> None:
+    for ours in pool(tp * pp).run(cached, folder, tp, pp, None):
+        assert ours == expected[None]
