@@ -469,8 +469,8 @@ def _other_inputs(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
     right = _Run.__init__
 
-    def wrong(self: Any, function: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        right(self, function, tuple(change(x.detach()).requires_grad_(x.requires_grad) for x in inputs))
+    def wrong(self: Any, function: Any, inputs: tuple[torch.Tensor, ...], hooks: Any) -> None:
+        right(self, function, tuple(change(x.detach()).requires_grad_(x.requires_grad) for x in inputs), hooks)
 
     return patched(_Run, "__init__", wrong)
 
