@@ -2,7 +2,7 @@
 
 Hooks on saved tensors see whatever a layer keeps, by its own Functions and by torch's. A storage travels once, whole,
 however many saved tensors are views of it; they are made again over the storage that comes back. What others hold stays
-on the device, since nothing would be gained: weights, what all layers share, and what came from the stage before.
+on the device, since nothing would be gained: weights, what all layers share, and leaves of the graph.
 """
 
 from collections.abc import Callable, Iterable, Sequence

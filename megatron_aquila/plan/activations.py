@@ -36,8 +36,8 @@ class LayerActivations:
     wide: int
     offloaded: int = 0
 
-    def divided(self, num_layers: int, recompute: Recompute, *, is_received: bool) -> Divided:
-        """Of a stage's ``num_layers``. What is ``is_received`` from the stage before stays: its gradient is sent back.
+    def divided(self, num_layers: int, recompute: Recompute) -> Divided:
+        """Of a stage's ``num_layers``.
 
         While a layer is at work, forward or backward, the device has what stays of it and of those before it; if its
         own leave, these; and those of the last before it that leave, on their way to the host or back.
@@ -46,8 +46,6 @@ class LayerActivations:
         units = [*(self.hidden for _ in recompute.groups), *(self.layer(recompute.modules) for _ in range(rest))]
         chosen = spread(len(units), self.offloaded)
         leaves = [size * (unit in chosen) for unit, size in enumerate(units)]
-        if leaves and leaves[0] and is_received:
-            leaves[0] -= self.hidden
         here = list(accumulate(size - left for size, left in zip(units, leaves, strict=True)))
         last, most = 0, 0
         for unit, left in enumerate(leaves):

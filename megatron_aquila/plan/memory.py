@@ -306,8 +306,7 @@ class MemoryPlan:
 
     def _divided(self, stage: int, recompute: Recompute) -> Divided:
         """What the stage's layers keep of one microbatch, here and on the host."""
-        is_received, layers = not self.stages.has_embedding(stage), self.stages.layers[stage]
-        return self._layers.divided(len(layers), recompute, is_received=is_received)
+        return self._layers.divided(len(self.stages.layers[stage]), recompute)
 
     def _activations(self, stage: int, recompute: Recompute, *, is_whole: bool = False) -> int:
         """Bytes that autograd keeps of one microbatch, every op saving its inputs once; a test traces the model.

@@ -258,10 +258,9 @@ class TrafficPlan:
             wide=max(4, self._item),
             offloaded=self.offload_activations,
         )
-        num_layers, is_received = len(self.stages.layers[stage]), not self.stages.has_embedding(stage)
         for microbatch in range(self.num_microbatches):
             again = self.recompute.at(stage, microbatch)
-            num_bytes = layers.divided(num_layers, again, is_received=is_received).away
+            num_bytes = layers.divided(len(self.stages.layers[stage]), again).away
             if num_bytes > 0:
                 yield self._row("activations", "to host", "host", 1, num_bytes)
                 yield self._row("activations", "from host", "host", 1, num_bytes)

@@ -652,7 +652,7 @@ def gradient_not_fetched() -> Any:
     "a buffer on the host is used again before its layer's backward",
     AWAY,
     "offload activations",
-    "gradient of model.layers.0.input_layernorm.weight",
+    "gradient of model.layers.0.mlp.down_proj.weight",
 )
 def buffer_used_again_too_soon() -> Any:
     from megatron_aquila.model.offload import Trip
@@ -671,7 +671,7 @@ def buffer_used_again_too_soon() -> Any:
     "the activations of another microbatch come back",
     AWAY_PP,
     "offload activations",
-    "gradient of model.embed_tokens.weight",
+    "gradient of model.layers.1.mlp.down_proj.weight",
 )
 def activations_of_another_microbatch() -> Any:
     from megatron_aquila.model.offload import Trip
@@ -696,7 +696,7 @@ def activations_of_another_microbatch() -> Any:
     "q, k and v come back as the first values of the projection that they are views of",
     AWAY,
     "offload activations",
-    "gradient of model.layers.0.input_layernorm.weight",
+    "gradient of model.layers.1.self_attn.v_proj.weight",
     model=BAICHUAN_13B,
 )
 def views_from_the_start() -> Any:
