@@ -19,7 +19,7 @@ from megatron_aquila.config.inputs import (
     check_valid_sets,
 )
 from megatron_aquila.config.profile import check_profile
-from megatron_aquila.config.recompute import check_recompute, check_recompute_per_stage
+from megatron_aquila.config.recompute import check_offload_activations, check_recompute, check_recompute_per_stage
 from megatron_aquila.config.replicas import check_micro_batches
 from megatron_aquila.config.rope import check_rope, check_two_range
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
@@ -292,6 +292,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     "observe.log_dir checkpoint.save",
     check_recompute: f"{_STAGES} train.recompute train.recompute_method train.recompute_layers train.recompute_modules "
     "train.recompute_granularity_per_stage train.recompute_method_per_stage train.recompute_layers_per_stage",
+    check_offload_activations: f"{_STAGES} train.offload_activations",
     check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
     "train.recompute_method_per_stage train.recompute_layers_per_stage",
     check_skips: "train.skip_samples train.train_samples",

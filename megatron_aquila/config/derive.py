@@ -176,6 +176,7 @@ def memory_plan(config: RunConfig, derived: Derived, *, micro_batch: int | None 
         fuse_main_grads=config.parallel.fuse_main_grads,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         offload_optimizer=config.optim.offload_optimizer,
+        offload_activations=config.train.offload_activations,
         zero=config.parallel.zero,
     )
 
@@ -208,6 +209,7 @@ def traffic_plan(
         num_sources=max(1, len(sources(*(path for _, path in training_blends(config.data))))),
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         offload_optimizer=config.optim.offload_optimizer,
+        offload_activations=config.train.offload_activations,
         zero=config.parallel.zero,
         overlap=config.parallel.overlap,
         fuse_main_grads=config.parallel.fuse_main_grads,

@@ -66,7 +66,7 @@ def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
         for rank in ranks
         for size, plan in plans.items()
     ]
-    if config.optim.offload_optimizer > 0:
+    if config.optim.offload_optimizer > 0 or config.train.offload_activations > 0:
         plan = plans[sizes[0]]
         rows += [(f"host memory, pp rank {rank}", memory_words(plan.host_of_rank(rank))) for rank in ranks]
     return rows

@@ -121,7 +121,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "the host beside a GPU updates with our C++ kernel, or torch's operations"
         ),
         "--overlap-cpu-optimizer-d2h-h2d": Always("copies to and from the host run beside updates"),
-        "--cpu-offloading-num-layers": Refused("activations stay on the device", "use --recompute selective or full"),
+        "--fine-grained-activation-offloading": Refused("whole layers are offloaded", "use --offload-activations"),
         "--use-precision-aware-optimizer": Always("each of the optimizer's states has its own type: --moments-dtype"),
         "--main-params-dtype": Always("masters are fp32; --master-weights says how they are kept", ("fp32",)),
         "--main-grads-dtype": Always("gradients are summed in fp32 or wider", ("fp32",)),

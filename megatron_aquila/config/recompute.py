@@ -1,4 +1,4 @@
-"""What the settings of recomputation demand of each other, of the stages and of the microbatches."""
+"""What the settings of recomputation and of offloaded activations demand of each other, of stages and microbatches."""
 
 from collections.abc import Iterator, Sequence
 
@@ -39,6 +39,14 @@ def check_recompute(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     if train.recompute == "full" and train.recompute_layers > most:
         why = f"the largest stage has {most} layers"
         yield Problem("--recompute-layers", train.recompute_layers, why, f"use {most} or less")
+
+
+def check_offload_activations(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """Some stage has so many layers."""
+    asked, most = config.train.offload_activations, max(_stage_layers(config))
+    if asked > most:
+        why = f"the largest stage has {most} layers"
+        yield Problem("--offload-activations", asked, why, f"use {most} or less")
 
 
 def check_recompute_per_stage(config: RunConfig, world: int | None) -> Iterator[Problem]:

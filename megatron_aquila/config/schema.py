@@ -264,6 +264,12 @@ class TrainConfig:
         "--recompute-num-layers-per-stage",
         "--recompute-num-layers-per-stage-micro-batch",
     )
+    offload_activations: Whole = setting(
+        0,
+        "layers of each stage, or groups recomputed together, whose activations wait for backward in the host's memory",
+        "--offload-activations",
+        "--cpu-offloading-num-layers",
+    )
     eval_interval: Whole = setting(1000, "steps between validations; 0 means none")
     eval_iters: Whole = setting(10, "global batches of one validation")
     exit_samples: Count | None = setting(None, "save and stop once this many samples were consumed")

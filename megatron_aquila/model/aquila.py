@@ -1,7 +1,7 @@
 """Aquila, cut into pipeline stages. Logical parameter names are those of Hugging Face's Llama."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import cast
 
 import torch
@@ -12,6 +12,7 @@ from megatron_aquila.kernels.ops import CausalAttention, Kernels
 from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.model.block import Block, recomputed
 from megatron_aquila.model.norm import RMSNorm
+from megatron_aquila.model.offload import HostActivations, Unit
 from megatron_aquila.model.position import position_tables
 from megatron_aquila.model.recompute import feed
 from megatron_aquila.parallel.batch import Batch
@@ -37,9 +38,10 @@ class AquilaStage(nn.Module):
         kernels: Kernels,
         recompute: RecomputePlan = KEEP_ALL,
         loss_chunk_tokens: int | None = None,
+        host: HostActivations | None = None,
     ) -> None:
         super().__init__()
-        self.shape, self.stage, self.tp, self.recompute = shape, stage, placement.tp, recompute
+        self.shape, self.stage, self.tp, self.recompute, self.host = shape, stage, placement.tp, recompute, host
         self.layers = plan.layers[stage]
         self.embedding = (
             VocabParallelEmbedding(
@@ -110,10 +112,20 @@ class AquilaStage(nn.Module):
         assert x is not None, "an embedding or an input is there"
         cos, sin = position_tables(self.shape, positions_BS, x.dtype)
         blocks = (cast(Block, block) for block in self.blocks)
-        for size in recompute.groups:
-            x = recomputed(tuple(islice(blocks, size)), x, cos, sin, documents)
-        for number, block in enumerate(blocks):
-            x = block(x, cos, sin, documents, recompute.modules, None if cores is None else cores[number])
+        groups = [tuple(islice(blocks, size)) for size in recompute.groups]
+
+        def group_of(blocks: tuple[Block, ...]) -> Unit:
+            return lambda x: recomputed(blocks, x, cos, sin, documents)
+
+        def layer_of(block: Block, core: CausalAttention | None) -> Unit:
+            return lambda x: block(x, cos, sin, documents, recompute.modules, core)
+
+        attending = repeat(None) if cores is None else cores
+        units = [*map(group_of, groups), *map(layer_of, blocks, attending)]
+        if self.host is not None:
+            return self.host.run(units, x, shared=(cos, sin))
+        for unit in units:
+            x = unit(x)
         return x
 
     def param_infos(self) -> Iterator[ParamInfo]:
@@ -194,8 +206,12 @@ def build_stages(
     kernels: Kernels,
     recompute: RecomputePlan = KEEP_ALL,
     loss_chunk_tokens: int | None = None,
+    host: HostActivations | None = None,
 ) -> dict[int, AquilaStage]:
-    """The stages of a pipeline rank, by stage number; weights are allocated but not yet filled. Local."""
+    """The stages of a pipeline rank, by stage number; weights are allocated but not yet filled. Local.
+
+    ``host``: where activations of some of their layers wait for backward.
+    """
     return {
         stage: AquilaStage(
             shape,
@@ -205,6 +221,7 @@ def build_stages(
             kernels=kernels,
             recompute=recompute,
             loss_chunk_tokens=loss_chunk_tokens,
+            host=host,
         )
         for stage in plan.stages_of(pp_rank)
     }

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,38 @@ LossFn = Callable[[Tensor, Batch], Tensor]  # (what the last stage computed, mic
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What a forward leaves for its backward: the received input, and where backward enters the graph.
+    """What a forward leaves for its backward: where its input came in, and where backward enters the graph.
 
-    The edge is kept instead of the output: an output that was sent is no longer needed here.
+    Neither the input nor the output is kept: layers save what they need, and an output that was sent is not needed.
     """
 
-    x: Tensor | None
+    entry: "_Entry | None"
     edge: GradientEdge
+
+
+class _Entry:
+    """Where a received activation enters a stage's graph. A leaf of that graph would keep the activation's values."""
+
+    def __init__(self) -> None:
+        self.grad: Tensor | None = None
+
+    def open(self, x: Tensor) -> Tensor:
+        """``x``, whose gradient will be here after backward. Local."""
+        leaf = torch.empty(0, device=x.device, requires_grad=True)
+        received: Tensor = _Received.apply(leaf, x, self)  # type: ignore[no-untyped-call]  # torch has no types for it
+        return received
+
+
+class _Received(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _leaf: Tensor, x: Tensor, entry: _Entry) -> Tensor:
+        ctx.entry = entry
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.entry.grad = grad.contiguous()
+        return None, None, None
 
 
 class Engine:
@@ -62,9 +88,9 @@ class Engine:
         for action in self._walk(program):
             key = action.stage, action.microbatch
             if action.op is Op.F:
-                x, y = self._forward(*key, batches[action.microbatch])
-                held[key] = _Held(x, get_gradient_edge(y))
-                del x, y  # or this microbatch's output would live until the next forward
+                entry, y = self._forward(*key, batches[action.microbatch])
+                held[key] = _Held(entry, get_gradient_edge(y))
+                del y  # or this microbatch's output would live until the next forward
             elif action.op is Op.W:
                 self._weight_grads.pay(key)
             else:
@@ -97,17 +123,20 @@ class Engine:
         """Whether the action's input comes over the wire."""
         return action.op is not Op.W and action.stage != (0 if action.op is Op.F else self._last)
 
-    def _forward(self, stage: int, microbatch: int, batch: Batch) -> tuple[Tensor | None, Tensor]:
-        x = None if stage == 0 else self._wire.recv(Op.F, stage, microbatch).requires_grad_()
+    def _forward(self, stage: int, microbatch: int, batch: Batch) -> tuple[_Entry | None, Tensor]:
+        entry, x = None, None
+        if stage > 0:
+            entry = _Entry()
+            x = entry.open(self._wire.recv(Op.F, stage, microbatch))
         y = self._stages[stage](x, batch)
         if stage == self._last:
-            return x, self._loss_fn(y, batch)
+            return entry, self._loss_fn(y, batch)
         self._wire.send(Op.F, stage + 1, microbatch, y.detach())
-        return x, y
+        return entry, y
 
     def _backward(self, stage: int, microbatch: int, held: _Held) -> None:
         dy = None if stage == self._last else self._wire.recv(Op.B, stage, microbatch)
         torch.autograd.backward(held.edge, dy)
-        if held.x is not None:
-            assert held.x.grad is not None, f"stage {stage} did not use its input"
-            self._wire.send(Op.B, stage - 1, microbatch, held.x.grad)
+        if held.entry is not None:
+            assert held.entry.grad is not None, f"stage {stage} did not use its input"
+            self._wire.send(Op.B, stage - 1, microbatch, held.entry.grad)

@@ -1,5 +1,7 @@
 """How many tokens' logits exist at once."""
 
+from megatron_aquila.plan.shape import ModelShape
+
 LOGITS_BYTES = 2**30
 WIDE_ELEMENTS = 2**24  # logits that are widened for the softmax at a time, 64 MiB in float32
 
@@ -21,3 +23,28 @@ def loss_chunk_tokens(num_tokens: int, *, row_bytes: int, wanted: int | None = N
 def wide_rows(row_elements: int) -> int:
     """Tokens whose softmax is wide at a time, of ``row_elements`` logits each."""
     return max(1, WIDE_ELEMENTS // row_elements)
+
+
+def loss_moment(
+    shape: ModelShape,
+    *,
+    tokens: int,
+    columns: int,
+    item: int,
+    wide: int,
+    chunk_tokens: int | None,
+    sequence_parallel: bool,
+) -> int:
+    """Bytes of the loss's widest moment, of ``tokens`` with ``columns`` logits each on this rank.
+
+    With the logits kept (``chunk_tokens`` 0): a softmax and its narrow copy. Else a chunk's logits, of some of them a
+    wide copy and the exponentials, or x's gradient of the chunk; that of all tokens, and under sequence parallel x
+    gathered. Where the head's rows are used at length 1, beside it these rows and in float32 or wider their gradient.
+    """
+    rows = columns * shape.hidden_size * (item + wide) if shape.norm_head else 0
+    if chunk_tokens == 0:
+        return rows + tokens * columns * (wide + item)
+    row_bytes, hidden = item * columns, item * shape.hidden_size
+    chunk = loss_chunk_tokens(tokens, row_bytes=row_bytes, wanted=chunk_tokens)
+    widened = min(chunk, wide_rows(columns)) * columns * wide * (1 + (wide > item))
+    return rows + chunk * row_bytes + max(widened, chunk * hidden) + tokens * hidden * (1 + sequence_parallel)

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from megatron_aquila.plan.activations import Divided, LayerActivations
 from megatron_aquila.plan.attention_memory import attention_moment
 from megatron_aquila.plan.buckets import StageBucket, rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
-from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
+from megatron_aquila.plan.loss_chunks import loss_moment
 from megatron_aquila.plan.offload import HostMemory, on_host
-from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Module, Recompute, RecomputePlan
-from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
+from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Recompute, RecomputePlan
+from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.shape import ModelShape, Precision
 from megatron_aquila.plan.sharding import MOST_WHOLE, Held, Pass, ShardedMatrices
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
@@ -67,6 +68,7 @@ class MemoryPlan:
     fuse_main_grads: bool = True
     loss_chunk_tokens: int | None = None
     offload_optimizer: float = 0.0
+    offload_activations: int = 0
     zero: int = 1
 
     def of_rank(self, rank: int) -> Memory:
@@ -84,7 +86,7 @@ class MemoryPlan:
             optimizer_states=shard * self._moments,
             activations=self._kept(rank),
             logits=sum(max(1, count) * self._logits(stage) for stage, count in self._by_stage(rank).items()),
-            temporaries=max(self._temporaries(stage) + self._recomputed(stage) for stage in stages)
+            temporaries=max(self._temporaries(stage) + self._at_work(stage) for stage in stages)
             + self._reduced_at_once(buckets) * self._copied_while_reduced(),
         )
 
@@ -96,6 +98,7 @@ class MemoryPlan:
             weights=shard * self._item,
             master_weights=shard * self._master,
             optimizer_states=shard * self._moments,
+            activations=self._away(rank),
         )
 
     def peak(self) -> Memory:
@@ -239,7 +242,20 @@ class MemoryPlan:
     @property
     def _tokens(self) -> int:
         """Tokens of a microbatch on one rank."""
-        return self.micro_batch * self.shape.seq_len // self.grid.cp
+        return self._layers.tokens
+
+    @property
+    def _layers(self) -> LayerActivations:
+        return LayerActivations(
+            shape=self.shape,
+            grid=self.grid,
+            micro_batch=self.micro_batch,
+            sequence_parallel=self.sequence_parallel,
+            context_method=self.context_method,
+            item=self._item,
+            wide=self._wide,
+            offloaded=self.offload_activations,
+        )
 
     def _kept(self, rank: int) -> int:
         """Bytes that autograd keeps on a rank at its fullest.
@@ -261,11 +277,11 @@ class MemoryPlan:
 
     def _owed(self, stage: int) -> int:
         """Bytes of one microbatch that wait for their W: as much as without recomputation, and what was gathered."""
-        return self._activations(stage, Recompute()) + self._gathered(stage)
+        return self._activations(stage, Recompute(), is_whole=True) + self._gathered(stage)
 
     def _in_between(self, stage: int) -> int:
         """Bytes beside a microbatch in flight once it has had its I: what it owes, less what it kept for that."""
-        light = min(self._activations(stage, self.recompute.at(stage, m)) for m in range(self.num_microbatches))
+        light = min(self._activations(stage, recompute) for recompute in self._recomputes(stage))
         rows = self.shape.padded_vocab_size // self.grid.tp if self.stages.has_embedding(stage) else 0
         return self._owed(stage) - light + self._wide * rows * self.shape.hidden_size
 
@@ -273,18 +289,29 @@ class MemoryPlan:
         """Under sequence parallel a weight gradient is owed with whole operands: x of a column, grad_y of a row."""
         head = self.stages.has_head(stage) and self._keeps_logits
         operands = 4 * len(self.stages.layers[stage]) + head
-        return operands * self._item * self.shape.hidden_size * (self._tokens - self._residual_tokens)
+        return operands * self._item * self.shape.hidden_size * (self._tokens - self._layers.residual_tokens)
 
-    def _window(self, stage: int, count: int) -> int:
+    def _away(self, rank: int) -> int:
+        """Bytes of activations on the host at its fullest: of what is in flight but not yet back for its I or B."""
+        in_flight = self._by_stage(rank)
+        if self.schedule == "zb-h1":
+            in_flight = dict.fromkeys(in_flight, min(self.stages.num_ranks - rank, self.num_microbatches))
+        return sum(self._window(stage, count, is_away=True) for stage, count in in_flight.items())
+
+    def _window(self, stage: int, count: int, *, is_away: bool = False) -> int:
         """Bytes that autograd keeps of ``count`` consecutive microbatches in a stage, whichever keep the most."""
-        by_microbatch = [
-            self._activations(stage, self.recompute.at(stage, microbatch))
-            for microbatch in range(self.num_microbatches)
-        ]
-        return max(sum(by_microbatch[first : first + count]) for first in range(self.num_microbatches - count + 1))
+        again = self._recomputes(stage)
+        sizes = [self._divided(stage, each).away if is_away else self._activations(stage, each) for each in again]
+        return max(sum(sizes[first : first + count]) for first in range(self.num_microbatches - count + 1))
 
-    def _activations(self, stage: int, recompute: Recompute) -> int:
+    def _divided(self, stage: int, recompute: Recompute) -> Divided:
+        """What the stage's layers keep of one microbatch, here and on the host."""
+        return self._layers.divided(len(self.stages.layers[stage]), recompute)
+
+    def _activations(self, stage: int, recompute: Recompute, *, is_whole: bool = False) -> int:
         """Bytes that autograd keeps of one microbatch, every op saving its inputs once; a test traces the model.
+
+        Those on the host are not counted, unless ``is_whole``.
 
         This is 8.0 GiB of the 7B at 2,048 tokens, without recomputation. Of a recomputed group its input is kept.
         Beside the layers: the rotary tables, if positions turn, the embedding's rows and which of them are this rank's,
@@ -292,52 +319,29 @@ class MemoryPlan:
         main gradients are not added to within the product, also the head's own. Where the logits are kept, instead of
         these two the norm's output, a maximum and two sums.
         """
-        layers = len(self.stages.layers[stage]) - sum(recompute.groups)
-        groups = len(recompute.groups) * self._item * self.shape.hidden_size * self._residual_tokens
+        layers = self._divided(stage, recompute)
         tables = 0 if self.shape.position_embedding == "alibi" else self._wide * 2 * self.shape.head_dim * self._tokens
-        kept = layers * self._layer(recompute.modules) + groups + tables
+        kept = layers.here + layers.away * is_whole + tables
         if self.stages.has_embedding(stage):
             kept += (8 + 1) * self._tokens
         if self.stages.has_head(stage):
             modules = recompute.modules if self._keeps_logits else NO_MODULES
-            kept += self._norm(modules) + self._wide * (3 if self._keeps_logits else 1) * self._tokens
+            kept += self._layers.norm(modules) + self._wide * (3 if self._keeps_logits else 1) * self._tokens
             if not (self._keeps_logits or self.fuse_main_grads):
                 kept += self._wide * self._columns * self.shape.hidden_size
         return kept
 
-    def _layer(self, modules: frozenset[Module] = NO_MODULES) -> int:
-        """Bytes that autograd keeps of one layer and microbatch, less the outputs of ``modules``.
-
-        Elements a token, 1/tp of each: q, k, v and the attention's output, gate and up 2 F, their product F; in at
-        least four bytes the attention's log-sum 1 a head. Ulysses keeps q, k and v of whole samples and fewer heads,
-        copies of k's and v's among them, and the output both so and as it is split. Beside them the two norms.
+    def _at_work(self, stage: int) -> int:
+        """Bytes beside what is kept: the largest group of layers, all there between its recomputation and the end of
+        its backward, and those that leave for the host or come back.
         """
-        shape, attention, product = self.shape, "attention" not in modules, "swiglu" not in modules
-        outputs, kv_size = int(attention), shape.kv_size
-        if attention and self.grid.cp > 1 and self.context_method == "ulysses":
-            shared = self.grid.tp * num_shared_heads(shape.num_kv_heads // self.grid.tp, self.grid.cp)
-            outputs, kv_size = 2, shared * shape.head_dim
-        shard = (1 + outputs) * shape.attention_size + 2 * kv_size + (2 + product) * shape.ffn_size
-        wide = self._wide * attention * shape.num_heads
-        return 2 * self._norm(modules) + (self._item * shard + wide) * self._tokens // self.grid.tp
+        found = set(self._recomputes(stage))
+        largest = max((size for recompute in found for size in recompute.groups), default=0)
+        return largest * self._layers.layer() + max(self._divided(stage, recompute).passing for recompute in found)
 
-    def _norm(self, modules: frozenset[Module]) -> int:
-        """Bytes that autograd keeps of a norm: its input and output 2 H, whole where the sequence is not split, and its
-        scale in at least four bytes; recomputed, its input alone. A layer's second norm is of a sum: recomputed, it
-        keeps the attention's output, and the other term is what the first norm keeps.
-        """
-        output = "norms" not in modules
-        return (self._item * (1 + output) * self.shape.hidden_size + self._wide * output) * self._residual_tokens
-
-    def _recomputed(self, stage: int) -> int:
-        """Bytes of the largest group of layers, all there between its recomputation and the end of its backward."""
-        recomputes = {self.recompute.at(stage, microbatch) for microbatch in range(self.num_microbatches)}
-        return max((size for recompute in recomputes for size in recompute.groups), default=0) * self._layer()
-
-    @property
-    def _residual_tokens(self) -> int:
-        """Tokens of a microbatch in this rank's part of the residual stream."""
-        return self._tokens // (self.grid.tp if self.sequence_parallel else 1)
+    def _recomputes(self, stage: int) -> list[Recompute]:
+        """What the stage recomputes, by microbatch."""
+        return [self.recompute.at(stage, microbatch) for microbatch in range(self.num_microbatches)]
 
     def _logits(self, stage: int) -> int:
         """Bytes of one microbatch's logits, if they are kept from forward to backward."""
@@ -353,20 +357,15 @@ class MemoryPlan:
         return self.shape.padded_vocab_size // self.grid.tp
 
     def _loss(self) -> int:
-        """Bytes of the loss's widest moment.
-
-        With the logits kept: a softmax and its narrow copy. Else a chunk's logits, of some of them a wide copy and the
-        exponentials, or x's gradient of the chunk; that of all tokens, and under sequence parallel x gathered. Where
-        the head's rows are used at length 1, beside it these rows and in float32 or wider their gradient.
-        """
-        rows = self._columns * self.shape.hidden_size * (self._item + self._wide) if self.shape.norm_head else 0
-        if self._keeps_logits:
-            return rows + self._tokens * self._columns * (self._wide + self._item)
-        row_bytes, hidden = self._item * self._columns, self._item * self.shape.hidden_size
-        chunk = loss_chunk_tokens(self._tokens, row_bytes=row_bytes, wanted=self.loss_chunk_tokens)
-        wide = min(chunk, wide_rows(self._columns)) * self._columns * self._wide * (1 + (self._wide > self._item))
-        return (
-            rows + chunk * row_bytes + max(wide, chunk * hidden) + self._tokens * hidden * (1 + self.sequence_parallel)
+        """Bytes of the loss's widest moment."""
+        return loss_moment(
+            self.shape,
+            tokens=self._tokens,
+            columns=self._columns,
+            item=self._item,
+            wide=self._wide,
+            chunk_tokens=self.loss_chunk_tokens,
+            sequence_parallel=self.sequence_parallel,
         )
 
     def _attention(self) -> int:

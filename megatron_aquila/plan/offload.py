@@ -1,4 +1,6 @@
-"""Which buckets' optimizer states a rank keeps in its host's memory instead of its device's, and what that takes."""
+"""What a rank keeps in its host's memory instead of its device's: which buckets' optimizer states, and which layers'
+activations; and what that takes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,9 +18,20 @@ def on_host(sizes: Sequence[int], share: float) -> tuple[bool, ...]:
     return tuple(place in chosen for place in range(len(sizes)))
 
 
+def spread(num_units: int, wanted: int) -> frozenset[int]:
+    """Of ``num_units`` layers, or groups of layers that are recomputed together, the ``wanted`` whose activations wait
+    on the host: the first, whose backward is farthest, and the others as far apart as can be.
+
+    So each copy has the time that the layers up to the next one take.
+    """
+    count = min(wanted, num_units)
+    return frozenset(index * num_units // count for index in range(count))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostMemory:
-    """Bytes that one rank's offloaded shards take on its host. Beside a GPU the first two are pinned.
+    """Bytes that one rank's offloaded shards and activations take on its host. Beside a GPU all but masters and states
+    are pinned.
 
     ``gradients`` as they are summed up, and ``weights``, are copies of the device's: what travels. With 32-bit weights
     and more those copies are the masters.
@@ -28,6 +41,7 @@ class HostMemory:
     weights: int
     master_weights: int
     optimizer_states: int
+    activations: int = 0
 
     @property
     def total(self) -> int:

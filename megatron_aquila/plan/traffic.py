@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_aquila.plan.activations import LayerActivations
 from megatron_aquila.plan.buckets import StageBucket, rank_buckets
 from megatron_aquila.plan.grid import Axis, RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
@@ -75,6 +76,7 @@ class TrafficPlan:
     num_sources: int = 1
     loss_chunk_tokens: int | None = None
     offload_optimizer: float = 0.0
+    offload_activations: int = 0
     zero: int = 1
     overlap: bool = True
     fuse_main_grads: bool = True
@@ -89,6 +91,7 @@ class TrafficPlan:
             *self._replicas(pp_rank),
             *self._world(),
             *self._host(pp_rank),
+            *(row for stage in stages for row in self._away(stage)),
         ]
         return _merged(row for row in rows if (row.group_size > 1 or row.group == "host") and row.count > 0)
 
@@ -242,6 +245,25 @@ class TrafficPlan:
             if is_on_host:
                 yield self._row("gradients", "to host", "host", 1, size // num_shards * self._gradient)
                 yield self._row("weights", "from host", "host", 1, size // num_shards * self._item)
+
+    def _away(self, stage: int) -> Iterator[Traffic]:
+        """The activations of layers that wait on the host: there in each forward, and back in each backward."""
+        layers = LayerActivations(
+            shape=self.shape,
+            grid=self.grid,
+            micro_batch=self.micro_batch,
+            sequence_parallel=self.sequence_parallel,
+            context_method=self.context_method,
+            item=self._item,
+            wide=max(4, self._item),
+            offloaded=self.offload_activations,
+        )
+        for microbatch in range(self.num_microbatches):
+            again = self.recompute.at(stage, microbatch)
+            num_bytes = layers.divided(len(self.stages.layers[stage]), again).away
+            if num_bytes > 0:
+                yield self._row("activations", "to host", "host", 1, num_bytes)
+                yield self._row("activations", "from host", "host", 1, num_bytes)
 
     def _world(self) -> Iterator[Traffic]:
         """What all ranks agree on, in float64: counts before the step, its norm, loss and tokens of each source."""

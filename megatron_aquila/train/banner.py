@@ -84,6 +84,8 @@ def ways_to_save(config: RunConfig) -> str:
     elif config.train.recompute == "selective":
         ways.append("use --recompute full")
     ways += narrower_states(config)
+    if config.train.offload_activations == 0:
+        ways.append("use --offload-activations")
     if config.optim.offload_optimizer < 1:
         ways.append("use --offload-optimizer 1")
     if config.parallel.zero < 3:

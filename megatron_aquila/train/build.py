@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import Derived, bucket_bytes
 from megatron_aquila.config.optim import OptimConfig
-from megatron_aquila.config.schema import ParallelConfig, RunConfig
+from megatron_aquila.config.schema import ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.data.loader import MicroBatch
 from megatron_aquila.kernels.attention_blocks import ScoreBlocks
 from megatron_aquila.kernels.blocks import BlockAttention
@@ -23,6 +23,7 @@ from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.products import NATIVE, Products, fp8_products
 from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, build_stages
+from megatron_aquila.model.offload import HostActivations
 from megatron_aquila.model.position import rank_scores
 from megatron_aquila.optim.buckets import Reduction, Sharding, Storage
 from megatron_aquila.optim.distributed import DistributedOptimizer, Offload
@@ -121,6 +122,7 @@ def build_machine(
         kernels=kernels,
         recompute=derived.recompute,
         loss_chunk_tokens=config.train.loss_chunk_tokens,
+        host=host_activations(config.train, ctx.device),
     )
     infos = tuple(info for stage in stages.values() for info in stage.param_infos())
     optimizer = DistributedOptimizer(
@@ -246,6 +248,11 @@ def offload(optim: OptimConfig, kernels: Kernels, ctx: ParallelContext) -> Offlo
         host = choose_kernels(torch.device("cpu"), torch.float32, share=lambda mine: gather_objects(mine, ctx.world))
         kernels = replace(kernels, adamw=host.adamw)
     return Offload(share=optim.offload_optimizer, rule=update_rule(optim, kernels))
+
+
+def host_activations(train: TrainConfig, device: torch.device) -> HostActivations | None:
+    """Where the activations of so many layers wait for their backward: on the host; None where all stay."""
+    return HostActivations(device, wanted=train.offload_activations) if train.offload_activations > 0 else None
 
 
 def wait_before_forward(stages: Iterable[nn.Module], optimizer: DistributedOptimizer) -> None:

@@ -13,6 +13,7 @@ NOT_BY_STAGE: Mapping[str, Any] = {  # what is recomputed in stages that are not
 }
 LARGEST_MICRO_BATCH = 2  # two samples at once show what more would
 OFFLOADED = 0.9  # of the optimizer: all but a bucket or two, so that both sides update
+OFFLOADED_LAYERS = 2  # of each stage: where it has more, also some that stay
 BUCKET_MIB = {False: 1.0, True: 1 / 64}  # the whole small model in two buckets, or one for every few weights
 
 
@@ -20,7 +21,7 @@ BUCKET_MIB = {False: 1.0, True: 1 / 64}  # the whole small model in two buckets,
 class Layout:
     """One way to run the model. The default is the simplest: one process, nothing deferred, overlapped or computed
     again. ``small_buckets``: so small that the small model has several. ``offload``: part of the optimizer is on the
-    host. ``uneven``: as ``uneven_sizes``.
+    host. ``offload_activations``: so are the activations of some layers. ``uneven``: as ``uneven_sizes``.
     """
 
     tp: int = 1
@@ -40,6 +41,7 @@ class Layout:
     deterministic: bool = False
     fused: bool = False
     offload: bool = False
+    offload_activations: bool = False
 
     @property
     def world_size(self) -> int:
@@ -83,6 +85,7 @@ WORDS: Mapping[str, str] = {
     "deterministic": "deterministic",
     "fused": "fused",
     "offload": "offload",
+    "offload_activations": "activations offloaded",
 }
 NEEDS = (  # without the second the first is nothing
     ("sequence", "tp"),
@@ -136,6 +139,7 @@ def requested_layout(config: RunConfig) -> Layout:
         deterministic=parallel.deterministic_reduce and dp > 1,
         fused=parallel.fuse_main_grads,
         offload=config.optim.offload_optimizer > 0,
+        offload_activations=config.train.offload_activations > 0,
     )
 
 
@@ -176,6 +180,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             micro_batch=layout.micro_batch,
             micro_batch_per_dp=uneven_sizes(layout) if layout.uneven else (),
             recompute=recompute,
+            offload_activations=OFFLOADED_LAYERS if layout.offload_activations else 0,
             **by_stage,
         ),
     )

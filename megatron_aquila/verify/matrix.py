@@ -42,6 +42,7 @@ SWITCHES: Mapping[str, Sequence[Any]] = {
     "deterministic": YES_OR_NO,
     "fused": YES_OR_NO,
     "offload": YES_OR_NO,
+    "offload_activations": YES_OR_NO,
     "documents": YES_OR_NO,
 }
 AXES = {**SPLITS, **SWITCHES}

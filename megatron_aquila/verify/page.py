@@ -53,7 +53,7 @@ def case_cells(case: MatrixCase) -> list[str]:
         "yes" if layout.overlap else "–",
         (buckets + ", deterministic" * layout.deterministic) if layout.dp > 1 else "–",
         "yes" if layout.fused else "–",
-        "yes" if layout.offload else "–",
+        ", ".join(["states"] * layout.offload + ["activations"] * layout.offload_activations) or "–",
         "apart" if case.documents else "–",
     ]
 

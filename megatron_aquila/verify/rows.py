@@ -45,9 +45,9 @@ def _claims(requested: Layout) -> Iterator[Claim]:
     if requested.uneven:
         yield Claim(axis="uneven replicas", layout=replace(dp, micro_batch=requested.micro_batch, uneven=True))
     yield Claim(axis="fused main grads", layout=Layout(fused=requested.fused))
-    for option in ("recompute", "overlap", "offload"):
+    for option in ("recompute", "overlap", "offload", "offload_activations"):
         if option in asked:
-            yield Claim(axis=option, layout=requested, twin=requested.without(option))
+            yield Claim(axis=option.replace("_", " "), layout=requested, twin=requested.without(option))
     if "small_buckets" in asked:
         fixed = replace(dp, deterministic=True)
         small = replace(fixed, small_buckets=True)

@@ -40,6 +40,10 @@ LEAVE = "use e.g. 2 1, the same for all stages, or leave it out"
             "--recompute-layers 33: the largest stage has 32 layers; use 32 or less",
         ),
         (
+            {"offload_activations": 33},
+            "--offload-activations 33: the largest stage has 32 layers; use 32 or less",
+        ),
+        (
             {**MANY, "recompute_layers_per_stage": ("3", "1")},
             f"--recompute-layers-per-stage 3 1: it is for 3 stages, there are 2; {LEAVE}",
         ),

@@ -139,7 +139,7 @@ def rounds(run: Callable[[Any], Any], again: Any) -> Any:
 def shifts(run: Callable[[Any], Any], again: Any) -> Any:
     """The second run on another input: every token's neighbour."""
     if not again._again:
-        again._leaves = tuple(leaf.detach().roll(1, 0).requires_grad_(leaf.requires_grad) for leaf in again._leaves)
+        again._kept = tuple(x.roll(1, 0) for x in again._kept)
     return run(again)
 
 

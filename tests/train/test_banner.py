@@ -45,9 +45,10 @@ def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypa
         total_memory = 2**20
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small())
-    narrower = "use --master-weights remainder, use --moments-dtype bf16, use --offload-optimizer 1"
+    narrower = "use --master-weights remainder, use --moments-dtype bf16"
+    host = "use --offload-activations, use --offload-optimizer 1"
     shared = r"raise --zero \(now 1\) where there are several replicas, raise --tp \(now 2\)"
-    told = rf"turn on --sp, turn on --recompute selective, or full, {narrower}, {shared}"
+    told = rf"turn on --sp, turn on --recompute selective, or full, {narrower}, {host}, {shared}"
     with pytest.raises(ConfigError, match=told):
         banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0), rank=0)
 

@@ -133,6 +133,7 @@ ZERO_2, ZERO_3 = Layout(dp=2, zero=2), Layout(dp=2, zero=3)
 UNEVEN = Layout(dp=2, micro_batch=2, uneven=True)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
 OFFLOAD = Layout(dp=2, small_buckets=True, offload=True)
+AWAY, AWAY_PP = Layout(offload_activations=True), Layout(pp=2, offload_activations=True)
 RING, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
 FULLY, LITTLE = Layout(recompute="full"), Layout(recompute="selective")
 APART = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
@@ -469,8 +470,8 @@ def _other_inputs(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
     right = _Run.__init__
 
-    def wrong(self: Any, function: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        right(self, function, tuple(change(x.detach()).requires_grad_(x.requires_grad) for x in inputs))
+    def wrong(self: Any, function: Any, inputs: tuple[torch.Tensor, ...], hooks: Any) -> None:
+        right(self, function, tuple(change(x.detach()).requires_grad_(x.requires_grad) for x in inputs), hooks)
 
     return patched(_Run, "__init__", wrong)
 
@@ -642,6 +643,71 @@ def gradient_not_fetched() -> Any:
             self.update_grad.zero_()
 
     return patched(Bucket, "begin_fetch", wrong)
+
+
+# Activations on the host.
+
+
+@mutant(
+    "a buffer on the host is used again before its layer's backward",
+    AWAY,
+    "offload activations",
+    "gradient of model.layers.0.mlp.down_proj.weight",
+)
+def buffer_used_again_too_soon() -> Any:
+    from megatron_aquila.model.offload import Trip
+
+    right = Trip.leave
+
+    def wrong(self: Trip) -> None:
+        right(self)
+        assert self._buffer is not None, "something left"
+        self._host.give(self._buffer)
+
+    return patched(Trip, "leave", wrong)
+
+
+@mutant(
+    "the activations of another microbatch come back",
+    AWAY_PP,
+    "offload activations",
+    "gradient of model.layers.1.mlp.down_proj.weight",
+)
+def activations_of_another_microbatch() -> Any:
+    from megatron_aquila.model.offload import Trip
+
+    left: list[Any] = []
+    right_leave, right_fetch = Trip.leave, Trip.fetch
+
+    def leave(self: Trip) -> None:
+        right_leave(self)
+        left.append(self._buffer)
+
+    def wrong(self: Trip, grad: torch.Tensor | None = None) -> None:
+        if self._buffer is not None:
+            newest = next(one for one in reversed(left) if one.memory.nbytes == self._buffer.memory.nbytes)
+            self._buffer.memory.copy_(newest.memory)
+        right_fetch(self, grad)
+
+    return both(patched(Trip, "leave", leave), patched(Trip, "fetch", wrong))
+
+
+@mutant(
+    "q, k and v come back as the first values of the projection that they are views of",
+    AWAY,
+    "offload activations",
+    "gradient of model.layers.1.self_attn.v_proj.weight",
+    model=BAICHUAN_13B,
+)
+def views_from_the_start() -> Any:
+    from megatron_aquila.model.offload import Trip, _View
+
+    right = Trip.unpack
+
+    def wrong(self: Trip, packed: Any) -> torch.Tensor:
+        return right(self, packed._replace(offset=0) if isinstance(packed, _View) else packed)
+
+    return patched(Trip, "unpack", wrong)
 
 
 # Sharded gradients and weights.

@@ -117,3 +117,13 @@ def test_part_of_the_optimizer_is_offloaded() -> None:
     assert asked == Layout(offload=True)
     assert with_layout(config, asked).optim.offload_optimizer == 0.9
     assert with_layout(config, Layout()).optim.offload_optimizer == 0
+
+
+def test_activations_of_some_layers_are_offloaded() -> None:
+    config = RunConfig(
+        train=TrainConfig(offload_activations=12), parallel=ParallelConfig(overlap=False, fuse_main_grads=False)
+    )
+    asked = requested_layout(config)
+    assert asked == Layout(offload_activations=True)
+    assert with_layout(config, asked).train.offload_activations == 2
+    assert with_layout(config, Layout()).train.offload_activations == 0

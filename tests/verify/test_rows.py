@@ -61,3 +61,5 @@ def test_a_schedule_is_proved_on_one_rank_too() -> None:
 def test_the_host_is_held_against_the_device_bit_for_bit() -> None:
     rows = [(claim.axis, claim.layout, claim.twin) for claim in claims(Layout(tp=2, offload=True))]
     assert ("offload", Layout(tp=2, offload=True), Layout(tp=2)) in rows
+    rows = [(claim.axis, claim.layout, claim.twin) for claim in claims(Layout(pp=2, offload_activations=True))]
+    assert ("offload activations", Layout(pp=2, offload_activations=True), Layout(pp=2)) in rows
