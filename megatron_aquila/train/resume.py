@@ -28,7 +28,8 @@ def begin_save(machine: Machine, state: TrainState, identity: Identity | None, s
     """Begin a checkpoint of the logical model. Collective over the world; rank 0's ``identity`` is kept.
 
     Each rank writes the elements of weights and optimizer states that its optimizer shard owns, so that the writing is
-    spread over all data-parallel replicas. With ``staging`` the run may go on at once.
+    spread over all data-parallel replicas; those that own the same take turns. With ``staging`` the run may go on at
+    once.
     """
     root = machine.config.checkpoint.save
     assert root is not None, "save without --save"
@@ -38,9 +39,11 @@ def begin_save(machine: Machine, state: TrainState, identity: Identity | None, s
         if kind == "weight"
         for chunk in range_chunks(owned, values)
     ]
+    shards, copies = [*weights, *optimizer_chunks(machine)], machine.ctx.copies
     kept = [chunk for info in machine.infos if not info.param.requires_grad for chunk in param_chunks(info)]
     described = describe(machine.config, machine.derived.shape, state, identity)
-    return Save(root, state.step, [*weights, *kept, *optimizer_chunks(machine)], described, machine.ctx, staging)
+    mine = [*shards[copies.rank :: copies.size], *kept]
+    return Save(root, state.step, mine, described, machine.ctx, staging)
 
 
 def _prefix(kind: str) -> str:

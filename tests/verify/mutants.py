@@ -132,6 +132,7 @@ OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
 ZERO_2, ZERO_3 = Layout(dp=2, zero=2), Layout(dp=2, zero=3)
 UNEVEN = Layout(dp=2, micro_batch=2, uneven=True)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
+GROUPS, GROUPS_2 = Layout(dp=2, zero_group=1), Layout(dp=2, zero=2, zero_group=1)
 OFFLOAD = Layout(dp=2, small_buckets=True, offload=True)
 RING, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
 FULLY, LITTLE = Layout(recompute="full"), Layout(recompute="selective")
@@ -714,6 +715,49 @@ def let_go_too_early() -> Any:
         bucket.weights.zero_()
 
     return patched(Gathering, "read", wrong)
+
+
+# Sharded within groups of replicas.
+
+
+@mutant("the groups' sums are not joined", GROUPS, "ZeRO in groups", "gradient of lm_head.weight")
+def sums_not_joined() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+
+    return patched(Bucket, "begin_join", lambda self: None)
+
+
+@mutant("every copy of a shard counts in the norm", GROUPS, "ZeRO in groups", "gradient norm")
+def copies_counted_in_norm() -> Any:
+    from megatron_aquila.optim.clip import counted_spans
+    from megatron_aquila.optim.distributed import DistributedOptimizer
+
+    right = DistributedOptimizer.__init__
+
+    def wrong(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> None:
+        right(self, *args, **kwargs)
+        self._counted = [bucket.grad_shard[s] for bucket in self._buckets for s in counted_spans(bucket.pieces)]
+
+    return patched(DistributedOptimizer, "__init__", wrong)
+
+
+@mutant("sums are joined every round instead of once", GROUPS_2, "ZeRO in groups", "gradient of lm_head.weight")
+def joined_every_round() -> Any:
+    """What an earlier round has joined is then summed over the groups again."""
+    from megatron_aquila.optim.buckets import Bucket
+
+    right = Bucket.bring_in
+
+    def wrong(self: Bucket) -> None:
+        is_round = self._reducing is not None
+        right(self)
+        if is_round and not self.is_complete:
+            self.begin_join()
+            if self._joining is not None:
+                self._joining.wait()
+                self._joining = None
+
+    return patched(Bucket, "bring_in", wrong)
 
 
 # Documents. Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So
