@@ -107,8 +107,7 @@ class Bucket:
         for slot in layout.slots:
             self._adopt(slot.info.param, slice(slot.offset, slot.offset + slot.info.param.numel()))
         own = slice(ctx.shards.rank * layout.shard_size, (ctx.shards.rank + 1) * layout.shard_size)
-        self._own = self.weights[own]
-        self.weight_shard = self._own.clone() if sharding.weights else self._own
+        self.weight_shard = self.weights[own].clone() if sharding.weights else self.weights[own]
         self.grad_shard = torch.zeros_like(self.grads[own]) if sharding.gradients else self.grads[own]
         self._summed = self.grad_shard  # what of it the first step of a sum makes
         if reduction.in_rank_order:
@@ -125,6 +124,8 @@ class Bucket:
         self.pieces: list[Piece] = layout.pieces(ctx.shards.rank)
         if sharding.gradients:
             self._grads.let_go()
+        if sharding.weights:
+            self._weights.let_go()
 
     @property
     def keeps_master(self) -> bool:
@@ -239,7 +240,9 @@ class Bucket:
         if self.sharding.weights and self._weights.is_there:
             return
         out = self._weights.take()
-        self._gathering = begin_all_gather_flat_(out, self.weight_shard, self._ctx.shards, overlap=self._reduction.overlap)
+        self._gathering = begin_all_gather_flat_(
+            out, self.weight_shard, self._ctx.shards, overlap=self._reduction.overlap
+        )
 
     def finish_publish(self) -> None:
         """Wait until ``weights`` holds what every rank has published, if that is under way."""
@@ -253,10 +256,7 @@ class Bucket:
         self._weights.let_go()
 
     def take_weights(self) -> None:
-        """Of ``weights``, which were filled from outside, take this rank's shard, and the master from it. Local."""
-        if self.sharding.weights:
-            self.weight_shard.copy_(self._own)
-            self.let_go()
+        """Take the master from ``weight_shard``, which was filled from outside. Local."""
         self.new_weights.copy_(self.weight_shard)
         self.master.copy_(self.new_weights)
         if self.remainder is not None:
@@ -264,7 +264,8 @@ class Bucket:
 
     def _adopt(self, param: nn.Parameter, where: slice) -> None:
         weight, grad = (flat[where].view(param.shape) for flat in (self.weights, self.grads))
-        weight.copy_(param.detach())
+        if param.untyped_storage().nbytes() > 0:
+            weight.copy_(param.detach())
         param.data = weight
         main = self.main_grads[param] = (
             MainGrad(grad, self._count, self._make_room) if self.sharding.gradients else MainGrad(grad, self._count)

@@ -164,7 +164,7 @@ class DistributedOptimizer:
         Gradients that do not apply change nothing: no weight, no state, not the count; the weights are shared all the
         same. Communicates: one all-gather a bucket, under way on return where collectives overlap.
         """
-        self._settle()
+        self.settle()
         self._applied_steps += clip.applies
         question = None if self._host is None else self._host.ask(clip, self._applied_steps)
         here = [place for place, bucket in enumerate(self._buckets) if bucket.host is None]
@@ -207,14 +207,30 @@ class DistributedOptimizer:
                 self._gathering.read(bucket)
             bucket.finish_publish()
 
-    def _settle(self) -> None:
-        """Wait for what is under way; keep of sharded weights the shards alone."""
+    def settle(self) -> None:
+        """Wait for what is under way; keep of sharded weights the shards alone. Local."""
         self._gathering.let_go()
         for bucket in self._buckets:
             bucket.finish_publish()
 
+    def kept_weights(self) -> list[tuple[FlatRange, Tensor]]:
+        """The weights that this rank keeps, as flat views: of sharded ones its shard, of the others all.
+
+        Who fills them calls ``refresh_masters`` after that. Waits for what is under way.
+        """
+        self.settle()
+        kept = list[tuple[FlatRange, Tensor]]()
+        for bucket in self._buckets:
+            if bucket.sharding.weights:
+                kept += [(piece.flat, bucket.weight_shard[piece.start : piece.stop]) for piece in bucket.pieces]
+                continue
+            for slot in bucket.layout.slots:
+                flat = FlatRange(slot.info, 0, slot.info.param.numel())
+                kept.append((flat, bucket.weights[slot.offset : slot.offset + flat.stop]))
+        return kept
+
     def ranges(self) -> list[tuple[str, FlatRange, Tensor]]:
-        """This rank's share of everything, as ``(kind, range of a parameter, flat view)``; ``ctx.shards`` covers it once.
+        """This rank's share of everything, as ``(kind, range of a parameter, view)``; ``ctx.shards`` has each once.
 
         Kinds: "grad", "weight", the rule's own ("exp_avg", "exp_avg_sq"), and where weights are narrower than their
         masters "master", or "remainder" for what the weights lack of it. Views are of the optimizer's memory: reading
@@ -238,7 +254,8 @@ class DistributedOptimizer:
 
         Local; waits for the weights and, once, for the device. What has no master of its own is not looked at.
         """
-        self.wait_for_weights()
+        for bucket in self._buckets:
+            bucket.finish_publish()
         kept = [bucket for bucket in self._buckets if bucket.keeps_master]
         shards = [bucket.weight_shard.to(bucket.master.device) for bucket in kept]
         wrong = [bucket.master.to(shard.dtype).ne(shard) for bucket, shard in zip(kept, shards, strict=True)]
@@ -252,14 +269,10 @@ class DistributedOptimizer:
         ]
 
     def refresh_masters(self) -> None:
-        """Take the weights as they are now for the masters: after they were loaded or initialised from outside.
-
-        Who fills sharded ones has called ``wait_for_weights``, so that there is something to fill.
-        """
+        """Take ``kept_weights`` as they are now for the masters: after they were loaded or initialised from outside."""
+        self.settle()
         for bucket in self._buckets:
-            bucket.finish_publish()
             bucket.take_weights()
-        self._gathering.let_go()
 
     def _reduce_round(self, bucket: Bucket) -> None:
         """Reduce a round of sharded gradients; the one before it, if still under way, is brought in first."""

@@ -149,9 +149,8 @@ def joins_of_a_step(level: int, overlap: bool) -> list[str]:
 def test_sums_are_joined_within_backward_one_bucket_behind(pool: Pools, level: int) -> None:
     events = pool(DP).run(joins_of_a_step, level, True)[0]
     during, matrices = events[: events.index("end")], ("matrix", "wide", "square")
-    after = "reduce bias" if level == 1 else "reduce square"  # vectors are not among what ZeRO-2 reduces in rounds
-    assert during.index("join square") == during.index(after) + 1
-    assert "join wide" in during
+    assert during.index("reduce square") < during.index("join square") < during.index("join wide")
+    assert during.index("join square") <= during.index("reduce wide"), "the next matrix's reduction waits for nothing"
     found = [event for event in events if event.split()[-1] in matrices]
     assert sorted(found) == sorted(f"{word} {name}" for word in ("join", "reduce") for name in matrices)
     late = pool(DP).run(joins_of_a_step, 1, False)[0]

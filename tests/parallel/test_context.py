@@ -86,7 +86,10 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
     ids=str,
 )
 def test_no_communicator_is_made_twice(pool, grid: RankGrid, made: list[list[int]], shared: list[set[str]]) -> None:
-    """Links but the first, a ring, shards and their copies have one of their own. Every rank makes the same ones in the same order."""
+    """Links but the first, a ring, shards and their copies have one of their own.
+
+    Every rank makes the same ones in the same order.
+    """
     assert pool(4).run(communicators, grid) == [(made, shared)] * 4
 
 

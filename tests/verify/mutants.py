@@ -417,16 +417,17 @@ def weight_gradient_paid_twice() -> Any:
 
 @mutant("a rank's stages begin with the same weights", CHUNKS, "schedule", "output of model.layers.2.self_attn")
 def chunks_initialised_alike() -> Any:
-    right = observe.initialize_
+    right = observe.initialize
 
-    def wrong(infos: Any, *, seed: int) -> None:
-        right(infos, seed=seed)
+    def wrong(machine: Any) -> None:
+        right(machine)
         first: dict[str, torch.Tensor] = {}
-        for info in infos:
+        for info in machine.infos:
             place = info.name.split(".", 3)[-1]  # within its layer
             info.param.data.copy_(first.setdefault(place, info.param.data))
+        machine.optimizer.refresh_masters()
 
-    return patched(observe, "initialize_", wrong)
+    return patched(observe, "initialize", wrong)
 
 
 # Recomputation.
@@ -700,7 +701,7 @@ def gathered_before_the_update() -> Any:
         if not self.sharding.weights:
             right(self)
 
-    return both(patched(DistributedOptimizer, "_settle", lambda self: None), patched(Bucket, "begin_publish", publish))
+    return both(patched(DistributedOptimizer, "settle", lambda self: None), patched(Bucket, "begin_publish", publish))
 
 
 @mutant("a bucket is let go of while it is read", ZERO_3, "ZeRO", "output of model.embed_tokens")
