@@ -25,6 +25,7 @@ from megatron_aquila.config.rope import check_rope, check_two_range
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.config.skips import check_faults, check_skips
+from megatron_aquila.config.zero import check_zero_group
 from megatron_aquila.errors import Problem
 from megatron_aquila.plan.layout import LayoutError
 from megatron_aquila.plan.shape import ModelShape
@@ -273,9 +274,10 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _world: f"{_LAYOUT} parallel.elastic {_SHAPE} {_WIDTHS} model.num_layers parallel.schedule parallel.chunks "
     "parallel.context_method",
     check_micro_batches: f"{_LAYOUT} {_MICRO_BATCH} parallel.elastic",
-    _batch: f"{_LAYOUT} {_BATCH} parallel.elastic",
-    check_elastic: f"{_LAYOUT} {_BATCH} train.rampup_batch parallel.elastic",
-    _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples",
+    _batch: f"{_LAYOUT} {_BATCH} parallel.elastic parallel.zero_group",
+    check_elastic: f"{_LAYOUT} {_BATCH} train.rampup_batch parallel.elastic parallel.zero_group",
+    check_zero_group: f"{_LAYOUT} parallel.elastic parallel.zero_group",
+    _ramp: f"{_LAYOUT} {_BATCH} train.rampup_batch train.train_samples parallel.zero_group",
     check_sequence: "parallel.context parallel.context_method parallel.sequence parallel.tensor model.seq_len",
     check_context_heads: f"{_SHAPE} {_WIDTHS} parallel.context parallel.context_method parallel.tensor",
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "

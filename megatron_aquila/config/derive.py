@@ -75,13 +75,16 @@ def rank_grid(config: RunConfig, world_size: int | None) -> RankGrid:
         assert rest == 0, f"a world of {world_size} is not a multiple of {model_ranks}"
     else:
         dp = known_replicas(config)
-    return RankGrid(tp=layout.tensor, cp=layout.context, dp=dp, pp=layout.pipeline)
+    return RankGrid(tp=layout.tensor, cp=layout.context, dp=dp, pp=layout.pipeline, zero_group=layout.zero_group)
 
 
 def known_replicas(config: RunConfig) -> int:
-    """Replicas, where the world is not known: dp, or as many as a micro-batch is given for, or 1."""
+    """Replicas, where the world is not known: dp, or as many as a micro-batch is given for or share out, or 1."""
     layout = config.parallel
-    return max(1, len(config.train.micro_batch_per_dp)) if layout.data is None else layout.data
+    if layout.data is not None:
+        return layout.data
+    group = 1 if layout.zero_group is None else layout.zero_group
+    return max(group // math.gcd(group, layout.context), len(config.train.micro_batch_per_dp))
 
 
 def model_shape(model: ModelConfig) -> ModelShape:
@@ -150,10 +153,12 @@ def full_microbatches(derived: Derived) -> int:
     return derived.batches.num_microbatches(derived.batches.global_batch)
 
 
-def memory_plan(config: RunConfig, derived: Derived, *, micro_batch: int | None = None) -> MemoryPlan:
+def memory_plan(
+    config: RunConfig, derived: Derived, order: Order | None = None, *, micro_batch: int | None = None
+) -> MemoryPlan:
     """The memory estimate, at the run's full batch, of replicas that compute ``micro_batch`` samples at once.
 
-    By default of those that compute the most.
+    By default of those that compute the most. With ``--zero 2`` or 3 of a run whose work has this ``order``.
     """
     return MemoryPlan(
         shape=derived.shape,
@@ -178,6 +183,7 @@ def memory_plan(config: RunConfig, derived: Derived, *, micro_batch: int | None 
         offload_optimizer=config.optim.offload_optimizer,
         offload_activations=config.train.offload_activations,
         zero=config.parallel.zero,
+        order=order,
     )
 
 

@@ -26,16 +26,21 @@ def setting_rows(loaded: LoadedConfig, *, changed_only: bool = False) -> list[tu
     return rows
 
 
-def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[tuple[str, str]]:
+def derived_rows(
+    config: RunConfig, derived: Derived, order: Order | None = None, *, bubble: float
+) -> list[tuple[str, str]]:
     """``(what, words)``: layout, sizes, FLOPs, batch, stages, bubble and memory that follow from the settings.
 
-    ``bubble`` is the share of a step that ranks wait; the pipeline's simulator knows it.
+    ``bubble`` is the share of a step that ranks wait; the pipeline's simulator knows it. ``order`` of the step's work
+    is what its schedule says; with sharded gradients the memory follows from it.
     """
     grid, shape = derived.grid, derived.shape
     tokens = config.train.train_samples * shape.seq_len
     batch, microbatches = config.train.global_batch, full_microbatches(derived)
     dealt = f"{microbatches} microbatches{_uneven(derived)}{_ramp(config)}"
     layout = f"{grid.world_size} = tp {grid.tp} x cp {grid.cp} x dp {grid.dp} x pp {grid.pp}"
+    if grid.num_copies > 1:
+        layout += f", ZeRO-{config.parallel.zero} in {grid.num_copies} groups of {grid.num_shards}"
     if grid.cp > 1:
         layout += f", {config.parallel.context_method} attention over cp"
     return [
@@ -47,17 +52,17 @@ def derived_rows(config: RunConfig, derived: Derived, *, bubble: float) -> list[
         ("run", f"{config.train.train_samples:,} samples = {tokens:,} tokens"),
         ("layers by stage", _stages(derived)),
         ("pipeline bubble", _bubble(config, derived, bubble)),
-        *memory_rows(config, derived),
+        *memory_rows(config, derived, order),
     ]
 
 
-def memory_rows(config: RunConfig, derived: Derived) -> list[tuple[str, str]]:
+def memory_rows(config: RunConfig, derived: Derived, order: Order | None = None) -> list[tuple[str, str]]:
     """Estimated memory, by purpose, a line for each pipeline rank and each size of micro-batch.
 
     One more for each pipeline rank whose host has some of it.
     """
     sizes, ranks = sorted(set(derived.batches.micro_batches), reverse=True), range(derived.stages.num_ranks)
-    plans = {size: memory_plan(config, derived, micro_batch=size) for size in sizes}
+    plans = {size: memory_plan(config, derived, order, micro_batch=size) for size in sizes}
     rows = [
         (
             f"memory, pp rank {rank}" + (f", {size} at once" if len(plans) > 1 else ""),

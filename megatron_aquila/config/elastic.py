@@ -7,7 +7,7 @@ from megatron_aquila.errors import Problem
 
 
 def check_elastic(config: RunConfig, world: int | None) -> Iterator[Problem]:
-    """The world is a whole number of replicas of the model, among which the batches divide."""
+    """The world is a whole number of replicas of the model, among which the batches, and shards, divide."""
     if not config.parallel.elastic or world is None:
         return
     fitting = worlds(config)
@@ -18,6 +18,9 @@ def check_elastic(config: RunConfig, world: int | None) -> Iterator[Problem]:
     ranks = model_ranks(config)
     if world % ranks:
         why = f"{world} processes are no whole number of replicas of {ranks}"
+    elif not _shares_out(config, world // ranks):
+        why = f"dp {world // ranks} x cp {config.parallel.context} is no multiple of zero_group"
+        why += f" {config.parallel.zero_group}"
     else:
         why = f"dp {world // ranks} x micro_batch {config.train.micro_batch} does not divide the global batch"
         why += f" of {config.train.global_batch}" + (", or its ramp" if config.train.rampup_batch is not None else "")
@@ -30,7 +33,13 @@ def worlds(config: RunConfig) -> list[int]:
     batches = [train.global_batch, *(() if train.rampup_batch is None else train.rampup_batch[:2])]
     most = train.global_batch // train.micro_batch
     fitting = (dp for dp in range(1, most + 1) if all(size % (train.micro_batch * dp) == 0 for size in batches))
-    return [dp * model_ranks(config) for dp in fitting]
+    return [dp * model_ranks(config) for dp in fitting if _shares_out(config, dp)]
+
+
+def _shares_out(config: RunConfig, dp: int) -> bool:
+    """Whether ``dp`` replicas are whole groups of those that share out what ZeRO shards."""
+    layout = config.parallel
+    return layout.zero_group is None or dp * layout.context % layout.zero_group == 0
 
 
 def model_ranks(config: RunConfig) -> int:

@@ -20,6 +20,7 @@ from megatron_aquila.config.megatron_values import (
     step_folder,
     vocab_multiple,
     warmup_samples,
+    zero_group,
     zero_level,
 )
 from megatron_aquila.config.schema import RunConfig
@@ -207,6 +208,9 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--no-overlap-p2p-communication": Refused("one switch serves all communication", "use --no-overlap"),
         "--ddp-bucket-size": Refused("buckets are given in MiB", "use --bucket-mib", bucket_mib),
         **_family(_FSDP, "--use-torch-fsdp2 --use-custom-fsdp --use-megatron-fsdp"),
+        "--num-distributed-optimizer-instances": Refused(
+            "groups are given by their size", "use --zero-group with dp x cp over the instances", zero_group
+        ),
         "--data-parallel-sharding-strategy": Refused("levels are numbers", "use --zero 1, 2 or 3", zero_level),
         **_family(
             _BALANCE,

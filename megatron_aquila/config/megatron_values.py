@@ -67,6 +67,17 @@ def profile_last(values: Values, config: RunConfig) -> str:
     return f"use --profile-steps FIRST-{values[0]}"
 
 
+def zero_group(values: Values, config: RunConfig) -> str:
+    """``--num-distributed-optimizer-instances``: Megatron-LM counts the groups."""
+    instances, dp = int(values[0]), config.parallel.data
+    if instances == 1:
+        return "leave it out: one group is the default"
+    if dp is None:
+        raise ValueError("dp is not known")
+    replicas = dp * config.parallel.context
+    return f"use --zero-group {replicas // instances} ({replicas} ranks of dp x cp in {instances} groups)"
+
+
 def zero_level(values: Values, config: RunConfig) -> str:
     """Megatron-LM's names of what is sharded."""
     levels = {"no_shard": 1, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}

@@ -119,6 +119,10 @@ class ParallelConfig:
         "--zero",
         "--zero-stage",
     )
+    zero_group: Count | None = setting(
+        None,
+        "how many neighbours among the dp x cp ranks share that out; the groups are copies of each other; default all",
+    )
     grad_reduce: Literal["fp32", "bf16"] = setting(
         "fp32", "what gradients travel in between replicas: the type they are summed up in, fp32 or wider, or bf16"
     )

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from megatron_aquila.optim.flat import Flat
 from megatron_aquila.optim.groups import BucketLayout, Piece, main_dtype
 from megatron_aquila.optim.host import Fetch, Host
-from megatron_aquila.parallel.collectives import Pending, begin_all_gather_flat_, begin_reduce_scatter_flat_
-from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.collectives import (
+    Pending,
+    begin_all_gather_flat_,
+    begin_all_reduce_,
+    begin_reduce_scatter_flat_,
+)
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.weight_grads import MainGrad
 
 
@@ -22,6 +27,10 @@ class Reduction:
 
     ``dtype``: what they travel in, None for the type they are summed up in. ``in_rank_order``: added in the order of
     ranks, so that a sum depends on no bucket's size. ``overlap`` changes no bit.
+
+    Where the replicas are groups that each have all shards, the sum is made in two steps: within each group, then of
+    what the groups have, which travels in the type it is summed up in. In rank order the first step is over all
+    replicas at once, a rank adding up a piece of its shard, and the second joins the pieces: the same sums.
     """
 
     dtype: torch.dtype | None = None
@@ -75,7 +84,7 @@ class Bucket:
     def __init__(
         self,
         layout: BucketLayout,
-        group: Group,
+        ctx: ParallelContext,
         *,
         reduction: Reduction = Reduction(),
         storage: Storage = Storage(),
@@ -85,9 +94,10 @@ class Bucket:
     ) -> None:
         device, own_type = layout.slots[0].info.param.device, main_dtype(layout.dtype)
         self.layout, self.sharding, self.host = layout, sharding, host
-        self._group, self._reduction, self._on_complete = group, reduction, on_complete
-        self._missing: int | None = None  # gradients still to come before a reduction, None while they are not counted
+        self._ctx, self._reduction, self._on_complete = ctx, reduction, on_complete
+        self._missing: int | None = None  # gradients still to come in this step, None while they are not counted
         self._reducing: Pending | None = None
+        self._joining: Pending | None = None
         self._gathering: Pending | None = None
         self._fetching: Fetch | None = None
         self._weights = Flat(layout.size, layout.dtype, device)
@@ -96,10 +106,12 @@ class Bucket:
         self.main_grads: dict[nn.Parameter, MainGrad] = {}
         for slot in layout.slots:
             self._adopt(slot.info.param, slice(slot.offset, slot.offset + slot.info.param.numel()))
-        own = slice(group.rank * layout.shard_size, (group.rank + 1) * layout.shard_size)
-        self._own = self.weights[own]
-        self.weight_shard = self._own.clone() if sharding.weights else self._own
+        own = slice(ctx.shards.rank * layout.shard_size, (ctx.shards.rank + 1) * layout.shard_size)
+        self.weight_shard = self.weights[own].clone() if sharding.weights else self.weights[own]
         self.grad_shard = torch.zeros_like(self.grads[own]) if sharding.gradients else self.grads[own]
+        self._summed = self.grad_shard  # what of it the first step of a sum makes
+        if reduction.in_rank_order:
+            self._summed = self.grad_shard.chunk(ctx.copies.size)[ctx.copies.rank]
         self.update_grad, self.new_weights = self.grad_shard, self.weight_shard
         if host is not None:
             self.update_grad, self.new_weights = host.like(self.grad_shard), host.like(self.weight_shard)
@@ -109,9 +121,11 @@ class Bucket:
             self.remainder = torch.zeros_like(self.master, dtype=torch.int16)
         else:
             self.master = self.new_weights.to(own_type)  # no copy if the type is the same
-        self.pieces: list[Piece] = layout.pieces(group.rank)
+        self.pieces: list[Piece] = layout.pieces(ctx.shards.rank)
         if sharding.gradients:
             self._grads.let_go()
+        if sharding.weights:
+            self._weights.let_go()
 
     @property
     def keeps_master(self) -> bool:
@@ -131,18 +145,19 @@ class Bucket:
     def begin_step(self, num_microbatches: int) -> None:
         """Forget the gradients of the last step; each parameter is to get one a microbatch."""
         self.grad_shard.zero_() if self.sharding.gradients else self.grads.zero_()
-        self._missing = (1 if self.sharding.gradients else num_microbatches) * len(self.layout.slots)
+        self._missing = num_microbatches * len(self.layout.slots)
 
     def begin_reduce(self) -> None:
-        """Begin to sum the gradients over the replicas into ``grad_shard``. Communicates: one reduce-scatter."""
+        """Begin to sum the gradients over the replicas, or over a group of them. Communicates: one reduce-scatter."""
         how = self._reduction
         self._reducing = begin_reduce_scatter_flat_(
-            torch.empty_like(self.grad_shard) if self.sharding.gradients else self.grad_shard,
+            torch.empty_like(self._summed) if self.sharding.gradients else self._summed,
             self.grads,
-            self._group,
+            self._ctx.dp_cp if how.in_rank_order else self._ctx.shards,
             overlap=how.overlap,
             dtype=how.dtype,
             in_rank_order=how.in_rank_order,
+            num_copies=self._ctx.copies.size,
         )
 
     def await_reduce(self) -> None:
@@ -150,20 +165,43 @@ class Bucket:
         assert self._reducing is not None, "the reduction was never begun"
         self._reducing.wait()
 
+    def begin_join(self) -> None:
+        """Begin to give each group the others' sums, once, where there are others.
+
+        Communicates: one all-reduce of ``grad_shard``, or in rank order one all-gather of its pieces, over its copies.
+        """
+        if self._ctx.copies.size == 1 or self._joining is not None:
+            return
+        if not self.sharding.gradients:
+            self.await_reduce()
+        overlap = self._reduction.overlap
+        if self._reduction.in_rank_order:
+            self._joining = begin_all_gather_flat_(self.grad_shard, self._summed, self._ctx.copies, overlap=overlap)
+        else:
+            self._joining = begin_all_reduce_(self.grad_shard, self._ctx.copies, overlap=overlap)
+
     def finish_reduce(self) -> None:
         """Wait until ``grad_shard`` holds the sums; the rest of ``grads`` is undefined then."""
-        self.await_reduce()
-        self._reducing = self._missing = None
+        if self._joining is not None:
+            self._joining.wait()
+        elif not self.sharding.gradients:
+            self.await_reduce()
+        self._reducing = self._joining = self._missing = None
 
     def bring_in(self) -> None:
-        """Add what is being reduced, if anything is, to ``grad_shard``, where gradients are sharded."""
+        """Add what is being reduced, if anything is, to ``grad_shard``, where gradients are sharded.
+
+        The groups' sums are joined once, when the last of a step is in.
+        """
         if self._reducing is not None:
-            self.grad_shard.add_(self._reducing.wait())
+            self._summed.add_(self._reducing.wait())
             self._reducing = None
             self._grads.let_go()
+            if self.is_complete:
+                self.begin_join()
 
-    def finish_sharded(self) -> None:
-        """Reduce what is left, where gradients are sharded: ``grad_shard`` holds the sums. One reduce-scatter, or none.
+    def bring_in_rest(self) -> None:
+        """Reduce what is left, where gradients are sharded, and begin to join. One reduce-scatter, or none.
 
         Something is left where a parameter got no gradient.
         """
@@ -171,7 +209,7 @@ class Bucket:
         if self._grads.is_there:
             self.begin_reduce()
             self.bring_in()
-        self._missing = None
+        self.begin_join()
 
     def begin_fetch(self) -> None:
         """Begin to copy the sums to the host, if the update is made there."""
@@ -185,7 +223,7 @@ class Bucket:
         self._fetching = None
 
     def begin_publish(self) -> None:
-        """Begin to give ``weight_shard`` to every replica. Communicates: one all-gather, in place.
+        """Begin to give ``weight_shard`` to the ranks that need it. Communicates: one all-gather, in place.
 
         Where weights are sharded nothing is gathered before it is read: what was, is let go of. Those that were updated
         on the host are sent from there first, in the device's order of work.
@@ -202,7 +240,9 @@ class Bucket:
         if self.sharding.weights and self._weights.is_there:
             return
         out = self._weights.take()
-        self._gathering = begin_all_gather_flat_(out, self.weight_shard, self._group, overlap=self._reduction.overlap)
+        self._gathering = begin_all_gather_flat_(
+            out, self.weight_shard, self._ctx.shards, overlap=self._reduction.overlap
+        )
 
     def finish_publish(self) -> None:
         """Wait until ``weights`` holds what every rank has published, if that is under way."""
@@ -216,10 +256,7 @@ class Bucket:
         self._weights.let_go()
 
     def take_weights(self) -> None:
-        """Of ``weights``, which were filled from outside, take this rank's shard, and the master from it. Local."""
-        if self.sharding.weights:
-            self.weight_shard.copy_(self._own)
-            self.let_go()
+        """Take the master from ``weight_shard``, which was filled from outside. Local."""
         self.new_weights.copy_(self.weight_shard)
         self.master.copy_(self.new_weights)
         if self.remainder is not None:
@@ -227,7 +264,8 @@ class Bucket:
 
     def _adopt(self, param: nn.Parameter, where: slice) -> None:
         weight, grad = (flat[where].view(param.shape) for flat in (self.weights, self.grads))
-        weight.copy_(param.detach())
+        if param.untyped_storage().nbytes() > 0:
+            weight.copy_(param.detach())
         param.data = weight
         main = self.main_grads[param] = (
             MainGrad(grad, self._count, self._make_room) if self.sharding.gradients else MainGrad(grad, self._count)
@@ -263,11 +301,10 @@ class Bucket:
         before a backward.
         """
         assert self._missing is not None, f"a gradient came outside a step, of one of {self._names()}"
+        assert self._joining is None, f"a gradient was added to a sum that is being joined, of one of {self._names()}"
         self._missing -= 1
-        if self._missing == 0:
-            self._missing = len(self.layout.slots)
-            if self._grads.is_there and self._reducing is None:
-                self._on_complete(self)
+        if self._missing % len(self.layout.slots) == 0 and self._grads.is_there and self._reducing is None:
+            self._on_complete(self)
 
 
 def _accumulate(reference: weakref.ref[MainGrad], param: nn.Parameter) -> None:

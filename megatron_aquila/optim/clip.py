@@ -49,7 +49,7 @@ def counted(flat: FlatRange) -> Iterator[tuple[int, int]]:
     Left out: what another tensor-parallel rank counts (``replica`` is not 0), and padded rows, which are in no part.
     """
     param = flat.info.param
-    row = param[0].numel() if param.dim() else 1
+    row = math.prod(param.shape[1:])
     for part in flat.info.parts:
         begin = part.local_row * row
         end = begin + math.prod(part.shape)

@@ -28,7 +28,7 @@ class Offload:
 
 
 class DistributedOptimizer:
-    """Owns the parameters of ``infos`` and updates them by ``rule``; every rank of ``ctx.dp_cp`` updates its shard.
+    """Owns the parameters of ``infos`` and updates them by ``rule``; every rank of ``ctx.shards`` updates its shard.
 
     A step is ``begin_step``, backward of every microbatch, ``reduce_gradients``, ``clip``, ``step``; none of them waits
     for the device. Gradients are summed over replicas, not averaged: the loss was divided by the token count of the
@@ -42,6 +42,10 @@ class DistributedOptimizer:
     With ``sharding.gradients`` (ZeRO-2) a bucket is reduced once a microbatch, when all of its parameters have got
     theirs, and has memory only until then. With ``sharding.weights`` (ZeRO-3) a bucket is gathered before it is read
     and let go of after that. Both leave the buckets of vectors as they are: norms are small, and read everywhere.
+
+    Where ``ctx.shards`` is not all replicas, gradients are reduced within it, whatever the level, and the sums of a
+    shard joined over ``ctx.copies`` once a step: with overlap when the next bucket is begun to be reduced. The ranks of
+    ``ctx.copies`` then make the same update.
 
     With ``offload`` some buckets are updated on the host, while the device updates the others: their gradients are
     copied there as they are reduced, and the weights back. ``step`` then waits for the device, once for the norm and
@@ -64,7 +68,8 @@ class DistributedOptimizer:
         sharding: Sharding = Sharding(),
         offload: Offload | None = None,
     ) -> None:
-        layouts = plan_buckets(infos, bucket_bytes=bucket_bytes, num_shards=ctx.dp_cp.size)
+        shards, copies = ctx.shards.size, ctx.copies.size
+        layouts = plan_buckets(infos, bucket_bytes=bucket_bytes, num_shards=shards, num_copies=copies)
         self._ctx = ctx
         self._rule = rule
         self._offload = offload
@@ -73,7 +78,7 @@ class DistributedOptimizer:
         self._buckets = [
             Bucket(
                 layout,
-                ctx.dp_cp,
+                ctx,
                 reduction=reduction,
                 storage=storage,
                 sharding=sharding if layout.weight_decay else Sharding(),
@@ -95,7 +100,8 @@ class DistributedOptimizer:
         self._reduces_early, self._most_under_way = reduction.overlap, reduction.most_under_way
         self._round: Bucket | None = None  # the sharded gradients whose reduction was begun last
         self._num_begun = 0  # buckets whose reduction was begun in this step
-        self._counted = [bucket.grad_shard[s] for bucket in self._buckets for s in counted_spans(bucket.pieces)]
+        counting = self._buckets if ctx.copies.rank == 0 else []
+        self._counted = [bucket.grad_shard[s] for bucket in counting for s in counted_spans(bucket.pieces)]
         self._applied_steps = torch.zeros((), dtype=torch.int64, device=ctx.device)
 
     @property
@@ -127,24 +133,26 @@ class DistributedOptimizer:
         """Complete the gradients: this rank's shard of every bucket holds the sum over all ranks that contributed.
 
         Communicates: one all-reduce over tp for the parameters whose gradients are partial sums there, one
-        reduce-scatter over the replicas a bucket, as far as backward has not begun it. The rest of a bucket that is not
-        sharded is left undefined.
+        reduce-scatter over the replicas a bucket, or over a group of them and an all-reduce over the shard's copies, as
+        far as backward has not begun it. The rest of a bucket that is not sharded is left undefined.
         """
         self._sum_over_tp()
         while self._num_begun < len(self._whole_sums):
             self._begin_reduce()
-        for bucket in self._whole_sums:
-            bucket.finish_reduce()
-            bucket.begin_fetch()
+        for bucket in self._whole_sums[-1:]:
+            bucket.begin_join()
         for bucket in self._sharded_sums:
-            bucket.finish_sharded()
+            bucket.bring_in_rest()
+        for bucket in (*self._whole_sums, *self._sharded_sums):
+            bucket.finish_reduce()
             bucket.begin_fetch()
         self._num_begun = 0
 
     def clip(self, max_norm: float, *, loss_scale: float = 1.0) -> Clip:
         """How ``step`` is to use the reduced gradients: divided by ``loss_scale``, clipped to ``max_norm`` (0: not).
 
-        Their norm is the whole model's, each logical parameter counted once. They themselves are left as they are.
+        Their norm is the whole model's, each logical parameter counted once: by the first group of shards alone. They
+        themselves are left as they are.
         Communicates: one all-reduce of a float64 over all ranks.
         """
         squares = all_reduce_(squared_norm(self._counted, self._ctx.device), self._ctx.world)
@@ -156,7 +164,7 @@ class DistributedOptimizer:
         Gradients that do not apply change nothing: no weight, no state, not the count; the weights are shared all the
         same. Communicates: one all-gather a bucket, under way on return where collectives overlap.
         """
-        self._settle()
+        self.settle()
         self._applied_steps += clip.applies
         question = None if self._host is None else self._host.ask(clip, self._applied_steps)
         here = [place for place, bucket in enumerate(self._buckets) if bucket.host is None]
@@ -199,14 +207,30 @@ class DistributedOptimizer:
                 self._gathering.read(bucket)
             bucket.finish_publish()
 
-    def _settle(self) -> None:
-        """Wait for what is under way; keep of sharded weights the shards alone."""
+    def settle(self) -> None:
+        """Wait for what is under way; keep of sharded weights the shards alone. Local."""
         self._gathering.let_go()
         for bucket in self._buckets:
             bucket.finish_publish()
 
+    def kept_weights(self) -> list[tuple[FlatRange, Tensor]]:
+        """The weights that this rank keeps, as flat views: of sharded ones its shard, of the others all.
+
+        Who fills them calls ``refresh_masters`` after that. Waits for what is under way.
+        """
+        self.settle()
+        kept = list[tuple[FlatRange, Tensor]]()
+        for bucket in self._buckets:
+            if bucket.sharding.weights:
+                kept += [(piece.flat, bucket.weight_shard[piece.start : piece.stop]) for piece in bucket.pieces]
+                continue
+            for slot in bucket.layout.slots:
+                flat = FlatRange(slot.info, 0, slot.info.param.numel())
+                kept.append((flat, bucket.weights[slot.offset : slot.offset + flat.stop]))
+        return kept
+
     def ranges(self) -> list[tuple[str, FlatRange, Tensor]]:
-        """This rank's share of everything, as ``(kind, range of a parameter, flat view)``; the replicas cover it once.
+        """This rank's share of everything, as ``(kind, range of a parameter, view)``; ``ctx.shards`` has each once.
 
         Kinds: "grad", "weight", the rule's own ("exp_avg", "exp_avg_sq"), and where weights are narrower than their
         masters "master", or "remainder" for what the weights lack of it. Views are of the optimizer's memory: reading
@@ -230,7 +254,8 @@ class DistributedOptimizer:
 
         Local; waits for the weights and, once, for the device. What has no master of its own is not looked at.
         """
-        self.wait_for_weights()
+        for bucket in self._buckets:
+            bucket.finish_publish()
         kept = [bucket for bucket in self._buckets if bucket.keeps_master]
         shards = [bucket.weight_shard.to(bucket.master.device) for bucket in kept]
         wrong = [bucket.master.to(shard.dtype).ne(shard) for bucket, shard in zip(kept, shards, strict=True)]
@@ -244,22 +269,17 @@ class DistributedOptimizer:
         ]
 
     def refresh_masters(self) -> None:
-        """Take the weights as they are now for the masters: after they were loaded or initialised from outside.
-
-        Who fills sharded ones has called ``wait_for_weights``, so that there is something to fill.
-        """
+        """Take ``kept_weights`` as they are now for the masters: after they were loaded or initialised from outside."""
+        self.settle()
         for bucket in self._buckets:
-            bucket.finish_publish()
             bucket.take_weights()
-        self._gathering.let_go()
 
     def gather_shards(self) -> None:
-        """Make all weights whole from the replicas' shards, which were filled from outside, as ``ranges`` has them.
+        """Make the weights that are kept whole so from the replicas' shards, filled from outside as ``ranges`` has them.
 
-        Communicates: an all-gather of each bucket. ``refresh_masters`` comes next.
+        Communicates: an all-gather of each of their buckets. ``refresh_masters`` comes next.
         """
         self._gathering.let_go()
-        self._gathering.gather_all()
         for bucket in self._buckets:
             if not bucket.sharding.weights:
                 bucket.begin_gather()
@@ -288,6 +308,8 @@ class DistributedOptimizer:
         if self._most_under_way is not None and self._num_begun >= self._most_under_way:
             self._whole_sums[self._num_begun - self._most_under_way].await_reduce()
         self._whole_sums[self._num_begun].begin_reduce()
+        for bucket in self._whole_sums[: self._num_begun][-1:]:
+            bucket.begin_join()  # by then it has its own group's sum
         self._num_begun += 1
 
     def _sum_over_tp(self) -> None:

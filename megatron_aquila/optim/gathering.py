@@ -13,13 +13,13 @@ class Gathering:
     The next is the neighbour on the far side of the one that was read before: forward goes one way, backward the
     other. A guess that fails costs a gather, nothing else. What is gathered follows from the order of reads alone,
     which is the same on all replicas, as they run the same program. Of the others, what was read longest ago is let go
-    of. At first all are whole, to be filled.
+    of. At first none is whole.
     """
 
     def __init__(self, buckets: Sequence[Bucket], *, ahead: bool) -> None:
         self._buckets, self._ahead = tuple(buckets), ahead
         self._place = {bucket: place for place, bucket in enumerate(buckets)}
-        self._whole = [*buckets]  # gathered or on their way; the one read last is at the end
+        self._whole: list[Bucket] = []  # gathered or on their way; the one read last is at the end
         self._last = 0
 
     def read(self, bucket: Bucket) -> None:

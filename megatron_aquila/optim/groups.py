@@ -32,7 +32,7 @@ class BucketLayout:
     """Parameters of one type, stage and decay setting, one behind the other, the last of the model first.
 
     What is between and behind them is padding. ``sums_over_tp``: their gradients are partial sums over tp.
-    ``num_shards`` shards of ``shard_size`` elements, one a rank of the data-parallel group; their borders may lie
+    ``num_shards`` shards of ``shard_size`` elements, one a rank of a group that shares them out; their borders may lie
     inside a parameter.
     """
 
@@ -65,12 +65,15 @@ def main_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def plan_buckets(infos: Sequence[ParamInfo], *, bucket_bytes: int, num_shards: int) -> list[BucketLayout]:
+def plan_buckets(
+    infos: Sequence[ParamInfo], *, bucket_bytes: int, num_shards: int, num_copies: int = 1
+) -> list[BucketLayout]:
     """Buckets of ``bucket_bytes`` of gradients, or one larger parameter, in the order in which backward completes them.
 
     ``infos`` are in forward order. Backward comes from the end, so buckets are filled from there, and one is complete
     with the foremost of its parameters; the last to come is then the partly filled one. Partial sums over tp, which
-    wait for that sum, come last of all. No bucket holds parameters of two stages: their backwards lie apart.
+    wait for that sum, come last of all. No bucket holds parameters of two stages: their backwards lie apart. A shard
+    splits into ``num_copies`` pieces, so that a bucket is as large however its replicas share it out.
     """
     assert bucket_bytes > 0, f"a bucket needs room, got {bucket_bytes} bytes"
     place = {id(info): index for index, info in enumerate(infos)}
@@ -86,7 +89,7 @@ def plan_buckets(infos: Sequence[ParamInfo], *, bucket_bytes: int, num_shards: i
                 sums_over_tp=sums_over_tp,
                 slots=slots,
                 num_shards=num_shards,
-                shard_size=_aligned(-(-size // num_shards)),
+                shard_size=num_copies * _aligned(-(-size // (num_shards * num_copies))),
             )
             layouts.append(layout)
     return sorted(layouts, key=lambda layout: (layout.sums_over_tp, -place[id(layout.slots[-1].info)]))

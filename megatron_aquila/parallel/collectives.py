@@ -114,6 +114,7 @@ def begin_reduce_scatter_flat_(
     overlap: bool,
     dtype: torch.dtype | None = None,
     in_rank_order: bool = False,
+    num_copies: int = 1,
 ) -> Pending:
     """Begin to fill ``shard_out`` with this rank's piece of the sum of the ranks' 1-D ``full``; they may share memory.
 
@@ -121,6 +122,8 @@ def begin_reduce_scatter_flat_(
     ``in_rank_order``: what the ranks hold travels by an all-to-all and is added here, rank 0's first, in ``full``'s own
     type, so that the sum of an element does not depend on where in ``full`` it lies; a second buffer of the size of
     ``full`` is held until then. The default leaves the order to the backend, which may go by place.
+    ``num_copies``, in rank order: the group is so many runs of ranks, ``full`` a shard for each rank of a run, and the
+    n-th run gets the n-th piece of each shard. That takes a third buffer.
     """
     _check_shards(full, shard_out, group)
     if group.size == 1:
@@ -129,6 +132,8 @@ def begin_reduce_scatter_flat_(
         return Pending(shard_out)
     sent = full if dtype is None else full.to(dtype)
     if in_rank_order:
+        if num_copies > 1:
+            sent = sent.view(-1, num_copies, shard_out.numel()).transpose(0, 1).reshape(-1)
         received = torch.empty_like(sent)
         begin = partial(dist.all_to_all_single, received, sent, group=group.handle, async_op=overlap)
         work = _launch("all_to_all", sent, group, begin, overlap=overlap)

@@ -1,6 +1,6 @@
 """This process's place in the grid and the groups it talks through. Built once, passed everywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_aquila.parallel.trail import SILENT, GroupTrail, Trail
-from megatron_aquila.plan.grid import Axis, RankGrid
+from megatron_aquila.plan.grid import RankGrid
 
 Ranks = tuple[int, ...]  # global ranks, ascending
 Link = tuple[str, bool, int]  # "F" or "B", to a higher rank, from an odd rank (or to one): see ``pp_link``
@@ -35,9 +35,11 @@ class ParallelContext:
 
     ``cp`` joins the ranks that share the tokens of a sample.
     ``pp`` joins the ranks of one pipeline, ``pp_links`` carry its messages: see ``pp_link``. ``dp_cp`` joins the
-    replicas of one parameter: gradients are summed and optimizer states sharded over it. ``world`` joins all, and so
-    does ``host_world``, which carries tensors on the CPU. Groups of the same ranks share a communicator, links
-    excepted: each one costs memory on every GPU, and time at the start.
+    replicas of one parameter, over which gradients are summed. ``shards`` joins those among which optimizer states,
+    and whatever else ZeRO shards, are the whole: all of them or, by ``grid.zero_group``, neighbours; ``copies`` then
+    joins those that hold the same shard. ``world`` joins all, and so does ``host_world``, which carries tensors on the
+    CPU. Groups of the same ranks share a communicator, links excepted: each one costs memory on every GPU, and time at
+    the start.
     """
 
     grid: RankGrid
@@ -49,6 +51,8 @@ class ParallelContext:
     pp: Group
     pp_links: Mapping[Link, Group]
     dp_cp: Group
+    shards: Group
+    copies: Group
     world: Group
     host_world: Group
     trail: Trail = field(default=SILENT, compare=False, repr=False)
@@ -78,9 +82,9 @@ class ParallelContext:
             ((everyone,), None): dist.group.WORLD
         }
 
-        def group(name: str, *axes: Axis, own: Link | str | None = None) -> Group:
-            """``own``: with a communicator that no other group has, for whatever ranks."""
-            partition = tuple(grid.groups(*axes))
+        def group(name: str, groups: Sequence[Ranks], own: Link | str | None = None) -> Group:
+            """This rank's of ``groups``; ``own``: with a communicator that no other has, for whatever ranks."""
+            partition = tuple(groups)
             (mine,) = (ranks for ranks in partition if rank in ranks)
             if len(mine) > 1 and (partition, own) not in handles:
                 made = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in partition}  # collective
@@ -98,18 +102,21 @@ class ParallelContext:
             for op in ("F", "B")
             for up in ((True, False) if pp_turns_back else (op == "F",))
         ]
-        world_group = group("world", "tp", "cp", "dp", "pp")
-        alone = len(grid.groups("dp", "cp")) == 1 or 1 == grid.dp < grid.cp  # nor may a ring wait for gradients
+        world_group = group("world", [everyone])
+        replicas = grid.groups("dp", "cp")
+        alone = len(replicas) == 1 or 1 == grid.dp < grid.cp  # nor may a ring wait for gradients
         return cls(
             grid=grid,
             rank=rank,
             device=device,
-            tp=group("tp", "tp"),
-            cp=group("cp", "cp"),
-            dp=group("dp", "dp"),
-            pp=group("pp", "pp"),
-            pp_links={link: group("pp_link", "pp", own=link if index else None) for index, link in enumerate(kinds)},
-            dp_cp=group("dp_cp", "dp", "cp", own="dp_cp" if alone else None),
+            tp=group("tp", grid.groups("tp")),
+            cp=group("cp", grid.groups("cp")),
+            dp=group("dp", grid.groups("dp")),
+            pp=group("pp", grid.groups("pp")),
+            pp_links={link: group("pp_link", grid.groups("pp"), link if i else None) for i, link in enumerate(kinds)},
+            dp_cp=(dp_cp := group("dp_cp", replicas, "dp_cp" if alone else None)),
+            shards=dp_cp if grid.num_copies == 1 else group("shards", grid.shard_groups(), "shards"),
+            copies=group("copies", grid.copy_groups(), "copies"),
             world=world_group,
             host_world=_on_host(world_group, timeout, trail),
             trail=trail,

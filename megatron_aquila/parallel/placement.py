@@ -18,7 +18,8 @@ class Placement:
 
     ``sequence_parallel``: between the parallel layers, activations are split along the sequence over ``tp``.
     ``overlap``: collectives run beside products that do not need them. It changes no bit.
-    ``products``: how the linears multiply.
+    ``products``: how the linears multiply. ``has_memory``: whether weights have any from the start; else whoever shards
+    them is to give it.
     """
 
     tp: Group
@@ -27,9 +28,13 @@ class Placement:
     device: torch.device
     overlap: bool = False
     products: Products = NATIVE
+    has_memory: bool = True
     weight_grads: WeightGradQueue = field(default_factory=WeightGradQueue)
     weight_reads: WeightReads = field(default_factory=WeightReads)
 
     def weight(self, *shape: int) -> nn.Parameter:
         """A parameter of this type on this device, for the initialisation or a checkpoint to fill."""
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+        weight = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
+        if not self.has_memory:
+            weight.untyped_storage().resize_(0)
+        return weight

@@ -1,10 +1,10 @@
 """Checks of what must hold between ranks at any time. The trainer makes them every ``--check-replicas`` steps."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_aquila.errors import ReplicaError
 from megatron_aquila.parallel.collectives import all_gather, all_reduce_, gather_objects
@@ -17,18 +17,23 @@ ODD, EVEN = 0x5851F42D4C957F2D, 0x2545F4914F6CDD1E  # multiplied with an odd num
 
 
 def check_replicated(
-    infos: Iterable[ParamInfo], ctx: ParallelContext, *, not_masters: Sequence[str] = (), alike_at: int = 0
+    infos: Iterable[ParamInfo],
+    ctx: ParallelContext,
+    *,
+    not_masters: Sequence[str] = (),
+    alike_at: int = 0,
+    read: Callable[[nn.Parameter], None] = lambda param: None,
 ) -> None:
     """Raise ``ReplicaError`` on all ranks unless those that hold the same rectangle of a parameter hold the same bits.
 
     Covers dp and cp replicas and weights replicated over tp alike. ``not_masters`` are this rank's tensors whose
-    weights are not what their masters say; ``alike_at`` is the last step at which all was well. Compares checksums
-    made on the device: reads every parameter once; one small all-gather over the replicas, one over tp, one all-
-    reduce between the hosts. Only where something is wrong, the ranks tell each other what: the odd ones of more
-    than two are named.
+    weights are not what their masters say; ``alike_at`` is the last step at which all was well. ``read`` is called
+    before a parameter is read, one after the other. Compares checksums made on the device: reads every parameter once;
+    one small all-gather over the replicas, one over tp, one all-reduce between the hosts. Only where something is
+    wrong, the ranks tell each other what: the odd ones of more than two are named.
     """
     parts = [(info, part) for info in infos for part in info.parts]
-    sums = torch.stack([checksum(rows_of(info, part)) for info, part in parts])
+    sums = torch.stack([_checksum_of(info, part, read) for info, part in parts])
     whole = torch.tensor([part.shape == part.global_shape for _, part in parts], device=sums.device)
     differ = _differ(sums, torch.ones_like(whole), ctx.dp_cp) | _differ(sums, whole, ctx.tp)
     told = torch.tensor([float(bool(differ) or len(not_masters) > 0)], dtype=torch.float64)
@@ -81,6 +86,11 @@ def checksum(x: Tensor) -> Tensor:
 def rows_of(info: ParamInfo, part: Part) -> Tensor:
     """The rows of a parameter that hold one of its parts."""
     return info.param[part.local_row : part.local_row + part.shape[0]]
+
+
+def _checksum_of(info: ParamInfo, part: Part, read: Callable[[nn.Parameter], None]) -> Tensor:
+    read(info.param)
+    return checksum(rows_of(info, part))
 
 
 def _weighted(sums: Tensor) -> Tensor:

@@ -11,12 +11,17 @@ ORDER: tuple[Axis, ...] = ("tp", "cp", "dp", "pp")  # tp fastest: its neighbours
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankGrid:
-    """A world of ``tp * cp * dp * pp`` ranks. ``tp`` varies fastest, ``pp`` slowest, as in Megatron-LM."""
+    """A world of ``tp * cp * dp * pp`` ranks. ``tp`` varies fastest, ``pp`` slowest, as in Megatron-LM.
+
+    ``zero_group``: of the dp x cp ranks that hold a parameter, so many consecutive ones share out what ZeRO shards, and
+    the next ones do the same; None: all of them.
+    """
 
     tp: int = 1
     cp: int = 1
     dp: int = 1
     pp: int = 1
+    zero_group: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -26,6 +31,20 @@ class RankGrid:
     def size(self, *axes: Axis) -> int:
         """Number of ranks in a group along ``axes``."""
         return math.prod(getattr(self, axis) for axis in axes)
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks among which ZeRO's shards are the whole."""
+        return self.size("dp", "cp") if self.zero_group is None else self.zero_group
+
+    @property
+    def num_copies(self) -> int:
+        """Ranks that hold the same shard."""
+        return self.size("dp", "cp") // self.num_shards
+
+    def num_pieces(self, *, in_rank_order: bool) -> int:
+        """Among how many ranks the first step of a sum over replicas is split; in rank order over all of them."""
+        return self.num_shards * (self.num_copies if in_rank_order else 1)
 
     def coords(self, rank: int) -> dict[Axis, int]:
         """Position of ``rank`` along each axis."""
@@ -52,3 +71,12 @@ class RankGrid:
             return [dict(zip(reversed(names), value, strict=True)) for value in values]
 
         return [tuple(self.rank(**at, **step) for step in positions(free)) for at in positions(fixed)]
+
+    def shard_groups(self) -> list[tuple[int, ...]]:
+        """Every group of ranks whose shards are the whole: ``groups("dp", "cp")``, each cut into ``num_copies``."""
+        size = self.num_shards
+        return [ranks[at : at + size] for ranks in self.groups("dp", "cp") for at in range(0, len(ranks), size)]
+
+    def copy_groups(self) -> list[tuple[int, ...]]:
+        """Every group of ranks that hold the same shard, one of each group of shards."""
+        return [ranks[at :: self.num_shards] for ranks in self.groups("dp", "cp") for at in range(self.num_shards)]

@@ -18,7 +18,7 @@ from megatron_aquila.plan.offload import HostMemory, on_host
 from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Recompute, RecomputePlan
 from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.shape import ModelShape, Precision
-from megatron_aquila.plan.sharding import MOST_WHOLE, Held, Pass, ShardedMatrices
+from megatron_aquila.plan.sharding import Order, ShardedMatrices
 from megatron_aquila.plan.stages import ScheduleName, StagePlan
 
 ITEM_BYTES: dict[Precision, int] = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 2}
@@ -46,7 +46,10 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """What the estimate needs beside the shape; every count of tokens is ``micro_batch * shape.seq_len / cp``."""
+    """What the estimate needs beside the shape; every count of tokens is ``micro_batch * shape.seq_len / cp``.
+
+    With sharded gradients or weights it takes the ``order`` of a step's work.
+    """
 
     shape: ModelShape
     grid: RankGrid
@@ -70,15 +73,14 @@ class MemoryPlan:
     offload_optimizer: float = 0.0
     offload_activations: int = 0
     zero: int = 1
+    order: Order | None = None
 
     def of_rank(self, rank: int) -> Memory:
         """Bytes of pipeline rank ``rank``: of all its stages."""
         stages, gradient = self.stages.stages_of(rank), GRADIENT_BYTES[self.precision]
-        num_shards = self.grid.size("dp", "cp")
-        limit, tp = self.bucket_bytes // gradient, self.grid.tp
-        buckets = rank_buckets(self.shape, self.stages, rank, tp=tp, limit=limit, num_shards=num_shards)
+        buckets = self._buckets(rank)
         # those whose masters and states are not on the host
-        shard = sum(bucket.elements for bucket in buckets) // num_shards - self._offloaded(rank)
+        shard = sum(bucket.elements for bucket in buckets) // self.grid.num_shards - self._offloaded(rank)
         return Memory(
             weights=self._held(rank, buckets, from_level=3) * self._item,
             main_grads=self._held(rank, buckets, from_level=2) * gradient,
@@ -154,46 +156,22 @@ class MemoryPlan:
         if self.zero < from_level:
             return whole
         at_once = self._whole_at_once(rank, matrices, from_level=from_level)
-        return whole - sharded + sharded // self.grid.size("dp", "cp") + at_once
+        return whole - sharded + sharded // self.grid.num_shards + at_once
 
     def _whole_at_once(self, rank: int, matrices: Sequence[StageBucket], *, from_level: int) -> int:
-        """Elements of ``matrices`` that have memory at once. Where one stage's work repeats itself, it is followed.
-
-        Else at most so many of the largest: of weights three; of gradients one that is summed, one that is reduced, and
-        two whose sums a zero-bubble or interleaved schedule leaves open, the head's and the embedding's.
-        """
-        if not matrices:
-            return 0
-        (stage, *others), num_shards = self.stages.stages_of(rank), self.grid.size("dp", "cp")
-        by_microbatch = self.recompute.stages[stage] if self.recompute.stages else ()
-        if others or self.schedule in ("zb-h1", "zb-v") or len(by_microbatch) > 1:
-            sizes = sorted((bucket.elements for bucket in matrices), reverse=True)
-            if from_level == 3:
-                return sum(sizes[:MOST_WHOLE])
-            is_open = self.stages.has_head(self.stages.stages_of(rank)[-1]) + self.stages.has_embedding(stage)
-            return sum(sizes[: 2 + is_open]) + sizes[0] // num_shards
+        """Elements of ``matrices``, of weights or gradients as ``_held`` takes them, that have memory at once."""
+        assert self.order is not None, f"the order of work decides what --zero {self.zero} keeps"
         work = ShardedMatrices(
             stages=self.stages,
             buckets=matrices,
-            num_shards=num_shards,
+            num_pieces=self.grid.num_pieces(in_rank_order=self.deterministic_reduce),
             recompute=self.recompute,
             keeps_logits=self._keeps_logits,
             fuse_main_grads=self.fuse_main_grads,
             overlap=self.overlap,
         )
-        passes = self._few_passes(rank, stage)
-        held: Held = work.gathered(passes) if from_level == 3 else work.reduced(passes)
-        return held.most
-
-    def _few_passes(self, rank: int, stage: int) -> list[Pass]:
-        """Every neighbourhood of passes that a schedule of whole backwards has on a rank with one stage."""
-        count = min(4, self.num_microbatches)
-        ahead = count if self.schedule == "gpipe" else min(2, self.in_flight(rank))
-        forwards: list[Pass] = [("F", stage, microbatch) for microbatch in range(count)]
-        passes = forwards[:ahead]
-        for microbatch in range(count):
-            passes += [("B", stage, microbatch), *forwards[microbatch + ahead : microbatch + ahead + 1]]
-        return passes
+        passes = self.order[rank]
+        return work.gathered(passes).most if from_level == 3 else work.reduced(passes).most
 
     def _reduced_at_once(self, buckets: Sequence[StageBucket]) -> int:
         """Elements of the largest bucket; where gradients are sharded, those of all norms may be beside it."""
@@ -203,21 +181,24 @@ class MemoryPlan:
     def _copied_while_reduced(self) -> int:
         """Bytes an element of a bucket that a reduction which is not in place holds: of two buckets with overlap.
 
-        Of sharded gradients one round is under way at a time.
+        Of sharded gradients one round is under way at a time. In rank order over groups its pieces are laid out anew.
         """
-        if self.grid.size("dp", "cp") == 1:
+        if self.grid.num_pieces(in_rank_order=self.deterministic_reduce) == 1:
             return 0
         travels = 2 if self.grad_reduce == "bf16" else GRADIENT_BYTES[self.precision]
-        copies = (self.grad_reduce == "bf16") + self.deterministic_reduce
+        is_cut = self.deterministic_reduce and self.grid.num_shards > 1 < self.grid.num_copies
+        copies = (self.grad_reduce == "bf16" or is_cut) + self.deterministic_reduce
         return travels * copies * (2 if self.overlap and self.zero == 1 else 1)
 
     def _offloaded(self, rank: int) -> int:
         """Elements of a rank's shards that are on its host."""
-        num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // GRADIENT_BYTES[self.precision]
-        buckets = rank_buckets(self.shape, self.stages, rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
-        sizes = [bucket.elements for bucket in buckets]
+        sizes = [bucket.elements for bucket in self._buckets(rank)]
         chosen = zip(sizes, on_host(sizes, self.offload_optimizer), strict=True)
-        return sum(size for size, is_on_host in chosen if is_on_host) // num_shards
+        return sum(size for size, is_on_host in chosen if is_on_host) // self.grid.num_shards
+
+    def _buckets(self, rank: int) -> list[StageBucket]:
+        limit, replicas = self.bucket_bytes // GRADIENT_BYTES[self.precision], self.grid.size("dp", "cp")
+        return rank_buckets(self.shape, self.stages, rank, tp=self.grid.tp, limit=limit, num_shards=replicas)
 
     @property
     def _master(self) -> int:

@@ -30,13 +30,14 @@ class Held:
 class ShardedMatrices:
     """One pipeline rank's matrices in ``buckets``, in the order of the model, and how its work goes through them.
 
+    ``num_pieces`` of a bucket are what a reduction leaves one of on a rank.
     ``keeps_logits``: the head is a linear like others, else it and the loss are one. ``fuse_main_grads``:
     then forward already adds to the head's gradient. ``overlap``: gathered ahead, and reduced beside backward.
     """
 
     stages: StagePlan
     buckets: Sequence[StageBucket]
-    num_shards: int
+    num_pieces: int
     recompute: RecomputePlan
     keeps_logits: bool
     fuse_main_grads: bool
@@ -49,8 +50,8 @@ class ShardedMatrices:
         return gathered(reads, [bucket.elements for bucket in self.buckets], ahead=self.overlap)
 
     def reduced(self, passes: Iterable[Pass]) -> Held:
-        """Reductions of the step that is ``passes``. What has memory are whole buckets and the shards to come."""
-        bucket_of, rounds = self._bucket_of(), _Rounds(self.buckets, self.num_shards, overlap=self.overlap)
+        """Reductions of the step that is ``passes``. What has memory are whole buckets and the pieces to come."""
+        bucket_of, rounds = self._bucket_of(), _Rounds(self.buckets, self.num_pieces, overlap=self.overlap)
         for op, stage, _ in passes:
             for place, touches, is_done in self._gradients(op, stage):
                 if touches:
@@ -127,8 +128,8 @@ def gathered(reads: Iterable[int], sizes: Sequence[int], *, ahead: bool) -> Held
 class _Rounds:
     """What ``optim.buckets.Bucket`` and the optimizer do with sharded gradients."""
 
-    def __init__(self, buckets: Sequence[StageBucket], num_shards: int, *, overlap: bool) -> None:
-        self._buckets, self._num_shards, self._overlap = buckets, num_shards, overlap
+    def __init__(self, buckets: Sequence[StageBucket], num_pieces: int, *, overlap: bool) -> None:
+        self._buckets, self._num_pieces, self._overlap = buckets, num_pieces, overlap
         self._missing = [len(bucket.places) for bucket in buckets]
         self._there, self._times, self._most = set[int](), [0] * len(buckets), 0
         self._reducing: int | None = None
@@ -170,5 +171,5 @@ class _Rounds:
             self._reducing = None
 
     def _note(self) -> None:
-        shard = 0 if self._reducing is None else self._buckets[self._reducing].elements // self._num_shards
-        self._most = max(self._most, sum(self._buckets[one].elements for one in self._there) + shard)
+        piece = 0 if self._reducing is None else self._buckets[self._reducing].elements // self._num_pieces
+        self._most = max(self._most, sum(self._buckets[one].elements for one in self._there) + piece)

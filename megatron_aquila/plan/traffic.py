@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_aquila.plan.activations import LayerActivations
 from megatron_aquila.plan.buckets import StageBucket, rank_buckets
-from megatron_aquila.plan.grid import Axis, RankGrid
+from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
 from megatron_aquila.plan.memory import GRADIENT_BYTES, ITEM_BYTES
 from megatron_aquila.plan.offload import on_host
@@ -20,15 +20,7 @@ from megatron_aquila.plan.sharding import Order, ShardedMatrices
 from megatron_aquila.plan.stages import StagePlan
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive", "to host", "from host"]
-GroupName = Literal["tp", "cp", "pp", "dp_cp", "world", "host"]
-AXES: dict[GroupName, tuple[Axis, ...]] = {
-    "tp": ("tp",),
-    "cp": ("cp",),
-    "pp": ("pp",),
-    "dp_cp": ("dp", "cp"),
-    "world": ("tp", "cp", "dp", "pp"),
-    "host": (),
-}
+GroupName = Literal["tp", "cp", "pp", "dp_cp", "shards", "copies", "world", "host"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,14 +199,25 @@ class TrafficPlan:
             )
 
     def _replicas(self, pp_rank: int) -> Iterator[Traffic]:
-        """Gradients summed and weights shared over the replicas, bucket by bucket."""
-        kind: Kind = "all-to-all" if self.deterministic_reduce else "reduce-scatter"
-        reduced = 2 if self.grad_reduce == "bf16" else self._gradient
-        num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // self._gradient
-        buckets = rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
+        """Gradients summed and weights shared over the replicas, bucket by bucket.
+
+        Where groups of them each have all shards, the sums of a shard are joined over its copies, once a step.
+        """
+        sharing: GroupName = "dp_cp" if self.grid.num_copies == 1 else "shards"
+        first: tuple[Kind, GroupName] = ("reduce-scatter", sharing)
+        joined: Kind = "all-reduce"
+        if self.deterministic_reduce:
+            first, joined = ("all-to-all", "dp_cp"), "all-gather"
+        reduced, num_shards = 2 if self.grad_reduce == "bf16" else self._gradient, self.grid.num_shards
+        buckets = self._buckets(pp_rank)
         for bucket, (reductions, gathers) in zip(buckets, self._times(pp_rank, buckets), strict=True):
-            yield self._row("gradients", kind, "dp_cp", reductions, bucket.elements * reduced)
-            yield self._row("weights", "all-gather", "dp_cp", gathers, bucket.elements * self._item)
+            yield self._row("gradients", *first, reductions, bucket.elements * reduced)
+            yield self._row("gradients of copies", joined, "copies", 1, bucket.elements // num_shards * self._gradient)
+            yield self._row("weights", "all-gather", sharing, gathers, bucket.elements * self._item)
+
+    def _buckets(self, pp_rank: int) -> list[StageBucket]:
+        limit, replicas = self.bucket_bytes // self._gradient, self.grid.size("dp", "cp")
+        return rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=replicas)
 
     def _times(self, pp_rank: int, buckets: Sequence[StageBucket]) -> Iterator[tuple[int, int]]:
         """How often each bucket is reduced and gathered: once, or where it is sharded as the work on it goes."""
@@ -225,7 +228,7 @@ class TrafficPlan:
         matrices = ShardedMatrices(
             stages=self.stages,
             buckets=[bucket for bucket in buckets if bucket.decays],
-            num_shards=self.grid.size("dp", "cp"),
+            num_pieces=self.grid.num_pieces(in_rank_order=self.deterministic_reduce),
             recompute=self.recompute,
             keeps_logits=self.loss_chunk_tokens == 0,
             fuse_main_grads=self.fuse_main_grads,
@@ -238,9 +241,7 @@ class TrafficPlan:
 
     def _host(self, pp_rank: int) -> Iterator[Traffic]:
         """The shards that are updated on the host: their gradients go there, and their weights come back."""
-        num_shards, limit = self.grid.size("dp", "cp"), self.bucket_bytes // self._gradient
-        buckets = rank_buckets(self.shape, self.stages, pp_rank, tp=self.grid.tp, limit=limit, num_shards=num_shards)
-        sizes = [bucket.elements for bucket in buckets]
+        num_shards, sizes = self.grid.num_shards, [bucket.elements for bucket in self._buckets(pp_rank)]
         for size, is_on_host in zip(sizes, on_host(sizes, self.offload_optimizer), strict=True):
             if is_on_host:
                 yield self._row("gradients", "to host", "host", 1, size // num_shards * self._gradient)
@@ -274,7 +275,7 @@ class TrafficPlan:
 
     def _row(self, what: str, kind: Kind, group: GroupName, count: int, each: int) -> Traffic:
         """``count`` calls of ``each`` bytes."""
-        size = self.grid.size(*AXES[group])
+        size = group_sizes(self.grid)[group]
         return Traffic(what=what, kind=kind, group=group, group_size=size, count=count, num_bytes=count * each)
 
     @property
@@ -296,6 +297,20 @@ class TrafficPlan:
     def _tokens(self) -> int:
         """Tokens of a microbatch on one rank."""
         return self.micro_batch * self.shape.seq_len // self.grid.cp
+
+
+def group_sizes(grid: RankGrid) -> dict[GroupName, int]:
+    """Ranks of every group."""
+    return {
+        "tp": grid.tp,
+        "cp": grid.cp,
+        "pp": grid.pp,
+        "dp_cp": grid.size("dp", "cp"),
+        "shards": grid.num_shards,
+        "copies": grid.num_copies,
+        "world": grid.world_size,
+        "host": 1,
+    }
 
 
 def _merged(rows: Iterator[Traffic]) -> tuple[Traffic, ...]:

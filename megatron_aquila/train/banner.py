@@ -13,14 +13,15 @@ from megatron_aquila.data.native import INDEX_BUILDER
 from megatron_aquila.errors import AquilaError, ConfigError, Problem
 from megatron_aquila.observe.log import Log
 from megatron_aquila.plan.flops import peak_flops
-from megatron_aquila.train.bubble import run_bubble
+from megatron_aquila.train.bubble import run_bubble, run_schedule
 
 
 def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapping[str, str]) -> None:
     """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory, and the kernels."""
     changed = setting_rows(loaded, changed_only=True)
     log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
-    log.section("what follows", dict(derived_rows(loaded.config, derived, bubble=run_bubble(loaded.config, derived))))
+    order, bubble = run_schedule(loaded.config, derived), run_bubble(loaded.config, derived)
+    log.section("what follows", dict(derived_rows(loaded.config, derived, order, bubble=bubble)))
     log.section("kernels", {**kernels, "sample indices": INDEX_BUILDER})
     if loaded.config.checkpoint.save is None:
         log.line("no --save folder is set: nothing of this run will be kept")
@@ -36,7 +37,8 @@ def check_memory(config: RunConfig, derived: Derived, device: torch.device, *, r
     total = torch.cuda.get_device_properties(device).total_memory
     place = derived.grid.coords(rank)
     micro_batch = derived.batches.micro_batch_of(place["dp"])
-    memory = memory_plan(config, derived, micro_batch=micro_batch).of_rank(place["pp"])
+    plan = memory_plan(config, derived, run_schedule(config, derived), micro_batch=micro_batch)
+    memory = plan.of_rank(place["pp"])
     if memory.total > total:
         why = f"the plan needs more than the GPU's {total / 2**30:.1f} GiB: {memory_words(memory)}"
         raise ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config))])
@@ -63,7 +65,7 @@ def explain_out_of_memory(config: RunConfig, derived: Derived) -> Iterator[None]
     try:
         yield
     except torch.OutOfMemoryError as error:
-        memory = memory_plan(config, derived).peak()
+        memory = memory_plan(config, derived, run_schedule(config, derived)).peak()
         raise AquilaError(
             f"out of GPU memory; planned for the fullest rank were {memory_words(memory)}; {ways_to_save(config)}. "
             f"The allocator said: {error}"
@@ -90,6 +92,8 @@ def ways_to_save(config: RunConfig) -> str:
         ways.append("use --offload-optimizer 1")
     if config.parallel.zero < 3:
         ways.append(f"raise --zero (now {config.parallel.zero}) where there are several replicas")
+    if config.parallel.zero_group is not None:
+        ways.append(f"raise --zero-group (now {config.parallel.zero_group}), or leave it out")
     ways += [f"raise --tp (now {config.parallel.tensor})", f"raise --pp (now {config.parallel.pipeline})"]
     return ", ".join([*ways, "or use more data-parallel ranks: optimizer states are sharded over them"])
 

@@ -113,6 +113,7 @@ def build_machine(
         device=ctx.device,
         overlap=config.parallel.overlap,
         products=run_products(config, ctx),
+        has_memory=config.parallel.zero < 3 or config.optim.train_only is not None,
     )
     stages = build_stages(
         derived.shape,

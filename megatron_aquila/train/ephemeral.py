@@ -24,7 +24,7 @@ from megatron_aquila.parallel.collectives import all_reduce_, gather_objects
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Identity
 from megatron_aquila.train.report import ledger_folder
-from megatron_aquila.train.resume import describe, run_chunks
+from megatron_aquila.train.resume import describe, owned_chunks
 from megatron_aquila.train.start import checkpoint_name
 from megatron_aquila.train.state import TrainState, digest_of
 
@@ -62,7 +62,7 @@ class Ephemerals:
         machine = self._machine
         self._folder = agreed(lambda: rank_folder(machine.config.checkpoint, machine.ctx.rank), machine.ctx.host_world)
         self._names = (together(lambda: uuid4().hex[:12], machine.ctx.host_world)[0], 0)
-        self._shares = Shares.agree(part_chunks(run_chunks(machine)), ALONE)
+        self._shares = Shares.agree(part_chunks(owned_chunks(machine)), ALONE)
         self._remove(but=came_from)
         return self._shares.num_bytes
 
@@ -82,7 +82,7 @@ class Ephemerals:
             save = Save(
                 self._folder,
                 state.step,
-                part_chunks(run_chunks(machine)),
+                part_chunks(owned_chunks(machine)),
                 {**described, PART: f"{start}.{number}"},
                 ALONE,
                 self._staging,
@@ -168,7 +168,7 @@ def find_parts(machine: Machine, warn: Callable[[str], None]) -> Path | None:
         return None
     folder = agreed(lambda: rank_folder(settings, ctx.rank), ctx.host_world)
     (last, *_) = together(lambda: _last_durable(config) if ctx.rank == 0 else None, ctx.host_world)
-    shares = Shares.agree(part_chunks(run_chunks(machine)), ALONE)
+    shares = Shares.agree(part_chunks(owned_chunks(machine)), ALONE)
     found, refused = agree_on_parts(folder, shares, ctx.host_world, lambda reader: _does_not_follow(reader, last))
     for refusal in refused:
         warn(refusal_line(refusal, found))

@@ -4,6 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
 from megatron_aquila.checkpoint.parts import part_chunks
@@ -14,7 +16,8 @@ from megatron_aquila.checkpoint.staging import Staging
 from megatron_aquila.checkpoint.store import CheckpointReader, Save
 from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.errors import CheckpointError
-from megatron_aquila.model.init import initialize_
+from megatron_aquila.model.init import draw_
+from megatron_aquila.parallel.params import FlatRange
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.train.build import Machine, lr_schedule
 from megatron_aquila.train.corpus import Identity
@@ -46,14 +49,19 @@ def begin_save(
 def run_chunks(machine: Machine) -> list[Chunk]:
     """What this rank writes of a checkpoint. Local; waits for the weights.
 
-    That is the elements of weights and optimizer states that its optimizer shard owns, so that the writing is spread
-    over all data-parallel replicas.
+    Ranks whose optimizer shards own the same take turns, so that the writing is spread over all data-parallel replicas.
     """
+    copies = machine.ctx.copies
+    return owned_chunks(machine)[copies.rank :: copies.size]
+
+
+def owned_chunks(machine: Machine) -> list[Chunk]:
+    """The elements of weights and optimizer states that this rank's optimizer shard owns, and what is not trained."""
     return [*weight_chunks(machine), *optimizer_chunks(machine)]
 
 
 def weight_chunks(machine: Machine) -> list[Chunk]:
-    """The weights among ``run_chunks``, and what is not trained."""
+    """The weights among ``owned_chunks``, and what is not trained."""
     weights = [
         chunk
         for kind, owned, values in machine.optimizer.ranges()
@@ -99,23 +107,23 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
 
     Returns what is kept in another way there than here, a line each. Collective over the world: what fails on one rank
     fails on all. The checkpoint's files were verified when it was chosen. Raises ``CheckpointError`` where a tensor is
-    missing or of another shape; weights are never left random.
+    missing or of another shape; weights are never left random. Of sharded weights only shards are filled, and have
+    memory.
     """
     world, init_from_hf = machine.ctx.world, machine.config.checkpoint.init_from_hf
-    machine.optimizer.wait_for_weights()  # or what is under way would overwrite what is loaded
-    for info in machine.infos:
-        info.param.data.zero_()  # padded vocabulary rows are in no file
+    if start.checkpoint is None and init_from_hf is None:
+        initialize(machine)
+        return []
+    chunks = [chunk for owned, values in emptied_weights(machine) for chunk in range_chunks(owned, values)]
     if start.is_part:
         return _load_part(machine, start)
     if start.checkpoint is not None:
         path = start.checkpoint
         reader = agreed(lambda: CheckpointReader(path, verified=True), world)
-        chunks = [chunk for info in machine.infos for chunk in param_chunks(info)]
         split = start.with_optimizer and machine.config.optim.master_weights == "remainder"
         cast = not start.with_optimizer
         agreed(lambda: read_weights(reader, chunks, with_remainders=split, cast=cast), world)
     elif init_from_hf is not None:
-        chunks = [chunk for info in machine.infos for chunk in param_chunks(info)]
         shape, same_positions = machine.derived.shape, not machine.config.checkpoint.override_rope
 
         def fill() -> None:
@@ -123,8 +131,6 @@ def load_weights(machine: Machine, start: Start) -> list[str]:
             published.read_into(chunks, cast=True)
 
         agreed(fill, world)
-    else:
-        initialize_(machine.infos, seed=machine.config.seed)
     machine.optimizer.refresh_masters()  # also where masters are read next: padded rows are in no file of theirs either
     if not start.with_optimizer:
         return []
@@ -145,6 +151,31 @@ def _load_part(machine: Machine, start: Start) -> list[str]:
     agreed(lambda: reader.read_into(part_chunks(optimizer_chunks(machine))), world)
     optimizer.applied_steps = start.state.applied_steps
     return []
+
+
+def initialize(machine: Machine) -> None:
+    """Fill parameters and masters from the seed. Local."""
+    for owned, values in emptied_weights(machine):
+        for chunk in range_chunks(owned, values):
+            draw_(
+                chunk.tensor,
+                owned.info.init,
+                seed=machine.config.seed,
+                name=chunk.name,
+                global_shape=chunk.global_shape,
+                offset=chunk.offset,
+            )
+    machine.optimizer.refresh_masters()
+
+
+def emptied_weights(machine: Machine) -> list[tuple[FlatRange, Tensor]]:
+    """All that this rank keeps of the weights, trained or not, as flat views, zeroed: padded rows are in no file."""
+    frozen = [info for info in machine.infos if not info.param.requires_grad]
+    whole = [(FlatRange(info, 0, info.param.numel()), info.param.detach().view(-1)) for info in frozen]
+    kept = [*machine.optimizer.kept_weights(), *whole]
+    for _, values in kept:
+        values.zero_()
+    return kept
 
 
 def open_published(folder: Path, shape: ModelShape, *, same_positions: bool = True) -> TensorReader:

@@ -155,7 +155,7 @@ class Loop:
                 self._saver.finish()
                 raise
             self._saver.finish()
-            self._machine.optimizer.wait_for_weights()  # sharded ones by all ranks: before rank 0 waits alone
+            self._machine.optimizer.settle()
             self._releases.wait(lambda: self._stops.is_asked)
             self._stops.honour()  # what asked for a stop at the end has served, too
         return why
@@ -232,9 +232,14 @@ class Loop:
         reporter.note(self._profiler.after(self.state.step, last=last))
         if self._checks():
             trail.at(self.state.step, "check")
-            machine.optimizer.wait_for_weights()
-            not_masters = machine.optimizer.not_masters()
-            check_replicated(machine.infos, machine.ctx, not_masters=not_masters, alike_at=self._alike_at)
+            not_masters, wait = machine.optimizer.not_masters(), machine.optimizer.wait_for_weights
+            check_replicated(
+                machine.infos,
+                machine.ctx,
+                not_masters=not_masters,
+                alike_at=self._alike_at,
+                read=lambda param: wait([param]),
+            )
             self._alike_at = self.state.step
         if self._validates(last=last):
             trail.at(self.state.step, "validate")

@@ -33,6 +33,7 @@ class Layout:
     cp: int = 1
     cp_method: str = "ring"
     zero: int = 1
+    zero_group: int | None = None
     micro_batch: int = 1
     uneven: bool = False
     recompute: str = "none"
@@ -77,6 +78,7 @@ WORDS: Mapping[str, str] = {
     "cp": "cp {}",
     "cp_method": "{}",
     "zero": "ZeRO-{}",
+    "zero_group": "in groups of {}",
     "micro_batch": "mbs {}",
     "uneven": "uneven",
     "recompute": "recompute {}",
@@ -90,6 +92,7 @@ WORDS: Mapping[str, str] = {
 NEEDS = (  # without the second the first is nothing
     ("sequence", "tp"),
     ("zero", "dp"),
+    ("zero_group", "dp"),
     ("uneven", "dp"),
     ("uneven", "micro_batch"),
     ("small_buckets", "dp"),
@@ -99,8 +102,10 @@ NEEDS = (  # without the second the first is nothing
 
 
 def is_supported(layout: Layout) -> bool:
-    """Whether a run can be set so; a schedule may exist for one number of chunks only."""
-    plain = Layout()
+    """Whether a run can be set so; a schedule may exist for one number of chunks only, and groups must be several."""
+    plain, replicas = Layout(), layout.dp * layout.cp
+    if layout.zero_group is not None and (layout.zero_group == replicas or replicas % layout.zero_group):
+        return False
     return layout.chunks == FIXED_CHUNKS.get(layout.schedule, layout.chunks) and not any(
         getattr(layout, name) != getattr(plain, name) and getattr(layout, other) == getattr(plain, other)
         for name, other in NEEDS
@@ -131,6 +136,7 @@ def requested_layout(config: RunConfig) -> Layout:
         cp=parallel.context,
         cp_method=parallel.context_method if parallel.context > 1 else "ring",
         zero=parallel.zero if dp > 1 else 1,
+        zero_group=parallel.zero_group if dp > 1 and parallel.zero_group != dp * parallel.context else None,
         micro_batch=LARGEST_MICRO_BATCH if uneven else min(*micro_batches, LARGEST_MICRO_BATCH),
         uneven=uneven,
         recompute=config.train.recompute,
@@ -168,6 +174,7 @@ def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
             context=layout.cp,
             context_method=method,
             zero=layout.zero,
+            zero_group=layout.zero_group,
             overlap=layout.overlap,
             bucket_mib=BUCKET_MIB[layout.small_buckets],
             grad_reduce="fp32",  # rounding to bf16 on the way is not what float64 can prove

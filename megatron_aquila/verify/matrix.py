@@ -29,6 +29,7 @@ SPLITS: Mapping[str, Sequence[Any]] = {
     "cp": (1, 2, 4),
     "cp_method": get_args(ContextMethod),
     "zero": (1, 2, 3),
+    "zero_group": (None, 1, 2),
     "sequence": YES_OR_NO,
     "schedule": get_args(ScheduleName),
     "chunks": (1, 2),

@@ -11,11 +11,11 @@ from megatron_aquila.checkpoint.layout import Chunk, param_chunks, range_chunks
 from megatron_aquila.checkpoint.rectangles import Rectangle
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.model.init import initialize_
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.train.build import Machine, build_machine, context_pieces, create_context
 from megatron_aquila.train.corpus import document_rules
 from megatron_aquila.train.loss import LossSums
+from megatron_aquila.train.resume import initialize
 from megatron_aquila.train.step import agree, compute_gradients
 from megatron_aquila.verify.outputs import recording
 from megatron_aquila.verify.pool import WorkerPool
@@ -108,8 +108,7 @@ def build_small(config: RunConfig) -> Machine:
     assert parallel.data is not None, "a small config names its data-parallel degree"
     derived = derive(config, parallel.tensor * parallel.context * parallel.pipeline * parallel.data)
     machine = build_machine(config, derived, create_context(config, derived, torch.device("cpu")))
-    initialize_(machine.infos, seed=config.seed)
-    machine.optimizer.refresh_masters()
+    initialize(machine)
     return machine
 
 

@@ -13,6 +13,7 @@ import torch
 from megatron_aquila import __version__
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.verify.compare import BOUND, Row
+from megatron_aquila.verify.layout import Layout
 from megatron_aquila.verify.matrix import MatrixCase, MatrixRow
 
 HEADER = (
@@ -47,7 +48,7 @@ def case_cells(case: MatrixCase) -> list[str]:
         layout.schedule if has_schedule else "–",
         str(layout.chunks) if has_schedule else "–",
         str(layout.dp),
-        str(layout.zero) if layout.dp > 1 else "–",
+        _zero(layout),
         f"{layout.micro_batch}{', uneven' * layout.uneven}",
         layout.recompute,
         "yes" if layout.overlap else "–",
@@ -56,6 +57,12 @@ def case_cells(case: MatrixCase) -> list[str]:
         ", ".join(["states"] * layout.offload + ["activations"] * layout.offload_activations) or "–",
         "apart" if case.documents else "–",
     ]
+
+
+def _zero(layout: Layout) -> str:
+    """The level, and of which groups of ranks."""
+    groups = "" if layout.zero_group is None else f" by {layout.zero_group}"
+    return f"{layout.zero}{groups}" if layout.dp > 1 else "–"
 
 
 def matrix_table(rows: Sequence[MatrixRow]) -> str:

@@ -41,6 +41,12 @@ def _claims(requested: Layout) -> Iterator[Claim]:
     if "cp" in asked:
         yield Claim(axis=f"cp ({requested.cp_method})", layout=Layout(cp=requested.cp, cp_method=requested.cp_method))
     yield Claim(axis="ZeRO", layout=replace(dp, zero=requested.zero))
+    if "zero_group" in asked:
+        cut = replace(dp, cp=requested.cp, cp_method=requested.cp_method, zero=requested.zero)
+        cut = replace(cut, zero_group=requested.zero_group)
+        fixed = replace(cut, deterministic=True)
+        yield Claim(axis="ZeRO in groups", layout=cut)
+        yield Claim(axis="ZeRO in groups", layout=fixed, twin=replace(fixed, zero_group=None), bits="gradients")
     yield Claim(axis="micro-batch size", layout=Layout(micro_batch=requested.micro_batch))
     if requested.uneven:
         yield Claim(axis="uneven replicas", layout=replace(dp, micro_batch=requested.micro_batch, uneven=True))

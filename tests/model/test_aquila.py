@@ -65,6 +65,8 @@ def paper_context(grid: RankGrid, rank: int, device: torch.device) -> ParallelCo
         pp=group("pp", "pp"),
         pp_links={},
         dp_cp=group("dp_cp", "dp", "cp"),
+        shards=group("shards", "dp", "cp"),
+        copies=group("copies"),
         world=group("world", "tp", "cp", "dp", "pp"),
         host_world=group("world", "tp", "cp", "dp", "pp"),
     )

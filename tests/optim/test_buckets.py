@@ -5,23 +5,23 @@ import torch
 
 from megatron_aquila.optim.buckets import Bucket
 from megatron_aquila.optim.groups import plan_buckets
-from megatron_aquila.parallel.context import Group, ParallelContext
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.verify.pool import WorkerPool
 from tests.optim.toys import draw, give_gradients, whole
 
 
-def one_bucket(dtype: torch.dtype, group: Group) -> tuple[Bucket, list[ParamInfo]]:
+def one_bucket(dtype: torch.dtype, ctx: ParallelContext) -> tuple[Bucket, list[ParamInfo]]:
     shapes = [(20, 13), (5,)]
     infos = [whole(f"p{i}", draw(shape, i).to(dtype), weight_decay=True) for i, shape in enumerate(shapes)]
-    (layout,) = plan_buckets(infos, bucket_bytes=10**6, num_shards=group.size)
-    return Bucket(layout, group), infos
+    (layout,) = plan_buckets(infos, bucket_bytes=10**6, num_shards=ctx.shards.size)
+    return Bucket(layout, ctx), infos
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_parameters_become_views_and_keep_their_values(dtype: torch.dtype) -> None:
-    bucket, infos = one_bucket(dtype, ParallelContext.single().dp_cp)
+    bucket, infos = one_bucket(dtype, ParallelContext.single())
     for i, info in enumerate(infos):
         assert torch.equal(info.param, draw(info.param.shape, i).to(dtype))
         assert info.param.untyped_storage().data_ptr() == bucket.weights.untyped_storage().data_ptr()
@@ -31,7 +31,7 @@ def test_parameters_become_views_and_keep_their_values(dtype: torch.dtype) -> No
 
 
 def test_bf16_gradients_are_summed_in_float32_and_dropped() -> None:
-    bucket, infos = one_bucket(torch.bfloat16, ParallelContext.single().dp_cp)
+    bucket, infos = one_bucket(torch.bfloat16, ParallelContext.single())
     expected = torch.zeros(20, 13)
     in_bf16 = torch.zeros(20, 13, dtype=torch.bfloat16)
     for microbatch in range(20):
@@ -45,7 +45,7 @@ def test_bf16_gradients_are_summed_in_float32_and_dropped() -> None:
 
 def reduce_and_publish(dp: int) -> bool:
     ctx = ParallelContext.create(RankGrid(dp=dp), torch.device("cpu"))
-    bucket, infos = one_bucket(torch.float64, ctx.dp_cp)
+    bucket, infos = one_bucket(torch.float64, ctx)
     give_gradients(infos, ctx.rank)
     bucket.begin_reduce()
     bucket.finish_reduce()

@@ -37,7 +37,9 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
     with mock.patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
         ctx = ParallelContext.create(grid, torch.device("cpu"))
     shared: dict[object, set[str]] = {}
-    named = {name: getattr(ctx, name) for name in ("tp", "cp", "dp", "pp", "dp_cp", "world")}
+    named = {name: getattr(ctx, name) for name in ("tp", "cp", "dp", "pp", "dp_cp", "copies", "world")}
+    if ctx.shards is not ctx.dp_cp:
+        named["shards"] = ctx.shards
     links = {f"{op} {'up' if up else 'down'} {odd}": link for (op, up, odd), link in ctx.pp_links.items()}
     for name, group in {**named, **links}.items():
         if group.size > 1:
@@ -69,11 +71,25 @@ def communicators(grid: RankGrid) -> tuple[list[list[int]], list[set[str]]]:
             [[0, 1], [2, 3], [0, 2], [1, 3], [0, 2], [1, 3]],
             [{"tp"}, {"cp"}, {"dp_cp"}, {"world"}],
         ),
+        (
+            RankGrid(dp=4, zero_group=2),
+            [[0, 1, 2, 3], [0, 1], [2, 3], [0, 2], [1, 3]],
+            [{"dp", "world"}, {"dp_cp"}, {"copies"}, {"shards"}],
+        ),
+        (
+            RankGrid(cp=2, dp=2, zero_group=2),
+            [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3], [0, 1], [2, 3], [0, 2], [1, 3]],
+            [{"cp"}, {"dp"}, {"dp_cp"}, {"copies"}, {"world"}, {"shards"}],
+        ),
+        (RankGrid(dp=4, zero_group=1), [[0, 1, 2, 3]] * 2, [{"dp", "world"}, {"dp_cp"}, {"copies"}]),
     ],
     ids=str,
 )
 def test_no_communicator_is_made_twice(pool, grid: RankGrid, made: list[list[int]], shared: list[set[str]]) -> None:
-    """Links but the first, and a ring, have one of their own. Every rank makes the same ones in the same order."""
+    """Links but the first, a ring, shards and their copies have one of their own.
+
+    Every rank makes the same ones in the same order.
+    """
     assert pool(4).run(communicators, grid) == [(made, shared)] * 4
 
 

@@ -50,7 +50,7 @@ def one_layer(**settings: Any) -> ShardedMatrices:
     buckets = [StageBucket(0, (place,), 10 if place == 6 else 4, True) for place in (0, 3, 4, 5, 6, 8)]
     plan = {"recompute": KEEP_ALL, "keeps_logits": False, "fuse_main_grads": True, "overlap": True} | settings
     stages = StagePlan((range(1),), (0,))
-    return ShardedMatrices(stages=stages, buckets=buckets, num_shards=2, **plan)
+    return ShardedMatrices(stages=stages, buckets=buckets, num_pieces=2, **plan)
 
 
 STEP = [("F", 0, 0), ("B", 0, 0), ("F", 0, 1), ("B", 0, 1)]

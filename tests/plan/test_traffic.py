@@ -49,9 +49,10 @@ def calls_of_a_step(config: RunConfig) -> tuple[list[Call], dict[str, tuple[int,
     with CallRecorder() as recorder:
         train_step(machine, data, begin.state, stop_requested=False)
     data.close()
-    return recorder.calls, {name: getattr(ctx, name).ranks for name in ("tp", "cp", "pp", "dp_cp", "world")}
+    return recorder.calls, {name: getattr(ctx, name).ranks for name in GROUPS}
 
 
+GROUPS = ("tp", "cp", "pp", "dp_cp", "shards", "copies", "world")
 SHARDED = [
     {"zero": 2},
     {"zero": 3},
@@ -91,6 +92,11 @@ LAYOUTS = [  # world, split, type: weights and gradients of bf16 differ in size
     (4, {"zero": 3, "pp": 2, "schedule": "zb-v", "stage_layers": (1, 1, 1, 0), "bucket_mib": 1 / 256}, "fp32"),
     (4, {"zero": 2, "pp": 2, "chunks": 2, "stage_layers": (0, 1, 1, 1), "bucket_mib": 1 / 64}, "fp32"),
     (4, {"context": 2, "tp": 2, "sequence": True, "recompute_modules": ("norms", "attention")}, "fp64"),
+    (4, {"zero_group": 2}, "bf16"),
+    (4, {"zero_group": 1, "grad_reduce": "bf16"}, "bf16"),
+    (4, {"zero_group": 2, "zero": 3, "bucket_mib": 1 / 64}, "bf16"),
+    (4, {"zero_group": 2, "zero": 2, "deterministic_reduce": True, "context": 2, "grad_reduce": "bf16"}, "bf16"),
+    (8, {"zero_group": 2, "zero": 3, "pp": 2, "overlap": False, "bucket_mib": 1 / 64}, "fp32"),
 ]
 
 

@@ -132,6 +132,7 @@ OVERLAP = Layout(dp=2, overlap=True, small_buckets=True)
 ZERO_2, ZERO_3 = Layout(dp=2, zero=2), Layout(dp=2, zero=3)
 UNEVEN = Layout(dp=2, micro_batch=2, uneven=True)
 SPLIT, CHUNKS = Layout(pp=2, schedule="zb-h1"), Layout(pp=2, chunks=2)
+GROUPS, GROUPS_2 = Layout(dp=2, zero_group=1), Layout(dp=2, zero=2, zero_group=1)
 OFFLOAD = Layout(dp=2, small_buckets=True, offload=True)
 AWAY, AWAY_PP = Layout(offload_activations=True), Layout(pp=2, offload_activations=True)
 RING, ULYSSES = Layout(cp=2), Layout(cp=2, cp_method="ulysses")
@@ -417,16 +418,17 @@ def weight_gradient_paid_twice() -> Any:
 
 @mutant("a rank's stages begin with the same weights", CHUNKS, "schedule", "output of model.layers.2.self_attn")
 def chunks_initialised_alike() -> Any:
-    right = observe.initialize_
+    right = observe.initialize
 
-    def wrong(infos: Any, *, seed: int) -> None:
-        right(infos, seed=seed)
+    def wrong(machine: Any) -> None:
+        right(machine)
         first: dict[str, torch.Tensor] = {}
-        for info in infos:
+        for info in machine.infos:
             place = info.name.split(".", 3)[-1]  # within its layer
             info.param.data.copy_(first.setdefault(place, info.param.data))
+        machine.optimizer.refresh_masters()
 
-    return patched(observe, "initialize_", wrong)
+    return patched(observe, "initialize", wrong)
 
 
 # Recomputation.
@@ -765,7 +767,7 @@ def gathered_before_the_update() -> Any:
         if not self.sharding.weights:
             right(self)
 
-    return both(patched(DistributedOptimizer, "_settle", lambda self: None), patched(Bucket, "begin_publish", publish))
+    return both(patched(DistributedOptimizer, "settle", lambda self: None), patched(Bucket, "begin_publish", publish))
 
 
 @mutant("a bucket is let go of while it is read", ZERO_3, "ZeRO", "output of model.embed_tokens")
@@ -780,6 +782,49 @@ def let_go_too_early() -> Any:
         bucket.weights.zero_()
 
     return patched(Gathering, "read", wrong)
+
+
+# Sharded within groups of replicas.
+
+
+@mutant("the groups' sums are not joined", GROUPS, "ZeRO in groups", "gradient of lm_head.weight")
+def sums_not_joined() -> Any:
+    from megatron_aquila.optim.buckets import Bucket
+
+    return patched(Bucket, "begin_join", lambda self: None)
+
+
+@mutant("every copy of a shard counts in the norm", GROUPS, "ZeRO in groups", "gradient norm")
+def copies_counted_in_norm() -> Any:
+    from megatron_aquila.optim.clip import counted_spans
+    from megatron_aquila.optim.distributed import DistributedOptimizer
+
+    right = DistributedOptimizer.__init__
+
+    def wrong(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> None:
+        right(self, *args, **kwargs)
+        self._counted = [bucket.grad_shard[s] for bucket in self._buckets for s in counted_spans(bucket.pieces)]
+
+    return patched(DistributedOptimizer, "__init__", wrong)
+
+
+@mutant("sums are joined every round instead of once", GROUPS_2, "ZeRO in groups", "gradient of lm_head.weight")
+def joined_every_round() -> Any:
+    """What an earlier round has joined is then summed over the groups again."""
+    from megatron_aquila.optim.buckets import Bucket
+
+    right = Bucket.bring_in
+
+    def wrong(self: Bucket) -> None:
+        is_round = self._reducing is not None
+        right(self)
+        if is_round and not self.is_complete:
+            self.begin_join()
+            if self._joining is not None:
+                self._joining.wait()
+                self._joining = None
+
+    return patched(Bucket, "bring_in", wrong)
 
 
 # Documents. Rope is relative: while attention keeps documents apart, where their positions start changes nothing. So

@@ -26,6 +26,7 @@ from megatron_aquila.pipeline.checks import check
 from megatron_aquila.pipeline.schedules import build_schedule
 from megatron_aquila.plan.flops import num_params
 from megatron_aquila.plan.memory import MemoryPlan
+from megatron_aquila.train.bubble import run_schedule
 from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context
 from megatron_aquila.verify.dry import (
     META,
@@ -304,7 +305,7 @@ def test_what_is_sharded_has_the_memory_that_is_planned(sharding, pp_rank, above
         storages.peak = static
         dry_step(machine, [dry_batch(derived.shape, 1) for _ in range(16 // derived.grid.dp)])
         peak = storages.peak
-    plan = memory_plan(config, derived)
+    plan = memory_plan(config, derived, run_schedule(config, derived))
     memory = plan.of_rank(pp_rank)
     with mock.patch.object(MemoryPlan, "_whole_at_once", mock.Mock(return_value=0)):
         shards = plan.of_rank(pp_rank)

@@ -46,7 +46,8 @@ def test_a_schedule_takes_its_chunks_with_it() -> None:
     "layout",
     [Layout(sequence=True), Layout(schedule="zb-v"), Layout(pp=2, schedule="zb-v"),
      Layout(pp=2, schedule="zb-h1", chunks=2), Layout(deterministic=True), Layout(small_buckets=True),
-     Layout(micro_batch=2, uneven=True), Layout(dp=2, uneven=True)],
+     Layout(micro_batch=2, uneven=True), Layout(dp=2, uneven=True), Layout(dp=2, zero_group=2),
+     Layout(dp=4, zero_group=3), Layout(cp=2, zero_group=1)],
     ids=str,
 )  # fmt: skip
 def test_what_cannot_or_need_not_run_is_not_supported(layout: Layout) -> None:
@@ -107,6 +108,15 @@ def test_small_config_keeps_structure() -> None:
     assert with_layout(small, Layout(pp=2)).parallel.stage_layers == (2, 1)
     assert with_layout(small, Layout()).parallel.stage_layers is None
     assert with_layout(small, Layout(pp=3)).parallel.stage_layers is None
+
+
+def test_groups_that_share_out_are_asked_for_where_there_are_several() -> None:
+    asked = requested_layout(RunConfig(parallel=ParallelConfig(data=4, zero=3, zero_group=2)))
+    assert (asked.zero, asked.zero_group) == (3, 2)
+    assert str(replace(asked, overlap=False, fused=False, small_buckets=False)) == "dp 4 ZeRO-3 in groups of 2"
+    assert with_layout(RunConfig(), asked).parallel.zero_group == 2
+    for parallel in (ParallelConfig(data=2, zero_group=2), ParallelConfig(zero_group=1)):
+        assert requested_layout(RunConfig(parallel=parallel)).zero_group is None
 
 
 def test_part_of_the_optimizer_is_offloaded() -> None:

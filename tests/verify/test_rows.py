@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,6 +10,7 @@ from megatron_aquila.verify.rows import claims
 LAYOUTS = (
     st.fixed_dictionaries({name: st.sampled_from(list(values)) for name, values in AXES.items()})
     .map(lambda values: values | {"uneven": values["uneven"] and min(values["dp"], values["micro_batch"]) > 1})
+    .map(lambda values: values | {"zero_group": values["zero_group"] if values["dp"] * values["cp"] > 2 else None})
     .filter(is_case)
     .map(lambda values: case_of(values).layout)
 )
@@ -63,3 +66,13 @@ def test_the_host_is_held_against_the_device_bit_for_bit() -> None:
     assert ("offload", Layout(tp=2, offload=True), Layout(tp=2)) in rows
     rows = [(claim.axis, claim.layout, claim.twin) for claim in claims(Layout(pp=2, offload_activations=True))]
     assert ("offload activations", Layout(pp=2, offload_activations=True), Layout(pp=2)) in rows
+
+
+def test_groups_are_held_against_one_group_in_rank_order() -> None:
+    asked = Layout(dp=2, cp=2, zero=3, zero_group=2, small_buckets=True)
+    rows = [claim for claim in claims(asked) if claim.axis == "ZeRO in groups"]
+    cut = Layout(dp=2, cp=2, zero=3, zero_group=2)
+    assert [(row.layout, row.twin) for row in rows] == [
+        (cut, None),
+        (replace(cut, deterministic=True), Layout(dp=2, cp=2, zero=3, deterministic=True)),
+    ]

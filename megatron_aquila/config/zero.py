@@ -1,0 +1,22 @@
+"""What groups that share out optimizer states, gradients and weights demand: a whole number of them."""
+
+from collections.abc import Iterator
+
+from megatron_aquila.config.elastic import model_ranks
+from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.errors import Problem
+
+
+def check_zero_group(config: RunConfig, world: int | None) -> Iterator[Problem]:
+    """The dp x cp ranks are a whole number of groups. Which worlds an elastic run can go on in is its own rule's."""
+    layout, ranks = config.parallel, model_ranks(config)
+    size, dp = layout.zero_group, layout.data if world is None or world % ranks else world // ranks
+    if size is None or dp is None or layout.elastic:
+        return
+    replicas = dp * layout.context
+    if replicas % size:
+        below = max(fit for fit in range(1, min(size, replicas) + 1) if replicas % fit == 0)
+        above = next((fit for fit in range(size, replicas) if replicas % fit == 0), None)
+        near = f"{below}" if above is None else f"{below} or {above}"
+        why = f"dp {dp} x cp {layout.context} = {replicas} ranks are no whole number of groups of {size}"
+        yield Problem("--zero-group", size, why, f"use {near}, or leave it out to share out over all {replicas}")
