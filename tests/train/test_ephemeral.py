@@ -1,6 +1,8 @@
 """Checkpoints on the nodes' own disks: a run goes on from them bit for bit, or says why not and goes further back."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_aquila.checkpoint import staging
 from megatron_aquila.checkpoint.manifest import _digest
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.errors import CheckpointError
 from megatron_aquila.train import trainer
 from megatron_aquila.train.ephemeral import rank_folder
+from megatron_aquila.train.faults import Fault
 from megatron_aquila.verify.pool import WorkerPool
+from tests.checkpoint.numbers import flip
 from tests.train.runs import Recorder, run, split, tiny_config
 from tests.train.test_resume import figures, resumed, tensors
 
