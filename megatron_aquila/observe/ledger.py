@@ -3,8 +3,8 @@
 One JSON object a line. Every event has ``event`` and ``time`` (UTC, ISO 8601); ranges of samples are half-open pairs.
 
 ``start``       ``run``, ``origin`` (``fresh``, ``auto``, ``load``), ``checkpoint`` (its name, path, step and samples)
-                or null; of an ephemeral one also its ``parent`` and the ``ranges`` since that), ``samples``, ``version``,
-                ``commit``, ``world``, ``layout``, ``config``, ``data``, ``skipped``
+                or null; of an ephemeral one also its ``parent`` and the ``ranges`` since that), ``samples``,
+                ``version``, ``commit``, ``world``, ``layout``, ``config``, ``data``, ``skipped``
 ``checkpoint``  ``name``, ``parent``, ``step``, ``samples``; ``ranges``: what steps took since the parent; ``skipped``:
                 what was not trained on, of the whole run; ``next_samples`` and their ``digest``
 ``ephemeral``   ``step``, ``samples``, ``parent`` (a durable one), ``outcome`` (``saved``, ``failed``) and ``reason``

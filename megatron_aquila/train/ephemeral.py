@@ -73,7 +73,8 @@ class Ephemerals:
 
     def begin(self, state: TrainState) -> None:
         """Begin to save this rank's part. Local: on return the run may go on."""
-        assert self._under_way is None and self._shares is not None, f"step {state.step}: not ready to save"
+        assert self._under_way is None, f"step {state.step}: the save before it is under way"
+        assert self._shares is not None, f"step {state.step}: not prepared"
         start, number = self._names
         self._names = (start, number + 1)
         machine, save, failure = self._machine, None, None
@@ -146,9 +147,8 @@ def rank_folder(settings: CheckpointConfig, rank: int) -> Path:
 
     Raises ``CheckpointError`` where one is not set.
     """
-    assert settings.save is not None and settings.ephemeral_save_dir is not None, (
-        "ephemeral saves without their folders"
-    )
+    assert settings.save is not None, "ephemeral saves without --save"
+    assert settings.ephemeral_save_dir is not None, "ephemeral saves without --ephemeral-save-dir"
     root = os.path.expandvars(settings.ephemeral_save_dir)
     if "$" in root:
         raise CheckpointError(f"--ephemeral-save-dir {root}: a variable in it is not set; set it on every node")

@@ -64,7 +64,8 @@ class Saver:
     def prepare(self, state: TrainState) -> None:
         """Agree who saves what, and begin to take the memory for it: so that the first save need not. Collective.
 
-        Ephemeral checkpoints go, but for the one that ``state`` is of. Nothing where nothing is to be saved. Raises ``CheckpointError`` on every rank as ``Shares.agree``.
+        Ephemeral checkpoints go, but for the one that ``state`` is of. Nothing where nothing is to be saved. Raises
+        ``CheckpointError`` on every rank as ``Shares.agree``.
         """
         if self._machine.config.checkpoint.save is None:
             return

@@ -44,8 +44,8 @@ class TrainState:
     ``skipped_samples`` are half-open ranges that are not trained on, ascending: those of steps that were not applied,
     and those that the user, or a rewind, left out; these may lie ahead, and are then consumed without being read.
     ``recent`` are the figures of the last steps, from which it is told what is a spike. ``run`` is the ledger's name of
-    the run, ``parent`` that of the last durable checkpoint that it has made or went on from, ``parent_digest`` the digest of
-    the state in it, hence of all that went before. Where a checkpoint is made ``upcoming`` is set, and
+    the run, ``parent`` that of the last durable checkpoint that it has made or went on from, ``parent_digest`` the
+    digest of the state in it, hence of all that went before. Where a checkpoint is made ``upcoming`` is set, and
     ``taken``, the ranges that steps took since ``parent``.
     """
 

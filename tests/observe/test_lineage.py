@@ -145,3 +145,40 @@ def test_every_honest_history_holds_and_one_sample_less_or_more_does_not(data: s
         broken = data.draw(st.sampled_from(saves))
         broken["ranges"][0][0] += data.draw(st.sampled_from([-1, 1]))
         assert any("were" in problem for problem in problems(*events))
+
+
+def ephemeral(at: int, parent: str | None, *ranges: tuple[int, int]) -> dict[str, Any]:
+    """A start from an ephemeral checkpoint."""
+    event = start(at, f"step_{at}")
+    return event | {
+        "checkpoint": event["checkpoint"] | {"ephemeral": True, "parent": parent, "ranges": [*map(list, ranges)]}
+    }
+
+
+def test_what_an_ephemeral_checkpoint_has_taken_is_in_the_durable_one_after_it() -> None:
+    report = check_ledger([
+        start(),
+        ephemeral(4, None, (0, 4)),
+        saved(8, (0, 8)),
+        ephemeral(12, "step_8", (8, 12)),
+        saved(16, (8, 16), parent="step_8"),
+        stop(16),
+    ])  # fmt: skip
+    assert report.holds, report.problems
+    assert [one.name for one in report.lineage] == ["step_8", "step_16"]
+    assert (report.consumed, report.starts, report.killed) == (((0, 16),), 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("event", "problem"),
+    [
+        (ephemeral(12, "step_8", (8, 11)), "ephemeral step_12: samples 11 to 12 were never taken"),
+        (ephemeral(12, "step_8", (6, 12)), "ephemeral step_12: samples 6 to 8 were taken twice"),
+        (ephemeral(12, "step_7", (8, 12)), "an ephemeral start after step_7, of whose saving nothing is written"),
+        (ephemeral(12, None, (0, 12)), "work is lost: a start from the beginning though step_8 was saved last"),
+        (ephemeral(12, "step_8", (8, 12)) | {"samples": 13}, "a start at sample 13 from ephemeral step_12, which has"),
+    ],
+)
+def test_an_ephemeral_checkpoint_that_does_not_follow_is_found(event: dict[str, Any], problem: str) -> None:
+    found = problems(*ONE, event)
+    assert any(problem in line for line in found), found

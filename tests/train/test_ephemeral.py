@@ -1,6 +1,8 @@
 """Checkpoints on the nodes' own disks: a run goes on from them bit for bit, or says why not and goes further back."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_aquila.checkpoint import staging
+from megatron_aquila.checkpoint.manifest import _digest
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.errors import CheckpointError
 from megatron_aquila.train import trainer
 from megatron_aquila.train.ephemeral import rank_folder
+from megatron_aquila.train.faults import Fault
 from megatron_aquila.verify.pool import WorkerPool
+from tests.checkpoint.numbers import flip
 from tests.train.runs import Recorder, run, split, tiny_config
 from tests.train.test_resume import figures, resumed, tensors
 
@@ -83,3 +90,171 @@ def test_a_killed_run_goes_on_from_the_parts_of_all_ranks_bit_for_bit(
     expected, found = tensors(tmp_path / "never"), tensors(config.checkpoint.save)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert list(disk(config, 0).glob("step_*")) == [], "a newer durable one is there"
+
+
+def loses_its_disk(config: RunConfig) -> None:
+    shutil.rmtree(disk(config, 1))
+
+
+def has_a_flipped_bit(config: RunConfig) -> None:
+    flip(disk(config, 0) / "step_0000005" / "rank_00000.safetensors", -1)
+
+
+def has_parts_of_two_saves(config: RunConfig) -> None:
+    """As of two starts that both came to the step, the later one not on all ranks."""
+    path = disk(config, 1) / "step_0000005" / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["sha256"]
+    body["state"]["part"] = "another.0"
+    path.write_text(json.dumps(body | {"sha256": _digest(body)}))
+
+
+@pytest.fixture(scope="module")
+def left(pool: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Recorder]:
+    """What a run left that was killed after step 5: a durable checkpoint of step 3, an ephemeral one of 5."""
+    folder = tmp_path_factory.mktemp("left")
+    config = on_nodes(split(tiny_config(folder, eval_interval=0), tp=2), folder / "run of 2")
+    return config, pool(2).run(killed, config, 5)[0]
+
+
+def copied(left: tuple[RunConfig, Recorder], folder: Path) -> RunConfig:
+    """The same on disks that a test may damage."""
+    config, _ = left
+    assert config.checkpoint.save is not None
+    shutil.copytree(config.checkpoint.save, folder / "run")
+    new = on_nodes(resumed(config, save=folder / "run"), folder / "run of 2")
+    for rank in (0, 1):
+        shutil.copytree(disk(config, rank), disk(new, rank))
+    return new
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (loses_its_disk, "it has no part of it (rank 1)"),
+        (has_a_flipped_bit, "step_0000005/rank_00000.safetensors: it is damaged"),
+        (has_parts_of_two_saves, "it has no part of it (rank 1)"),
+    ],
+)
+def test_a_part_that_one_rank_lacks_is_no_checkpoint_for_any(
+    damage: Callable[[RunConfig], None], reason: str, left: tuple[RunConfig, Recorder], pool: Pools, tmp_path: Path
+) -> None:
+    config = copied(left, tmp_path)
+    damage(config)
+    rest = pool(2).run(run, config)[0]
+    (loud,) = [note for note in rest.notes if note.startswith("EPHEMERAL CHECKPOINT of step 5, not taken")][:1]
+    assert reason in loud
+    assert "goes on from the last durable checkpoint" in loud
+    assert figures(rest)[:2] == figures(left[1])[3:], "steps 4 and 5 again"
+    assert rest.reports[-1].step == 6
+
+
+def test_another_layout_goes_on_from_the_durable_one(
+    left: tuple[RunConfig, Recorder], pool: Pools, tmp_path: Path
+) -> None:
+    config = split(copied(left, tmp_path), pp=2)
+    rest = pool(2).run(run, config)[0]
+    assert [report.step for report in rest.reports] == [4, 5, 6]
+    assert any("written by another layout, in which this rank held" in note for note in rest.notes)
+    assert list(disk(config, 0).glob("step_*")) == []
+
+
+def test_one_rank_instead_of_two(
+    left: tuple[RunConfig, Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    rest = run(split(copied(left, tmp_path)))
+    assert [report.step for report in rest.reports] == [4, 5, 6]
+    assert any("written by another layout" in note for note in rest.notes)
+
+
+def test_who_asks_for_a_step_gets_that_and_what_is_ephemeral_goes(
+    left: tuple[RunConfig, Recorder], pool: Pools, tmp_path: Path
+) -> None:
+    config = copied(left, tmp_path)
+    assert config.checkpoint.save is not None
+    again = resumed(config, resume=False, load=config.checkpoint.save / "step_0000003", ephemeral_save_interval=2)
+    assert [report.step for report in pool(2).run(killed, again, 3)[0].reports] == []
+    assert list(disk(config, 1).glob("step_*")) == []
+
+
+def test_what_does_not_follow_the_last_durable_one_is_of_another_past(
+    left: tuple[RunConfig, Recorder], tmp_path: Path, pool: Pools
+) -> None:
+    config = copied(left, tmp_path)
+    assert config.checkpoint.save is not None
+    shutil.rmtree(config.checkpoint.save)
+    rest = pool(2).run(run, config)[0]
+    assert any("it follows step_0000003, but saved last is nothing yet" in note for note in rest.notes)
+    assert rest.reports[0].step == 1
+
+
+def test_a_part_alone_is_nothing_to_load(left: tuple[RunConfig, Recorder], tmp_path: Path) -> None:
+    config = split(resumed(left[0], load=disk(left[0], 0) / "step_0000005", resume=False, save=tmp_path))
+    with pytest.raises(CheckpointError, match="one rank's part of an ephemeral checkpoint: --resume goes on from it"):
+        run(resumed(config, ephemeral_save_interval=None, ephemeral_save_dir=None))
+
+
+def full(config: RunConfig) -> Recorder:
+    """Rank 1's disk is full, but for what is durable."""
+    original = staging.write_stream
+
+    def writes(path: Path, parts: Any) -> Any:
+        if "disk_of_1" in str(path):
+            raise OSError(28, "No space left on device")
+        return original(path, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "write_stream", writes)
+        patch.setattr(trainer.Loop, "_after_step", after_step_and_wait(trainer.Loop._after_step))
+        return run(config)
+
+
+def test_a_full_disk_of_a_node_is_told_and_counted_and_stops_nobody(pool: Pools, tmp_path: Path) -> None:
+    config = on_nodes(split(tiny_config(tmp_path, eval_interval=0), tp=2), tmp_path)
+    recorder = pool(2).run(full, config)[0]
+    assert recorder.reports[-1].step == 6
+    loud = [note for note in recorder.notes if note.startswith("EPHEMERAL SAVE FAILED")]
+    assert len(loud) == 4
+    assert "step 5, 4 in a row: on 1 of 2 ranks, rank 1: " in loud[-1]
+    assert "No space left on device" in loud[-1]
+    assert [event["outcome"] for event in recorder.events if event["event"] == "ephemeral"] == ["failed"] * 4
+
+
+def test_a_folder_that_cannot_be_made_stops_nobody_a_variable_that_is_not_set_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = on_nodes(tiny_config(tmp_path, train_samples=16), tmp_path)
+    recorder = run(resumed(config, ephemeral_save_dir=str(tmp_path / "file" / "below"), async_save=False))
+    assert any("1 in a row: on 1 of 1 ranks, rank 0: " in note for note in recorder.notes)
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(CheckpointError, match=r"--ephemeral-save-dir /local/\$NOT_SET: a variable in it is not set"):
+        run(resumed(config, ephemeral_save_dir="/local/$NOT_SET"))
+
+
+def test_a_run_that_goes_back_leaves_no_part_of_what_it_gave_up(tmp_path: Path) -> None:
+    config = resumed(on_nodes(tiny_config(tmp_path), tmp_path), ephemeral_save_dir=str(tmp_path / "here"))
+    gone: list[Path] = []
+    left_over: list[Path] = []
+    original, back = trainer.Steps.take, trainer.Rewinder.back
+
+    def faulty(steps: trainer.Steps, state: Any, *, stop_requested: bool) -> Any:
+        step = original(steps, state, stop_requested=stop_requested)
+        if step is not None and step.state.step == 5 and not gone:
+            gone.extend(disk(config, 0).glob("step_*"))
+            steps.fault = Fault(policy="rewind", step=5, samples=step.samples, reason="a bit flipped")
+        return step
+
+    def looks(rewinder: trainer.Rewinder, fault: Fault) -> Any:
+        left_over.extend(disk(config, 0).glob("step_*"))
+        return back(rewinder, fault)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Steps, "take", faulty)
+        patch.setattr(trainer.Rewinder, "back", looks)
+        patch.setattr(trainer.Loop, "_after_step", after_step_and_wait(trainer.Loop._after_step))
+        recorder = run(config)
+    assert [path.name for path in gone] == ["step_0000004"]
+    assert any("back to step_0000003, step 3" in note for note in recorder.notes)
+    assert left_over == []
