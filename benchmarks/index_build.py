@@ -39,7 +39,9 @@ def write_lengths(prefix: Path, documents: int) -> None:
     writer._boundaries.frombytes(np.arange(1, documents + 1, dtype=np.int64).tobytes())
     manifest = writer.close()
     os.truncate(f"{prefix}.bin", int(lengths.sum()))
-    contents = replace(manifest.contents, tokens=int(lengths.sum()))  # the index is hashed as any set's of ours is
+    said = manifest.contents  # the index is hashed there, as any set's of ours is
+    tokens = int(lengths.sum())
+    contents = replace(said, tokens=tokens, bin=replace(said.bin, size=tokens))
     write_manifest(prefix, replace(manifest, contents=contents))
 
 
