@@ -21,6 +21,7 @@ import tyro
 
 from megatron_aquila.data.cache import IndexCache
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.data.manifest import write_manifest
 from megatron_aquila.data.native import INDEX_BUILDER, fill_sample_index
 from megatron_aquila.data.samples import PackedSamples, Packing
 
@@ -33,11 +34,15 @@ SEQ_LEN, SEED, MEAN_TOKENS = 2048, 1234, 1011
 def write_lengths(prefix: Path, documents: int) -> None:
     """A data set of ``documents`` with lognormal lengths, its tokens a hole in the file."""
     lengths = np.random.default_rng(0).lognormal(np.log(MEAN_TOKENS) - 0.5, 1.0, documents).astype(np.int64) + 1
-    with IndexedDatasetWriter(prefix, np.uint8) as writer:
-        writer._lengths.frombytes(lengths.astype(np.int32).tobytes())
-        writer._boundaries.frombytes(np.arange(1, documents + 1, dtype=np.int64).tobytes())
-    Path(f"{prefix}.manifest.json").unlink()
+    writer = IndexedDatasetWriter(prefix, np.uint8)
+    writer._lengths.frombytes(lengths.astype(np.int32).tobytes())
+    writer._boundaries.frombytes(np.arange(1, documents + 1, dtype=np.int64).tobytes())
+    manifest = writer.close()
     os.truncate(f"{prefix}.bin", int(lengths.sum()))
+    said = manifest.contents  # the index is hashed there, as any set's of ours is
+    tokens = int(lengths.sum())
+    contents = replace(said, tokens=tokens, bin=replace(said.bin, size=tokens))
+    write_manifest(prefix, replace(manifest, contents=contents))
 
 
 def build_ours(prefix: Path, epochs: int) -> int:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks import megatron_core
 from benchmarks.common import RESULTS, Record, Row, in_turns, options_of, spread
 from megatron_aquila.data.blend import build_datasets
 from megatron_aquila.data.documents import DocumentRules
-from megatron_aquila.data.indexed import IndexedDatasetWriter
+from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.loader import BatchLoader
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.parallel.batch import Batch
@@ -31,12 +32,13 @@ CPU = torch.device("cpu")
 VOCAB_SIZE, EOD = 100008, 100007  # Aquila's; its tokens take 4 bytes
 BLOCK = 1 << 16  # documents written at once
 MICRO_BATCH = 4
+SEED = 1234
 
 APART = DocumentRules(eod=EOD, reset_positions=True, reset_attention=True, mask_loss=True)
 RULES: Mapping[str, DocumentRules | None] = MappingProxyType(
     {
         "plain": None,
-        "--reset-position-ids": replace(APART, reset_attention=False, mask_loss=False),
+        "--reset-position-ids --eod-mask-loss": replace(APART, reset_attention=False),
         "all three resets": APART,
     }
 )
@@ -44,12 +46,17 @@ RULES: Mapping[str, DocumentRules | None] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Start-up and speed of the data loader over a synthetic data set, which is written to a temporary folder first."""
+    """Start-up and speed of the data loader over a data set, by default a synthetic one in a temporary folder.
+
+    Where megatron-core is installed, its data set reads the same samples in turns with ours.
+    """
 
     out: Path | None = None
     """File of the results; default benchmarks/results/loader.json."""
+    data: Path | None = None
+    """Prefix of a data set to read instead of a synthetic one, tokenized with Aquila's tokenizer and --append-eod."""
     documents: int = 10_000_000
-    """Documents of the data set."""
+    """Documents of the synthetic data set."""
     mean_tokens: int = 100
     """Tokens of a document, end included, on average; their lengths are log-normal."""
     seq_lens: tuple[int, ...] = (2048, 4096)
@@ -74,11 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.out if options.out is not None or options.tiny else RESULTS / "loader.json"
     record = Record("loader", settings=options, device=CPU, out=out)
     with tempfile.TemporaryDirectory(prefix="aquila_loader_", dir=options.folder) as name:
-        prefix = Path(name) / "synthetic"
+        prefix = Path(name) / "synthetic" if options.data is None else options.data
         started = time.perf_counter()
-        num_tokens = write_documents(prefix, options)
-        seconds = time.perf_counter() - started
-        record.add("data set", documents=options.documents, tokens=num_tokens, seconds_to_write=seconds)
+        if options.data is None:
+            write_documents(prefix, options)
+            record.add("data set", **size_of(prefix), seconds_to_write=time.perf_counter() - started)
+        else:
+            record.add("data set", **size_of(prefix))
+        options = replace(options, folder=Path(name))  # where the indices are built
         for seq_len in options.seq_lens:
             for start in ("first, builds the indices", "later"):
                 record.add("start-up", seq_len=seq_len, start=start, **apart(start_up, prefix, seq_len, options))
@@ -102,6 +112,12 @@ def write_documents(prefix: Path, options: Options) -> int:
         return writer.num_tokens
 
 
+def size_of(prefix: Path) -> Row:
+    """Documents and tokens of a data set."""
+    dataset = IndexedDataset(prefix)
+    return {"documents": len(dataset.document_indices) - 1, "tokens": len(dataset.tokens)}
+
+
 def apart(measure: Callable[..., Any], *args: Any) -> Any:
     """``measure(*args)`` in a process of its own, whose peak memory is then that of this alone."""
     spawn = multiprocessing.get_context("spawn")
@@ -119,8 +135,8 @@ def samples_of(prefix: Path, seq_len: int, options: Options) -> SampleSource:
         sizes=(size, None, None),
         split="1",
         seq_len=seq_len,
-        seed=1234,
-        cache_path=None,
+        seed=SEED,
+        cache_path=None if options.folder is None else options.folder / "cache",
     ).train
     assert source is not None, "a split that is all training has training samples"
     return source
@@ -143,24 +159,67 @@ def start_up(prefix: Path, seq_len: int, options: Options) -> Row:
 
 
 def read(prefix: Path, seq_len: int, options: Options) -> list[Row]:
-    """A row a rule: tokens a second of one reading thread, in turns. The samples lie all over the data."""
+    """A row a reader and rule: one thread in turns, its seconds those of the CPU. The samples lie all over the data.
+
+    The file is in memory before. megatron-core's samples are tensors of one sample, ours of microbatches.
+    """
     source = samples_of(prefix, seq_len, options)
     rounds = min(options.rounds, len(source) // options.batch - 1)
-    runs = {}
+    read_through(Path(f"{prefix}.bin"))
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
     for name, rules in RULES.items():
-        positions = iter(range(0, len(source), options.batch))
-        runs[name] = _reading(source, rules, positions, options.batch)
-    times = in_turns(runs, device=CPU, warmup=1, rounds=rounds)
-    tokens = options.batch * seq_len
+        runs["megatron_aquila", name] = _reading(source, rules, _positions(source, options), options.batch)
+    for run in runs.values():
+        run()
+    memory = own_bytes()
+    if megatron_core.IS_INSTALLED:
+        runs |= _peers(prefix, seq_len, options)
+    times = in_turns(runs, device=CPU, warmup=1, rounds=rounds - 1, clock=time.process_time)
     return [
         {
+            "reader": reader,
             "rules": name,
             **spread(seconds),
-            "tokens_per_second": tokens / statistics.median(seconds),
-            "own_memory_gib": own_bytes() / 2**30,
+            "samples_per_second": options.batch / statistics.median(seconds),
+            "tokens_per_second": options.batch * seq_len / statistics.median(seconds),
+            "own_memory_gib": memory / 2**30 if reader == "megatron_aquila" else None,
         }
-        for name, seconds in times.items()
+        for (reader, name), seconds in times.items()
     ]
+
+
+def _positions(source: SampleSource, options: Options) -> Iterator[int]:
+    return iter(range(0, len(source), options.batch))
+
+
+def _peers(prefix: Path, seq_len: int, options: Options) -> dict[tuple[str, str], Callable[[], object]]:
+    """Runs of megatron-core with the rules that it can follow without a dense mask."""
+    runs = {}
+    for name, rules in RULES.items():
+        if rules is None or not rules.reset_attention:
+            cache = prefix.parent if options.folder is None else options.folder
+            runs["megatron-core", name] = _peer(
+                megatron_core.gpt_dataset(prefix, seq_len=seq_len, seed=SEED, cache=cache, rules=rules, eod=EOD),
+                options,
+            )
+    return runs
+
+
+def _peer(samples: Sequence[object], options: Options) -> Callable[[], object]:
+    positions = iter(range(0, len(samples), options.batch))
+
+    def run() -> list[object]:
+        start = next(positions)
+        return [samples[number] for number in range(start, start + options.batch)]
+
+    return run
+
+
+def read_through(path: Path) -> None:
+    """Have a file's pages in memory."""
+    with path.open("rb") as file:
+        while file.read(1 << 24):
+            pass
 
 
 def _reading(

@@ -147,7 +147,9 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
             ),
             "reading": (
                 Column("S", "seq_len"),
+                Column("reader", "reader"),
                 Column("rules for documents", "rules"),
+                Column("samples/s", "samples_per_second", 1, 0),
                 Column("million tokens/s", "tokens_per_second", 1e-6, 2),
                 Column("turns", "calls"),
                 Column("own memory, GiB", "own_memory_gib", 1, 2),
@@ -224,7 +226,8 @@ The step of a model of 4 layers of 256 against transformers, what an op costs be
 say in a step of the same 32 samples: planned by `plan/traffic.py`, and counted on fake ranks to be just that.""",
         "loader": """\
 Start-up and reading of documents whose lengths are log-normal, in one thread: samples from all over the data, in
-microbatches of 4. Peak memory counts the mapped files' pages that were touched.""",
+microbatches of 4; where megatron-core is installed, its GPTDataset in turns, sample by sample. Peak memory counts the
+mapped files' pages that were touched.""",
         "checkpoint": """\
 One rank's state, saved to a local disk at once and from a copy in host memory while training goes on, in turns with
 plain copies of the same tensors.""",

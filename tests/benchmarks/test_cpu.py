@@ -60,7 +60,8 @@ def test_the_loader_reads_what_was_written(tmp_path, monkeypatch):
     tables = json.loads(out.read_text())["tables"]
     assert tables["data set"][0]["documents"] == 1000
     assert [row["start"] for row in tables["start-up"]] == ["first, builds the indices", "later"]
-    assert [row["rules"] for row in tables["reading"]] == list(loader.RULES)
+    ours = [row for row in tables["reading"] if row["reader"] == "megatron_aquila"]
+    assert [row["rules"] for row in ours] == list(loader.RULES)
     assert all(row["tokens_per_second"] > 0 for row in tables["reading"])
     assert list(tmp_path.iterdir()) == [out]  # the data set is gone
 
