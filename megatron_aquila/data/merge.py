@@ -74,9 +74,9 @@ def _check(inputs: Sequence[IndexedDataset], output: str, meta: Path | None, ove
         ):
             if ours != theirs:
                 raise DataError(f"{dataset.prefix}: {what} {ours}, but {first.prefix} has {theirs}: they cannot be one")
-    for dataset in inputs if meta is not None else ():
+    for dataset in inputs:
         path = provenance_path(dataset)
-        if path is not None and path.resolve() == meta.resolve():
+        if meta is not None and path is not None and path.resolve() == meta.resolve():
             raise DataError(f"{path}: it belongs to {dataset.prefix}, which is merged; write to another prefix")
     tokenizers = {said.fingerprint: dataset.prefix for dataset in inputs if (said := _tokenizer(dataset)) is not None}
     if len(tokenizers) > 1:

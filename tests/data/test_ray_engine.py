@@ -1,9 +1,11 @@
 """The same bytes from a Ray cluster; it is started here, in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +13,9 @@ import pytest
 
 from megatron_aquila.data import ray_engine
 from megatron_aquila.data.encoders import ReferenceEncoder
+from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.preprocess import PreprocessSettings, preprocess
+from megatron_aquila.data.records import ReadOptions
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.errors import DataError
 
@@ -21,7 +25,9 @@ from pathlib import Path
 import ray
 from megatron_aquila.data import preprocess as module
 from megatron_aquila.data.encoders import ReferenceEncoder
+from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.preprocess import PreprocessSettings, preprocess
+from megatron_aquila.data.records import ReadOptions
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.errors import DataError
 
@@ -40,8 +46,9 @@ class Dies(ReferenceEncoder):  # once, so that Ray tries again
         os.kill(os.getpid(), signal.SIGKILL)
 
 module.choose_encoder = lambda *_: type("Choice", (), {"encoder": Dies(tokenizer), "why": "it dies"})
-for path, end in ((source, ""), (bad, "bad")):
-    settings = PreprocessSettings(inputs=(path,), output_prefix=prefix + end, engine="ray", append_eod=True)
+few = {"deduplicate": True, "limits": LengthLimits(min_chars=5, max_chars=2000), "read": ReadOptions(keep_meta=("id",))}
+for path, end, more in ((source, "", {}), (bad, "bad", {}), (source, "few", few)):
+    settings = PreprocessSettings(inputs=(path,), output_prefix=prefix + end, engine="ray", append_eod=True, **more)
     try:
         done = preprocess(settings, tokenizer, report=lambda _: None, say=lambda _: None)
         print(done.progress.counts.documents)
@@ -54,22 +61,35 @@ def test_rays_bytes_are_one_processs(tmp_path: Path, tokenizer_files: dict[str, 
     pytest.importorskip("ray", reason="ray is not installed: pip install 'megatron_aquila[ray]'")
     texts = json.loads((megatron_fixtures / "tool_input_docs.json").read_text(encoding="utf-8"))
     source, bad = tmp_path / "in.jsonl", tmp_path / "bad.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 3), encoding="utf-8")
+    lines = [json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts * 3)]
+    source.write_text("".join(lines), encoding="utf-8")
     bad.write_text('{"text": 1}\n')
     model = tokenizer_files["tokenizer_model"]
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=model)
     settings = PreprocessSettings(inputs=(str(source),), output_prefix=str(tmp_path / "one"), append_eod=True)
-    preprocess(settings, tokenizer, report=lambda _: None, say=lambda _: None)
+    few = replace(
+        settings,
+        output_prefix=str(tmp_path / "onefew"),
+        deduplicate=True,
+        limits=LengthLimits(min_chars=5, max_chars=2000),
+        read=ReadOptions(keep_meta=("id",)),
+    )
+    _, kept = (preprocess(each, tokenizer, report=lambda _: None, say=lambda _: None) for each in (settings, few))
     command = [sys.executable, "-c", SCRIPT, str(source), str(bad), str(tmp_path / "ray"), str(model)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    patient = os.environ | {"RAY_raylet_start_wait_time_s": "300"}  # a busy machine is slow to start a node
+    told = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=patient)
     assert told.returncode == 0, told.stderr
-    count, error = [line for line in told.stdout.splitlines() if "(raylet)" not in line]
+    count, error, few_count = [line for line in told.stdout.splitlines() if "(raylet)" not in line]
     assert count == str(len(texts) * 3)
     assert error.startswith(f"{bad}:1: 'text' is not a string but a int; mend the line")
     assert (tmp_path / "ray.died").exists()
-    for ending in ("bin", "idx"):
-        name = f"_text_document.{ending}"
-        assert (tmp_path / f"ray{name}").read_bytes() == (tmp_path / f"one{name}").read_bytes()
+    left_out = kept.progress.counts
+    assert left_out.duplicates >= 2 * left_out.documents > 0
+    assert left_out.too_short > 0
+    assert few_count == str(left_out.documents)
+    ends = [f"{more}_text_document.{end}" for more in ("", "few") for end in ("bin", "idx")]
+    for end in (*ends, "few.meta.jsonl"):
+        assert (tmp_path / f"ray{end}").read_bytes() == (tmp_path / f"one{end}").read_bytes()
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
