@@ -108,7 +108,7 @@ class TensorReader(ABC):
 
     def verify_here(self) -> None:
         """Hash every file. Local. Raises CheckpointError naming one that is missing or damaged."""
-        for file in sorted(self._files):
+        for file in sorted(self.files):
             self._verify(file)
 
     def _check(self, chunks: Sequence[Chunk], *, cast: bool) -> None:
