@@ -275,7 +275,7 @@ class DistributedOptimizer:
             bucket.take_weights()
 
     def gather_shards(self) -> None:
-        """Make the weights that are kept whole so from the replicas' shards, filled from outside as ``ranges`` has them.
+        """Make the weights that are kept whole so again, from shards filled from outside as ``ranges`` has them.
 
         Communicates: an all-gather of each of their buckets. ``refresh_masters`` comes next.
         """
