@@ -83,7 +83,7 @@ def publish(folder: Path, shape: ModelShape) -> int:
     folder.mkdir()
     entries = [Entry(name, torch.bfloat16, size, partial(drawn, size)) for name, size in llama_tensors(shape).items()]
     files = {"embedding": entries[:1], "layers": entries[1:-1], "head": entries[-1:]}
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, part in files.items():
         write_tensors(folder / f"{name}.safetensors", part, {"format": "pt"})
         weight_map |= {entry.key: f"{name}.safetensors" for entry in part}

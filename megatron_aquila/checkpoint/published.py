@@ -17,6 +17,9 @@ from megatron_aquila.errors import CheckpointError
 from megatron_aquila.plan.shape import ModelShape, NormOrder, PositionEmbedding, padded_vocab_size
 
 ROWS: Final = 128  # a vocabulary is padded to a multiple of this
+SAID: Final = "published"  # in a checkpoint's state
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def open_weights(
@@ -60,6 +63,27 @@ def model_shape(reader: TensorReader, *, seq_len: int | None = None, norm_order:
     fields: dict[str, Any] = {"seq_len": 2048, "norm_order": "llama" if norm_order is None else norm_order, **said}
     rows = padded_vocab_size(fields["vocab_size"], ROWS)
     return ModelShape(**{"padded_vocab_size": rows, **fields, **({} if seq_len is None else {"seq_len": seq_len})})
+
+
+def said_by(reader: TensorReader) -> dict[str, Any]:
+    """What published weights say beside their model, which a checkpoint made of them keeps: the special ids of
+    config.json, and generation_config.json. Raises CheckpointError where one of them cannot be read.
+    """
+    if isinstance(reader, CheckpointReader):
+        kept: Any = reader.state.get(SAID, {})
+        return dict(kept)
+    config, generation = (
+        read_json(path) if (path := reader.folder / name).is_file() else {} for name in (CONFIG, GENERATION)
+    )
+    return {CONFIG: {name: config[name] for name in SPECIAL_IDS if name in config}, GENERATION: generation}
+
+
+def end_ids(reader: TensorReader) -> frozenset[int]:
+    """The tokens that end a text by what ``said_by`` gives: those of generation, else of config.json."""
+    said = said_by(reader)
+    found = [said.get(name, {}).get("eos_token_id") for name in (GENERATION, CONFIG)]
+    ids: Any = next((one for one in found if one is not None), [])
+    return frozenset([ids] if isinstance(ids, int) else ids)
 
 
 def open_llama(folder: Path) -> HuggingFaceReader:

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from megatron_aquila.data.tokenizer import Tokenizer
     from megatron_aquila.plan.shape import ModelShape
 
-SAID = "published"  # in a checkpoint's state
-CONFIG, GENERATION = "config.json", "generation_config.json"
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Given our weights, their tokenizer, the published folder (one that is written has a temporary name still) and the
 # model's shape: a line on how well they agree. Raises AquilaError when they do not.
 Verifier = Callable[["TensorReader", "Tokenizer | None", Path, "ModelShape"], str]
@@ -275,6 +272,7 @@ def job_of(options: Convert, model: Model) -> Job:
     from megatron_aquila.checkpoint.families import FAMILIES, family_of_shape
     from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
     from megatron_aquila.checkpoint.megatron_form import MegatronForm
+    from megatron_aquila.checkpoint.published import GENERATION, SAID, said_by
     from megatron_aquila.plan.shape import padded_vocab_size
 
     reader, shape, form = model.reader, model.shape, model.form
@@ -303,25 +301,10 @@ def job_of(options: Convert, model: Model) -> Job:
     return Job(target=target, dtype=dtype, judged=judged)
 
 
-def said_by(reader: "TensorReader") -> dict[str, Any]:
-    """What published weights say beside their model, which a checkpoint made of them keeps: the special ids of
-    config.json, and generation_config.json.
-    """
-    from megatron_aquila.checkpoint.huggingface import read_json
-    from megatron_aquila.checkpoint.store import CheckpointReader
-
-    if isinstance(reader, CheckpointReader):
-        kept: Any = reader.state.get(SAID, {})
-        return dict(kept)
-    config, generation = (
-        read_json(path) if (path := reader.folder / name).is_file() else {} for name in (CONFIG, GENERATION)
-    )
-    return {CONFIG: {name: config[name] for name in SPECIAL_IDS if name in config}, GENERATION: generation}
-
-
 def special_ids(said: Mapping[str, Any], tokenizer: "Tokenizer | None") -> "SpecialIds":
     """Those that the weights came with; what they do not say is the tokenizer's."""
     from megatron_aquila.checkpoint.llama import SpecialIds
+    from megatron_aquila.checkpoint.published import CONFIG, SPECIAL_IDS
 
     own = (None,) * 3 if tokenizer is None else (tokenizer.bos, tokenizer.eod, tokenizer.pad)
     config = said.get(CONFIG, {})

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from megatron_aquila.data.tokenizer import Tokenizer
     from megatron_aquila.generate.generate import Continuation
     from megatron_aquila.generate.runner import Runner
+    from megatron_aquila.generate.source import Source
+    from megatron_aquila.generate.stops import Stops
 
 TemplateName = Literal["aquila", "aquila-chat", "aquila-legacy", "aquila-v1", "aquila-v2"]
 
@@ -42,7 +44,7 @@ class GenerateOptions(ModelOptions):
     stop_words: tuple[str, ...] = ()
     """a continuation ends before any of these"""
     stop_ids: tuple[int, ...] = ()
-    """tokens that end a continuation, beside the tokenizer's end of a document"""
+    """tokens that end a continuation, beside the tokenizer's end of a document and those that the weights came with"""
     ignore_eod: bool = False
     """go on after the end of a document"""
     bos: bool | None = None
@@ -93,22 +95,37 @@ def run(options: GenerateOptions, launch: Launch) -> None:
     """Read the model and answer."""
     source = read_source(options, launch, replicates=False)
     tokenizer = read_tokenizer(options, source)
+    stops = _stops(options, source, tokenizer)
     with running(options, source, launch) as runner:
         speaks = launch.rank == 0
         if options.prompt:
-            _answer_all(options, runner, tokenizer, speaks=speaks)
+            _answer_all(options, runner, tokenizer, stops, speaks=speaks)
         else:
-            _converse(options, runner, tokenizer, speaks=speaks)
+            _converse(options, runner, tokenizer, stops, speaks=speaks)
 
 
-def _answer_all(options: GenerateOptions, runner: "Runner", tokenizer: "Tokenizer", *, speaks: bool) -> None:
+def _stops(options: GenerateOptions, source: "Source", tokenizer: "Tokenizer") -> "Stops":
+    """What ends an answer: what the tokenizer and the weights' publisher say, the template's words, and the flags'."""
+    from megatron_aquila.checkpoint.published import end_ids
+    from megatron_aquila.generate.chat import TEMPLATES
+    from megatron_aquila.generate.stops import Stops
+
+    own = set() if tokenizer.eod is None else {tokenizer.eod}
+    own = set() if options.ignore_eod else own | end_ids(source.reader)
+    words = TEMPLATES[options.chat].stop_words if options.chat is not None else ()
+    return Stops(ids=frozenset([*own, *options.stop_ids]), words=(*words, *options.stop_words))
+
+
+def _answer_all(
+    options: GenerateOptions, runner: "Runner", tokenizer: "Tokenizer", stops: "Stops", *, speaks: bool
+) -> None:
     streams = speaks and len(options.prompt) == 1 and not options.json
     for first in range(0, len(options.prompt), options.batch):
         texts = options.prompt[first : first + options.batch]
         prompts = [_tokens(options, tokenizer, [], text) for text in texts]
         if streams and options.chat is None:
             print(texts[0], end="", flush=True)
-        answers = _generate(options, runner, tokenizer, prompts, first_row=first, streams=streams)
+        answers = _generate(options, runner, tokenizer, stops, prompts, first_row=first, streams=streams)
         for text, answer in zip(texts, answers, strict=True):
             if streams:
                 print()
@@ -121,7 +138,9 @@ def _json(prompt: str, answer: "Continuation") -> str:
     return json.dumps(found, ensure_ascii=False)
 
 
-def _converse(options: GenerateOptions, runner: "Runner", tokenizer: "Tokenizer", *, speaks: bool) -> None:
+def _converse(
+    options: GenerateOptions, runner: "Runner", tokenizer: "Tokenizer", stops: "Stops", *, speaks: bool
+) -> None:
     """A question a line from rank 0's stdin, until its end; the answers so far are part of each prompt."""
     from megatron_aquila.parallel.collectives import gather_objects
 
@@ -134,7 +153,7 @@ def _converse(options: GenerateOptions, runner: "Runner", tokenizer: "Tokenizer"
             return
         question = line.rstrip("\n")
         prompt = _tokens(options, tokenizer, turns, question)
-        (answer,) = _generate(options, runner, tokenizer, [prompt], first_row=len(turns), streams=speaks)
+        (answer,) = _generate(options, runner, tokenizer, stops, [prompt], first_row=len(turns), streams=speaks)
         turns.append((question, answer.text))
         if speaks:
             print(flush=True)
@@ -155,18 +174,15 @@ def _generate(
     options: GenerateOptions,
     runner: "Runner",
     tokenizer: "Tokenizer",
+    stops: "Stops",
     prompts: list[list[int]],
     *,
     first_row: int,
     streams: bool,
 ) -> "list[Continuation]":
-    from megatron_aquila.generate.chat import TEMPLATES
     from megatron_aquila.generate.generate import generate
     from megatron_aquila.generate.sampling import Sampling
-    from megatron_aquila.generate.stops import Stops
 
-    own = {tokenizer.eod} if tokenizer.eod is not None and not options.ignore_eod else set()
-    words = TEMPLATES[options.chat].stop_words if options.chat is not None else ()
     return generate(
         runner,
         prompts,
@@ -178,7 +194,7 @@ def _generate(
             repetition_penalty=options.repetition_penalty,
             seed=options.seed,
         ),
-        stops=Stops(ids=frozenset([*own, *options.stop_ids]), words=(*words, *options.stop_words)),
+        stops=stops,
         max_new_tokens=options.max_new_tokens,
         show=(lambda row, piece: print(piece, end="", flush=True)) if streams else (lambda row, piece: None),
         first_row=first_row,

@@ -24,7 +24,7 @@ def test_config_and_shape_are_inverse() -> None:
     for shape in (SHAPE, odd, linear, yarn, llama3):
         fields = llama_shape_fields(llama_config(shape, torch.float32, IDS))
         assert fields == {name: getattr(shape, name) for name in fields}
-        assert len(fields) == 13
+        assert len(fields) == 15
 
 
 def test_tensors_count_the_parameters() -> None:

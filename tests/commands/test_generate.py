@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -123,6 +124,25 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capsys: pytes
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert "tie_word_embeddings is True" in refused(bare, "--prompt", "a")
+
+
+def test_any_of_the_publishers_end_tokens_ends(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    greedy = ["--temperature", "0", "--max-new-tokens", "6", "--json", "--prompt", "the sea"]
+
+    def tokens(*more: str) -> list[int]:
+        assert generate.main(["--load", str(tmp_path / "copy"), *greedy, *more]) == 0
+        found: list[int] = json.loads(capsys.readouterr().out)["tokens"]
+        return found
+
+    shutil.copytree(folders["theirs"], tmp_path / "copy")
+    free = tokens("--ignore-eod")
+    path = tmp_path / "copy/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [278, free[2]]}))
+    stop = free.index(free[2])
+    assert tokens() in (free[:stop], free[: stop + 1])
+    assert tokens("--ignore-eod") == free
 
 
 def test_a_tokenizer_that_was_changed_since(
