@@ -1,7 +1,9 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_aquila.plan.offload import on_host
+from megatron_aquila.plan.offload import on_host, spread
 
 
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=20), share=st.floats(0, 1))
@@ -18,3 +20,12 @@ def test_none_all_and_the_first_of_equal_ones() -> None:
     assert on_host([3, 3, 1], 0) == (False, False, False)
     assert on_host([3, 3, 1], 1) == (True, True, True)
     assert on_host([1, 3, 3], 0.4) == (False, True, False)
+
+
+@given(units=st.integers(0, 90), wanted=st.integers(0, 100))
+def test_layers_that_leave_lie_evenly_from_the_first_on(units: int, wanted: int) -> None:
+    chosen = sorted(spread(units, wanted))
+    assert len(chosen) == min(units, wanted)
+    assert chosen[:1] in ([], [0])
+    gaps = [after - before for before, after in pairwise([*chosen, units])]
+    assert not gaps or max(gaps) - min(gaps) <= 1

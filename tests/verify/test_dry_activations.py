@@ -47,7 +47,7 @@ def host_of(machine: Machine) -> HostActivations:
     return host
 
 
-def run_config(wanted: int, *, microbatches: int = 4, **settings: Any) -> RunConfig:
+def run_config(wanted: int, *, microbatches: int = 2, **settings: Any) -> RunConfig:
     parallel = {name: settings.pop(name) for name in list(settings) if hasattr(ParallelConfig, name)}
     return RunConfig(
         model=MODEL,
@@ -58,19 +58,17 @@ def run_config(wanted: int, *, microbatches: int = 4, **settings: Any) -> RunCon
 
 CASES = {  # settings, pipeline rank, and how far above the peak the plan may be
     "one stage": ({}, 0, 1.06),
-    "all layers": ({"wanted": 4}, 0, 1.12),
+    "all layers": ({"wanted": 4, "recompute": "selective"}, 0, 1.12),
     "gpipe": ({"pipeline": 2, "schedule": "gpipe"}, 1, 1.06),
-    "1f1b": ({"pipeline": 2}, 0, 1.06),
+    "1f1b": ({"pipeline": 2, "microbatches": 3}, 0, 1.06),
     "sp": ({"pipeline": 2, "tensor": 2, "sequence": True}, 1, 1.12),
-    "selective": ({"recompute": "selective"}, 0, 1.06),
     "full": ({"pipeline": 2, "recompute": "full"}, 1, 1.12),
     "groups": ({"recompute": "full", "recompute_layers": 2}, 0, 1.12),
-    "some recomputed": ({"recompute": "full", "recompute_method": "block", "recompute_layers": 2}, 0, 1.3),
+    "some recomputed": ({"recompute": "full", "recompute_method": "block", "recompute_layers": 2}, 0, 1.4),
     "ulysses": ({"context": 2, "context_method": "ulysses"}, 0, 1.12),
-    "ring": ({"context": 2}, 0, 1.12),
-    "interleaved": ({"pipeline": 2, "chunks": 2, "wanted": 1}, 0, 1.3),
-    "zb-h1": ({"pipeline": 2, "schedule": "zb-h1", "wanted": 1}, 1, 1.3),
-    "zb-v": ({"pipeline": 2, "schedule": "zb-v", "wanted": 1}, 1, 1.4),
+    "interleaved": ({"pipeline": 2, "chunks": 2, "wanted": 1, "microbatches": 4}, 0, 1.3),
+    "zb-h1": ({"pipeline": 2, "schedule": "zb-h1", "wanted": 1, "microbatches": 3}, 1, 1.3),
+    "zb-v": ({"pipeline": 2, "schedule": "zb-v", "wanted": 1, "microbatches": 4}, 1, 1.4),
 }
 
 
@@ -94,10 +92,10 @@ def test_bytes_on_both_sides_and_between_them_are_what_the_plan_says(case: str) 
     assert there * (0.5 if case == "zb-v" else 1) <= host.num_bytes <= there
     moved = {row.kind: row.num_bytes for row in traffic_plan(config, derived).of_rank(pp_rank) if row.group == "host"}
     assert moved == {"to host": copies.to_host, "from host": copies.from_host}
-    messages = 2 * 2 * prod(machine.wire._shape) if parallel.pipeline > 1 else 0
     planned = memory.activations + memory.logits + memory.temporaries
-    print(case, peak, planned, planned / peak, messages, host.num_bytes, there)
-    assert peak - messages - SMALL <= planned <= above * peak
+    message = 2 * prod(machine.wire._shape) if parallel.pipeline > 1 else 0
+    under_way = message * (3 if parallel.chunks == 2 else 2)  # not in the plan: those that come, and those that go
+    assert peak - under_way - SMALL <= planned <= above * peak
 
 
 def test_the_plan_tells_of_the_host() -> None:
