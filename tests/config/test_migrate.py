@@ -106,6 +106,12 @@ def test_no_flag_has_two_meanings():
         ("--ckpt-format torch_dist", "leave it out"),
         ("--ckpt-step 100 --load runs/a", "use --load runs/a/step_0000100"),
         ("--use-checkpoint-opt_param-scheduler", "leave it out"),
+        (
+            "--num-distributed-optimizer-instances 4 --dp 8 --cp 2",
+            "use --zero-group 4 (16 ranks of dp x cp in 4 groups)",
+        ),
+        ("--num-distributed-optimizer-instances 4", "use --zero-group with dp x cp over the instances"),
+        ("--num-distributed-optimizer-instances 1", "leave it out: one group is the default"),
         ("--ddp-bucket-size 40000000", "use --bucket-mib 152.588 "),
         ("--ckpt-step latest", "use --load FOLDER/step_N"),
         ("--finetune --load a", "use --load with --no-load-optim"),

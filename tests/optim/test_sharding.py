@@ -144,7 +144,7 @@ class Recorded:
     """A bucket that tells what is asked of it."""
 
     def __init__(self, name: int, events: list[tuple[str, int]]) -> None:
-        self.name, self.events, self.is_whole = name, events, True  # whole at first, to be filled
+        self.name, self.events, self.is_whole = name, events, False
 
     def begin_gather(self) -> None:
         if not self.is_whole:
@@ -163,8 +163,6 @@ def recorded(count: int, *, ahead: bool = True) -> tuple[Gathering, list[Recorde
     events: list[tuple[str, int]] = []
     buckets = [Recorded(name, events) for name in range(count)]
     gathering = Gathering(buckets, ahead=ahead)  # type: ignore[arg-type]
-    gathering.let_go()
-    events.clear()
     return gathering, buckets, events
 
 
