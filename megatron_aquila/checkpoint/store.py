@@ -75,18 +75,6 @@ class CheckpointReader(TensorReader):
             ) from error
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    chunks: Sequence[Chunk],
-    state: Mapping[str, Json],
-    ctx: ParallelContext,
-    staging: Staging | None = None,
-) -> Path:
-    """A ``Save``, begun and finished. Collective; raises as it does."""
-    return Save(root, step, chunks, state, ctx, staging).finish()
-
-
 class Save:
     """A checkpoint on its way to the disk: ``chunks`` of all ranks and ``state`` (rank 0's) as ``root/step_<step>``.
 
