@@ -49,7 +49,7 @@ WITHOUT_TORCH = [
     "__init__.py", "errors.py", "plan/*.py", "config/*.py", "data/*.py",
     "observe/__init__.py", "observe/ledger.py", "observe/lineage.py",
     "observe/log.py", "observe/meters.py", "observe/plot.py", "observe/report.py",
-    "observe/profile.py", "observe/timers.py", "observe/writers.py",
+    "observe/profile.py", "observe/writers.py",
     "pipeline/__init__.py", "pipeline/action.py", "pipeline/checks.py", "pipeline/draw.py", "pipeline/schedules.py",
     "pipeline/simulate.py", "pipeline/svg.py",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ from megatron_aquila.checkpoint.shares import Shares, file_name
 from megatron_aquila.checkpoint.staging import Staging, write_at_once
 from megatron_aquila.checkpoint.tensorfile import FileRecord
 from megatron_aquila.errors import CheckpointError
-from megatron_aquila.parallel.context import Group, ParallelContext
+from megatron_aquila.parallel.context import Group
 from megatron_aquila.plan.shape import ModelShape
 
 
@@ -70,19 +70,6 @@ class CheckpointReader(TensorReader):
             raise CheckpointError(
                 f"{self.folder / MANIFEST}: its model shape is of another version: {error}"
             ) from error
-
-
-def save_checkpoint(
-    root: Path,
-    step: int,
-    chunks: Sequence[Chunk],
-    state: Mapping[str, Json],
-    ctx: ParallelContext,
-    staging: Staging | None = None,
-    shares: Shares | None = None,
-) -> Path:
-    """A ``Save``, begun and finished. Collective; raises as it does."""
-    return Save(root, step, chunks, state, ctx.host_world, staging, shares).finish()
 
 
 class Save:

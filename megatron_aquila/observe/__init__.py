@@ -1,1 +1,1 @@
-"""What happened: step reports, timers, meters and the writers that show them."""
+"""What happened: step reports, meters and the writers that show them."""

@@ -1,19 +1,33 @@
 """Checkpoints of a few numbers, and ways to damage them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_aquila.checkpoint.layout import Chunk
-from megatron_aquila.checkpoint.manifest import _digest
+from megatron_aquila.checkpoint.manifest import Json, _digest
+from megatron_aquila.checkpoint.shares import Shares
 from megatron_aquila.checkpoint.staging import Staging
-from megatron_aquila.checkpoint.store import save_checkpoint
+from megatron_aquila.checkpoint.store import Save
 from megatron_aquila.parallel.context import ParallelContext
 
 FILE = "rank_00000.safetensors"
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    chunks: Sequence[Chunk],
+    state: Mapping[str, Json],
+    ctx: ParallelContext,
+    staging: Staging | None = None,
+    shares: Shares | None = None,
+) -> Path:
+    """A ``Save``, begun and finished."""
+    return Save(root, step, chunks, state, ctx.host_world, staging, shares).finish()
 
 
 def numbers(value: float) -> list[Chunk]:

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megatron_aquila.checkpoint.layout import Chunk, range_chunks
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.parallel.context import ParallelContext
+from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import assert_filled, fill, optimizer_chunks, owned_ranges, parameters, whole_chunks
 
 LAYOUTS = [(tp, pp, dp) for tp, pp, dp in itertools.product((1, 2, 4), (1, 2), (1, 2, 3)) if (tp, pp, dp) != (4, 2, 3)]

@@ -15,11 +15,12 @@ from megatron_aquila.checkpoint import reader as module
 from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import SpecialIds
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.verify.reference import plain_logits
 from tests.checkpoint.export import export_files
+from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE, SHAPES, fill, logical, parameters, whole_chunks
 
 transformers = pytest.importorskip("transformers", reason="the judge of these folders is transformers (extra hf)")

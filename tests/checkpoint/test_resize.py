@@ -8,9 +8,10 @@ import torch
 
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.resize import ResizedReader, grown
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import ParallelContext
+from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE, SHAPES, fill, parameters, whole_chunks
 
 PIECES = [*((number,) for number in range(SHAPE.vocab_size)), (3, 5), (), (0, 1, 2, 2)]

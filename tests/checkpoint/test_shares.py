@@ -8,10 +8,10 @@ import torch
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.manifest import Manifest, TensorTable
 from megatron_aquila.checkpoint.shares import Shares
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import ParallelContext
-from tests.checkpoint.numbers import numbers
+from tests.checkpoint.numbers import numbers, save_checkpoint
 
 
 def test_saves_with_shares_that_were_agreed_before_agree_on_nothing_more(

@@ -6,6 +6,8 @@ import math
 import os
 import resource
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,11 +18,13 @@ import torch
 from megatron_aquila.checkpoint import folders, tensorfile
 from megatron_aquila.checkpoint.folders import find_checkpoint
 from megatron_aquila.checkpoint.layout import Chunk, range_chunks
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.staging import Staging
+from megatron_aquila.checkpoint.store import CheckpointReader, Save
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.verify.pool import WorkerPool
+from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import (
     SHAPE,
     SHAPES,
@@ -161,6 +165,23 @@ def save_numbers(root: Path, step: int, value: float) -> Path:
     return save_checkpoint(root, step, numbers(value), {"value": value}, ParallelContext.single())
 
 
+def save_behind(root: Path, step: int, value: float) -> Path:
+    """As ``save_numbers``, by a thread that writes copies: what they were copied from is trained on at once."""
+    staging = Staging(torch.device("cpu"), limit_bytes=32, block_bytes=16)  # blocks come around several times
+    chunks = numbers(value)
+    save = Save(root, step, chunks, {"value": value}, ParallelContext.single(), staging)
+    for chunk in chunks:
+        chunk.tensor.fill_(-1.0)
+    deadline = time.monotonic() + 60
+    while not save.is_written:
+        assert time.monotonic() < deadline, "the thread does not end"
+        time.sleep(0.001)
+    return save.finish()
+
+
+SAVES = {"at once": save_numbers, "behind training": save_behind}
+
+
 def read_value(root: Path) -> float:
     reader = CheckpointReader(root)
     assert reader.read("weight").tolist() == [reader.state["value"]] * 6
@@ -179,6 +200,7 @@ def in_a_child(action: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+DISK_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 SYSTEM_CALLS = [(folders.os, "rename"), (folders.os, "replace"), (tensorfile.os, "fsync"), (folders.shutil, "rmtree")]
 
 
@@ -198,17 +220,40 @@ def counting(monkeypatch: pytest.MonkeyPatch, number: int, strike: Callable[[], 
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
 
 
+def kill_at(number: int, root: Path) -> None:
+    """End this process, whichever of its threads it is in, at its ``number``-th call that touches ``root`` from here.
+
+    There is no way back: for a child.
+    """
+    seen: Iterator[int] = iter(range(1000))
+
+    def strike() -> None:
+        if next(seen) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audited(event: str, args: tuple[object, ...]) -> None:
+        if event in DISK_EVENTS and (event != "open" or str(root) in str(args[0])):
+            strike()
+
+    def flushed(file: int) -> None:
+        strike()
+        right(file)
+
+    right, tensorfile.os.fsync = os.fsync, flushed
+    sys.addaudithook(audited)
+
+
+@pytest.mark.parametrize("how", SAVES)
 @pytest.mark.parametrize("step", [1, 2], ids=["over the same step", "another step"])
-def test_killed_at_any_point_latest_names_a_whole_checkpoint(tmp_path: Path, step: int) -> None:
+def test_killed_at_any_point_latest_names_a_whole_checkpoint(tmp_path: Path, step: int, how: str) -> None:
     seen: set[float] = set()
     for number in range(100):
         root = tmp_path / str(number)
         save_numbers(root, 1, 1.0)
 
         def killed(root: Path = root, number: int = number) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                counting(patch, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-                save_numbers(root, step, 2.0)
+            kill_at(number, root)
+            SAVES[how](root, step, 2.0)
 
         status = in_a_child(killed)
         value = read_value(root)
@@ -219,7 +264,7 @@ def test_killed_at_any_point_latest_names_a_whole_checkpoint(tmp_path: Path, ste
         assert read_value(root) == 3.0
         assert {path.suffix for path in root.iterdir()} <= {""}
         if status == 0:
-            assert number > 8, f"only {number} changes to the disk were seen"
+            assert number > 14, f"only {number} calls were seen"
             break
         assert status == -signal.SIGKILL
     else:
@@ -227,7 +272,8 @@ def test_killed_at_any_point_latest_names_a_whole_checkpoint(tmp_path: Path, ste
     assert seen == {1.0, 2.0}
 
 
-def test_a_full_disk_at_any_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", SAVES)
+def test_a_full_disk_at_any_point(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -236,7 +282,7 @@ def test_a_full_disk_at_any_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         save_numbers(root, 1, 1.0)
         with monkeypatch.context() as patch:
             counting(patch, number, full)
-            refusal = why_not_saved(root)
+            refusal = why_not_saved(root, SAVES[how])
         assert read_value(root) in (1.0, 2.0)
         assert not list(root.glob("step*.tmp"))
         if refusal is None:
@@ -246,9 +292,9 @@ def test_a_full_disk_at_any_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pytest.fail("the save never ended")
 
 
-def why_not_saved(root: Path) -> str | None:
+def why_not_saved(root: Path, save: Callable[[Path, int, float], Path] = save_numbers) -> str | None:
     try:
-        save_numbers(root, 2, 2.0)
+        save(root, 2, 2.0)
     except CheckpointError as error:
         return str(error)
     return None

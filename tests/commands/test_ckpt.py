@@ -3,10 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_aquila.checkpoint.store import save_checkpoint
 from megatron_aquila.commands.ckpt import main
 from megatron_aquila.parallel.context import ParallelContext
-from tests.checkpoint.numbers import FILE, flip, numbers, save_numbers
+from tests.checkpoint.numbers import FILE, flip, numbers, save_checkpoint, save_numbers
 
 
 @pytest.fixture

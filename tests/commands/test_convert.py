@@ -15,7 +15,7 @@ from megatron_aquila.checkpoint import conversion
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import llama_tensors
 from megatron_aquila.checkpoint.reader import TensorReader
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import convert
 from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
@@ -23,6 +23,7 @@ from megatron_aquila.errors import CheckpointError
 from megatron_aquila.observe.ledger import Ledger
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.plan.shape import ModelShape
+from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE as TOY
 
 SHAPE = replace(TOY, vocab_size=280, padded_vocab_size=384)

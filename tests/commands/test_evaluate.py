@@ -11,10 +11,10 @@ import torch
 
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import llama_tensors
-from megatron_aquila.checkpoint.store import save_checkpoint
 from megatron_aquila.commands import evaluate
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.parallel.context import ParallelContext
+from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE
 
 

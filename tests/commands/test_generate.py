@@ -11,11 +11,12 @@ import torch
 
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import SpecialIds, llama_tensors
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import generate
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.parallel.context import ParallelContext
 from tests.checkpoint.export import export_files
+from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE as TOY
 
 SHAPE = replace(TOY, vocab_size=280, padded_vocab_size=384, seq_len=400)

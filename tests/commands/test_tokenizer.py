@@ -91,10 +91,10 @@ def test_extend_and_resize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
     from megatron_aquila.checkpoint.layout import Chunk
     from megatron_aquila.checkpoint.llama import llama_tensors
-    from megatron_aquila.checkpoint.store import save_checkpoint
     from megatron_aquila.commands import convert
     from megatron_aquila.data.tokenizer import tokenizer_at
     from megatron_aquila.parallel.context import ParallelContext
+    from tests.checkpoint.numbers import save_checkpoint
     from tests.checkpoint.toy import SHAPE
 
     base, added = trained(tmp_path, "base", "aa aa", 266), trained(tmp_path, "added", "海上 海上", 269)

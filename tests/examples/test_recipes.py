@@ -10,7 +10,7 @@ from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive, memory_plan
 from megatron_aquila.errors import ConfigError
 from megatron_aquila.plan.flops import flops_per_token, num_params
-from megatron_aquila.plan.time import bubble_share, bubble_time
+from tests.pipeline.closed_forms import bubble_share, bubble_time
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAYOUTS = {

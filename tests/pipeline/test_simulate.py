@@ -10,7 +10,7 @@ from megatron_aquila.errors import ScheduleError
 from megatron_aquila.pipeline.action import Action, Op
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.simulate import Timeline, simulate
-from megatron_aquila.plan.time import bubble_share, bubble_time
+from tests.pipeline.closed_forms import bubble_share, bubble_time
 
 EXACT = 1e-9
 times = st.floats(0.1, 10.0)

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.trail import Silent
 from megatron_aquila.pipeline.action import Op
 from megatron_aquila.pipeline.wire import LocalWire, P2PWire
 from megatron_aquila.plan.grid import RankGrid
@@ -49,6 +51,44 @@ def test_messages_arrive_in_order_each_direction_for_itself(pool: Callable[[int]
             expected += [-100.0 * (stage + 1) - m] if stage < 3 else []
             expected += [100.0 * (stage - 1) + m] if stage > 0 else []
         assert got == expected
+
+
+class Kept(Silent):
+    """Keeps which message between which ranks was begun."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, tuple[int, int] | None]] = []
+
+    def begin(self, op: str, x: Any, *, link: tuple[int, int] | None, waits: bool) -> int:
+        self.begun.append((op, link))
+        return len(self.begun)
+
+
+def crumbs_and_messages() -> tuple[list[tuple[str, tuple[int, int] | None]], list[str]]:
+    trail, asked = Kept(), []
+    ctx = ParallelContext.create(RankGrid(pp=2), torch.device("cpu"), trail=trail)
+    wire = P2PWire(ctx, stage_rank=(0, 1), activation_shape=SHAPE, dtype=torch.float64)
+    isend, irecv, x = dist.isend, dist.irecv, torch.zeros(SHAPE, dtype=torch.float64)
+    with (
+        mock.patch.object(dist, "isend", lambda *args, **words: (asked.append("send"), isend(*args, **words))[1]),
+        mock.patch.object(dist, "irecv", lambda *args, **words: (asked.append("recv"), irecv(*args, **words))[1]),
+    ):
+        for m in range(2):
+            if ctx.pp.rank == 0:
+                wire.send(Op.F, 1, m, x)
+                wire.recv(Op.B, 0, m)
+            else:
+                wire.expect(Op.F, 1, m)
+                wire.recv(Op.F, 1, m)
+                wire.send(Op.B, 0, m, x)
+        wire.flush()
+    return trail.begun, asked
+
+
+def test_every_message_leaves_a_crumb_with_both_ends(pool: Callable[[int], WorkerPool]) -> None:
+    first, second = pool(2).run(crumbs_and_messages)
+    assert first == ([("send", (0, 1)), ("recv", (1, 0))] * 2, ["send", "recv"] * 2)
+    assert second == ([("recv", (0, 1)), ("send", (1, 0))] * 2, ["recv", "send"] * 2)
 
 
 Used = list[tuple[str, int, object]]

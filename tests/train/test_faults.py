@@ -159,6 +159,33 @@ def test_a_run_goes_back_to_one_checkpoint_a_few_times_and_not_without_one(
         run_poisoned(fresh, {1}, math.nan)
 
 
+def test_a_run_that_began_from_weights_alone_goes_back_to_its_own_checkpoint_whole(tmp_path: Path) -> None:
+    base = set_train(tiny_config(tmp_path), on_nonfinite="rewind", eval_interval=0)
+    run(replace(set_train(base, exit_samples=16), checkpoint=replace(base.checkpoint, save=tmp_path / "weights")))
+    weights = replace(base.checkpoint, load=tmp_path / "weights", load_optim=False)
+    _, events, rows = run_poisoned(replace(base, checkpoint=weights), {4}, math.nan)
+    assert [row[0] for row in rows] == [1, 2, 3, 4, 3, 5, 6], "back to step 2 of its own, not to the beginning"
+    assert check_ledger(ledger_of(events)).skipped == ((24, 32),)
+    skip = set_train(replace(base, checkpoint=replace(weights, save=tmp_path / "left out")), skip_samples=("24-31",))
+    run(skip)
+    expected, found = tensors(tmp_path / "left out"), tensors(tmp_path / "run")
+    assert all(torch.equal(found[name], expected[name]) for name in expected), "moments of Adam included"
+
+
+def test_a_fault_that_comes_to_light_at_a_stop_is_left_out_and_is_no_failure(tmp_path: Path) -> None:
+    config = set_train(tiny_config(tmp_path), on_nonfinite="rewind", eval_interval=0)
+    config = replace(config, checkpoint=replace(config.checkpoint, save_interval=100))
+    recorder = Recorder(kill_at=2)  # told of once step 3 is launched, which is settled when the run stops before step 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistributedOptimizer, "clip", poisoned({3}, math.nan))
+        patch.setattr(trainer, "runs_ahead", lambda machine: True)
+        run(config, recorder=recorder)
+    assert "SIGTERM" in recorder.notes[-1]
+    state: Any = CheckpointReader(tmp_path / "run").state["train"]
+    assert (state["step"], state["skipped_samples"]) == (3, [[16, 24]])
+    assert [event["event"] for event in recorder.events].count("rewind") == 0
+
+
 def test_ranks_that_go_back_from_different_steps_are_found_out(pool: Pools, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="ranks go back from different steps"):
         pool(2).run(go_back_apart, split(tiny_config(tmp_path)))

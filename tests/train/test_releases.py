@@ -12,11 +12,12 @@ import torch
 from megatron_aquila.checkpoint.conversion import content_of
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.retention import add_tag, tags
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train import releases
 from megatron_aquila.train.releases import Releases
+from tests.checkpoint.numbers import save_checkpoint
 from tests.train.runs import Recorder, run, tiny_config
 
 POPEN = subprocess.Popen

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 from megatron_aquila.checkpoint import staging
 from megatron_aquila.checkpoint.integrity import examine
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.errors import CheckpointError, CommunicationError, RunFolderError
-from megatron_aquila.train import trainer
+from megatron_aquila.errors import CheckpointError, CommunicationError, DataError, RunFolderError
+from megatron_aquila.optim.distributed import DistributedOptimizer
+from megatron_aquila.train import record, trainer
+from megatron_aquila.train.releases import Releases
 from megatron_aquila.train.saving import Saver
 from megatron_aquila.verify.pool import WorkerPool
 from tests.checkpoint.numbers import flip
@@ -179,3 +182,37 @@ def test_old_ones_that_cannot_be_removed_are_no_reason_to_stop(tmp_path: Path, m
     monkeypatch.setattr("megatron_aquila.train.saving.prune", refuses)
     recorder = run(resumed(tiny_config(tmp_path, train_samples=16), keep=1, keep_every=4))
     assert any("were not removed: read-only" in note for note in recorder.notes)
+
+
+def failing_before_it_is_begun(config: RunConfig) -> str:
+    """Rank 1 cannot read the samples that come next."""
+
+    def unread(*args: object) -> object:
+        raise DataError("threes.bin: cut off")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:
+            patch.setattr(record, "upcoming", unread)
+        with pytest.raises(CheckpointError) as caught:
+            run(config)
+    return str(caught.value)
+
+
+def test_a_rank_that_cannot_read_what_comes_next_is_everyones_failure(pool: Pools, tmp_path: Path) -> None:
+    assert pool(2).run(failing_before_it_is_begun, split(tiny_config(tmp_path))) == ["threes.bin: cut off (rank 1)"] * 2
+
+
+def test_the_last_gathers_are_awaited_before_rank_0_waits_for_a_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    for owner, name in ((DistributedOptimizer, "wait_for_weights"), (Releases, "wait"), (Saver, "finish")):
+        right = getattr(owner, name)
+
+        def noted(self: object, *args: object, right: Any = right, name: str = name) -> object:
+            order.append(name)
+            return right(self, *args)
+
+        monkeypatch.setattr(owner, name, noted)
+    run(tiny_config(tmp_path, eval_interval=0))
+    assert order[-3:] == ["finish", "wait_for_weights", "wait"]

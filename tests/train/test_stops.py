@@ -158,3 +158,16 @@ def test_a_validation_is_cut_between_batches_on_all_ranks_alike(tmp_path: Path, 
         assert validations == []
         assert any("step_0000003" in note for note in notes)
         assert ("SIGTERM" if rank == 1 else "another rank") in notes[-1]
+
+
+def test_a_stop_file_that_came_with_the_end_has_served_too(tmp_path: Path) -> None:
+    file = tmp_path / "enough"
+
+    class Touching(Recorder):
+        def step(self, report: Any) -> None:
+            if report.step == 6:
+                file.touch()
+
+    recorder = run(tiny_config(tmp_path, stop_file=file), recorder=Touching())
+    assert "--train-samples 48 are consumed" in recorder.notes[-1]
+    assert not file.exists(), "a longer run would stop at once"

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_aquila.checkpoint.layout import param_chunks
 from megatron_aquila.checkpoint.llama import SpecialIds
-from megatron_aquila.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.model.aquila import build_stages
@@ -17,6 +17,7 @@ from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import plan_stages
 from megatron_aquila.verify.huggingface import BOUND, compare_logits, our_logits, their_logits
 from tests.checkpoint.export import export_files
+from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE, fill, parameters, whole_chunks
 
 transformers = pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")

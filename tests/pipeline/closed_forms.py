@@ -1,4 +1,4 @@
-"""Closed-form pipeline bubbles: what the simulator of ``pipeline`` must reproduce for equal stages."""
+"""Closed forms of pipeline bubbles: what the simulator must reproduce for equal stages."""
 
 from megatron_aquila.plan.stages import ScheduleName
 

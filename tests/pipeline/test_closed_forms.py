@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_aquila.plan.time import bubble_share, bubble_time
+from tests.pipeline.closed_forms import bubble_share, bubble_time
 
 
 @pytest.mark.parametrize(
