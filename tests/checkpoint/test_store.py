@@ -169,7 +169,7 @@ def save_behind(root: Path, step: int, value: float) -> Path:
     """As ``save_numbers``, by a thread that writes copies: what they were copied from is trained on at once."""
     staging = Staging(torch.device("cpu"), limit_bytes=32, block_bytes=16)  # blocks come around several times
     chunks = numbers(value)
-    save = Save(root, step, chunks, {"value": value}, ParallelContext.single(), staging)
+    save = Save(root, step, chunks, {"value": value}, ParallelContext.single().host_world, staging)
     for chunk in chunks:
         chunk.tensor.fill_(-1.0)
     deadline = time.monotonic() + 60
