@@ -200,18 +200,18 @@ def seconds_of(run: Run, *, device: torch.device, count: int, clock: Clock = tim
 
 
 def in_turns(
-    runs: Mapping[str, Run],
+    runs: Mapping[T, Run],
     *,
     device: torch.device,
     warmup: int,
     rounds: int,
     count: int = 1,
     clock: Clock = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> dict[T, list[float]]:
     """Seconds of the calls of each of ``runs``, ``rounds`` times ``count``: what disturbs one disturbs all."""
     for run in runs.values():
         seconds_of(run, device=device, count=warmup)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[T, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             times[name] += seconds_of(run, device=device, count=count, clock=clock)

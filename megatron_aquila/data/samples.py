@@ -140,7 +140,8 @@ class Packing:
             for done in range(0, whole, BLOCK):
                 report("samples", done, total)
                 rows = np.empty((min(BLOCK, whole - done), 2), dtype=dtype)
-                fill_sample_index(lengths, documents, self.seq_len, tuple(last[-1].tolist()), rows)
+                document, token = last[-1].tolist()
+                fill_sample_index(lengths, documents, self.seq_len, (document, token), rows)
                 yield rows
                 last = rows[-1:]
             if whole < total:
