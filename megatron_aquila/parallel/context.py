@@ -95,13 +95,7 @@ class ParallelContext:
             return Group(name, mine.index(rank), len(mine), mine, handles[partition, own], trail.group(label, mine))
 
         # The world's own communicator would make what it agrees on wait for the weights that dp_cp still gathers.
-        # With two ranks there is no link but the even one. The first, activations to a higher rank, may share.
-        kinds = [
-            (op, up, odd)
-            for odd in range(min(2, grid.pp - 1))
-            for op in ("F", "B")
-            for up in ((True, False) if pp_turns_back else (op == "F",))
-        ]
+        kinds = _links(grid.pp, turns_back=pp_turns_back)
         world_group = group("world", [everyone])
         replicas = grid.groups("dp", "cp")
         alone = len(replicas) == 1 or 1 == grid.dp < grid.cp  # nor may a ring wait for gradients
@@ -137,6 +131,16 @@ class ParallelContext:
     def single(cls, device: torch.device | None = None) -> "ParallelContext":
         """The world of one: no process group, the same code path."""
         return cls.create(RankGrid(), device if device is not None else torch.device("cpu"))
+
+
+def _links(pp: int, *, turns_back: bool) -> list[Link]:
+    """With two ranks there is no link but the even one. The first, activations to a higher rank, may share."""
+    return [
+        (op, up, odd)
+        for odd in range(min(2, pp - 1))
+        for op in ("F", "B")
+        for up in ((True, False) if turns_back else (op == "F",))
+    ]
 
 
 def _on_host(world: Group, timeout: timedelta | None, trail: Trail) -> Group:
