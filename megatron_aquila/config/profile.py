@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator
 
 from megatron_aquila.config.derive import batch_plan
-from megatron_aquila.config.schema import ObserveConfig, RunConfig
+from megatron_aquila.config.observe import ObserveConfig
+from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.errors import Problem
 

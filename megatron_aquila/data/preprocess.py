@@ -132,7 +132,6 @@ def preprocess(
     corpus = _plan(settings)
     _check_inputs(settings, corpus)
     pieces = _share(corpus, settings.shard)
-    dtype = token_dtype(tokenizer.vocab_size)
     with kept_for_good():
         pending_facts = beside(lambda: tokenizer_facts(tokenizer))
         chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
@@ -145,7 +144,7 @@ def preprocess(
         encoder=chosen.encoder,
         read=settings.read,
         end=tokenizer.eod if settings.append_eod else None,
-        dtype=dtype,
+        dtype=token_dtype(tokenizer.vocab_size),
         skip_bad_records=settings.skip_bad_lines,
         limits=settings.limits,
         deduplicate=settings.deduplicate,
@@ -155,7 +154,7 @@ def preprocess(
         settings.prefix,
         names=settings.names,
         streams=writer.streams,
-        dtype=dtype,
+        dtype=writer.dtype,
         plan=_identity(settings, facts, tokenizer.allow_special_tokens, pieces),
         overwrite=settings.overwrite,
     )

@@ -103,9 +103,7 @@ def build_machine(
     ``kernels`` are by default the best that run on every rank's device, or those that the settings name: chosen with an
     all-gather over the world, so that replicas round alike. All else is local.
     """
-    if kernels is None:
-        kernels = run_kernels(config, derived.shape, ctx)
-    kernels = split_attention(config.parallel, kernels, ctx)
+    kernels = split_attention(config.parallel, kernels or run_kernels(config, derived.shape, ctx), ctx)
     placement = Placement(
         tp=ctx.tp,
         sequence_parallel=config.parallel.sequence,

@@ -7,12 +7,12 @@ import pytest
 
 from megatron_aquila.config.check import RULES, check
 from megatron_aquila.config.derive import derive
+from megatron_aquila.config.observe import ObserveConfig
 from megatron_aquila.config.optim import OptimConfig
 from megatron_aquila.config.schema import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
-    ObserveConfig,
     ParallelConfig,
     RunConfig,
     TrainConfig,

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.observe import ObserveConfig
 from megatron_aquila.config.profile import profiled_steps
-from megatron_aquila.config.schema import ObserveConfig
 from megatron_aquila.errors import ConfigError
 
 

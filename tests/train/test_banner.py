@@ -8,7 +8,8 @@ import torch
 
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import derive, memory_plan
-from megatron_aquila.config.schema import ModelConfig, ObserveConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_aquila.config.observe import ObserveConfig
+from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.config.settings import all_settings
 from megatron_aquila.errors import AquilaError, ConfigError
 from megatron_aquila.observe.log import Log
