@@ -107,7 +107,7 @@ def test_no_flag_has_two_meanings():
         ("--ckpt-step 100 --load runs/a", "use --load runs/a/step_0000100"),
         ("--use-checkpoint-opt_param-scheduler", "leave it out"),
         (
-            "--num-distributed-optimizer-instances 4 --dp 8 --cp 2",
+            "--num-distributed-optimizer-instances 4 --dp 8 --cp 2 --global-batch 8",
             "use --zero-group 4 (16 ranks of dp x cp in 4 groups)",
         ),
         ("--num-distributed-optimizer-instances 4", "use --zero-group with dp x cp over the instances"),
