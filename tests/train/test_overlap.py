@@ -16,9 +16,8 @@ from megatron_aquila.config.schema import ModelConfig, RunConfig
 from megatron_aquila.errors import ReplicaError
 from megatron_aquila.optim import buckets
 from megatron_aquila.optim.buckets import Bucket
-from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.pipeline.engine import Engine
-from megatron_aquila.train import build
+from megatron_aquila.train import build, trainer
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
@@ -187,14 +186,10 @@ def late_run(config: RunConfig, forgotten: str | None) -> runs.Recorder:
 
     left_out: dict[str | None, Any] = {
         "forward": lambda: patch.object(build, "wait_before_forward", never),
-        "all": lambda: patch.object(
-            DistributedOptimizer,
-            "wait_for_weights",
-            lambda self, params=None: right(self, params) if params is not None else None,
-        ),
+        "check": lambda: patch.object(trainer, "check_replicated", lambda *args, read, **kw: compare(*args, **kw)),
         None: nullcontext,
     }
-    right = DistributedOptimizer.wait_for_weights
+    compare = trainer.check_replicated
     with patch.object(buckets, "begin_all_gather_flat_", gathered_late), left_out[forgotten]():
         return runs.run(config)
 
@@ -219,12 +214,12 @@ def test_every_reader_of_weights_waits_for_them(pool: Pools, tmp_path: Path) -> 
         assert file.read_bytes() == (tmp_path / "late" / "step_0000004" / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("forgotten", ["forward", "all"])
+@pytest.mark.parametrize("forgotten", ["forward", "check"])
 def test_a_forgotten_wait_would_show(pool: Pools, tmp_path: Path, forgotten: str) -> None:
-    config = runs.tiny_config(tmp_path, check_replicas=int(forgotten == "all"), train_samples=24, eval_interval=0)
+    config = runs.tiny_config(tmp_path, check_replicas=int(forgotten == "check"), train_samples=24, eval_interval=0)
     config = replace(config, checkpoint=replace(config.checkpoint, save=None))
     expected = pool(2).run(runs.run, overlapping(config, overlap=False))[0]
-    if forgotten == "all":
+    if forgotten == "check":
         with pytest.raises(Exception, match=ReplicaError.__name__):
             pool(2).run(late_run, overlapping(config, overlap=True), forgotten)
     else:
