@@ -16,6 +16,7 @@ from megatron_aquila.config.schema import ModelConfig, RunConfig
 from megatron_aquila.errors import ReplicaError
 from megatron_aquila.optim import buckets
 from megatron_aquila.optim.buckets import Bucket
+from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.pipeline.engine import Engine
 from megatron_aquila.train import build, trainer
 from megatron_aquila.train.build import Machine
@@ -178,6 +179,15 @@ def test_reductions_begin_before_backward_ends_and_gathers_end_module_by_module(
         assert events[events.index("engine done") :][1 : 1 + num_buckets] == ["reduce"] * num_buckets
 
 
+@contextmanager
+def check_at_once() -> Iterator[None]:
+    """Replicas are compared without a wait, neither of the masters' comparison nor of the weights'."""
+    compare = trainer.check_replicated
+    unread = patch.object(trainer, "check_replicated", lambda *args, read, **settings: compare(*args, **settings))
+    with unread, patch.object(DistributedOptimizer, "not_masters", lambda self: []):
+        yield
+
+
 def late_run(config: RunConfig, forgotten: str | None) -> runs.Recorder:
     """A whole run whose gathers bring nothing before they are waited for; ``forgotten``: a wait that is left out."""
 
@@ -186,10 +196,9 @@ def late_run(config: RunConfig, forgotten: str | None) -> runs.Recorder:
 
     left_out: dict[str | None, Any] = {
         "forward": lambda: patch.object(build, "wait_before_forward", never),
-        "check": lambda: patch.object(trainer, "check_replicated", lambda *args, read, **kw: compare(*args, **kw)),
+        "check": check_at_once,
         None: nullcontext,
     }
-    compare = trainer.check_replicated
     with patch.object(buckets, "begin_all_gather_flat_", gathered_late), left_out[forgotten]():
         return runs.run(config)
 
