@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -41,8 +42,16 @@ void adamw(Span<float> param, Span<const float> grad, Span<float> exp_avg, Span<
     update(param.data + begin, grad.data + begin, exp_avg.data + begin, exp_avg_sq.data + begin, end - begin, scalars);
   };
   std::vector<std::thread> others;
-  for (int64_t index = 1; index < parts; ++index) others.emplace_back(part, index);
+  others.reserve(parts);
+  int64_t started = 1;
+  try {
+    for (; started < parts; ++started) others.emplace_back(part, started);
+  } catch (const std::system_error&) {
+    // The system gives no more threads, as under a limit of processes: this one does their parts, to the same bits. No
+    // test: such a limit does not bind root, and it holds for all processes of a user.
+  }
   part(0);
+  for (int64_t index = started; index < parts; ++index) part(index);
   for (std::thread& other : others) other.join();
 }
 

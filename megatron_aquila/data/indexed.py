@@ -29,7 +29,7 @@ from megatron_aquila.data.manifest import (
     manifest_path,
     read_manifest,
     remove_manifest,
-    write_manifest,
+    store_manifest,
 )
 from megatron_aquila.data.temporary import temporary_path
 from megatron_aquila.errors import DataError
@@ -203,7 +203,8 @@ class IndexedDatasetWriter:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in CODE_OF_DTYPE:
-            raise DataError(f"{self.prefix}: dtype {self.dtype} has no place in the format; use one of {_names()}")
+            names = ", ".join(map(str, CODE_OF_DTYPE))
+            raise DataError(f"{self.prefix}: dtype {self.dtype} has no place in the format; use one of {names}")
         self._lengths = array("i")
         self._modes: array[int] | None = array("b") if multimodal else None
         self._boundaries = array("q", [0])
@@ -260,10 +261,14 @@ class IndexedDatasetWriter:
             self._write(self._checked(block))
             report(len(block))
 
-    def close(self) -> Manifest:
-        """Flush both files and give them their names, the index after the tokens, the manifest last.
+    def beside(self, ending: str) -> Path:
+        """Where to write ``prefix.ENDING``, which gets its name or is discarded with the data set."""
+        return self._temporary.setdefault(ending, temporary_path(self.prefix, ending))
 
-        What stood there before goes first, so that files of two data sets are never mixed. Returns the manifest.
+    def close(self) -> Manifest:
+        """Write all to the disk, then give it its names: tokens, index, what lies beside them, the manifest last.
+
+        The old manifest and index go first, so that files of two data sets are never mixed. Returns the manifest.
         """
         ended = self._boundaries[-1] == len(self._lengths)
         if not ended:
@@ -276,22 +281,23 @@ class IndexedDatasetWriter:
                 index.sync()
             self._bin.sync()
             self._bin.file.close()
+            manifest = Manifest(contents=self._contents(index), origin=self.origin)
+            store_manifest(self.beside("manifest.json"), manifest)
             remove_manifest(self.prefix)
             Path(f"{self.prefix}.idx").unlink(missing_ok=True)
             for end, path in self._temporary.items():
-                path.rename(f"{self.prefix}.{end}")
+                self._temporary[end] = path.rename(f"{self.prefix}.{end}")
         except OSError as error:
             self.discard()
             raise DataError(f"{self.prefix}: cannot be written: {error.strerror}; nothing was published") from error
         except DataError:  # of the old manifest
             self.discard()
             raise
-        manifest = Manifest(contents=self._contents(index), origin=self.origin)
-        write_manifest(self.prefix, manifest)
+        self._temporary.clear()
         return manifest
 
     def discard(self) -> None:
-        """Give up: remove the temporary files."""
+        """Give up: remove what was written, also what has its name already where ``close`` stopped half-way."""
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
         with suppress(OSError):  # what could not be flushed to a full disk is given up as well
@@ -391,7 +397,3 @@ def _map(path: Path) -> mmap.mmap | bytes:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _names() -> str:
-    return ", ".join(str(dtype) for dtype in CODE_OF_DTYPE)

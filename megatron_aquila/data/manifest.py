@@ -146,17 +146,26 @@ def write_manifest(prefix: str | os.PathLike[str], manifest: Manifest) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, ensure_ascii=False) + "\n"
     temporary, final = temporary_path(prefix, "manifest.json"), manifest_path(prefix)
     try:
-        with temporary.open("wb") as file:
-            file.write(text.encode("utf-8", errors="replace"))  # a path need not be UTF-8
-            file.flush()
-            os.fsync(file.fileno())
+        store_manifest(temporary, manifest)
         temporary.replace(final)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise DataError(f"{final}: cannot be written: {error.strerror}") from error
+
+
+def store_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest to ``path``, down to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, ensure_ascii=False) + "\n"
+    with path.open("wb") as file:
+        file.write(text.encode("utf-8", errors="replace"))  # a path need not be UTF-8
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_manifest(prefix: str | os.PathLike[str]) -> None:

@@ -8,7 +8,6 @@ from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.manifest import Manifest, Origin, TokenizerFacts, package_versions
 from megatron_aquila.data.provenance import join_provenance, provenance_path
 from megatron_aquila.data.shards import META
-from megatron_aquila.data.temporary import temporary_path
 from megatron_aquila.data.verify import verify
 from megatron_aquila.errors import DataError
 
@@ -43,18 +42,15 @@ def merge(
     for prefix in dict.fromkeys(prefixes):
         if problems := verify(prefix).problems:
             raise DataError("; ".join(problems))
-    beside = temporary_path(output, META)
     writer = IndexedDatasetWriter(output, inputs[0].dtype, multimodal=inputs[0].modes is not None)
     try:
         for dataset in inputs:
             writer.add_dataset(dataset, report)
         writer.origin = _origin(inputs, meta)
         if meta is not None:
-            join_provenance(inputs, beside)
-            beside.replace(meta)
+            join_provenance(inputs, writer.beside(META))
         manifest = writer.close()
     except BaseException:
-        beside.unlink(missing_ok=True)
         writer.discard()
         raise
     silent = [dataset.prefix for dataset, path in zip(inputs, origins, strict=True) if path is None]

@@ -261,7 +261,12 @@ class Output:
         return self._manifests
 
     def _publish(self, extra: Sequence[str]) -> None:
-        """Give the files their names; may be done again after it was killed half-way."""
+        """Give the files their names; may be done again after it was killed half-way.
+
+        The old manifests go first: they name the file of provenance, which is another then.
+        """
+        for name in self.names:
+            remove_manifest(document_prefix(self.prefix, name))
         for name, path in beside_paths(self.prefix).items():
             if name not in extra:
                 path.unlink(missing_ok=True)  # of the data set that is replaced
@@ -272,7 +277,6 @@ class Output:
             bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
             index, tokens = self.folder / f"{name}.idx", self.folder / f"{name}.bin"
             if index.exists():
-                remove_manifest(prefix)
                 idx_path.unlink(missing_ok=True)
                 bin_path.unlink(missing_ok=True)
                 index.replace(idx_path)

@@ -1,6 +1,7 @@
 """Where each document of a data set came from: PREFIX.meta.jsonl, a line a document, in the order of their numbers."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def provenance_path(dataset: IndexedDataset) -> Path | None:
 
 
 def join_provenance(datasets: Sequence[IndexedDataset], path: Path) -> None:
-    """Write what the files of all data sets say to ``path``, documents numbered as they lie end to end.
+    """Write what the files of all data sets say to ``path`` on the disk, documents numbered as they lie end to end.
 
     Raises:
         DataError: a data set has no such file, or one that is not a line a document; or one cannot be read or written.
@@ -55,6 +56,8 @@ def join_provenance(datasets: Sequence[IndexedDataset], path: Path) -> None:
             for dataset in datasets:
                 joined.writelines(renumbered(_lines_of(dataset), first))
                 first += len(dataset.document_indices) - 1
+            joined.flush()
+            os.fsync(joined.fileno())
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror}") from error
 

@@ -1,5 +1,10 @@
 """Merging is Megatron-LM's byte for byte, and what cannot be one data set is refused."""
 
+import errno
+import multiprocessing
+import os
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +101,64 @@ def test_where_documents_came_from(tmp_path: Path) -> None:
     assert said == [f"where documents came from is not merged: {b}, {tmp_path / 'd'} does not say it"]
     assert "provenance" not in without.origin.options
     assert not (tmp_path / "some.meta.jsonl").exists()
+
+
+def _stopped_merge(parts: list[str], out: str, overwrite: bool, moment: int, killed: bool) -> None:
+    """Die by SIGKILL, or find the disk full, when the n-th name is given or taken; exit by 0 where there are fewer."""
+    done = 0
+
+    def stop(event: str, *_: object) -> None:
+        nonlocal done
+        done += event in ("os.rename", "os.remove")
+        if event in ("os.rename", "os.remove") and done == moment:
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sys.addaudithook(stop)
+    try:
+        merge(parts, out, overwrite=overwrite)
+    except DataError:
+        os._exit(1)
+    os._exit(0)
+
+
+def origins(prefix: str) -> list[str | None]:
+    dataset = IndexedDataset(prefix)
+    return [document_origin(dataset, document) for document in range(len(dataset))]
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_stopped_at_any_name_no_manifest_vouches_for_another_sets_lines(
+    tmp_path: Path, overwrite: bool, killed: bool
+) -> None:
+    a, c = with_provenance(tmp_path / "a", 3, 5), with_provenance(tmp_path / "c", 9)
+    codes: list[int | None] = []
+    kept = 0
+    while 0 not in codes:
+        out = str(tmp_path / f"out{len(codes)}")
+        before = merge([a, c], out) if overwrite else None
+        arguments = ([c, a], out, overwrite, len(codes) + 1, killed)
+        process = multiprocessing.get_context("fork").Process(target=_stopped_merge, args=arguments)
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        if process.exitcode != 0:
+            found = read_manifest(out)
+            assert found in (None, before)
+            if found is not None:
+                kept += 1
+                assert verify(out, deep=True).problems == ()
+                assert origins(out) == ["a.jsonl:3", "a.jsonl:5", "c.jsonl:9"]
+            if not killed:
+                assert not list(tmp_path.glob("*.tmp"))
+                assert overwrite or not list(tmp_path.glob(f"{Path(out).name}.*"))
+            merge([c, a], out, overwrite=overwrite or killed)
+        assert verify(out, deep=True).problems == ()
+        assert origins(out) == ["c.jsonl:9", "a.jsonl:3", "a.jsonl:5"]
+    assert codes == [-signal.SIGKILL if killed else 1] * 6 + [0], "old manifest, old index, and four names"
+    assert kept == int(overwrite)
 
 
 def test_provenance_that_cannot_be_joined(tmp_path: Path) -> None:

@@ -411,6 +411,25 @@ def test_killed_at_ten_moments_a_run_goes_on_to_the_same_bytes(
     assert len(set(left)) > 4, "the moments are spread over the run"
 
 
+def test_no_old_manifest_names_new_lines(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = ReadOptions(keep_meta=("text",))
+    source, out = write_jsonl(tmp_path / "in.jsonl", ["a"]), tmp_path / "out"
+    run([source], out, tokenizer, read=kept, backend="tokenizers")
+    before = meta(out)
+    write_jsonl(source, ["b"])
+
+    def refuse(prefix: str) -> None:
+        raise DataError(f"{prefix}: refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_aquila.data.output.remove_manifest", refuse)
+        with pytest.raises(DataError, match="refused"):
+            run([source], out, tokenizer, read=kept, backend="tokenizers", overwrite=True)
+    assert meta(out) == before
+    run([source], out, tokenizer, read=kept, backend="tokenizers", overwrite=True)
+    assert [said for _, _, said in meta(out)] == [{"text": "b"}]
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "refused"),
     [
