@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_aquila.checkpoint import conversion
 from megatron_aquila.checkpoint.families import family_of_shape
-from megatron_aquila.checkpoint.published import open_weights
+from megatron_aquila.checkpoint.published import model_shape, open_weights
 from megatron_aquila.checkpoint.tensorfile import FileRecord, file_sha256, write_tensors
 from megatron_aquila.commands import convert
 from megatron_aquila.errors import CheckpointError
@@ -65,6 +65,16 @@ def test_published_weights_come_back_byte_for_byte(tmp_path: Path, config, make)
     assert "certificate.json" in (tmp_path / "out/SHA256SUMS").read_text()
     run(source, tmp_path / "copied", "--to-format", "hf", "--family", family.name)
     assert (tmp_path / "copied/tokenizer_config.json").is_file()
+
+
+@pytest.mark.parametrize(("config", "make"), [(AQUILA, aquila_files), (BAICHUAN, baichuan_files)])
+def test_the_order_of_norms_comes_back(tmp_path: Path, config, make) -> None:
+    (tmp_path / "in").mkdir()
+    source = folder_of(tmp_path / "in", config | {"norm_order": "aquila"}, make())
+    run(source, tmp_path / "ours")
+    run(tmp_path / "ours", tmp_path / "out", "--no-tokenizer")
+    assert json.loads((tmp_path / "out/config.json").read_text())["norm_order"] == "aquila"
+    assert model_shape(open_weights(tmp_path / "out")).norm_order == "aquila"
 
 
 def test_through_megatrons_form_and_half_split(aquila: Path, tmp_path: Path) -> None:
