@@ -263,6 +263,11 @@ def test_what_is_read_back_otherwise_gets_no_name(
         (("--to-format", "megatron"), "does not clamp scores; --drop-score-clamp leaves it out"),
         (("--to-format", "hf", "--family", "llama"), "scores are not clamped; --drop-score-clamp leaves it out"),
         (("--norm-order", "aquila"), "--norm-order aquila"),
+        (("--vocab-size", "30"), "says 29; leave it out"),
+        (("--tp", "2"), "--tp 2: Megatron's files have it, and none are written; give --to-format megatron"),
+        (("--to-format", "hf", "--pp", "2", "--chunks", "2"), "--pp 2: Megatron's files have it, and none"),
+        (("--megatron-names", "core"), "--megatron-names core: "),
+        (("--vocab-multiple", "8"), "--vocab-multiple 8: "),
         (("--dtype", "fp16"), "not finite in torch.float16"),
     ],
 )
