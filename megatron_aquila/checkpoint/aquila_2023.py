@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_aquila.checkpoint.llama import SpecialIds, llama_tensors, renamed_map
+from megatron_aquila.checkpoint.llama import NORM_ORDER, SpecialIds, llama_tensors, norm_order_problems, renamed_map
 from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_strips, whole
 from megatron_aquila.plan.shape import ModelShape, ffn_size
 
@@ -80,6 +80,7 @@ def aquila_config(shape: ModelShape, dtype: torch.dtype, ids: SpecialIds) -> dic
         "max_seq_len": shape.seq_len,
         "initializer_range": shape.init_std,
         PACKED: False,
+        NORM_ORDER: shape.norm_order,
     }
 
 
@@ -99,7 +100,7 @@ def aquila_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "head_dim": hidden // heads,
         "vocab_size": config["vocab_size"],
         "norm_eps": config["norm_eps"],
-        "norm_order": "llama",
+        "norm_order": config.get(NORM_ORDER, "llama"),
         "rope_base": ROPE_BASE,
         "position_embedding": "rope-interleaved",
         "score_clamp": SCORE_CLAMP,
@@ -108,8 +109,8 @@ def aquila_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
 
 
 def aquila_problems(config: Mapping[str, Any]) -> list[str]:
-    """Nothing that its config.json can say is missing here."""
-    return []
+    """What config.json asks for that the model here does not have, a line each."""
+    return norm_order_problems(config)
 
 
 def aquila_cannot_hold(shape: ModelShape) -> str | None:

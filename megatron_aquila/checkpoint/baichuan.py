@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from megatron_aquila.checkpoint.llama import LEAVE_OUT_CLAMP, NORM_ORDER, SpecialIds, llama_config, llama_tensors
+from megatron_aquila.checkpoint.llama import (
+    LEAVE_OUT_CLAMP,
+    NORM_ORDER,
+    SpecialIds,
+    llama_config,
+    llama_tensors,
+    norm_order_problems,
+)
 from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_strips, whole
 from megatron_aquila.plan.shape import ModelShape
 
@@ -51,7 +58,7 @@ def _pack(layer: int) -> str:
 
 def baichuan_config(shape: ModelShape, dtype: torch.dtype, ids: SpecialIds) -> dict[str, object]:
     """The content of config.json. The remote code that it names is not ours: copy it from the published files."""
-    unknown = ("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "rope_scaling", "rope_theta", NORM_ORDER)
+    unknown = ("attention_bias", "attention_dropout", "mlp_bias", "head_dim", "rope_scaling", "rope_theta")
     config = {name: value for name, value in llama_config(shape, dtype, ids).items() if name not in unknown}
     return config | {
         "architectures": ["BaichuanForCausalLM"],
@@ -82,7 +89,7 @@ def baichuan_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "head_dim": config["hidden_size"] // heads,
         "vocab_size": config["vocab_size"],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "norm_order": "llama",
+        "norm_order": config.get(NORM_ORDER, "llama"),
         "rope_base": ROPE_BASE,
         FORM: config.get(FORM, "alibi" if heads == ALIBI_HEADS else "rope"),
         "norm_head": True,
@@ -93,11 +100,12 @@ def baichuan_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
 def baichuan_problems(config: Mapping[str, Any]) -> list[str]:
     """What config.json asks for that the model here does not have, a line each."""
     found = {"hidden_act": "silu", "tie_word_embeddings": False}
-    return [
+    problems = [
         f"{name} is {config[name]!r}; only {value!r} is supported"
         for name, value in found.items()
         if config.get(name, value) != value
     ]
+    return [*problems, *norm_order_problems(config)]
 
 
 def baichuan_cannot_hold(shape: ModelShape) -> str | None:

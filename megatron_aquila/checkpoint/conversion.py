@@ -40,6 +40,9 @@ PIECE = 2**24  # elements
 HEAD = "lm_head.weight"
 PROGRESS = "progress.json"
 CERTIFICATE = "certificate.json"
+SUMS = "SHA256SUMS"
+# what a folder of other programs' weights is read from
+WEIGHTS = ("config.json", "*.index.json", "*.safetensors", "*.bin", "*.pth", "*.pt", f"mp_rank_*/{FILE}")
 Result = TypeVar("Result")
 
 
@@ -47,13 +50,15 @@ Result = TypeVar("Result")
 class Target:
     """A form to write: ``files`` one after the other, each by its own call, then by ``finish`` what names them.
 
-    ``reopen`` opens the finished folder.
+    ``reopen`` opens the finished folder. ``max_bytes``: the size at which tensors were split over files, where ``kind``
+    does not say how they lie.
     """
 
     kind: str
     files: Mapping[str, Callable[[Path], FileRecord]]
     finish: Callable[[Path, Mapping[str, FileRecord]], None]
     reopen: Callable[[Path], TensorReader]
+    max_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +74,12 @@ class Inputs:
 
 def content_of(reader: TensorReader) -> str:
     """A hash that stands for the reader's weights: over the hashes of their files where the format records them, else
-    over their sizes and times. Raises OSError.
+    over their sizes and times. Other files, an output inside the folder among them, do not count. Raises OSError.
     """
     records = {name: record.sha256 for name, record in reader.files.items()}
     if not records:
-        found = ((path, path.stat()) for path in sorted(reader.folder.rglob("*")) if path.is_file())
+        paths = sorted(path for pattern in WEIGHTS for path in reader.folder.glob(pattern) if path.is_file())
+        found = ((path, path.stat()) for path in paths)
         records = {str(path.relative_to(reader.folder)): f"{x.st_size} {x.st_mtime_ns}" for path, x in found}
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
@@ -102,8 +108,9 @@ def convert(
     folder = beside(out_dir, "tmp")
     plan = {"from": str(reader.folder.resolve()), "to": target.kind, "dtype": str(dtype), "shape": asdict(shape)}
     plan |= asdict(inputs)
-    noted = plan | {"files": [*target.files]}
+    noted = plan | {"files": [*target.files], "max_bytes": target.max_bytes}
     done = finished_files(folder, noted)
+    _note(folder, noted, done)  # before the first file: what lies there is known to be ours
     lock = Lock()
 
     def write(name: str) -> None:
@@ -124,9 +131,11 @@ def convert(
 def alone(out_dir: Path) -> Iterator[None]:
     """Nobody else converts into ``out_dir`` for the body's length.
 
-    Raises CheckpointError when it exists, or somebody does.
+    Raises CheckpointError when it exists, somebody does, or files that no conversion has left lie where it would write.
     """
     if out_dir.exists():
+        if (out_dir / CERTIFICATE).is_file():
+            (out_dir / PROGRESS).unlink(missing_ok=True)  # killed when the folder had its name already
         raise CheckpointError(f"{out_dir}: it exists already; choose a new folder or remove it")
     folder = beside(out_dir, "tmp")
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,21 +146,27 @@ def alone(out_dir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             way_out = "wait for it, or end it"
             raise CheckpointError(f"{folder}: another process is converting into it; {way_out}") from error
+        names = {path.name for path in folder.iterdir()}
+        if names and names.isdisjoint({PROGRESS, beside(Path(PROGRESS), "tmp").name, CERTIFICATE}):
+            raise CheckpointError(f"{folder}: a conversion works there, but what it holds is of none; move it elsewhere")
         yield
     finally:
         os.close(handle)
 
 
 def publish(folder: Path, out_dir: Path, *, logits: str) -> None:
-    """Note in the certificate how logits were compared, write SHA256SUMS, give the folder its name. Raises OSError."""
+    """Note in the certificate how logits were compared, write SHA256SUMS, give the folder its name. Raises OSError.
+
+    Killed before it has its name, the folder is taken up again; after that, it is whole.
+    """
     write_json(folder / CERTIFICATE, read_json(folder / CERTIFICATE) | {"logits": logits})
     known = {name: record[1] for name, record in read_json(folder / PROGRESS)["done"].items()}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names if name != PROGRESS]
-    (folder / PROGRESS).unlink()
-    write_text(folder / "SHA256SUMS", "".join(lines))
+    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names if name not in (PROGRESS, SUMS)]
+    write_text(folder / SUMS, "".join(lines))
     os.rename(folder, out_dir)
     sync_folder(out_dir.parent)
+    (out_dir / PROGRESS).unlink(missing_ok=True)
 
 
 def finished_files(folder: Path, plan: Mapping[str, object]) -> dict[str, FileRecord]:
@@ -176,7 +191,7 @@ def finished_files(folder: Path, plan: Mapping[str, object]) -> dict[str, FileRe
     for path in folder.iterdir():  # not the folder itself, which is locked
         if path.is_dir():
             shutil.rmtree(path)
-        else:
+        elif path.name != PROGRESS:  # by which the folder is known to be ours, until it is written anew
             path.unlink()
     return {}
 
@@ -290,6 +305,7 @@ def huggingface_target(
         files={name: partial(_write_shard, shard, {"format": "pt"}) for name, shard in zip(names, shards, strict=True)},
         finish=finish,
         reopen=partial(open_weights, family=family.name, position_embedding=shape.position_embedding),
+        max_bytes=max_bytes,
     )
 
 
@@ -326,6 +342,7 @@ def checkpoint_target(
         files={file: partial(_write_shard, shard, None) for file, shard in files.items()},
         finish=finish,
         reopen=lambda folder: open_weights(folder / step),
+        max_bytes=max_bytes,
     )
 
 

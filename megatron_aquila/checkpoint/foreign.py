@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from safetensors import safe_open
@@ -23,7 +24,8 @@ NO_WEIGHTS: Final = ("inv_freq", "freqs_cis", "rope.freqs", "_mask", "_extra_sta
 
 
 class ForeignReader(TensorReader):
-    """``theirs`` gives each tensor of the files by its key, and ``found`` their shapes and types.
+    """``theirs`` gives each tensor of the files by its key, and ``found`` their shapes and types. ``fields`` is what they
+    say of the model, ``guessed`` what is likely where they do not.
 
     Raises CheckpointError when a tensor of the map is missing or of another shape, or one of theirs is not in the map.
     """
@@ -36,6 +38,7 @@ class ForeignReader(TensorReader):
         *,
         found: Mapping[str, StoredTensor],
         theirs: Callable[[str], Tensor],
+        guessed: Fields = MappingProxyType({}),
     ) -> None:
         wrong = [
             f"{key} has shape {found[key].shape if key in found else None}, the model needs {shape}"
@@ -52,12 +55,16 @@ class ForeignReader(TensorReader):
             for name, shape in tensor_map.ours.items()
         }
         super().__init__(folder, tensors, files={})
-        self.tensor_map, self._fields = tensor_map, fields
+        self.tensor_map, self._fields, self._guessed = tensor_map, fields, guessed
         self._load = lru_cache(maxsize=1)(theirs)  # q, k and v come one after the other out of one tensor
 
     def shape_fields(self) -> Fields:
         """What the folder says of its model."""
         return self._fields
+
+    def guessed_fields(self) -> Fields:
+        """What is likely of the rest."""
+        return {**super().guessed_fields(), **self._guessed}
 
     def read_into(self, chunks: Sequence[Chunk], *, cast: bool = False, verify_hash: bool = True) -> None:
         """As ``TensorReader``'s, a whole logical tensor in memory at a time. Local."""

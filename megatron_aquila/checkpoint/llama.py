@@ -138,13 +138,20 @@ def llama_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
     }
 
 
+def norm_order_problems(config: Mapping[str, Any]) -> list[str]:
+    """A line where ``norm_order`` is there and is none that is known."""
+    orders = get_args(NormOrder)
+    if config.get(NORM_ORDER, orders[0]) in orders:
+        return []
+    return [f"{NORM_ORDER} is {config[NORM_ORDER]!r}; only {' or '.join(map(repr, orders))} is supported"]
+
+
 def llama_feature_problems(config: Mapping[str, Any]) -> list[str]:
     """What config.json asks for that the model here does not have, a line each."""
     offered: dict[str, tuple[object, ...]] = {
         "model_type": ("llama", "aquila"),
         "hidden_act": ("silu",),
         "tie_word_embeddings": (False,),
-        NORM_ORDER: get_args(NormOrder),
         "attention_bias": (False,),
         "mlp_bias": (False,),
     }
@@ -153,4 +160,4 @@ def llama_feature_problems(config: Mapping[str, Any]) -> list[str]:
         for name, values in offered.items()
         if name in config and config[name] not in values
     ]
-    return [*problems, *rope_problems(config)]
+    return [*problems, *norm_order_problems(config), *rope_problems(config)]

@@ -57,7 +57,10 @@ def open_megatron(
     shape = ModelShape(**{"seq_len": 1, **fields, "padded_vocab_size": form.padded_vocab_size})
     found = {key: StoredTensor(tuple(x.shape), x.dtype, ()) for key, x in tensors.items()}
     theirs: Callable[[str], Tensor] = tensors.__getitem__
-    return ForeignReader(step, megatron_map(shape, form), fields, found=found, theirs=theirs)
+    # FlagScale's RMSNorm and Transformer Engine's cast after the weight, Megatron-LM's own classic one before it
+    is_llama = form.names == "classic" and not arguments.get("apply_layernorm_rms") and "normalization" in arguments
+    guessed = {"norm_order": "llama" if is_llama else "aquila"}
+    return ForeignReader(step, megatron_map(shape, form), fields, found=found, theirs=theirs, guessed=guessed)
 
 
 def _model(path: Path, state: Any) -> dict[str, Tensor]:
@@ -137,7 +140,6 @@ def _shape_fields(
     groups = arguments.get("num_query_groups") if arguments.get("group_query_attention") else None
     head_dim = arguments.get("kv_channels")
     length = arguments.get("seq_length") or arguments.get("max_position_embeddings")
-    is_llama = form.names == "classic" and not arguments.get("apply_layernorm_rms") and "normalization" in arguments
     return {
         "num_layers": arguments["num_layers"],
         "hidden_size": arguments["hidden_size"],
@@ -148,9 +150,8 @@ def _shape_fields(
         "vocab_size": vocab,
         "norm_eps": arguments.get("layernorm_epsilon", arguments.get("norm_epsilon", 1e-5)),
         "rope_base": float(arguments.get("rotary_base", 10000.0)),
-        # FlagScale's RMSNorm and Transformer Engine's cast after the weight, Megatron-LM's own classic one before it
-        "norm_order": arguments.get(NORM_ORDER, "llama" if is_llama else "aquila"),
         "norm_head": False,
+        **({"norm_order": arguments[NORM_ORDER]} if NORM_ORDER in arguments else {}),
         **({} if length is None else {"seq_len": int(length)}),
     }
 

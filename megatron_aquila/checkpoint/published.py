@@ -52,17 +52,19 @@ def open_weights(
 
 
 def model_shape(reader: TensorReader, *, seq_len: int | None = None, norm_order: NormOrder | None = None) -> ModelShape:
-    """The shape of the reader's model. ``norm_order`` stands in for what published files do not say, which is Llama's
-    else; ``seq_len``, which they may say, is the longest sample. Raises CheckpointError where they say other.
+    """The shape of the reader's model. ``norm_order`` stands in for what files of other programs do not say, which is
+    guessed else; ``seq_len``, which they may say, is the longest sample. Raises CheckpointError where they say other.
     """
     if isinstance(reader, CheckpointReader):
         return reader.shape()
     said: Any = reader.shape_fields()
     if norm_order is not None and said.get("norm_order", norm_order) != norm_order:
         raise CheckpointError(f"--norm-order {norm_order}: {reader.folder} says {said['norm_order']}; leave it out")
-    fields: dict[str, Any] = {"seq_len": 2048, "norm_order": "llama" if norm_order is None else norm_order, **said}
-    rows = padded_vocab_size(fields["vocab_size"], ROWS)
-    return ModelShape(**{"padded_vocab_size": rows, **fields, **({} if seq_len is None else {"seq_len": seq_len})})
+    known = {"seq_len": seq_len, "norm_order": norm_order}
+    given = {name: value for name, value in known.items() if value is not None}
+    rows = padded_vocab_size(said["vocab_size"], ROWS)
+    fields: dict[str, Any] = {"padded_vocab_size": rows, **reader.guessed_fields(), **said, **given}
+    return ModelShape(**fields)
 
 
 def said_by(reader: TensorReader) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class TensorReader(ABC):
     def shape_fields(self) -> Mapping[str, object]:
         """What the folder says of its model, under the names of ``ModelShape``'s fields."""
 
+    def guessed_fields(self) -> Mapping[str, object]:
+        """What is taken for fields that ``shape_fields`` lacks, unless somebody knows better."""
+        return {"seq_len": 2048, "norm_order": "llama"}
+
     def shape_problems(self, shape: ModelShape, *, same_positions: bool = True) -> list[str]:
         """Why its tensors are not those of a model of ``shape``, a line each; empty when they are.
 

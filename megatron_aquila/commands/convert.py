@@ -4,7 +4,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,9 +161,12 @@ def model_of(options: Convert) -> Model:
         position_embedding=options.position_embedding,
     )
     reader, shape = opened, model_shape(opened, seq_len=options.seq_len, norm_order=options.norm_order)
+    form = options.to_format or ("hf" if isinstance(opened, CheckpointReader) else "checkpoint")
+    problems = [*contradicted(options, opened, shape), *without_effect(options, opened, form)]
+    if problems:
+        raise CheckpointError("; ".join(problems))
     if options.workers < 1:
         raise CheckpointError(f"--workers {options.workers}: at least one thread writes; give 1 or more")
-    form = options.to_format or ("hf" if isinstance(opened, CheckpointReader) else "checkpoint")
     tokenizer = tokenizer_of(options, form, opened, shape)
     if options.resize_vocab is not None:
         reader, shape, tokenizer = resized(opened, shape, tokenizer, options.resize_vocab)
@@ -174,6 +177,32 @@ def model_of(options: Convert) -> Model:
         left_out = f"; the clamp of scores at {shape.score_clamp:g} was left out"
         shape = replace(shape, score_clamp=None)
     return Model(form=form, opened=opened, reader=reader, shape=shape, tokenizer=tokenizer, left_out=left_out)
+
+
+def contradicted(options: Convert, opened: "TensorReader", shape: "ModelShape") -> Iterator[str]:
+    """Settings that stand in for what weights do not say, where these say other."""
+    for name in ("vocab_size", "position_embedding", "seq_len", "norm_order"):
+        given, found = getattr(options, name), getattr(shape, name)
+        if given not in (None, found):
+            yield f"{_flag(name)} {given}: {opened.folder} says {found}; leave it out"
+
+
+def without_effect(options: Convert, opened: "TensorReader", form: str) -> Iterator[str]:
+    """Settings of a form that is neither read nor written."""
+    from megatron_aquila.checkpoint.megatron import is_megatron
+    from megatron_aquila.checkpoint.store import CheckpointReader
+
+    for name in ("tp", "pp", "chunks", "megatron_names", "vocab_multiple"):
+        given = getattr(options, name)
+        if form != "megatron" and given != getattr(Convert, name):
+            yield f"{_flag(name)} {given}: Megatron's files have it, and none are written; give --to-format megatron"
+    is_published = not isinstance(opened, CheckpointReader) and not is_megatron(options.source)
+    if options.family is not None and form != "hf" and not is_published:
+        yield f"--family {options.family}: published files have one, which are neither read nor written; leave it out"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def write(options: Convert, model: Model, job: "Job", verify: Verifier) -> str:

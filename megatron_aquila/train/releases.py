@@ -149,7 +149,7 @@ class Releases:
 
     def _is_free(self, checkpoint: Path, output: Path) -> bool:
         """Whether ``output`` is still to be made. A release of these very weights stands; one of others, which a run
-        that went back has left, gets another name.
+        that went back has left, gets another name; one that does not say of which it is stays as it is.
         """
         try:
             if not output.exists():
@@ -159,7 +159,9 @@ class Releases:
                 self._reporter.note(f"{output} is a whole release of {checkpoint.name}")
                 self._untag(checkpoint)
                 return False
-            other = output.with_name(f"{output.name}.of-{str(released)[:12]}")
+            if not isinstance(released, str):
+                raise CheckpointError(f"{output} does not say of which weights it is; rename it to have it made anew")
+            other = output.with_name(f"{output.name}.of-{released[:12]}")
             os.rename(output, other)
         except (OSError, CheckpointError) as error:
             self._reporter.note(f"{checkpoint} is not released: {error}")

@@ -102,6 +102,8 @@ def test_random_states_and_arguments_of_megatron_are_plain_values(tmp_path: Path
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         (BAICHUAN | {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"model_type": "baichuan", "num_attention_heads": 4}, "no entry 'num_hidden_layers'"),
+        (BAICHUAN | {"norm_order": "last"}, "norm_order is 'last'; only 'aquila' or 'llama'"),
+        (AQUILA | {"norm_order": "last"}, "norm_order is 'last'"),
         (BAICHUAN | {"hidden_size": 48}, "does not fit its own description"),
     ],
 )

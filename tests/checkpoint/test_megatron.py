@@ -71,7 +71,14 @@ def test_mcores_interleaved_rotation_and_the_order_of_norms(tmp_path: Path) -> N
     orders = {"classic": "llama", "core": "aquila"}
     for names, order in orders.items():
         write_files(tmp_path / names, weights(), SHAPE, rows=32, names=names, **llama)
-        assert open_weights(tmp_path / names).shape_fields()["norm_order"] == order
+        reader = open_weights(tmp_path / names)
+        assert "norm_order" not in reader.shape_fields(), "a guess is no statement"
+        assert model_shape(reader).norm_order == order
+        for told in ("llama", "aquila"):
+            assert model_shape(reader, norm_order=told).norm_order == told
+    write_files(tmp_path / "said", weights(), SHAPE, rows=32, norm_order="llama")
+    with pytest.raises(CheckpointError, match=r"--norm-order aquila: .* says llama; leave it out"):
+        model_shape(open_weights(tmp_path / "said"), norm_order="aquila")
 
 
 @pytest.mark.parametrize(

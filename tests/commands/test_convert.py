@@ -289,6 +289,28 @@ def test_the_card_says_what_the_run_says(checkpoint: Path, tmp_path: Path, token
     assert "README.md" in (tmp_path / "out/SHA256SUMS").read_text()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "found"),
+    [
+        ("--position-embedding", "rope-interleaved", "rope"), ("--seq-len", "4096", str(SHAPE.seq_len)),
+        ("--norm-order", "llama", "aquila"), ("--vocab-size", "279", "280"),
+    ],
+)  # fmt: skip
+def test_our_checkpoint_says_so_itself(checkpoint: Path, tmp_path: Path, capsys, flag, value, found) -> None:
+    assert to_hf(checkpoint, tmp_path / "out", "--no-verify", flag, value) == 2
+    error = capsys.readouterr().err
+    assert f"{flag} {value}: " in error
+    assert f"says {found}; leave it out" in error
+    assert to_hf(checkpoint, tmp_path / "out", "--no-verify", flag, found) == 0, "the same is no contradiction"
+
+
+def test_a_family_is_for_published_files(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    for form in ("checkpoint", "megatron"):
+        assert to_hf(checkpoint, tmp_path / "out", "--to-format", form, "--family", "llama") == 2
+        assert "--family llama: published files have one, which are neither" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_two_do_not_convert_into_one_folder(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

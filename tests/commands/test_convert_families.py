@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_aquila.checkpoint import conversion
 from megatron_aquila.checkpoint.families import family_of_shape
-from megatron_aquila.checkpoint.published import open_weights
+from megatron_aquila.checkpoint.published import model_shape, open_weights
 from megatron_aquila.checkpoint.tensorfile import FileRecord, file_sha256, write_tensors
 from megatron_aquila.commands import convert
 from megatron_aquila.errors import CheckpointError
@@ -65,6 +65,16 @@ def test_published_weights_come_back_byte_for_byte(tmp_path: Path, config, make)
     assert "certificate.json" in (tmp_path / "out/SHA256SUMS").read_text()
     run(source, tmp_path / "copied", "--to-format", "hf", "--family", family.name)
     assert (tmp_path / "copied/tokenizer_config.json").is_file()
+
+
+@pytest.mark.parametrize(("config", "make"), [(AQUILA, aquila_files), (BAICHUAN, baichuan_files)])
+def test_the_order_of_norms_comes_back(tmp_path: Path, config, make) -> None:
+    (tmp_path / "in").mkdir()
+    source = folder_of(tmp_path / "in", config | {"norm_order": "aquila"}, make())
+    run(source, tmp_path / "ours")
+    run(tmp_path / "ours", tmp_path / "out", "--no-tokenizer")
+    assert json.loads((tmp_path / "out/config.json").read_text())["norm_order"] == "aquila"
+    assert model_shape(open_weights(tmp_path / "out")).norm_order == "aquila"
 
 
 def test_through_megatrons_form_and_half_split(aquila: Path, tmp_path: Path) -> None:
@@ -154,6 +164,49 @@ def test_other_settings_begin_anew(aquila: Path, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out/stray").exists()
 
 
+def test_another_split_into_as_many_files_begins_anew(aquila: Path, tmp_path: Path, monkeypatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_text", killed)  # all files are written, nothing names them
+        assert convert.main(["--from", str(aquila), "--to", str(tmp_path / "out"), "--shard-size", "0.016MB"]) == 130
+    before = sorted(path.name for path in (tmp_path / "out.tmp/step_0000000").iterdir())
+    size = ("--shard-size", "0.018MB")
+    run(aquila, tmp_path / "out", *size)
+    run(aquila, tmp_path / "straight", *size)
+    for name in (after := [path.name for path in (tmp_path / "out/step_0000000").glob("rank_*")]):
+        assert (tmp_path / "out/step_0000000" / name).read_bytes() == (
+            tmp_path / "straight/step_0000000" / name
+        ).read_bytes()
+    assert sorted(after) == before, "the case that is meant: as many files"
+
+
+def test_a_folder_that_no_conversion_has_left_is_not_emptied(aquila: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp/thesis.tex").write_text("mine")
+    assert convert.main(["--from", str(aquila), "--to", str(tmp_path / "out")]) == 2
+    assert "what it holds is of none; move it elsewhere" in capsys.readouterr().err
+    assert (tmp_path / "out.tmp/thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("killed_at", ["rename", "sync_folder"])
+def test_killed_while_it_is_named(aquila: Path, tmp_path: Path, monkeypatch, capsys, killed_at: str) -> None:
+    """Before the name it is taken up, with nothing written twice; after it, the folder is whole."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion.os if killed_at == "rename" else conversion, killed_at, killed)
+        assert convert.main(["--from", str(aquila), "--to", str(tmp_path / "out"), *SMALL]) == 130
+    code = convert.main(["--from", str(aquila), "--to", str(tmp_path / "out"), *SMALL])
+    assert (code, (tmp_path / "out.tmp").exists()) == ((0, False) if killed_at == "rename" else (2, False))
+    run(aquila, tmp_path / "straight")
+    assert (tmp_path / "out/SHA256SUMS").read_text() == (tmp_path / "straight/SHA256SUMS").read_text()
+    assert not (tmp_path / "out/progress.json").exists()
+
+
 def test_a_killed_conversion_does_not_go_on_with_another_tokenizer(tmp_path: Path) -> None:
     """The files at the same path have changed: half of the output would be of each."""
     first, same, other = ({"from": "x", "dtype": "y", "tokenizer": name} for name in ("a" * 64, "a" * 64, "b" * 64))
@@ -175,8 +228,12 @@ def test_the_plan_says_what_is_read_and_how_it_is_cut(aquila: Path, tmp_path: Pa
     assert a["to"] != b["to"]
     assert (a["content"], a["tokenizer"]) == (b["content"], None)
     content = conversion.content_of(open_weights(aquila))
+    (aquila / "out.tmp").mkdir()
+    for name in ("out.tmp/model.safetensors", "README.md"):
+        (aquila / name).write_text("no weights of the source")
+    assert conversion.content_of(open_weights(aquila)) == content == a["content"]
     torch.save(aquila_files(), aquila / "pytorch_model.bin")
-    assert conversion.content_of(open_weights(aquila)) != content == a["content"]
+    assert conversion.content_of(open_weights(aquila)) != content
 
 
 def test_what_is_read_back_otherwise_gets_no_name(
@@ -206,6 +263,11 @@ def test_what_is_read_back_otherwise_gets_no_name(
         (("--to-format", "megatron"), "does not clamp scores; --drop-score-clamp leaves it out"),
         (("--to-format", "hf", "--family", "llama"), "scores are not clamped; --drop-score-clamp leaves it out"),
         (("--norm-order", "aquila"), "--norm-order aquila"),
+        (("--vocab-size", "30"), "says 29; leave it out"),
+        (("--tp", "2"), "--tp 2: Megatron's files have it, and none are written; give --to-format megatron"),
+        (("--to-format", "hf", "--pp", "2", "--chunks", "2"), "--pp 2: Megatron's files have it, and none"),
+        (("--megatron-names", "core"), "--megatron-names core: "),
+        (("--vocab-multiple", "8"), "--vocab-multiple 8: "),
         (("--dtype", "fp16"), "not finite in torch.float16"),
     ],
 )

@@ -105,11 +105,15 @@ def test_what_is_there_or_cannot_be_tagged_is_told(tmp_path: Path, monkeypatch: 
     found.saved(root / "step_0000002")
     assert "step_0000002 is not released: " in recorder.notes[1]
     assert "certificate.json" in recorder.notes[1], "a folder that is no release is nobody's to rename"
+    (root / "hf/step_0000002/certificate.json").write_text('{"round_trip": "byte-equal"}')
+    found.saved(root / "step_0000002")
+    assert "hf/step_0000002 does not say of which weights it is; rename it" in recorder.notes[2]
+    assert (root / "hf/step_0000002").is_dir(), "an older release stays"
     assert tags(root) == {}
     other = Releases(releasing(tmp_path), 1, recorder)
     other.saved(root / "step_0000004")
     other.begin()
-    assert len(recorder.notes) == 2
+    assert len(recorder.notes) == 3
 
 
 def save(root: Path, step: int, value: float) -> Path:
