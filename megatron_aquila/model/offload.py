@@ -8,6 +8,7 @@ on the device, since nothing would be gained: weights, what all layers share, an
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,7 @@ class Trip:
         self._storages: dict[int, _Storage] = {}
         self._saved: list[tuple[Tensor, int]] = []  # with the version of each, until they are gone
         self._buffer: Buffer | None = None
+        self._give: Callable[[], object]  # the buffer, back to the host; once
         self._left: Arrived = None
         self._arrived: Arrived = None
 
@@ -173,6 +175,8 @@ class Trip:
         if not self._storages:
             return
         self._buffer = self._host.take(sum(storage.num_bytes for storage in self._storages.values()))
+        # also if no backward comes: then at the end of the graph, which holds this
+        self._give = finalize(self, self._host.give, self._buffer)
         pairs = [(there, here) for here, there in self._pairs(self._buffer)]
         self._left = self._host.outward.copy(pairs, after=self._buffer.read)
 
@@ -194,7 +198,7 @@ class Trip:
         for storage in self._storages.values():
             storage.here = torch.empty(storage.num_bytes, dtype=torch.uint8, device=self._host.device)
         self._arrived = self._buffer.read = self._host.back.copy(self._pairs(self._buffer))
-        self._host.give(self._buffer)
+        self._give()
         self._buffer = None
         self._storages.clear()
 
