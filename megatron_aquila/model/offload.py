@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from megatron_aquila.plan.offload import spread
+from megatron_aquila.plan.offload import pinned_bytes, spread
 
 Unit = Callable[[Tensor], Tensor]  # a layer, or layers that are recomputed together
 Arrived = torch.cuda.Event | None  # None where copies are made at once
@@ -67,8 +67,9 @@ class HostActivations:
             return buffer
         is_apart = self.device.type == "cuda"
         where = torch.device("cpu") if is_apart else self.device
-        self.num_bytes += num_bytes
-        return Buffer(torch.empty(num_bytes, dtype=torch.uint8, device=where, pin_memory=is_apart))
+        taken = pinned_bytes(num_bytes) if is_apart else num_bytes
+        self.num_bytes += taken
+        return Buffer(torch.empty(taken, dtype=torch.uint8, device=where, pin_memory=is_apart))
 
     def give(self, buffer: "Buffer") -> None:
         """Whoever takes it next writes once it was ``read``."""
