@@ -25,7 +25,7 @@ from megatron_aquila.config.rope import check_rope, check_two_range
 from megatron_aquila.config.schema import ParallelConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.config.skips import check_faults, check_skips
-from megatron_aquila.config.zero import check_zero_group
+from megatron_aquila.config.zero import check_reduced_in_groups, check_zero_group
 from megatron_aquila.errors import Problem
 from megatron_aquila.plan.layout import LayoutError
 from megatron_aquila.plan.shape import ModelShape
@@ -285,6 +285,7 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     _precision: "train.precision train.device",
     _fp8: f"{_SHAPE} {_WIDTHS} {_BATCH} model.seq_len parallel.tensor parallel.context train.precision",
     _grad_reduce: "parallel.grad_reduce train.precision",
+    check_reduced_in_groups: "parallel.grad_reduce parallel.zero_group parallel.deterministic_reduce",
     _optimizer_storage: "optim.optimizer optim.moments_dtype optim.master_weights optim.beta1 optim.beta2 "
     "train.precision",
     _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",

@@ -182,6 +182,7 @@ def memory_plan(
         loss_chunk_tokens=config.train.loss_chunk_tokens,
         offload_optimizer=config.optim.offload_optimizer,
         offload_activations=config.train.offload_activations,
+        pinned=config.train.device != "cpu",
         zero=config.parallel.zero,
         order=order,
     )

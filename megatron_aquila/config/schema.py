@@ -125,7 +125,9 @@ class ParallelConfig:
         "how many neighbours among the dp x cp ranks share that out; the groups are copies of each other; default all",
     )
     grad_reduce: Literal["fp32", "bf16"] = setting(
-        "fp32", "what gradients travel in between replicas: the type they are summed up in, fp32 or wider, or bf16"
+        "fp32",
+        "what gradients travel in between replicas: the type they are summed up in, fp32 or wider, or bf16; between "
+        "--zero-group's groups only deterministic ones in bf16",
     )
     deterministic_reduce: bool = setting(
         False, "sum gradients over replicas in the order of ranks, whatever the buckets; takes memory and time"

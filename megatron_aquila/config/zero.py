@@ -1,4 +1,4 @@
-"""What groups that share out optimizer states, gradients and weights demand: a whole number of them."""
+"""What groups that share out optimizer states, gradients and weights demand: a whole number of them, and to send."""
 
 from collections.abc import Iterator
 
@@ -20,3 +20,11 @@ def check_zero_group(config: RunConfig, world: int | None) -> Iterator[Problem]:
         near = f"{below}" if above is None else f"{below} or {above}"
         why = f"dp {dp} x cp {layout.context} = {replicas} ranks are no whole number of groups of {size}"
         yield Problem("--zero-group", size, why, f"use {near}, or leave it out to share out over all {replicas}")
+
+
+def check_reduced_in_groups(config: RunConfig, _world: int | None) -> Iterator[Problem]:
+    """What groups send within them may be rounded to bf16; a rank that is a group of its own sends nothing so."""
+    layout = config.parallel
+    if layout.grad_reduce == "bf16" and layout.zero_group == 1 and not layout.deterministic_reduce:
+        why = "with --zero-group 1 nothing is reduced within groups, and between them sums travel as they are"
+        yield Problem("--grad-reduce", "bf16", why, "use a larger --zero-group, or leave --grad-reduce out")

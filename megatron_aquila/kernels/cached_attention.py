@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_aquila.kernels.attention_blocks import MOST_SCORES
 from megatron_aquila.kernels.precision import compute_dtype, multiplies_widened
 from megatron_aquila.kernels.scores import Scores
 
@@ -21,19 +22,30 @@ def cached_attention_reference(
 
     The S queries are the last S of the T tokens. ``visible_BST``: which of them each query sees, at least itself; None:
     all up to itself. ``scores``: what is done to them; distances are those of the cache. ``k_far_TBKD``: the keys for
-    far pairs, where they are kept, too. Computed in ``compute_dtype`` and rounded once.
+    far pairs, where they are kept, too. Computed in ``compute_dtype`` and rounded once, for blocks of queries of at most
+    ``MOST_SCORES`` scores.
     """
     wide, group = compute_dtype(q_SBND.dtype), q_SBND.shape[2] // k_TBKD.shape[2]
-    num_new, num_tokens = q_SBND.shape[0], k_TBKD.shape[0]
+    (num_new, num_samples, num_heads, _), num_tokens = q_SBND.shape, k_TBKD.shape[0]
     k_TBND, v_TBND = (x.to(wide).repeat_interleave(group, dim=2) for x in (k_TBKD, v_TBKD))
-    new, every = (range(num_tokens - num_new, num_tokens),), (range(num_tokens),)
+    every = (range(num_tokens),)
     if k_far_TBKD is not None:
         k_far_TBKD = k_far_TBKD.to(wide).repeat_interleave(group, dim=2)
-    scores_BNST = scores.of(q_SBND.to(wide), k_TBND, new, every, k_far_TBND=k_far_TBKD)
-    if visible_BST is None:
-        visible_BST = causal_ST(num_new, num_tokens, q_SBND.device).unsqueeze(0)
-    weights_BNST = scores_BNST.masked_fill(~visible_BST.unsqueeze(1), float("-inf")).softmax(dim=-1)
-    return torch.einsum("bnst,tbnd->sbnd", weights_BNST, v_TBND).to(q_SBND.dtype)
+    elif scores.ranges is not None:
+        k_far_TBKD = scores.ranges.far_k(k_TBND, every)
+    step, outs = max(1, MOST_SCORES // (num_samples * num_heads * num_tokens)), list[Tensor]()
+    for start in range(0, num_new, step):
+        q = q_SBND[start : start + step]
+        first = num_tokens - num_new + start
+        places = range(first, first + len(q))
+        held_BNST = scores.of(q.to(wide), k_TBND, (places,), every, k_far_TBND=k_far_TBKD)
+        if visible_BST is None:
+            hidden_BST = ~causal_ST(places, num_tokens, q.device).unsqueeze(0)
+        else:
+            hidden_BST = ~visible_BST[:, start : start + step]
+        weights_BNST = held_BNST.masked_fill_(hidden_BST.unsqueeze(1), float("-inf")).softmax(dim=-1)
+        outs.append(torch.einsum("bnst,tbnd->sbnd", weights_BNST, v_TBND).to(q.dtype))
+    return torch.cat(outs)
 
 
 def cached_attention(q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, visible_BST: Tensor | None = None) -> Tensor:
@@ -42,13 +54,13 @@ def cached_attention(q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, visible_BST
     if multiplies_widened(q):
         q, k, v = (x.to(compute_dtype(x.dtype)) for x in (q, k, v))
     if visible_BST is None and q.shape[2] > 1:
-        visible_BST = causal_ST(q.shape[2], k.shape[2], q.device).unsqueeze(0)
+        visible_BST = causal_ST(range(k.shape[2] - q.shape[2], k.shape[2]), k.shape[2], q.device).unsqueeze(0)
     mask = None if visible_BST is None else visible_BST.unsqueeze(1)
     grouped = q.shape[1] != k.shape[1]
     o_BNSD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return o_BNSD.permute(2, 0, 1, 3).to(q_SBND.dtype)
 
 
-def causal_ST(num_new: int, num_tokens: int, device: torch.device) -> Tensor:
-    """Which of ``num_tokens`` each of the last ``num_new`` sees: those up to itself. Bool."""
-    return torch.ones(num_new, num_tokens, dtype=torch.bool, device=device).tril(num_tokens - num_new)
+def causal_ST(places: range, num_tokens: int, device: torch.device) -> Tensor:
+    """Which of ``num_tokens`` each one of those at ``places`` sees: those up to itself. Bool."""
+    return torch.ones(len(places), num_tokens, dtype=torch.bool, device=device).tril(places.start)

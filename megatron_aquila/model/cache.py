@@ -32,7 +32,7 @@ class KVCache:
         if self._is_padded:
             real_BT = slots >= self._padding_B.unsqueeze(1)
             itself_ST = new.unsqueeze(1) == slots
-            up_to_itself_ST = causal_ST(num_tokens, self.stop, slots.device)
+            up_to_itself_ST = causal_ST(range(self.start, self.stop), self.stop, slots.device)
             self.visible_BST = (real_BT.unsqueeze(1) & up_to_itself_ST) | itself_ST
         return (new - self._padding_B.unsqueeze(1)).clamp(min=0)
 

@@ -8,12 +8,13 @@ on the device, since nothing would be gained: weights, what all layers share, an
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from megatron_aquila.plan.offload import spread
+from megatron_aquila.plan.offload import pinned_bytes, spread
 
 Unit = Callable[[Tensor], Tensor]  # a layer, or layers that are recomputed together
 Arrived = torch.cuda.Event | None  # None where copies are made at once
@@ -66,8 +67,9 @@ class HostActivations:
             return buffer
         is_apart = self.device.type == "cuda"
         where = torch.device("cpu") if is_apart else self.device
-        self.num_bytes += num_bytes
-        return Buffer(torch.empty(num_bytes, dtype=torch.uint8, device=where, pin_memory=is_apart))
+        taken = pinned_bytes(num_bytes) if is_apart else num_bytes
+        self.num_bytes += taken
+        return Buffer(torch.empty(taken, dtype=torch.uint8, device=where, pin_memory=is_apart))
 
     def give(self, buffer: "Buffer") -> None:
         """Whoever takes it next writes once it was ``read``."""
@@ -143,6 +145,7 @@ class Trip:
         self._storages: dict[int, _Storage] = {}
         self._saved: list[tuple[Tensor, int]] = []  # with the version of each, until they are gone
         self._buffer: Buffer | None = None
+        self._give: Callable[[], object]  # the buffer, back to the host; once
         self._left: Arrived = None
         self._arrived: Arrived = None
 
@@ -173,6 +176,8 @@ class Trip:
         if not self._storages:
             return
         self._buffer = self._host.take(sum(storage.num_bytes for storage in self._storages.values()))
+        # also if no backward comes: then at the end of the graph, which holds this
+        self._give = finalize(self, self._host.give, self._buffer)
         pairs = [(there, here) for here, there in self._pairs(self._buffer)]
         self._left = self._host.outward.copy(pairs, after=self._buffer.read)
 
@@ -194,7 +199,7 @@ class Trip:
         for storage in self._storages.values():
             storage.here = torch.empty(storage.num_bytes, dtype=torch.uint8, device=self._host.device)
         self._arrived = self._buffer.read = self._host.back.copy(self._pairs(self._buffer))
-        self._host.give(self._buffer)
+        self._give()
         self._buffer = None
         self._storages.clear()
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_aquila.plan.grid import RankGrid
-from megatron_aquila.plan.offload import spread
+from megatron_aquila.plan.offload import pinned_bytes, spread
 from megatron_aquila.plan.recompute import NO_MODULES, Module, Recompute
 from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape
@@ -13,18 +13,19 @@ from megatron_aquila.plan.shape import ModelShape
 @dataclass(frozen=True, slots=True)
 class Divided:
     """Bytes that layers keep of one microbatch: ``here``, on the device, from forward to backward; ``away``, on the
-    host; and ``passing``, of those away, what the device holds beside ``here`` while layers are at work.
+    host, in buffers of ``taken`` bytes; and ``passing``, of those away, what the device holds beside ``here`` while layers are at work.
     """
 
     here: int
     away: int
+    taken: int
     passing: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerActivations:
     """What the count needs. ``item`` and ``wide``: bytes of an activation, and of what is computed in float32 or wider.
-    ``offloaded``: of how many of a stage's layers activations go to the host.
+    ``offloaded``: of how many of a stage's layers activations go to the host. ``pinned``: its buffers are.
     """
 
     shape: ModelShape
@@ -35,6 +36,7 @@ class LayerActivations:
     item: int
     wide: int
     offloaded: int = 0
+    pinned: bool = False
 
     def divided(self, num_layers: int, recompute: Recompute) -> Divided:
         """Of a stage's ``num_layers``.
@@ -52,7 +54,8 @@ class LayerActivations:
             most = max(most, here[unit] + left + last)
             last = left if unit in chosen else last
         kept = here[-1] if here else 0
-        return Divided(here=kept, away=sum(leaves), passing=max(0, most - kept))
+        taken = sum(pinned_bytes(left) if self.pinned else left for left in leaves)
+        return Divided(here=kept, away=sum(leaves), taken=taken, passing=max(0, most - kept))
 
     def layer(self, modules: frozenset[Module] = NO_MODULES) -> int:
         """Bytes that autograd keeps of one layer and microbatch, less the outputs of ``modules``.

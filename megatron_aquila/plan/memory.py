@@ -14,7 +14,7 @@ from megatron_aquila.plan.attention_memory import attention_moment
 from megatron_aquila.plan.buckets import StageBucket, rank_buckets, stage_parameters
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.loss_chunks import loss_moment
-from megatron_aquila.plan.offload import HostMemory, on_host
+from megatron_aquila.plan.offload import HostMemory, on_host, pinned_bytes
 from megatron_aquila.plan.recompute import KEEP_ALL, NO_MODULES, Recompute, RecomputePlan
 from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.shape import ModelShape, Precision
@@ -48,7 +48,8 @@ class Memory:
 class MemoryPlan:
     """What the estimate needs beside the shape; every count of tokens is ``micro_batch * shape.seq_len / cp``.
 
-    With sharded gradients or weights it takes the ``order`` of a step's work.
+    With sharded gradients or weights it takes the ``order`` of a step's work. ``pinned``: what travels between host and
+    device is so on the host.
     """
 
     shape: ModelShape
@@ -72,6 +73,7 @@ class MemoryPlan:
     loss_chunk_tokens: int | None = None
     offload_optimizer: float = 0.0
     offload_activations: int = 0
+    pinned: bool = False
     zero: int = 1
     order: Order | None = None
 
@@ -80,7 +82,7 @@ class MemoryPlan:
         stages, gradient = self.stages.stages_of(rank), GRADIENT_BYTES[self.precision]
         buckets = self._buckets(rank)
         # those whose masters and states are not on the host
-        shard = sum(bucket.elements for bucket in buckets) // self.grid.num_shards - self._offloaded(rank)
+        shard = sum(bucket.elements for bucket in buckets) // self.grid.num_shards - sum(self._offloaded(rank))
         return Memory(
             weights=self._held(rank, buckets, from_level=3) * self._item,
             main_grads=self._held(rank, buckets, from_level=2) * gradient,
@@ -94,10 +96,11 @@ class MemoryPlan:
 
     def host_of_rank(self, rank: int) -> HostMemory:
         """Bytes of pipeline rank ``rank`` in its host's memory, of what the device has not."""
-        shard = self._offloaded(rank)
+        shards = self._offloaded(rank)
+        shard, taken = sum(shards), pinned_bytes if self.pinned else int
         return HostMemory(
-            gradients=shard * GRADIENT_BYTES[self.precision],
-            weights=shard * self._item,
+            gradients=sum(taken(size * GRADIENT_BYTES[self.precision]) for size in shards),
+            weights=sum(taken(size * self._item) for size in shards),
             master_weights=shard * self._master,
             optimizer_states=shard * self._moments,
             activations=self._away(rank),
@@ -190,11 +193,11 @@ class MemoryPlan:
         copies = (self.grad_reduce == "bf16" or is_cut) + self.deterministic_reduce
         return travels * copies * (2 if self.overlap and self.zero == 1 else 1)
 
-    def _offloaded(self, rank: int) -> int:
-        """Elements of a rank's shards that are on its host."""
+    def _offloaded(self, rank: int) -> list[int]:
+        """Elements of each of a rank's shards that are on its host."""
         sizes = [bucket.elements for bucket in self._buckets(rank)]
         chosen = zip(sizes, on_host(sizes, self.offload_optimizer), strict=True)
-        return sum(size for size, is_on_host in chosen if is_on_host) // self.grid.num_shards
+        return [size // self.grid.num_shards for size, is_on_host in chosen if is_on_host]
 
     def _buckets(self, rank: int) -> list[StageBucket]:
         limit, replicas = self.bucket_bytes // GRADIENT_BYTES[self.precision], self.grid.size("dp", "cp")
@@ -236,6 +239,7 @@ class MemoryPlan:
             item=self._item,
             wide=self._wide,
             offloaded=self.offload_activations,
+            pinned=self.pinned,
         )
 
     def _kept(self, rank: int) -> int:
@@ -282,7 +286,7 @@ class MemoryPlan:
     def _window(self, stage: int, count: int, *, is_away: bool = False) -> int:
         """Bytes that autograd keeps of ``count`` consecutive microbatches in a stage, whichever keep the most."""
         again = self._recomputes(stage)
-        sizes = [self._divided(stage, each).away if is_away else self._activations(stage, each) for each in again]
+        sizes = [self._divided(stage, each).taken if is_away else self._activations(stage, each) for each in again]
         return max(sum(sizes[first : first + count]) for first in range(self.num_microbatches - count + 1))
 
     def _divided(self, stage: int, recompute: Recompute) -> Divided:

@@ -28,10 +28,15 @@ def spread(num_units: int, wanted: int) -> frozenset[int]:
     return frozenset(index * num_units // count for index in range(count))
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """What a pinned buffer of ``num_bytes`` takes: torch makes it the next power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes > 0 else 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostMemory:
     """Bytes that one rank's offloaded shards and activations take on its host. Beside a GPU all but masters and states
-    are pinned.
+    are pinned, each in ``pinned_bytes``: a buffer of either kind for each bucket, and one for each layer's activations.
 
     ``gradients`` as they are summed up, and ``weights``, are copies of the device's: what travels. With 32-bit weights
     and more those copies are the masters.

@@ -49,6 +49,15 @@ def test_half_a_group_is_refused(config: RunConfig, world: int | None, told: str
     assert told in str(problem)
 
 
+def test_groups_of_one_send_nothing_that_is_rounded() -> None:
+    (problem,) = check(grouped(1, grad_reduce="bf16"), 16)
+    assert problem.flag == "--grad-reduce"
+    assert "with --zero-group 1 nothing is reduced within groups" in str(problem)
+    assert "use a larger --zero-group, or leave --grad-reduce out" in str(problem)
+    for sends in (grouped(1), grouped(2, grad_reduce="bf16"), grouped(1, grad_reduce="bf16", deterministic_reduce=True)):
+        assert check(sends, 16) == []
+
+
 def test_the_smallest_world_has_a_group() -> None:
     assert known_replicas(CONFIG) == 4
     assert known_replicas(grouped(4, context=2)) == 2

@@ -1,8 +1,16 @@
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_aquila.kernels import cached_attention as module
 from megatron_aquila.kernels.attention import causal_attention_reference
 from megatron_aquila.kernels.cached_attention import cached_attention, cached_attention_reference
+from megatron_aquila.kernels.scores import Scores
+from megatron_aquila.kernels.two_range import Ranges
 
 S, T, B, N, K, D = 3, 7, 2, 4, 2, 8
 
@@ -29,3 +37,44 @@ def test_what_is_not_visible_has_no_part(function) -> None:
     expected = causal_attention_reference(q[4:], k[4:], v[4:])[:, 1]
     torch.testing.assert_close(found[:, 1], expected, rtol=0, atol=1e-14)
     assert (function(q[-S:], k, v)[:, 1] - expected).abs().max() > 1e-3, "the test can fail"
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        found = func(*args, **({} if kwargs is None else kwargs))
+        if isinstance(found, torch.Tensor):
+            self.elements = max(self.elements, found.numel())
+        return found
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        Scores(),
+        Scores(slopes=(0.5, 0.25, 0.125, 0.0625), clamp=0.5),
+        Scores(ranges=Ranges(threshold=3, factor=2.5, base=100.0)),
+    ],
+    ids=["plain", "biased and clamped", "near and far"],
+)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_blocks_of_queries_are_the_whole_and_bound_what_is_held(scores: Scores, is_padded: bool) -> None:
+    tokens, new, rows = 96, 70, 2 * D
+    q, k, v = (torch.randn(tokens, B, heads, D, dtype=torch.float64) for heads in (N, K, K))
+    visible = torch.ones(B, new, tokens, dtype=torch.bool).tril(tokens - new)
+    visible[1, :, :20] = False
+
+    def largest() -> tuple[torch.Tensor, int]:
+        with Largest() as made:
+            found = cached_attention_reference(q[-new:], k, v, visible if is_padded else None, scores=scores)
+        return found, made.elements
+
+    whole, unbounded = largest()
+    with mock.patch.object(module, "MOST_SCORES", (rows + 1) * B * N * tokens - 1):
+        blocks, bounded = largest()
+    torch.testing.assert_close(blocks, whole, rtol=0, atol=1e-14)
+    assert unbounded == B * N * new * tokens
+    assert bounded == B * N * rows * tokens

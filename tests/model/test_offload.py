@@ -140,6 +140,40 @@ def test_a_saved_tensor_that_changes_on_its_way_is_refused() -> None:
         run(HostActivations(CPU, wanted=1), [careless], torch.randn(2, 3, requires_grad=True))
 
 
+class Fails(torch.autograd.Function):
+    """Has no backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("no backward")
+
+
+def test_a_step_that_fails_gives_its_buffers_back() -> None:
+    """Before its backward, in it, and in a forward after others; so the pool does not grow."""
+    (first, second, third), x = layers(3), torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    host = HostActivations(CPU, wanted=3)
+
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("no forward")
+
+    run(host, [first, second, third], x).sum().backward()  # type: ignore[no-untyped-call]
+    found, expected = host.num_bytes, x.grad
+    run(host, [first, second, third], x)
+    for middle, why in ((lambda x: Fails.apply(second(x)), "no backward"), (fails, "no forward")):  # type: ignore[no-untyped-call]
+        with pytest.raises(RuntimeError, match=why):
+            run(host, [first, middle, third], x).sum().backward()  # type: ignore[no-untyped-call]
+        gc.collect()
+        x.grad = None
+        run(host, [first, second, third], x).sum().backward()  # type: ignore[no-untyped-call]
+        assert torch.equal(x.grad, expected)  # type: ignore[arg-type]
+        assert host.num_bytes == found
+        assert len(host._free) == 3
+
+
 def test_a_buffer_serves_whatever_fits() -> None:
     host = HostActivations(CPU, wanted=1)
     large, small = host.take(100), host.take(10)

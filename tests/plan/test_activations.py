@@ -30,12 +30,23 @@ def test_what_is_here_while_layers_pass() -> None:
     def divided(offloaded: int, *groups: int) -> Divided:
         return replace(LAYERS, offloaded=offloaded).divided(6, Recompute(groups=groups))
 
-    assert divided(0) == Divided(here=6 * layer, away=0, passing=0)
-    assert divided(2) == Divided(here=4 * layer, away=2 * layer, passing=layer), "the other one left long ago"
-    assert divided(6) == divided(7) == Divided(here=0, away=6 * layer, passing=2 * layer)
-    assert divided(1) == Divided(here=5 * layer, away=layer, passing=layer)
-    assert divided(3, 3, 3) == Divided(here=0, away=2 * hidden, passing=2 * hidden), "of a group its input"
-    assert divided(1, 2) == Divided(here=4 * layer, away=hidden, passing=hidden)
+    def parted(*, here: int, away: int, passing: int) -> Divided:
+        return Divided(here=here, away=away, taken=away, passing=passing)
+
+    assert divided(0) == parted(here=6 * layer, away=0, passing=0)
+    assert divided(2) == parted(here=4 * layer, away=2 * layer, passing=layer), "the other one left long ago"
+    assert divided(6) == divided(7) == parted(here=0, away=6 * layer, passing=2 * layer)
+    assert divided(1) == parted(here=5 * layer, away=layer, passing=layer)
+    assert divided(3, 3, 3) == parted(here=0, away=2 * hidden, passing=2 * hidden), "of a group its input"
+    assert divided(1, 2) == parted(here=4 * layer, away=hidden, passing=hidden)
+
+
+def test_a_pinned_buffer_of_each_layer_is_a_power_of_two() -> None:
+    layer = LAYERS.layer()
+    taken = 1 << (layer - 1).bit_length()
+    assert layer < taken < 2 * layer
+    found = replace(LAYERS, offloaded=2, pinned=True).divided(6, Recompute())
+    assert found == Divided(here=4 * layer, away=2 * layer, taken=2 * taken, passing=layer), "only the host's is so"
 
 
 @pytest.mark.parametrize(("name", "chunks"), KINDS)

@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_aquila.plan.offload import on_host, spread
+from megatron_aquila.plan.offload import on_host, pinned_bytes, spread
 
 
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=20), share=st.floats(0, 1))
@@ -29,3 +29,14 @@ def test_layers_that_leave_lie_evenly_from_the_first_on(units: int, wanted: int)
     assert chosen[:1] in ([], [0])
     gaps = [after - before for before, after in pairwise([*chosen, units])]
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@given(size=st.integers(1, 2**50))
+def test_a_pinned_buffer_is_the_next_power_of_two(size: int) -> None:
+    found = pinned_bytes(size)
+    assert size <= found < 2 * size
+    assert found.bit_count() == 1
+
+
+def test_nothing_takes_nothing() -> None:
+    assert [pinned_bytes(size) for size in (0, 1, 2, 3, 4, 5)] == [0, 1, 2, 4, 4, 8]

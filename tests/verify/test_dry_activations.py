@@ -52,7 +52,7 @@ def run_config(wanted: int, *, microbatches: int = 2, **settings: Any) -> RunCon
     return RunConfig(
         model=MODEL,
         parallel=ParallelConfig(bucket_mib=4, **parallel),
-        train=TrainConfig(global_batch=microbatches, offload_activations=wanted, **settings),
+        train=TrainConfig(device="cpu", global_batch=microbatches, offload_activations=wanted, **settings),
     )
 
 

@@ -64,12 +64,29 @@ def test_bytes_on_both_sides_and_between_them_are_what_the_plan_says(share: floa
             optimizer.begin_step(1)
             optimizer.reduce_gradients()
             optimizer.step(0.1, optimizer.clip(1.0))
-    here, host = memory_plan(config, derived).of_rank(0), memory_plan(config, derived).host_of_rank(0)
+    plan = replace(memory_plan(config, derived), pinned=False)
+    here, host = plan.of_rank(0), plan.host_of_rank(0)
     assert bytes_of(there) == host.total
     kept = here.weights + here.main_grads + here.master_weights + here.optimizer_states
     assert static == kept + host.total + COUNT
     moved = {row.kind: row.num_bytes for row in traffic_plan(config, derived).of_rank(0) if row.group == "host"}
     assert moved == {"to host": copies.to_host, "from host": copies.from_host}
+
+
+def test_what_travels_is_pinned_in_powers_of_two() -> None:
+    config = offloaded(0.3)
+    derived = derive(config, WORLD)
+    pinned = memory_plan(config, derived)
+    sizes = pinned._offloaded(0)
+    expected = replace(
+        replace(pinned, pinned=False).host_of_rank(0),
+        gradients=sum(1 << (4 * size - 1).bit_length() for size in sizes),
+        weights=sum(1 << (2 * size - 1).bit_length() for size in sizes),
+    )
+    assert pinned.host_of_rank(0) == expected
+    on_cpus = replace(config, train=replace(config.train, device="cpu"))
+    assert memory_plan(on_cpus, derived) == replace(pinned, pinned=False)
+    assert pinned.host_of_rank(0).total > memory_plan(on_cpus, derived).host_of_rank(0).total, "the test can fail"
 
 
 def test_the_plan_tells_of_the_host() -> None:
