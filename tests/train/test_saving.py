@@ -206,7 +206,7 @@ def test_the_last_gathers_are_awaited_before_rank_0_waits_for_a_release(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    for owner, name in ((DistributedOptimizer, "wait_for_weights"), (Releases, "wait"), (Saver, "finish")):
+    for owner, name in ((DistributedOptimizer, "settle"), (Releases, "wait"), (Saver, "finish")):
         right = getattr(owner, name)
 
         def noted(self: object, *args: object, right: Any = right, name: str = name) -> object:
@@ -215,4 +215,4 @@ def test_the_last_gathers_are_awaited_before_rank_0_waits_for_a_release(
 
         monkeypatch.setattr(owner, name, noted)
     run(tiny_config(tmp_path, eval_interval=0))
-    assert order[-3:] == ["finish", "wait_for_weights", "wait"]
+    assert order[-3:] == ["finish", "settle", "wait"]
