@@ -148,7 +148,8 @@ def alone(out_dir: Path) -> Iterator[None]:
             raise CheckpointError(f"{folder}: another process is converting into it; {way_out}") from error
         names = {path.name for path in folder.iterdir()}
         if names and names.isdisjoint({PROGRESS, beside(Path(PROGRESS), "tmp").name, CERTIFICATE}):
-            raise CheckpointError(f"{folder}: a conversion works there, but what it holds is of none; move it elsewhere")
+            way_out = "move it elsewhere"
+            raise CheckpointError(f"{folder}: a conversion works there, but what it holds is of none; {way_out}")
         yield
     finally:
         os.close(handle)
@@ -161,8 +162,8 @@ def publish(folder: Path, out_dir: Path, *, logits: str) -> None:
     """
     write_json(folder / CERTIFICATE, read_json(folder / CERTIFICATE) | {"logits": logits})
     known = {name: record[1] for name, record in read_json(folder / PROGRESS)["done"].items()}
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in names if name not in (PROGRESS, SUMS)]
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {PROGRESS, SUMS}
+    lines = [f"{known.get(name) or file_sha256(folder / name)}  {name}\n" for name in sorted(names)]
     write_text(folder / SUMS, "".join(lines))
     os.rename(folder, out_dir)
     sync_folder(out_dir.parent)

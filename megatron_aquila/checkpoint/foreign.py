@@ -24,8 +24,8 @@ NO_WEIGHTS: Final = ("inv_freq", "freqs_cis", "rope.freqs", "_mask", "_extra_sta
 
 
 class ForeignReader(TensorReader):
-    """``theirs`` gives each tensor of the files by its key, and ``found`` their shapes and types. ``fields`` is what they
-    say of the model, ``guessed`` what is likely where they do not.
+    """``theirs`` gives each tensor of the files by its key, and ``found`` their shapes and types. ``fields`` is what
+    they say of the model, ``guessed`` what is likely where they do not.
 
     Raises CheckpointError when a tensor of the map is missing or of another shape, or one of theirs is not in the map.
     """
