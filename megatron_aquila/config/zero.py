@@ -1,4 +1,4 @@
-"""What groups that share out optimizer states, gradients and weights demand: a whole number of them, and to send."""
+"""What groups that share out optimizer states, gradients and weights demand of the ranks and of other settings."""
 
 from collections.abc import Iterator
 

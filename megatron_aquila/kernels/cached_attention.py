@@ -22,8 +22,8 @@ def cached_attention_reference(
 
     The S queries are the last S of the T tokens. ``visible_BST``: which of them each query sees, at least itself; None:
     all up to itself. ``scores``: what is done to them; distances are those of the cache. ``k_far_TBKD``: the keys for
-    far pairs, where they are kept, too. Computed in ``compute_dtype`` and rounded once, for blocks of queries of at most
-    ``MOST_SCORES`` scores.
+    far pairs, where they are kept, too. Computed in ``compute_dtype`` and rounded once, for blocks of queries with
+    at most ``MOST_SCORES`` scores.
     """
     wide, group = compute_dtype(q_SBND.dtype), q_SBND.shape[2] // k_TBKD.shape[2]
     (num_new, num_samples, num_heads, _), num_tokens = q_SBND.shape, k_TBKD.shape[0]

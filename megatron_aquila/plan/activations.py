@@ -13,7 +13,8 @@ from megatron_aquila.plan.shape import ModelShape
 @dataclass(frozen=True, slots=True)
 class Divided:
     """Bytes that layers keep of one microbatch: ``here``, on the device, from forward to backward; ``away``, on the
-    host, in buffers of ``taken`` bytes; and ``passing``, of those away, what the device holds beside ``here`` while layers are at work.
+    host, in buffers of ``taken`` bytes; and ``passing``, of those away, what the device holds beside ``here`` while
+    layers are at work.
     """
 
     here: int
