@@ -107,7 +107,8 @@ class _Walk:
     def _found(self, found: Any) -> Saved:
         """The checkpoint of a start; one of another folder begins the lineage here."""
         if found.get("ephemeral"):  # what it took is still to be saved: the run stands at the durable one before it
-            if found["parent"] is not None and found["parent"] not in self.known:
+            here = self.here.name.rpartition("/")[2]  # of a path, where the run began from another folder
+            if found["parent"] is not None and found["parent"] not in self.known and found["parent"] != here:
                 self.problems.append(f"an ephemeral start after {found['parent']}, of whose saving nothing is written")
             return ROOT if found["parent"] is None else self.known.get(found["parent"], self.here)
         if not found["own"]:
@@ -175,12 +176,14 @@ def check_ledger(events: Sequence[Event]) -> LedgerReport:
     )
 
 
-def left_out_after(events: Sequence[Event], checkpoint: str) -> Ranges:
+def left_out_after(events: Sequence[Event], *names: str) -> Ranges:
     """The samples that rewinds left out since a checkpoint was saved: a run that goes on from it leaves them out too.
 
-    ``checkpoint`` is its name, or the path of one that the run came from. A rewind further on counts as well.
+    ``names`` are its own, or of one that the run came from the paths that starts may have told. A rewind further on
+    counts as well.
     """
-    return joined(_walked(events).left_out.get(checkpoint, ()))
+    left_out = _walked(events).left_out
+    return joined(tuple(one for name in names for one in left_out.get(name, ())))
 
 
 def _walked(events: Sequence[Event]) -> _Walk:

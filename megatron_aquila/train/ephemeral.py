@@ -1,7 +1,7 @@
 """``--ephemeral-save-interval``: checkpoints on each node's own disk between the durable ones, for a quick restart."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 from uuid import uuid4
@@ -19,13 +19,13 @@ from megatron_aquila.checkpoint.staging import Staging
 from megatron_aquila.checkpoint.store import CheckpointReader, Save
 from megatron_aquila.config.schema import CheckpointConfig, RunConfig
 from megatron_aquila.errors import CheckpointError
-from megatron_aquila.observe.ledger import LEDGER_NAME, read_ledger
+from megatron_aquila.observe.ledger import LEDGER_NAME, Event, read_ledger
 from megatron_aquila.parallel.collectives import all_reduce_, gather_objects
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Identity
 from megatron_aquila.train.report import ledger_folder
 from megatron_aquila.train.resume import describe, owned_chunks
-from megatron_aquila.train.start import checkpoint_name
+from megatron_aquila.train.start import checkpoint_name, without_left_out
 from megatron_aquila.train.state import TrainState, digest_of
 
 
@@ -52,6 +52,7 @@ class Ephemerals:
         self._folder = Path()
         self._names: tuple[str, int] = ("", 0)  # of this start, and how many saves it has begun
         self._under_way: tuple[TrainState, Save | None, str | None] | None = None
+        self._good: int | None = None  # the newest step of which every rank has its part
         self._failed_in_a_row = 0
 
     def prepare(self, came_from: int | None) -> int:
@@ -63,7 +64,8 @@ class Ephemerals:
         self._folder = agreed(lambda: rank_folder(machine.config.checkpoint, machine.ctx.rank), machine.ctx.host_world)
         self._names = (together(lambda: uuid4().hex[:12], machine.ctx.host_world)[0], 0)
         self._shares = Shares.agree(part_chunks(owned_chunks(machine)), ALONE)
-        self._remove(but=came_from)
+        self._good = came_from
+        self._remove()
         return self._shares.num_bytes
 
     @property
@@ -103,7 +105,7 @@ class Ephemerals:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save under way, and remove the one before if all ranks have their part. Collective."""
+        """Wait for the save under way; all goes but the newest of which every rank has its part. Collective."""
         if self._under_way is None:
             return
         (state, save, failure), self._under_way = self._under_way, None
@@ -116,11 +118,12 @@ class Ephemerals:
         failures = {rank: why for rank, why in zip(world.ranks, gather_objects(failure, world), strict=True) if why}
         about = {"step": state.step, "samples": state.consumed_samples, "parent": state.parent}
         if not failures:
-            self._failed_in_a_row = 0
+            self._good, self._failed_in_a_row = state.step, 0
             self._reporter.record("ephemeral", outcome="saved", **about)
             self._reporter.note(f"saved step {state.step} on the nodes' own disks")
-            self._remove(but=state.step)
+            self._remove()
             return
+        self._remove()  # the parts of this step on other ranks
         self._failed_in_a_row += 1
         rank, why = min(failures.items())
         reason = f"on {len(failures)} of {world.size} ranks, rank {rank}: {why}"
@@ -133,11 +136,12 @@ class Ephemerals:
     def forget(self) -> None:
         """Remove all parts: there is a newer durable checkpoint, or the run went back behind them. Collective."""
         self.finish()
+        self._good = None
         self._remove()
 
-    def _remove(self, but: int | None = None) -> None:
+    def _remove(self) -> None:
         try:
-            remove_parts(self._folder, but=but)
+            remove_parts(self._folder, but=self._good)
         except OSError as error:
             self._reporter.note(f"old ephemeral checkpoints in {self._folder} were not removed: {error}")
 
@@ -169,7 +173,7 @@ def find_parts(machine: Machine, warn: Callable[[str], None]) -> Path | None:
     folder = agreed(lambda: rank_folder(settings, ctx.rank), ctx.host_world)
     (last, *_) = together(lambda: _last_durable(config) if ctx.rank == 0 else None, ctx.host_world)
     shares = Shares.agree(part_chunks(owned_chunks(machine)), ALONE)
-    found, refused = agree_on_parts(folder, shares, ctx.host_world, lambda reader: _does_not_follow(reader, last))
+    found, refused = agree_on_parts(folder, shares, ctx.host_world, lambda reader: _problem(reader, last, config))
     for refusal in refused:
         warn(refusal_line(refusal, found))
     return found
@@ -182,7 +186,11 @@ def refusal_line(refusal: Refusal, found: Path | None) -> str:
 
 
 def _last_durable(config: RunConfig) -> Mapping[str, Any]:
-    """Name and digest of the checkpoint that ``latest`` names, None where there is none; and the run's name."""
+    """What parts must follow: name and digest of the checkpoint that ``latest`` names; and the run's name.
+
+    Where nothing is saved yet both are None, and ``begun`` is the name of another folder's checkpoint that the run
+    began from, if it did.
+    """
     save, log = config.checkpoint.save, ledger_folder(config)
     assert save is not None, "ephemeral saves without --save"
     name = digest = None
@@ -194,16 +202,28 @@ def _last_durable(config: RunConfig) -> Mapping[str, Any]:
         except (CheckpointError, KeyError):
             digest = "none: it cannot be read"
     kept = [] if log is None or not (log / LEDGER_NAME).exists() else read_ledger(log)
-    runs = [event["run"] for event in kept if event["event"] == "start"]
-    return {"name": name, "digest": digest, "run": runs[-1] if runs else None}
+    starts = [event for event in kept if event["event"] == "start"]
+    run = starts[-1]["run"] if starts else None
+    return {"name": name, "digest": digest, "run": run, "begun": _begun_from(starts)}
 
 
-def _does_not_follow(reader: CheckpointReader, last: Mapping[str, Any]) -> str | None:
-    """Why a part is not of this run's newest work."""
+def _begun_from(starts: Sequence[Event]) -> str | None:
+    """The checkpoint of the last start that was not from parts, where it lay in another folder."""
+    found = [event["checkpoint"] for event in starts]
+    durable = [one for one in found if one is None or not one.get("ephemeral")]
+    return None if not durable or durable[-1] is None or durable[-1]["own"] else str(durable[-1]["name"])
+
+
+def _problem(reader: CheckpointReader, last: Mapping[str, Any], config: RunConfig) -> str | None:
+    """Why a part is not of this run's newest work. Raises ``CheckpointError`` where it trained on what is left out."""
     state = TrainState.from_json(cast(Mapping[str, Any], reader.state["train"]))
     newest = "nothing yet" if last["name"] is None else f"{last['name']}"
-    if (state.parent, state.parent_digest) != (last["name"], last["digest"]):
+    follows = (state.parent, state.parent_digest) == (last["name"], last["digest"])
+    if last["name"] is None:
+        follows = state.parent == last["begun"]
+    if not follows:
         return f"{reader.folder}: it follows {state.parent or 'the beginning'}, but saved last is {newest}"
     if last["name"] is None and state.run != last["run"]:
         return f"{reader.folder}: it is of run {state.run}, the folder of --save holds {last['run'] or 'none'}"
+    without_left_out(state, config, reader.folder)
     return None

@@ -109,7 +109,7 @@ class Rewinder:
         """The state of the checkpoint, all tensors as it has them, without the samples of the fault.
 
         ``decided`` is told of the checkpoint once it is sure that the run goes back there, and before anything is lost:
-        what it writes down, a run that is killed from here on finds.
+        what it writes down, a run that is killed from here on finds. All ranks call it; it raises on all or on none.
 
         Collective: all ranks say what they go back from. Raises ``AquilaError`` on every rank where there is nothing to
         go back to, or where the run has gone back there ``MAX_REWINDS`` times; ``CheckpointError`` as a start.
@@ -123,7 +123,7 @@ class Rewinder:
         config = replace(machine.config, checkpoint=replace(machine.config.checkpoint, load_optim=True))
         start = agreed(lambda: find_start(config, machine.derived, good, None), machine.ctx.world)
         agreed(lambda: CheckpointReader(good), machine.ctx.world).verify_files(machine.ctx.world)
-        agreed(lambda: decided(good), machine.ctx.world)
+        decided(good)
         load_weights(machine, start)
         self._times += 1
         self._left_out = (*self._left_out, fault.samples)

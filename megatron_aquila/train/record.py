@@ -144,13 +144,13 @@ def without_rewound(start: Start, config: RunConfig, ctx: ParallelContext) -> St
     folder, found = ledger_folder(config), start.checkpoint
     if folder is None or found is None or not start.with_optimizer:
         return start
-    name: str | None = checkpoint_name(found) if is_own(config, found) else str(found)
+    names = [checkpoint_name(found)] if is_own(config, found) else [str(found.resolve()), str(found)]
     if start.is_part:  # rewinds go back to the durable checkpoint before it
-        name = start.state.parent
+        names = [] if start.state.parent is None else [start.state.parent]
     is_told = ctx.rank == 0 and (folder / LEDGER_NAME).exists()
 
     def told() -> Ranges:
-        return left_out_after(read_ledger(folder), name) if is_told and name is not None else ()
+        return left_out_after(read_ledger(folder), *names) if is_told else ()
 
     (ranges, *_) = together(told, ctx.world)
     return replace(start, state=start.state.without(tuple((first, stop) for first, stop in ranges)))
@@ -200,7 +200,7 @@ def start_event(
         if found is None
         else {
             "name": checkpoint_name(found),
-            "path": str(found),
+            "path": str(found.resolve()),
             "own": start.is_part or is_own(config, found),
             "step": state.step,
             "samples": state.consumed_samples,

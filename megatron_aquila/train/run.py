@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_aquila.checkpoint.agree import agreed
+from megatron_aquila.checkpoint.folders import MANIFEST
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import RunConfig
@@ -144,9 +145,11 @@ def compare_upcoming(config: RunConfig, start: Start, corpus: Corpus, ctx: Paral
 
 
 def durable_before(config: RunConfig, state: TrainState) -> Path | None:
-    """The checkpoint of the run's own folder that an ephemeral one follows, if there is one: to go back to."""
+    """The checkpoint of the run's own folder that an ephemeral one follows, if it lies there: to go back to."""
     save = config.checkpoint.save
-    return None if save is None or state.parent is None else save / state.parent
+    if save is None or state.parent is None or not (save / state.parent / MANIFEST).is_file():
+        return None
+    return save / state.parent
 
 
 def begins(config: RunConfig, start: Start) -> str:

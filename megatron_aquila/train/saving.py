@@ -115,9 +115,8 @@ class Saver:
         if self._staging is None:
             self._ephemerals.finish()
 
-    def go_back(self) -> None:
-        """Publish the save under way; what is ephemeral goes, as the run goes back behind it. Collective."""
-        self.finish()
+    def forget_ephemerals(self) -> None:
+        """Remove what is ephemeral: the run goes back behind it, or it may hold an error. Collective."""
         if self._ephemerals is not None:
             self._ephemerals.forget()
 

@@ -147,10 +147,15 @@ class Loop:
             self._saver.prepare(self.state)
             why = end_of_run(self._machine.config, self.state)
             try:
+                if why is not None and self.last_saved < 0:
+                    self._save()  # the run begins at its end, which is in no durable checkpoint
                 while why is None:
                     why = self._step()
-            except (CommunicationError, RunFolderError, ReplicaError):
-                raise  # not every rank is here, the folder is another run's, or what is being saved may hold the error
+            except (CommunicationError, RunFolderError):
+                raise  # not every rank is here, or the folder is another run's
+            except ReplicaError:  # raised on every rank: what is being saved, or is only here, may hold the error
+                self._saver.forget_ephemerals()
+                raise
             except AquilaError:  # raised on every rank: what was begun before is good
                 self._saver.finish()
                 raise
@@ -275,8 +280,13 @@ class Loop:
 
     def _go_back(self, fault: Fault) -> None:
         """To the last checkpoint, which may be one that is just being written. Collective."""
-        self._saver.go_back()
-        state = self._rewinder.back(fault, lambda folder: self.record.rewound(self.state, folder, fault))
+        self._saver.finish()
+
+        def decided(checkpoint: Path) -> None:
+            agreed(lambda: self.record.rewound(self.state, checkpoint, fault), self._machine.ctx.world)
+            self._saver.forget_ephemerals()  # not before: where the run cannot go back, they are its newest work
+
+        state = self._rewinder.back(fault, decided)
         self._steps.forget()
         start, stop = fault.samples
         self._reporter.note(f"back to {state.parent}, step {state.step}, without samples {start}-{stop - 1}")

@@ -96,6 +96,17 @@ def test_what_rewinds_left_out_holds_for_every_start_from_before_until_another_c
     assert "though a rewind" in problems(*events[:-1], saved(32, (8, 32), parent="step_8", skipped=[(16, 24)]))[0]
 
 
+def test_what_was_left_out_is_found_by_any_path_that_a_start_told() -> None:
+    events = [start(8, "step_8", own=False, origin="load"), rewind(16, "step_8", (8, 16), without=[(8, 16)])]
+    assert left_out_after(events, "/resolved/step_8", "elsewhere/step_8") == ((8, 16),)
+    assert left_out_after(events, "/resolved/step_8") == ()
+    part = start(16, "step_16")
+    part["checkpoint"] |= {"ephemeral": True, "parent": "step_8", "ranges": [[8, 16]]}
+    assert problems(events[0], part) == [], "it follows what the run began from"
+    part["checkpoint"]["parent"] = "step_4"
+    assert "an ephemeral start after step_4" in problems(events[0], part)[0]
+
+
 def test_an_older_start_is_no_loss_where_it_was_meant_or_the_newer_one_is_damaged() -> None:
     two = [start(), saved(8, (0, 8)), saved(16, (8, 16), parent="step_8")]
     meant = check_ledger([*two, start(8, "step_8", origin="load"), saved(16, (8, 16), parent="step_8")])

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,21 @@ import torch
 
 from megatron_aquila.checkpoint import staging
 from megatron_aquila.checkpoint.manifest import _digest
+from megatron_aquila.commands import pretrain
 from megatron_aquila.config.schema import RunConfig
-from megatron_aquila.errors import CheckpointError
-from megatron_aquila.train import trainer
+from megatron_aquila.errors import AquilaError, CheckpointError, ReplicaError
+from megatron_aquila.observe.ledger import read_ledger
+from megatron_aquila.observe.lineage import check_ledger
+from megatron_aquila.optim.distributed import DistributedOptimizer
+from megatron_aquila.train import faults, trainer
 from megatron_aquila.train.ephemeral import rank_folder
 from megatron_aquila.train.faults import Fault
+from megatron_aquila.train.record import RunRecord
+from megatron_aquila.train.run import durable_before
+from megatron_aquila.train.state import TrainState
 from megatron_aquila.verify.pool import WorkerPool
 from tests.checkpoint.numbers import flip
-from tests.train.runs import Recorder, run, split, tiny_config
+from tests.train.runs import VOCAB_SIZE, Recorder, run, split, tiny_config, write_corpus
 from tests.train.test_resume import figures, resumed, tensors
 
 Pools = Callable[[int], WorkerPool]
@@ -43,9 +51,9 @@ def disk(config: RunConfig, rank: int) -> Path:
     return rank_folder(replace(config.checkpoint, ephemeral_save_dir=named), rank)
 
 
-def killed(config: RunConfig, at: int, recorder: Recorder | None = None) -> Recorder:
-    """The run until before the step after ``at``, when all that was begun is written and published."""
-    recorder = Recorder() if recorder is None else recorder
+@contextmanager
+def dying(at: int) -> Iterator[None]:
+    """A run dies before the step after ``at``, when all that was begun is written and published."""
     original = trainer.train_step
 
     def dies(machine: Any, corpus: Any, state: Any, **how: Any) -> Any:
@@ -58,8 +66,16 @@ def killed(config: RunConfig, at: int, recorder: Recorder | None = None) -> Reco
         patch.setattr(trainer, "train_step", dies)
         patch.setattr(trainer.Saver, "poll", trainer.Saver.finish)
         patch.setattr(trainer.Loop, "_after_step", after_step_and_wait(trainer.Loop._after_step))
+        patch.setattr(RunRecord, "stopped", lambda *_, **__: None)
         with pytest.raises(Killed):
-            run(config, recorder=recorder)
+            yield
+
+
+def killed(config: RunConfig, at: int) -> Recorder:
+    """The run until it dies before the step after ``at``."""
+    recorder = Recorder()
+    with dying(at):
+        run(config, recorder=recorder)
     return recorder
 
 
@@ -233,11 +249,9 @@ def test_a_folder_that_cannot_be_made_stops_nobody_a_variable_that_is_not_set_do
         run(resumed(config, ephemeral_save_dir="/local/$NOT_SET"))
 
 
-def test_a_run_that_goes_back_leaves_no_part_of_what_it_gave_up(tmp_path: Path) -> None:
-    config = resumed(on_nodes(tiny_config(tmp_path), tmp_path), ephemeral_save_dir=str(tmp_path / "here"))
-    gone: list[Path] = []
-    left_over: list[Path] = []
-    original, back = trainer.Steps.take, trainer.Rewinder.back
+def lost_once(config: RunConfig, gone: list[Path]) -> Any:
+    """``Steps.take`` that finds a fault in step 5, once; ``gone`` are the parts that were there."""
+    original = trainer.Steps.take
 
     def faulty(steps: trainer.Steps, state: Any, *, stop_requested: bool) -> Any:
         step = original(steps, state, stop_requested=stop_requested)
@@ -246,15 +260,134 @@ def test_a_run_that_goes_back_leaves_no_part_of_what_it_gave_up(tmp_path: Path) 
             steps.fault = Fault(policy="rewind", step=5, samples=step.samples, reason="a bit flipped")
         return step
 
-    def looks(rewinder: trainer.Rewinder, fault: Fault) -> Any:
-        left_over.extend(disk(config, 0).glob("step_*"))
-        return back(rewinder, fault)
+    return faulty
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Steps, "take", faulty)
-        patch.setattr(trainer.Rewinder, "back", looks)
-        patch.setattr(trainer.Loop, "_after_step", after_step_and_wait(trainer.Loop._after_step))
-        recorder = run(config)
+
+def on_one_node(folder: Path, **train: Any) -> RunConfig:
+    """The run of one rank, whose disk is the folder's."""
+    return resumed(
+        on_nodes(tiny_config(folder, eval_interval=0, **train), folder), ephemeral_save_dir=str(folder / "here")
+    )
+
+
+def parts(config: RunConfig, rank: int = 0) -> list[str]:
+    return sorted(path.name for path in disk(config, rank).glob("step_*"))
+
+
+def test_a_run_that_goes_back_leaves_no_part_of_what_it_gave_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, left_over, load = on_one_node(tmp_path), [["never loaded"]], faults.load_weights
+
+    def looks(*args: Any) -> Any:
+        left_over[:] = [parts(config)]
+        return load(*args)
+
+    gone: list[Path] = []
+    monkeypatch.setattr(trainer.Steps, "take", lost_once(config, gone))
+    monkeypatch.setattr(faults, "load_weights", looks)
+    monkeypatch.setattr(trainer.Loop, "_after_step", after_step_and_wait(trainer.Loop._after_step))
+    recorder = run(config)
     assert [path.name for path in gone] == ["step_0000004"]
     assert any("back to step_0000003, step 3" in note for note in recorder.notes)
-    assert left_over == []
+    assert left_over == [[]]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(trainer.Rewinder, "_check"), (RunRecord, "rewound")])
+def test_a_run_that_cannot_go_back_keeps_its_newest_work(
+    owner: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise AquilaError("there is nothing to go back to")
+
+    config = on_one_node(tmp_path)
+    monkeypatch.setattr(trainer.Steps, "take", lost_once(config, []))
+    monkeypatch.setattr(trainer.Loop, "_after_step", after_step_and_wait(trainer.Loop._after_step))
+    monkeypatch.setattr(owner, name, refuses)
+    with pytest.raises(AquilaError, match="nothing to go back to"):
+        run(config)
+    assert parts(config) == ["step_0000004"]
+
+
+def test_where_replicas_have_drifted_apart_no_part_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen = on_one_node(tmp_path, check_replicas=2), []
+
+    def not_masters(_: DistributedOptimizer) -> list[str]:
+        seen.extend(parts(config))
+        return ["model.norm.weight"]
+
+    monkeypatch.setattr(DistributedOptimizer, "not_masters", not_masters)
+    monkeypatch.setattr(trainer.Loop, "_after_step", after_step_and_wait(trainer.Loop._after_step))
+    with pytest.raises(ReplicaError):
+        run(config)
+    assert (seen, parts(config)) == (["step_0000001"], [])
+
+
+def killed_with_a_full_disk(config: RunConfig, at: int) -> None:
+    """Rank 1's disk is full after its first part."""
+    original = staging.write_stream
+
+    def writes(path: Path, parts: Any) -> Any:
+        if "disk_of_1" in str(path) and "step_0000001" not in str(path):
+            raise OSError(28, "No space left on device")
+        return original(path, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "write_stream", writes)
+        killed(config, at)
+
+
+def test_saves_that_fail_leave_the_last_good_part_and_no_other(pool: Pools, tmp_path: Path) -> None:
+    config = resumed(on_nodes(split(tiny_config(tmp_path, eval_interval=0), tp=2), tmp_path), save_interval=6)
+    pool(2).run(killed_with_a_full_disk, config, 3)
+    assert [parts(config, rank) for rank in (0, 1)] == [["step_0000001"]] * 2
+
+
+def test_a_part_that_was_trained_on_what_is_to_be_left_out_is_passed_over(tmp_path: Path) -> None:
+    killed(on_one_node(tmp_path), 5)
+    recorder = run(on_one_node(tmp_path, skip_samples=("32-39",)))
+    (loud,) = [note for note in recorder.notes if note.startswith("EPHEMERAL CHECKPOINT")]
+    assert "--skip-samples 32-39" in loud
+    assert recorder.reports[0].step == 4
+
+
+def test_a_part_at_the_end_of_the_run_is_saved_for_good(tmp_path: Path) -> None:
+    killed(on_one_node(tmp_path), 5)
+    config = on_one_node(tmp_path, exit_samples=40)
+    assert run(config).reports == []
+    assert config.checkpoint.save is not None
+    assert (config.checkpoint.save / "latest").read_text() == "step_0000005\n"
+    assert parts(config) == []
+
+
+def test_a_run_from_another_folder_goes_on_from_its_parts_before_its_first_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = "--num-layers 1 --hidden-size 16 --num-heads 2 --ffn-size 16 --seq-len 16 --device cpu --precision fp32"
+    words = f"{model} --gbs 8 --train-samples 48 --eval-interval 0 --split 1 --vocab-size {VOCAB_SIZE}".split()
+    words += ["--data-cache-path", str(tmp_path / "cache"), "--data-path", *write_corpus(tmp_path)]
+    other, own = tmp_path / "other" / "step_0000002", tmp_path / "own"
+    assert pretrain.main([*words, "--save", str(other.parent), "--exit-samples", "16"]) == 0
+    assert pretrain.main([*words, "--load", str(other), "--save", str(tmp_path / "never")]) == 0
+    words += ["--save", str(own), "--ephemeral-save-interval", "1", "--ephemeral-save-dir", str(tmp_path / "here")]
+    with dying(4):
+        pretrain.main([*words, "--load", str(other)])
+    with dying(5):
+        pretrain.main([*words, "--load", "auto"])
+    assert pretrain.main([*words, "--resume"]) == 0  # from a part of a run that began from a part
+    assert [event["step"] for event in read_ledger(own) if event["event"] == "start"] == [2, 4, 5]
+    report = check_ledger(read_ledger(own))
+    assert report.holds, report.problems
+    expected, found = tensors(tmp_path / "never"), tensors(own)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    capsys.readouterr()
+
+
+def test_what_is_not_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    state = TrainState(seed=1, index_segments=(48,), parent="step_0000003")
+    config = tiny_config(tmp_path)
+    assert durable_before(config, state) is None
+    assert config.checkpoint.save is not None
+    (config.checkpoint.save / "step_0000003").mkdir(parents=True)
+    (config.checkpoint.save / "step_0000003" / "manifest.json").touch()
+    assert durable_before(config, state) == config.checkpoint.save / "step_0000003"

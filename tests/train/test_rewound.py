@@ -150,6 +150,9 @@ def test_a_run_that_came_from_another_folder_goes_back_there_and_remembers_in_it
     assert pretrain.main([*flags, "--save", str(other), "--exit-samples", "16"]) == 0
     arguments = [*flags, "--load", str(other / "step_0000002"), "--save", str(run)]
     befallen(arguments, 2, "killed before the next step")
+    arguments[arguments.index("--load") + 1] = str(
+        other / ".." / "other" / "step_0000002"
+    )  # the same, otherwise spelled
     assert pretrain.main(arguments) == 0
     assert holds(run)[0].skipped == ((24, 32),)
     assert pretrain.main([*flags, "--load", str(other / "step_0000002"), "--save", str(third)]) == 0
