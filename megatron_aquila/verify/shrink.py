@@ -25,8 +25,9 @@ def shrink(config: RunConfig, largest: Layout) -> RunConfig:
     """
     model, kv_heads = config.model, config.model.num_kv_heads
     group = max(1, model.num_heads // (model.num_heads if kv_heads is None else kv_heads))
-    # two a rank: with one, a query head could not read the wrong one; 3, 6 or 12 heads have slopes of both kinds
-    kv_of_rank = 3 if model.position_embedding == "alibi" else 2
+    # two a rank: with one, a query head could not read the wrong one; 6, 12 or 24 heads have slopes of both kinds, and
+    # 6 are as few as a matrix's Ulysses can split in two
+    kv_of_rank = 6 if model.position_embedding == "alibi" else 2
     small_kv = kv_of_rank * largest.tp
     if largest.cp_method == "ulysses":
         group *= largest.cp // math.gcd(largest.cp, kv_of_rank * group)  # a tensor rank's query heads split over cp

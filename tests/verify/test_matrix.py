@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_aquila.config.check import check
+from megatron_aquila.config.cli import load_config
 from megatron_aquila.verify.layout import Layout, with_layout
 from megatron_aquila.verify.matrix import AXES, LARGEST, MatrixCase, matrix_cases, matrix_config, run_case, twin_of
 from megatron_aquila.verify.parity import Parity
@@ -24,6 +25,14 @@ def test_every_value_of_every_axis_is_met() -> None:
 def test_a_run_could_be_set_so(case: MatrixCase) -> None:
     small = with_layout(shrink(matrix_config(CONFIG, documents=case.documents), LARGEST), case.layout)
     assert [str(problem) for problem in check(small, case.layout.world_size)] == []
+
+
+@pytest.mark.parametrize("preset", ["aquila-7b", "llama-2-7b", "baichuan2-7b", "baichuan2-13b"])
+def test_the_sizes_of_every_family_split_in_every_case(preset: str) -> None:
+    config = load_config(["--preset", preset]).config
+    for case in matrix_cases():
+        small = with_layout(shrink(matrix_config(config, documents=case.documents), LARGEST), case.layout)
+        assert [str(problem) for problem in check(small, case.layout.world_size)] == [], case
 
 
 def test_bits_are_due_where_no_sum_is_split() -> None:
