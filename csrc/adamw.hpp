@@ -9,9 +9,9 @@ namespace aquila {
 
 // What is the same for all elements, rounded to float32 as torch rounds the numbers of its float32 kernels.
 struct AdamwScalars {
-  float factor;           // what gradients are multiplied with as they are read
-  float decay;            // 1 - lr * weight_decay
-  float one_minus_beta1;  //
+  float factor;  // what gradients are multiplied with as they are read
+  float decay;   // 1 - lr * weight_decay
+  float one_minus_beta1;
   float beta2;            //
   float one_minus_beta2;  //
   float rate;             // -lr / (1 - beta1^step)

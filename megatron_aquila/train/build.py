@@ -103,7 +103,8 @@ def build_machine(
     ``kernels`` are by default the best that run on every rank's device, or those that the settings name: chosen with an
     all-gather over the world, so that replicas round alike. All else is local.
     """
-    kernels = split_attention(config.parallel, kernels or run_kernels(config, derived.shape, ctx), ctx)
+    chosen = run_kernels(config, derived.shape, ctx) if kernels is None else kernels
+    kernels = split_attention(config.parallel, chosen, ctx)
     placement = Placement(
         tp=ctx.tp,
         sequence_parallel=config.parallel.sequence,
