@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Final, Literal
 
 from megatron_aquila.data.parquet import row_groups
-from megatron_aquila.data.records import Broken
-from megatron_aquila.data.streams import MAGIC, STDIN, SUFFIXES, Compression, opened, unpacked, without_mark
+from megatron_aquila.data.records import Broken, Kind
+from megatron_aquila.data.streams import (
+    CHUNK_BYTES,
+    MAGIC,
+    STDIN,
+    SUFFIXES,
+    Compression,
+    opened,
+    unpacked,
+    without_mark,
+)
 from megatron_aquila.errors import DataError
 
 PIECE_BYTES: Final = 32 << 20
@@ -42,12 +51,32 @@ BY_LINES: Final = (Format.JSON_LINES, Format.TEXT_LINE)
 
 
 @dataclass(frozen=True, slots=True)
+class Unpacked:
+    """Whole lines that another process has read, or why nothing more of their file can be read."""
+
+    data: bytes = b""
+    fault: tuple[Kind, str] | None = None
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, of about a megabyte at once.
+
+        Raises:
+            Broken: the fault.
+        """
+        for start in range(0, len(self.data), CHUNK_BYTES):
+            yield self.data[start : start + CHUNK_BYTES]
+        if self.fault is not None:
+            raise Broken(*self.fault)
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """What one worker reads alone.
 
     ``start`` and ``stop`` are bytes of a plain file of lines, whose lines that begin there are the piece's; the row
     group of a parquet file and the one behind it; else the whole file. ``num_bytes`` is its share of the file on disk,
     0 for standard input. ``lines_before`` is how many records of the file lie before it, None where nobody counted.
+    ``unpacked`` is the piece itself, where it is but a ``block`` of what ``data.blocks`` cuts for many.
     """
 
     path: Path
@@ -58,6 +87,8 @@ class Piece:
     stop: int
     num_bytes: int
     lines_before: int | None
+    block: int = 0
+    unpacked: Unpacked | None = None
 
 
 def plan_pieces(

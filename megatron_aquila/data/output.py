@@ -108,6 +108,8 @@ class Output:
 
     Attributes:
         num_shards: appended so far, by this run and those it continues.
+        last: the place of the last of them, before all others where there is none.
+        file_bytes: of the inputs as on disk that they stand for.
         counts: what they hold.
 
     Raises:
@@ -128,6 +130,7 @@ class Output:
         self.prefix, self.names, self.dtype = prefix, tuple(names), dtype
         self.folder = partial_folder(prefix)
         self.num_shards, self.counts, self.largest = 0, Counts(), [-1] * len(self.names)
+        self.last, self.file_bytes = (-1, 0), 0
         self._plan = json.loads(json.dumps(plan))
         self._files: dict[str, HashedFile] = {}
         self._manifests: dict[str, Manifest] | None = None  # those of a run that was killed while it published
@@ -209,7 +212,7 @@ class Output:
             self._seen.load(self.folder / HASHES)
 
     def append(self, shard: Shard, lines_before: int = 0) -> Shard:
-        """Move a shard to the end of the streams, and say what of it; the next one must be the next number.
+        """Move a shard to the end of the streams, and say what of it; the next block or piece must be the next one.
 
         Where hashes are among the streams, a document that an earlier one equals is left out. ``lines_before`` is how
         many records its file has before the shard, for the lines of provenance.
@@ -217,8 +220,9 @@ class Output:
         Raises:
             DataError: a file cannot be read or written, as on a full disk; what was appended before stays.
         """
-        assert shard.index == self.num_shards, f"shard {shard.index} after {self.num_shards} others"
-        source = shard_folder(self.folder, shard.index)
+        index, block = self.last
+        assert shard.place in ((index, block + 1), (index + 1, 0)), f"shard {shard.place} after {self.last}"
+        source = shard_folder(self.folder, shard.place)
         try:
             selected = select(source, self._seen)
             for name, file in self._files.items():
@@ -316,7 +320,8 @@ class Output:
         return Manifest(contents=contents, origin=origin)
 
     def _add(self, shard: Shard) -> None:
-        self.num_shards += 1
+        self.num_shards, self.last = self.num_shards + 1, shard.place
+        self.file_bytes += shard.file_bytes
         self.counts += shard.counts
         self.largest = list(map(max, self.largest, shard.largest))
 

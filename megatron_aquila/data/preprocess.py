@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from megatron_aquila.data.blocks import Corpus, corpus_of
 from megatron_aquila.data.encoders import Backend, choose_encoder
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.indexed import token_dtype
@@ -29,7 +30,8 @@ from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Engine = Literal["local", "ray"]
 PIECES: Final = 256  # a corpus is cut into about so many,
-SMALLEST_PIECE, LARGEST_PIECE = 2 << 20, 32 << 20  # within these bounds in bytes
+SMALLEST_PIECE, LARGEST_PIECE = 2 << 20, 32 << 20  # within these bounds in bytes;
+LARGEST_BLOCK: Final = 8 << 20  # what is unpacked for others is held in memory
 SAMPLED_PIECES, SAMPLED_RECORDS, SAMPLED_CHARACTERS = 8, 64, 1 << 15  # what gigatoken must prove itself on
 
 
@@ -129,9 +131,10 @@ def preprocess(
             document left at all, or a worker died.
     """
     _check(settings, tokenizer)
-    corpus = _plan(settings)
-    _check_inputs(settings, corpus)
-    pieces = _share(corpus, settings.shard)
+    planned = _plan(settings)
+    _check_inputs(settings, planned)
+    pieces = _share(planned, settings.shard)
+    corpus = corpus_of(pieces, min(_piece_bytes(pieces), LARGEST_BLOCK))
     with kept_for_good():
         pending_facts = beside(lambda: tokenizer_facts(tokenizer))
         chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
@@ -155,19 +158,12 @@ def preprocess(
         names=settings.names,
         streams=writer.streams,
         dtype=writer.dtype,
-        plan=_identity(settings, facts, tokenizer.allow_special_tokens, pieces),
+        plan=_identity(settings, facts, tokenizer.allow_special_tokens, corpus),
         overwrite=settings.overwrite,
     )
     try:
-        return _run(
-            settings,
-            writer,
-            output,
-            pieces,
-            _origin(settings, facts, tokenizer.allow_special_tokens, pieces),
-            report,
-            say,
-        )
+        origin = _origin(settings, facts, tokenizer.allow_special_tokens, pieces)
+        return _run(settings, writer, output, corpus, origin, report, say)
     finally:
         output.close()
 
@@ -176,16 +172,15 @@ def _run(
     settings: PreprocessSettings,
     writer: ShardWriter,
     output: Output,
-    pieces: Sequence[Piece],
+    corpus: Corpus,
     origin: Origin,
     report: Callable[[Progress], None],
     say: Callable[[str], None],
 ) -> Done:
-    done = sum(piece.num_bytes for piece in pieces[: output.num_shards])
-    total = sum(piece.num_bytes for piece in pieces)
+    done, total = output.file_bytes, corpus.num_bytes
     progress = Progress(total, done, output.counts, output.counts, done)
     if output.num_shards > 0:
-        say(f"going on in {output.folder}: {output.num_shards:,} of {len(pieces):,} shards were done")
+        say(f"going on in {output.folder}: {output.num_shards:,} shards were done, {done:,} of {total:,} bytes")
     lock = threading.Lock()
 
     def tell(step: Step) -> None:
@@ -195,8 +190,10 @@ def _run(
             report(progress)
 
     lines = LineNumbers()
-    for shard in _shards(settings, writer, pieces[output.num_shards :], tell):
-        before = line_of(pieces[shard.index], 0, lines) if META in writer.streams else 0
+    for shard in _shards(settings, writer, corpus, output.last, tell):
+        before = shard.lines_before
+        if before is None:
+            before = line_of(corpus.pieces[shard.index], 0, lines) if META in writer.streams else 0
         kept = output.append(shard, before)
         with lock:
             progress.counts += kept.counts - shard.counts
@@ -227,22 +224,36 @@ def _nothing_left(output: Output) -> str:
 
 
 def _shards(
-    settings: PreprocessSettings, writer: ShardWriter, pieces: Sequence[Piece], tell: Callable[[Step], None]
+    settings: PreprocessSettings,
+    writer: ShardWriter,
+    corpus: Corpus,
+    after: tuple[int, int],
+    tell: Callable[[Step], None],
 ) -> Iterator[Shard]:
+    parts = corpus.parts(settings.read.max_document_bytes, after)
     if settings.engine == "ray":
         from megatron_aquila.data.ray_engine import ray_map
 
-        return ray_map(writer, pieces, tell=tell)
-    here = any(piece.path == STDIN for piece in pieces)  # a worker has another standard input
-    return ordered_map(writer, pieces, workers=1 if here else min(settings.workers, max(len(pieces), 1)), tell=tell)
+        return ray_map(writer, parts, tell=tell)
+    # A worker has another standard input; of blocks nobody knows how many there will be.
+    here = any(piece.path == STDIN and piece.index not in corpus.cut for piece in corpus.pieces)
+    most = settings.workers if corpus.cut else max(len(corpus.pieces), 1)
+    return ordered_map(writer, parts, workers=1 if here else min(settings.workers, most), tell=tell)
 
 
 def _plan(settings: PreprocessSettings) -> list[Piece]:
     """Pieces of a size that depends on the corpus only."""
     kinds: dict[str, Any] = {"input_format": settings.input_format, "text_documents": settings.text_documents}
-    total = sum(piece.num_bytes for piece in plan_pieces(settings.inputs, piece_bytes=1 << 62, **kinds))
-    size = min(max(total // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
+    size = _piece_bytes(plan_pieces(settings.inputs, piece_bytes=1 << 62, **kinds))
     return plan_pieces(settings.inputs, piece_bytes=size, **kinds)
+
+
+def _piece_bytes(pieces: Sequence[Piece]) -> int:
+    return min(max(_num_bytes(pieces) // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
+
+
+def _num_bytes(pieces: Sequence[Piece]) -> int:
+    return sum(piece.num_bytes for piece in pieces)
 
 
 def _share(pieces: Sequence[Piece], shard: tuple[int, int] | None) -> list[Piece]:
@@ -250,7 +261,7 @@ def _share(pieces: Sequence[Piece], shard: tuple[int, int] | None) -> list[Piece
     if shard is None:
         return list(pieces)
     index, count = shard
-    total, before = sum(piece.num_bytes for piece in pieces), 0
+    total, before = _num_bytes(pieces), 0
     mine: list[Piece] = []
     for piece in pieces:
         part = (2 * before + piece.num_bytes) * count // max(2 * total, 1)
@@ -277,16 +288,17 @@ def _can_be_read_twice(path: Path) -> bool:
 
 
 def _identity(
-    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, pieces: Sequence[Piece]
+    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, corpus: Corpus
 ) -> dict[str, Any]:
     """What decides the bytes, and the cuts."""
-    paths = list(dict.fromkeys(piece.path for piece in pieces))
+    paths = list(dict.fromkeys(piece.path for piece in corpus.pieces))
     stats = [(str(path), path.stat()) for path in paths if path != STDIN]
     read = asdict(settings.read)
     return {
         "is_resumable": all(map(_can_be_read_twice, paths)),
         "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-        "pieces": len(pieces),
+        "pieces": len(corpus.pieces),
+        "blocks": [sorted(corpus.cut), corpus.block_bytes],
         "tokenizer": tokenizer.fingerprint,
         "allow_special_tokens": allow_special_tokens,
         "append_eod": settings.append_eod,

@@ -1,7 +1,9 @@
 """The pieces of a corpus on an existing Ray cluster; its machines share the file system of the output."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 
 from megatron_aquila.data.inputs import Piece
@@ -13,7 +15,7 @@ RETRIES: Final = 3  # of a piece whose worker or machine died
 AHEAD: Final = 2  # pieces under way per core of the cluster
 
 
-def ray_map(writer: ShardWriter, pieces: Sequence[Piece], *, tell: Tell) -> Iterator[Shard]:
+def ray_map(writer: ShardWriter, pieces: Iterable[Piece], *, tell: Tell) -> Iterator[Shard]:
     """``writer`` of each piece as a Ray task; shards in their order, at most a few pieces a core under way.
 
     Joins the cluster of ``RAY_ADDRESS``, or the one of this machine, or starts one here. A task whose worker dies is
@@ -28,18 +30,20 @@ def ray_map(writer: ShardWriter, pieces: Sequence[Piece], *, tell: Tell) -> Iter
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_write)
     shared = ray.put(writer)
     limit = AHEAD * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-    waiting = deque(pieces)
-    pending: deque[tuple[Piece, Any]] = deque()
+    waiting = iter(pieces)
+    pending: deque[tuple[Path, Any]] = deque()
     try:
-        while waiting or pending:
-            while waiting and len(pending) < limit:
-                pending.append((waiting[0], task.remote(shared, waiting.popleft())))
+        while True:
+            for piece in islice(waiting, limit - len(pending)):
+                pending.append((piece.path, task.remote(shared, piece)))
+            if not pending:
+                return
             ray.wait([reference for _, reference in pending], num_returns=1)
             _raise_failed(ray, pending)
             while pending and ray.wait([pending[0][1]], timeout=0)[0]:
-                piece, reference = pending.popleft()
+                _, reference = pending.popleft()
                 shard: Shard = ray.get(reference)
-                tell(Step(shard.counts, piece.num_bytes))
+                tell(Step(shard.counts, shard.file_bytes))
                 yield _seen(writer, shard)
     finally:
         for _, reference in pending:
@@ -50,24 +54,24 @@ def _write(writer: ShardWriter, piece: Piece) -> Shard:
     return writer(piece, lambda _: None)
 
 
-def _raise_failed(ray: Any, pending: Sequence[tuple[Piece, Any]]) -> None:
+def _raise_failed(ray: Any, pending: Sequence[tuple[Path, Any]]) -> None:
     """Raise the error of the first task that ended with one, although earlier pieces are under way."""
     references = [reference for _, reference in pending]
     done, _ = ray.wait(references, num_returns=len(references), timeout=0)
-    for piece, reference in pending:
+    for path, reference in pending:
         if reference in done:
             try:
                 ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause
-                raise cause if isinstance(cause, AquilaError) else DataError(f"{piece.path}: {cause}") from error
+                raise cause if isinstance(cause, AquilaError) else DataError(f"{path}: {cause}") from error
             except ray.exceptions.RayError as error:
-                raise DataError(f"{piece.path}: its Ray task was given up after {RETRIES} retries: {error}") from error
+                raise DataError(f"{path}: its Ray task was given up after {RETRIES} retries: {error}") from error
 
 
 def _seen(writer: ShardWriter, shard: Shard) -> Shard:
-    folder = shard_folder(writer.folder, shard.index)
-    if read_shard(folder, shard.index) is None:
+    folder = shard_folder(writer.folder, shard.place)
+    if read_shard(folder) is None:
         raise DataError(f"{folder}: written by a Ray worker but not to be seen here; put the output on a shared disk")
     return shard
 

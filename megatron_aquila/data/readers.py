@@ -1,6 +1,7 @@
 """The documents of a piece of a corpus: one reader a format, every one streaming, no byte lost without a word."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -36,6 +37,8 @@ from megatron_aquila.data.streams import (
     without_mark,
 )
 from megatron_aquila.errors import DataError
+
+BLOCK_BYTES: Final = 1 << 20  # of lines that are joined at once
 
 
 def read_piece(piece: Piece, options: ReadOptions, lines: LineNumbers | None = None) -> Iterator[Document | BadRecord]:
@@ -74,8 +77,8 @@ def read_joined(
     assert piece.format is Format.JSON_LINES, f"{piece.path} is {piece.format}"
     parse, number = json_parser(options), 0
     try:
-        with opened(piece.path) as raw:
-            for block, unended in whole_lines(_chunks(raw, piece), options.max_document_bytes):
+        with _chunks(piece) as chunks:
+            for block, unended in whole_lines(chunks, BLOCK_BYTES, options.max_document_bytes):
                 start = 0
                 while start < len(block):
                     joined, num_bytes, num_lines = join(block, start)
@@ -153,13 +156,28 @@ def _text_parser(options: ReadOptions) -> Parse:
 
 def _bytes_split_by(split: Callable[[Iterator[bytes], int], Split]) -> Callable[[Piece, ReadOptions], Split]:
     def records(piece: Piece, options: ReadOptions) -> Split:
-        with opened(piece.path) as raw:
-            yield from split(_chunks(raw, piece), options.max_document_bytes)
+        with _chunks(piece) as chunks:
+            yield from split(chunks, options.max_document_bytes)
 
     return records
 
 
-def _chunks(raw: BinaryIO, piece: Piece) -> Iterator[bytes]:
+@contextmanager
+def _chunks(piece: Piece) -> Iterator[Iterator[bytes]]:
+    if piece.unpacked is not None:
+        yield piece.unpacked.chunks()
+        return
+    with opened(piece.path) as raw:
+        yield file_chunks(raw, piece)
+
+
+def file_chunks(raw: BinaryIO, piece: Piece) -> Iterator[bytes]:
+    """The piece's bytes of its file, unpacked and without the mark that a file may begin with.
+
+    Raises:
+        Broken: the packed stream is cut off or broken; what came before it was yielded.
+        DataError: the package that unpacks is not installed.
+    """
     if piece.path == STDIN:
         return without_mark(unpacked(raw, sniffed(raw)))
     if piece.compression is Compression.NONE and piece.format in BY_LINES and piece.stop > 0:

@@ -6,7 +6,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from operator import add, sub
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -65,11 +65,22 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A piece that is done: what it holds and the largest id of each key (-1 without tokens)."""
+    """A piece, or a block of one, that is done: what it holds and the largest id of each key (-1 without tokens).
+
+    ``file_bytes`` and ``lines_before`` are the piece's ``num_bytes`` and ``lines_before``.
+    """
 
     index: int
+    block: int
+    file_bytes: int
+    lines_before: int | None
     counts: Counts
     largest: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Shards are joined in this order."""
+        return self.index, self.block
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +95,10 @@ class Step:
 class ShardWriter:
     """Tokenizes pieces into ``folder``; sent to each worker once, and the same on every machine.
 
-    A shard is a folder ``000042`` with ``KEY.bin`` (tokens), ``KEY.lengths`` (int32, one a document; 0 for an empty
-    one), ``meta.jsonl`` (a line of provenance a document, all numbers counted from the start of the piece),
-    ``bad.jsonl`` (one JSON object a line), ``hashes`` (16 bytes a document, where these are compared later) and
-    ``facts.json``; it gets its name when all is in.
+    A shard is a folder ``000042-000007``, for piece 42 and block 7, with ``KEY.bin`` (tokens), ``KEY.lengths`` (int32,
+    one a document; 0 for an empty one), ``meta.jsonl`` (a line of provenance a document, all numbers counted from the
+    start of the piece or block), ``bad.jsonl`` (one JSON object a line), ``hashes`` (16 bytes a document, where these
+    are compared later) and ``facts.json``; it gets its name when all is in.
     """
 
     folder: Path
@@ -108,8 +119,8 @@ class ShardWriter:
             DataError: the piece cannot be read, a record is bad and not to be skipped, an id is outside the
                 vocabulary, or the disk is full.
         """
-        final = shard_folder(self.folder, piece.index)
-        finished = read_shard(final, piece.index)
+        final = shard_folder(self.folder, (piece.index, piece.block))
+        finished = read_shard(final)
         if finished is not None:
             tell(Step(finished.counts, piece.num_bytes))
             return finished
@@ -129,7 +140,8 @@ class ShardWriter:
 
     def _write(self, piece: Piece, temporary: Path, final: Path, tell: Callable[[Step], None]) -> Shard:
         temporary.mkdir()
-        shard = Shard(piece.index, Counts(), tuple(-1 for _ in self.names))
+        largest = [-1] * len(self.names)
+        shard = Shard(piece.index, piece.block, piece.num_bytes, piece.lines_before, Counts(), tuple(largest))
         told = 0
         with ExitStack() as stack:
             files = {name: stack.enter_context((temporary / name).open("wb")) for name in self.streams}
@@ -137,7 +149,8 @@ class ShardWriter:
                 if shard.counts.documents == 0:
                     self._check(piece, batch.texts())
                 step, largest = self._write_batch(files, batch, shard.counts.documents)
-                shard = Shard(shard.index, shard.counts + step, tuple(map(max, shard.largest, largest)))
+                largest = list(map(max, shard.largest, largest))
+                shard = replace(shard, counts=shard.counts + step, largest=tuple(largest))
                 so_far = min(shard.counts.num_bytes, piece.num_bytes)  # a packed piece seems done before it is
                 tell(Step(step, so_far - told))
                 told = so_far
@@ -147,7 +160,7 @@ class ShardWriter:
         try:
             temporary.rename(final)
         except OSError:
-            if read_shard(final, piece.index) is None:  # else a retry on another machine was faster: the same bytes
+            if read_shard(final) is None:  # else a retry on another machine was faster: the same bytes
                 raise
         return shard
 
@@ -223,12 +236,13 @@ class ShardWriter:
         return self.encoder.encode_joined(batch.joined.text, batch.joined.documents, self.end)
 
 
-def shard_folder(folder: Path, index: int) -> Path:
+def shard_folder(folder: Path, place: tuple[int, int]) -> Path:
     """Where a shard lies when it is whole."""
-    return folder / f"{index:06d}"
+    index, block = place
+    return folder / f"{index:06d}-{block:06d}"
 
 
-def read_shard(path: Path, index: int) -> Shard | None:
+def read_shard(path: Path) -> Shard | None:
     """What a finished shard says of itself; ``None`` where there is none, or not all of it.
 
     A power cut can leave names without what they stand for.
@@ -239,13 +253,15 @@ def read_shard(path: Path, index: int) -> Shard | None:
             return None
     except (FileNotFoundError, ValueError, KeyError):
         return None
-    assert said["index"] == index, f"{path} holds shard {said['index']}"
-    return shard_of(said)
+    shard = shard_of(said)
+    assert shard_folder(path.parent, shard.place) == path, f"{path} holds shard {shard.place}"
+    return shard
 
 
 def shard_of(said: Mapping[str, Any]) -> Shard:
     """A shard as ``asdict`` and JSON made it a mapping, which may say more."""
-    return Shard(said["index"], Counts(**said["counts"]), tuple(said["largest"]))
+    own = {name: said[name] for name in ("index", "block", "file_bytes", "lines_before")}
+    return Shard(**own, counts=Counts(**said["counts"]), largest=tuple(said["largest"]))
 
 
 class _Batch(NamedTuple):

@@ -162,25 +162,34 @@ def line_blocks(chunks: Iterator[bytes], longest: int) -> Iterator[tuple[list[by
     yield [b"".join(parts)], True
 
 
-def whole_lines(chunks: Iterator[bytes], longest: int) -> Iterator[tuple[bytes, bool]]:
-    """The same bytes in blocks that end behind a line feed, but for the last, which is what follows the last one.
+def whole_lines(chunks: Iterator[bytes], size: int, longest: int) -> Iterator[tuple[bytes, bool]]:
+    """The same bytes in blocks that end with the first line feed at or behind ``size`` bytes, whatever the chunks.
 
-    That alone comes with True, and is perhaps nothing. Of a line of more than ``longest`` bytes that goes on for chunks
-    less is kept, but still too much.
+    What follows the last line feed, perhaps nothing, is a block of its own, and the only one with True. Of a line of
+    more than ``longest`` bytes that goes on for chunks less is kept, but still too much.
+
+    Raises:
+        Broken: as ``chunks``; the whole lines before came in blocks.
     """
     parts: list[bytes] = []
-    held = 0
-    for chunk in chunks:
-        cut = chunk.rfind(b"\n") + 1
-        if cut == 0:
-            parts += [chunk] if held <= longest else []
-            held += len(chunk)
-            continue
-        parts.append(chunk[:cut])
-        yield b"".join(parts), False
-        parts = [chunk[cut:]]
-        held = len(parts[0])
-    yield b"".join(parts), True
+    held, broken = 0, None
+    try:
+        for chunk in chunks:
+            start = 0
+            while (end := chunk.find(b"\n", max(start + size - held - 1, start)) + 1) > 0:
+                yield b"".join([*parts, chunk[start:end]]), False
+                parts, held, start = [], 0, end
+            parts += [chunk[start:]] if held <= size + longest else []
+            held += len(chunk) - start
+    except Broken as error:
+        broken = error
+    lines = b"".join(parts)
+    end = lines.rfind(b"\n") + 1
+    if end > 0:
+        yield lines[:end], False
+    if broken is not None:
+        raise broken
+    yield lines[end:], True
 
 
 class LineNumbers:

@@ -57,9 +57,9 @@ def ordered_map(
     threads = ThreadPoolExecutor(workers)
     try:
         for item in items:
-            if len(pending) >= AHEAD * workers:
-                yield _oldest(pending)
             pending.append(threads.submit(call, item))
+            while len(pending) >= AHEAD * workers or _is_told(pending):
+                yield _oldest(pending)
         while pending:
             yield _oldest(pending)
     finally:
@@ -114,13 +114,21 @@ def _send(function: Callable[[], object], pipe: "Connection[Any, Any]") -> None:
         pipe.send(function())
 
 
+def _is_told(pending: deque[Future[Result]]) -> bool:
+    """Whether the first is done or another has failed, which does not wait for items that may be long in coming."""
+    return len(pending) > 0 and (pending[0].done() or any(map(_has_failed, pending)))
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is not None
+
+
 def _oldest(pending: deque[Future[Result]]) -> Result:
     """The result of the first, or the error of whichever fails before it is there."""
     while not pending[0].done():
-        unfinished = [future for future in pending if not future.done()]
-        done, _ = wait([pending[0], *unfinished], return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in filter(_has_failed, pending):
             future.result()
+        wait([future for future in pending if not future.done()], return_when=FIRST_COMPLETED)
     return pending.popleft().result()
 
 

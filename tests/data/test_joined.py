@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_aquila.data import streams
+from megatron_aquila.data import readers, streams
 from megatron_aquila.data.encoders import GigatokenEncoder, ReferenceEncoder, divided
 from megatron_aquila.data.inputs import plan_pieces
 from megatron_aquila.data.native import INDEX_BUILDER
@@ -126,6 +126,7 @@ def test_whatever_the_lines(
     expected = found(path, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "CHUNK_BYTES", chunk)
+        patch.setattr(readers, "BLOCK_BYTES", chunk)
         assert found(path, join) == expected
 
 

@@ -10,7 +10,7 @@ from megatron_aquila.data.journal import Appended, Journal, Story
 from megatron_aquila.data.shards import Counts, Shard
 from megatron_aquila.errors import DataError
 
-FIRST = Appended(Shard(0, Counts(documents=3), (7,)), {"a": 3}, {"a": "x"})
+FIRST = Appended(Shard(0, 2, 9, None, Counts(documents=3), (7,)), {"a": 3}, {"a": "x"})
 
 
 def told(folder: Path) -> Story:

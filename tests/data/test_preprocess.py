@@ -607,7 +607,7 @@ def test_a_shard_that_a_power_cut_emptied_is_made_again(
         patch.setattr("megatron_aquila.data.output.Output.close", lambda self: self._journal.close())
         with pytest.raises(DataError, match="stopped"):
             run([source], tmp_path / "out", tokenizer)
-    (tmp_path / "out.partial" / "000000" / emptied).write_bytes(b"")
+    (tmp_path / "out.partial" / "000000-000000" / emptied).write_bytes(b"")
     run([source], tmp_path / "out", tokenizer)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 

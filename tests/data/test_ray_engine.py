@@ -1,5 +1,6 @@
 """The same bytes from a Ray cluster; it is started here, in a process of its own."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -31,7 +32,7 @@ from megatron_aquila.data.records import ReadOptions
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.errors import DataError
 
-source, bad, prefix, model = sys.argv[1:]
+source, packed, bad, prefix, model = sys.argv[1:]
 module.SMALLEST_PIECE = 1 << 15
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=Path(model))
@@ -47,7 +48,7 @@ class Dies(ReferenceEncoder):  # once, so that Ray tries again
 
 module.choose_encoder = lambda *_: type("Choice", (), {"encoder": Dies(tokenizer), "why": "it dies"})
 few = {"deduplicate": True, "limits": LengthLimits(min_chars=5, max_chars=2000), "read": ReadOptions(keep_meta=("id",))}
-for path, end, more in ((source, "", {}), (bad, "bad", {}), (source, "few", few)):
+for path, end, more in ((source, "", {}), (bad, "bad", {}), (source, "few", few), (packed, "packed", {})):
     settings = PreprocessSettings(inputs=(path,), output_prefix=prefix + end, engine="ray", append_eod=True, **more)
     try:
         done = preprocess(settings, tokenizer, report=lambda _: None, say=lambda _: None)
@@ -60,9 +61,11 @@ for path, end, more in ((source, "", {}), (bad, "bad", {}), (source, "few", few)
 def test_rays_bytes_are_one_processs(tmp_path: Path, tokenizer_files: dict[str, Path], megatron_fixtures: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed: pip install 'megatron_aquila[ray]'")
     texts = json.loads((megatron_fixtures / "tool_input_docs.json").read_text(encoding="utf-8"))
-    source, bad = tmp_path / "in.jsonl", tmp_path / "bad.jsonl"
+    source, packed, bad = tmp_path / "in.jsonl", tmp_path / "in.jsonl.gz", tmp_path / "bad.jsonl"
     lines = [json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts * 3)]
     source.write_text("".join(lines), encoding="utf-8")
+    packed.write_bytes(gzip.compress(source.read_bytes()))
+    assert packed.stat().st_size > 1 << 15, "its blocks are sent to the cluster"
     bad.write_text('{"text": 1}\n')
     model = tokenizer_files["tokenizer_model"]
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=model)
@@ -75,12 +78,12 @@ def test_rays_bytes_are_one_processs(tmp_path: Path, tokenizer_files: dict[str, 
         read=ReadOptions(keep_meta=("id",)),
     )
     _, kept = (preprocess(each, tokenizer, report=lambda _: None, say=lambda _: None) for each in (settings, few))
-    command = [sys.executable, "-c", SCRIPT, str(source), str(bad), str(tmp_path / "ray"), str(model)]
+    command = [sys.executable, "-c", SCRIPT, str(source), str(packed), str(bad), str(tmp_path / "ray"), str(model)]
     patient = os.environ | {"RAY_raylet_start_wait_time_s": "300"}  # a busy machine is slow to start a node
     told = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=patient)
     assert told.returncode == 0, told.stderr
-    count, error, few_count = [line for line in told.stdout.splitlines() if "(raylet)" not in line]
-    assert count == str(len(texts) * 3)
+    count, error, few_count, packed_count = [line for line in told.stdout.splitlines() if "(raylet)" not in line]
+    assert count == packed_count == str(len(texts) * 3)
     assert error.startswith(f"{bad}:1: 'text' is not a string but a int; mend the line")
     assert (tmp_path / "ray.died").exists()
     left_out = kept.progress.counts
@@ -90,6 +93,8 @@ def test_rays_bytes_are_one_processs(tmp_path: Path, tokenizer_files: dict[str, 
     ends = [f"{more}_text_document.{end}" for more in ("", "few") for end in ("bin", "idx")]
     for end in (*ends, "few.meta.jsonl"):
         assert (tmp_path / f"ray{end}").read_bytes() == (tmp_path / f"one{end}").read_bytes()
+    for end in ends[:2]:
+        assert (tmp_path / f"raypacked{end}").read_bytes() == (tmp_path / f"one{end}").read_bytes()
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,16 @@ import io
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, BinaryIO, cast
 
+import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_aquila.data.records import Broken, Kind
 from megatron_aquila.data.splitters import array_elements, lines
 from megatron_aquila.data.streams import (
     Compression,
@@ -19,6 +22,7 @@ from megatron_aquila.data.streams import (
     owned_lines,
     sniffed,
     unpacked,
+    whole_lines,
     without_mark,
 )
 
@@ -39,6 +43,45 @@ def test_blocks_are_the_lines(chunks: list[bytes]) -> None:
 def test_long_lines_stay_long(chunks: list[bytes], longest: int) -> None:
     expected = b"".join(chunks).split(b"\n")
     found = [line for block, _ in line_blocks(iter(chunks), longest) for line in block]
+    assert len(found) == len(expected)
+    for line, whole in zip(found, expected, strict=True):
+        assert line == whole if len(whole) <= longest else len(line) > longest
+
+
+@given(chunks=CHUNKS, size=st.integers(1, 12), cut=st.integers(0, 12), broken=st.booleans())
+@settings(max_examples=60)
+def test_blocks_of_whole_lines_depend_on_the_bytes_alone(
+    chunks: list[bytes], size: int, cut: int, broken: bool
+) -> None:
+    data = b"".join(chunks)
+
+    def blocks(chunks: list[bytes]) -> list[tuple[bytes, bool]]:
+        def until() -> Iterator[bytes]:
+            yield from chunks
+            if broken:
+                raise Broken(Kind.DAMAGED, "as it was told")
+
+        found = []
+        with pytest.raises(Broken, match="as it was told") if broken else nullcontext():
+            for block in whole_lines(until(), size, 1000):
+                found.append(block)
+        return found
+
+    found = blocks(chunks)
+    assert found == blocks([data]) == blocks([data[:cut], data[cut:]])
+    kept = data[: data.rfind(b"\n") + 1] if broken else data
+    assert b"".join(block for block, _ in found) == kept
+    assert [last for _, last in found] == [False] * (len(found) - (not broken)) + [True] * (not broken)
+    whole = [block for block, last in found if not last]
+    assert all(block.endswith(b"\n") for block in whole)
+    assert all(len(block) >= size and b"\n" not in block[size - 1 : -1] for block in whole[:-1])
+
+
+@given(chunks=CHUNKS, size=st.integers(1, 6), longest=st.integers(0, 6))
+@settings(max_examples=40)
+def test_long_lines_stay_long_in_blocks(chunks: list[bytes], size: int, longest: int) -> None:
+    expected = b"".join(chunks).split(b"\n")
+    found = b"".join(block for block, _ in whole_lines(iter(chunks), size, longest)).split(b"\n")
     assert len(found) == len(expected)
     for line, whole in zip(found, expected, strict=True):
         assert line == whole if len(whole) <= longest else len(line) > longest
@@ -100,4 +143,7 @@ def test_memory_does_not_grow_with_the_file() -> None:
 def test_a_long_line_is_not_held() -> None:
     found, peak = measured(lambda: list(lines((b"x" * 100_000 for _ in range(100)), 50_000)))
     assert [(number, len(line)) for number, line, _, _ in found] == [(1, 50_001)]
+    assert peak < 500_000
+    ((line, _),), peak = measured(lambda: list(whole_lines((b"x" * 100_000 for _ in range(100)), 1, 50_000)))
+    assert len(line) == 100_000
     assert peak < 500_000

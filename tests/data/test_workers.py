@@ -66,6 +66,18 @@ def test_a_death_is_reported_while_an_earlier_item_is_under_way(item: int, statu
     assert time.monotonic() - started < 20
 
 
+def test_an_error_is_told_that_came_before_anybody_asked() -> None:
+    def slow() -> Iterator[int]:
+        yield from (103, 102)
+        time.sleep(1)  # in which the second has failed, the first not ended
+        yield 1
+
+    started = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        list(ordered_map(act, slow(), workers=2, tell=nothing))
+    assert time.monotonic() - started < 40
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_of_the_teller_is_no_death_and_no_wait(workers: int) -> None:
     """As when the progress goes to a closed terminal or a full disk."""
