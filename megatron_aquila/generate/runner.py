@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.checkpoint.layout import param_chunks
+from megatron_aquila.config.context import head_problems
 from megatron_aquila.errors import Problem, refuse
 from megatron_aquila.generate.source import Source
 from megatron_aquila.kernels.dispatch import choose_kernels
-from megatron_aquila.kernels.self_check import Sizes
 from megatron_aquila.model.aquila import AquilaStage, Head, build_stages
 from megatron_aquila.model.cache import KVCache
 from megatron_aquila.model.position import rank_scores
@@ -24,33 +24,59 @@ from megatron_aquila.pipeline.engine import Engine, LossFn, Stage
 from megatron_aquila.pipeline.schedules import forward_only
 from megatron_aquila.pipeline.wire import P2PWire
 from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.sequence import ContextMethod, num_pieces, shard_pieces
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import StagePlan, plan_stages
+from megatron_aquila.train.build import kernel_sizes, split_attention
 from megatron_aquila.train.masters import read_weights
 
 
-def layout_problems(shape: ModelShape, *, tp: int, pp: int, world_size: int, replicates: bool) -> list[Problem]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a model that is used is split: the degrees, and how the ranks of cp, which share every row, attend."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    cp_method: ContextMethod = "ring"
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one model."""
+        return self.tp * self.cp * self.pp
+
+
+def layout_problems(shape: ModelShape, layout: Layout, *, world_size: int, replicates: bool) -> list[Problem]:
     """Why the model cannot be split so over the processes there are; ``replicates``: several may do the same."""
-    problems = []
+    tp, cp, pp = layout.tp, layout.cp, layout.pp
+    degrees = {"--tp": tp, "--cp": cp, "--pp": pp}
+    if problems := [Problem(flag, n, "it must be positive", "use 1 or more") for flag, n in degrees.items() if n < 1]:
+        return problems
     for name in ("num_heads", "num_kv_heads", "ffn_size"):
         if getattr(shape, name) % tp:
             why = f"the model's {name} {getattr(shape, name)} is not divisible by it"
             problems.append(Problem("--tp", tp, why, "use a divisor"))
+    if layout.cp_method == "ulysses":
+        problems += head_problems(shape.num_heads, tp=tp, cp=cp, world=world_size)
     if pp > shape.num_layers:
         problems.append(Problem("--pp", pp, f"the model has {shape.num_layers} layers", "use fewer stages"))
-    rest = world_size % (tp * pp)
-    if rest or (world_size != tp * pp and not replicates):
-        why = f"there are {world_size} processes, not {tp * pp}"
-        way_out = f"start torchrun with --nproc-per-node {tp * pp}, or choose others"
-        problems.append(Problem("--tp x --pp", f"{tp} x {pp}", why, way_out))
+    needed = layout.model_ranks
+    if world_size % needed or (world_size != needed and not replicates):
+        why = f"there are {world_size} processes, not {needed}"
+        way_out = f"start torchrun with --nproc-per-node {needed}, or choose others"
+        problems.append(Problem("--tp x --cp x --pp", f"{tp} x {cp} x {pp}", why, way_out))
     return problems
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Runner:
-    """This rank's stages of a model with its weights. Everything here runs without gradients."""
+    """This rank's stages of a model with its weights. Everything here runs without gradients.
+
+    The ranks of cp share the tokens of every row as in training: ``length`` and ``tokens`` of a batch are one rank's.
+    """
 
     ctx: ParallelContext
+    cp_method: ContextMethod
     shape: ModelShape
     plan: StagePlan
     dtype: torch.dtype
@@ -61,10 +87,21 @@ class Runner:
         """Whether this rank has the head."""
         return self.plan.num_stages - 1 in self.stages
 
+    def splittable(self, length: int) -> int:
+        """``length``, or as many more as it takes for cp to share them. What is added is padding."""
+        pieces = num_pieces(self.ctx.cp.size, self.cp_method)
+        return -(-length // pieces) * pieces
+
+    def places(self, length: int) -> Tensor:
+        """Which of the ``length`` tokens of a row this rank computes, ascending."""
+        cp = self.ctx.cp
+        pieces = shard_pieces(length, cp=cp.size, rank=cp.rank, method=self.cp_method)
+        return torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces])
+
     def forward(self, batches: list[Batch], stages: Mapping[int, Stage], take: LossFn, *, length: int) -> None:
         """Send ``batches``, each of ``length`` tokens a row, through the model; ``take`` sees what the last stage made.
 
-        Communicates: an activation to the next stage, each batch; what the stages do.
+        Communicates: an activation to the next stage, each batch; what the stages do, over tp and cp.
         """
         wire = P2PWire(
             self.ctx,
@@ -135,12 +172,15 @@ def plain_batch(tokens_BS: Tensor, positions_BS: Tensor, labels_BS: Tensor | Non
     )
 
 
-def create_context(tp: int, pp: int, device: torch.device, world_size: int, timeout: timedelta) -> ParallelContext:
-    """Groups for tp x pp, the rest of the world as replicas. Collective."""
-    return ParallelContext.create(RankGrid(tp=tp, pp=pp, dp=world_size // (tp * pp)), device, timeout)
+def create_context(layout: Layout, device: torch.device, world_size: int, timeout: timedelta) -> ParallelContext:
+    """Groups for tp x cp x pp, the rest of the world as replicas. Collective."""
+    dp = world_size // layout.model_ranks
+    return ParallelContext.create(RankGrid(tp=layout.tp, cp=layout.cp, pp=layout.pp, dp=dp), device, timeout)
 
 
-def build_runner(source: Source, ctx: ParallelContext, *, dtype: torch.dtype | None = None) -> Runner:
+def build_runner(
+    source: Source, ctx: ParallelContext, *, cp_method: ContextMethod = "ring", dtype: torch.dtype | None = None
+) -> Runner:
     """The model of ``source`` split as ``ctx`` says, its weights read. Collective over the world.
 
     ``dtype`` None: as stored.
@@ -151,21 +191,11 @@ def build_runner(source: Source, ctx: ParallelContext, *, dtype: torch.dtype | N
     """
     shape, dtype = source.shape, source.dtype if dtype is None else dtype
     grid = ctx.grid
-    refuse(layout_problems(shape, tp=grid.tp, pp=grid.pp, world_size=grid.world_size, replicates=True))
-    sizes = Sizes(
-        hidden_size=shape.hidden_size,
-        ffn_size=shape.ffn_size // grid.tp,
-        head_dim=shape.head_dim,
-        num_heads=shape.num_heads // grid.tp,
-        num_kv_heads=shape.num_kv_heads // grid.tp,
-        seq_len=shape.seq_len,
-        has_documents=False,
-        by_blocks=shape.rope_scaling == "two-range",
-        norm_order=shape.norm_order,
-        interleaved=shape.position_embedding == "rope-interleaved",
-        scores=rank_scores(shape, ctx.tp),
-    )
+    layout = Layout(tp=grid.tp, cp=grid.cp, pp=grid.pp, cp_method=cp_method)
+    refuse(layout_problems(shape, layout, world_size=grid.world_size, replicates=True))
+    sizes = kernel_sizes(shape, ctx, method=cp_method, has_documents=False)
     kernels = choose_kernels(ctx.device, dtype, sizes=sizes, share=lambda mine: gather_objects(mine, ctx.world))
+    kernels = split_attention(kernels, ctx.cp, method=cp_method, overlap=True)
     placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=dtype, device=ctx.device)
     plan = plan_stages(shape, grid.pp)
     with torch.no_grad():
@@ -175,4 +205,4 @@ def build_runner(source: Source, ctx: ParallelContext, *, dtype: torch.dtype | N
             info.param.requires_grad_(False).zero_()  # padded rows are in no file
         chunks = [chunk for info in infos for chunk in param_chunks(info)]
         agreed(lambda: read_weights(source.reader, chunks, with_remainders=False, cast=True), ctx.world)
-    return Runner(ctx=ctx, shape=shape, plan=plan, dtype=dtype, stages=stages)
+    return Runner(ctx=ctx, cp_method=cp_method, shape=shape, plan=plan, dtype=dtype, stages=stages)

@@ -104,8 +104,7 @@ def build_machine(
     all-gather over the world, so that replicas round alike. All else is local.
     """
     chosen = run_kernels(config, derived.shape, ctx) if kernels is None else kernels
-    method, overlap = config.parallel.context_method, config.parallel.overlap
-    kernels = split_attention(chosen, ctx.cp, method=method, overlap=overlap)
+    kernels = split_attention(chosen, ctx.cp, method=config.parallel.context_method, overlap=config.parallel.overlap)
     placement = Placement(
         tp=ctx.tp,
         sequence_parallel=config.parallel.sequence,
