@@ -1,8 +1,9 @@
 """A model that is used: its stages on this rank, and forward passes through the pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from megatron_aquila.config.context import head_problems
 from megatron_aquila.errors import Problem, refuse
 from megatron_aquila.generate.source import Source
 from megatron_aquila.kernels.dispatch import choose_kernels
+from megatron_aquila.kernels.ops import CausalAttention
 from megatron_aquila.model.aquila import AquilaStage, Head, build_stages
 from megatron_aquila.model.cache import KVCache
-from megatron_aquila.model.position import rank_scores
+from megatron_aquila.model.position import attention_of, rank_scores
+from megatron_aquila.model.split_cache import SplitCache
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.collectives import all_gather, gather_objects
 from megatron_aquila.parallel.context import ParallelContext
@@ -29,6 +32,8 @@ from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.plan.stages import StagePlan, plan_stages
 from megatron_aquila.train.build import kernel_sizes, split_attention
 from megatron_aquila.train.masters import read_weights
+
+Cache = KVCache | SplitCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +85,7 @@ class Runner:
     shape: ModelShape
     plan: StagePlan
     dtype: torch.dtype
+    attention: CausalAttention
     stages: Mapping[int, AquilaStage]
 
     @property
@@ -112,27 +118,31 @@ class Runner:
         engine = Engine(stages, num_stages=self.plan.num_stages, loss_fn=take, wire=wire)
         engine.evaluate(forward_only(self.plan.stage_rank, len(batches))[self.ctx.pp.rank], batches)
 
-    def new_caches(self, capacity: int, padding_B: Tensor) -> dict[int, KVCache]:
+    def new_caches(self, capacity: int, padding_B: Tensor) -> dict[int, Cache]:
         """An empty cache for each of this rank's stages."""
-        scores = rank_scores(self.shape, self.ctx.tp)
+        cp, scores = self.ctx.cp, rank_scores(self.shape, self.ctx.tp)
+        make: Callable[..., Cache] = KVCache
+        if cp.size > 1:
+            make = partial(SplitCache, cp=cp, method=self.cp_method, attention=self.attention)
         return {
-            number: KVCache(len(stage.layers), capacity, padding_B, scores=scores)
-            for number, stage in self.stages.items()
+            number: make(len(stage.layers), capacity, padding_B, scores=scores) for number, stage in self.stages.items()
         }
 
-    def last_logits(self, tokens_BS: Tensor, caches: Mapping[int, KVCache]) -> Tensor | None:
+    def last_logits(self, tokens_BS: Tensor, caches: Mapping[int, Cache]) -> Tensor | None:
         """logits_BV, in float32 or wider, of what follows ``tokens_BS``, which the caches then hold too.
 
-        None but on the ranks of the last stage. Communicates: activations between stages, and there an all-gather of
-        the logits over tp.
+        None but on the ranks of the last stage. The first time there are as many tokens as cp can share. Communicates:
+        activations between stages, what the caches do over cp, and on the last stage all-gathers of the last token's
+        output over cp, and of the logits over tp.
         """
-        positions = [cache.extend(tokens_BS.shape[1]) for cache in caches.values()]
+        positions_BS, *_ = [cache.extend(tokens_BS.shape[1]) for cache in caches.values()]
+        chosen, *_ = [cache.chosen for cache in caches.values()]
         found: list[Tensor] = []
 
         def with_cache(number: int) -> Stage:
             stage, cores = self.stages[number], caches[number].layers
             return lambda x, batch: stage.infer(
-                x, batch.tokens_BS, batch.positions_BS, ending=last_of_each_row, cores=cores
+                x, batch.tokens_BS, batch.positions_BS, ending=self._last_of_each_row, cores=cores
             )
 
         def take(logits_1BVt: Tensor, _batch: Batch) -> Tensor:
@@ -142,8 +152,13 @@ class Runner:
             return found[0]
 
         stages = {number: with_cache(number) for number in self.stages}
-        self.forward([plain_batch(tokens_BS, positions[0])], stages, take, length=tokens_BS.shape[1])
+        self.forward([plain_batch(tokens_BS[:, chosen], positions_BS)], stages, take, length=positions_BS.shape[1])
         return found[0] if found else None
+
+    def _last_of_each_row(self, head: Head, x_SBH: Tensor) -> Tensor:
+        """logits_1BVt of the last token, by the rank of cp that has it, on all of them."""
+        rank = 0 if self.cp_method == "ring" else self.ctx.cp.size - 1
+        return head.logits(all_gather(x_SBH[-1:], self.ctx.cp)[rank : rank + 1])
 
     def share(self, numbers: list[int] | None) -> list[int]:
         """What the last stage's ranks have, on every rank of the pipeline, which knows how many numbers there are.
@@ -153,11 +168,6 @@ class Runner:
         (found,) = [mine for mine in gather_objects(numbers, self.ctx.pp) if mine is not None]
         shared: list[int] = found
         return shared
-
-
-def last_of_each_row(head: Head, x_SBH: Tensor) -> Tensor:
-    """logits_1BVt of the last place."""
-    return head.logits(x_SBH[-1:])
 
 
 def plain_batch(tokens_BS: Tensor, positions_BS: Tensor, labels_BS: Tensor | None = None) -> Batch:
@@ -193,7 +203,8 @@ def build_runner(
     grid = ctx.grid
     layout = Layout(tp=grid.tp, cp=grid.cp, pp=grid.pp, cp_method=cp_method)
     refuse(layout_problems(shape, layout, world_size=grid.world_size, replicates=True))
-    sizes = kernel_sizes(shape, ctx, method=cp_method, has_documents=False)
+    has_documents = ctx.cp.size > 1  # the padding of prompts is one
+    sizes = kernel_sizes(shape, ctx, method=cp_method, has_documents=has_documents)
     kernels = choose_kernels(ctx.device, dtype, sizes=sizes, share=lambda mine: gather_objects(mine, ctx.world))
     kernels = split_attention(kernels, ctx.cp, method=cp_method, overlap=True)
     placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=dtype, device=ctx.device)
@@ -205,4 +216,12 @@ def build_runner(
             info.param.requires_grad_(False).zero_()  # padded rows are in no file
         chunks = [chunk for info in infos for chunk in param_chunks(info)]
         agreed(lambda: read_weights(source.reader, chunks, with_remainders=False, cast=True), ctx.world)
-    return Runner(ctx=ctx, cp_method=cp_method, shape=shape, plan=plan, dtype=dtype, stages=stages)
+    return Runner(
+        ctx=ctx,
+        cp_method=cp_method,
+        shape=shape,
+        plan=plan,
+        dtype=dtype,
+        attention=attention_of(shape, kernels, ctx.tp),
+        stages=stages,
+    )

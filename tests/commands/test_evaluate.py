@@ -1,13 +1,10 @@
 """``aquila evaluate`` through its door."""
 
-import io
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,8 +18,7 @@ from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.verify.pool import WorkerPool
 from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE
-
-PROCESS_GROUP = "megatron_aquila.train.env.process_group"  # a pool has one
+from tests.commands.said import said
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +87,13 @@ def test_two_ranges_are_evaluated(folder: Path, capsys: pytest.CaptureFixture[st
     assert out.out.splitlines()[-1].split()[:3] == ["all", "39", "3.7842"]
 
 
-def said(argv: list[str]) -> str:
-    """What the command prints on this process, one of those of a pool if there are several."""
-    out = io.StringIO()
-    with redirect_stdout(out), mock.patch(PROCESS_GROUP, return_value=nullcontext()):
-        assert evaluate.main(argv) == 0
-    return out.getvalue()
-
-
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
 def test_ranks_that_share_windows(folder: Path, pool: Callable[[int], WorkerPool], method: str) -> None:
     """15 tokens are no whole number of either method's pieces, and what makes them one does not count."""
     data = ["--data", str(folder / "a"), str(folder / "b"), "--seq-len", "15", "--by-position", "4"]
     argv = ["--load", str(folder / "drawn"), *data, "--precision", "fp64", "--json"]
-    alone = json.loads(said(argv))
-    first, *others = pool(2).run(said, [*argv, "--cp", "2", "--cp-method", method])
+    alone = json.loads(said(evaluate.main, argv))
+    first, *others = pool(2).run(said, evaluate.main, [*argv, "--cp", "2", "--cp-method", method])
     assert others == [""]
     found = json.loads(first)
     for one, expected in zip([*found["sources"], found["total"]], [*alone["sources"], alone["total"]], strict=True):

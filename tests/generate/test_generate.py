@@ -52,18 +52,31 @@ def test_greedy_tokens_are_transformers(folder: Path, theirs: list[tuple[int, ..
     assert alone == theirs
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, pp=2),
+        Layout(pp=2),
+        Layout(tp=2),
+        Layout(cp=4),
+        Layout(cp=4, cp_method="ulysses"),
+        Layout(tp=2, cp=2),
+        Layout(cp=2, pp=2, cp_method="ulysses"),
+    ],
+    ids=str,
+)
 def test_greedy_tokens_are_transformers_on_any_layout(
-    folder: Path, theirs: list[tuple[int, ...]], pool: Callable[[int], WorkerPool], tp: int, pp: int
+    folder: Path, theirs: list[tuple[int, ...]], pool: Callable[[int], WorkerPool], layout: Layout
 ) -> None:
-    for ours in pool(tp * pp).run(run, folder, Layout(tp=tp, pp=pp), None, PROMPTS, GREEDY, NEW):
+    for ours in pool(layout.model_ranks).run(run, folder, layout, None, PROMPTS, GREEDY, NEW):
         assert [found.tokens for found in ours] == theirs
 
 
 def test_samples_are_the_same_on_any_layout(folder: Path, pool: Callable[[int], WorkerPool]) -> None:
     alone = run(folder, ALONE, torch.float64, PROMPTS, DRAWN, NEW)
-    for ours in pool(4).run(run, folder, Layout(tp=2, pp=2), torch.float64, PROMPTS, DRAWN, NEW):
-        assert ours == alone
+    for layout in (Layout(tp=2, pp=2), Layout(cp=2, pp=2)):
+        for ours in pool(4).run(run, folder, layout, torch.float64, PROMPTS, DRAWN, NEW):
+            assert ours == alone
     again = run(folder, ALONE, torch.float64, PROMPTS, Sampling(temperature=0.9, seed=8), NEW)
     assert again != alone
 

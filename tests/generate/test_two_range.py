@@ -74,9 +74,20 @@ def test_greedy_tokens_are_those_of_plain_forwards(folder: Path, expected, clamp
     assert expected[None] != expected[CLAMPS[1]]
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("layout", "clamp"),
+    [
+        (Layout(tp=2, pp=2), None),
+        (Layout(pp=2), None),
+        (Layout(tp=2), None),
+        (Layout(cp=2), None),
+        (Layout(cp=4), CLAMPS[1]),
+        (Layout(tp=2, cp=2, cp_method="ulysses"), CLAMPS[1]),
+    ],
+    ids=str,
+)
 def test_they_are_the_same_on_any_layout(
-    folder: Path, expected, pool: Callable[[int], WorkerPool], tp: int, pp: int
+    folder: Path, expected, pool: Callable[[int], WorkerPool], layout: Layout, clamp: float | None
 ) -> None:
-    for ours in pool(tp * pp).run(cached, folder, Layout(tp=tp, pp=pp), None):
-        assert ours == expected[None]
+    for ours in pool(layout.model_ranks).run(cached, folder, layout, clamp):
+        assert ours == expected[clamp]
