@@ -77,7 +77,7 @@ def layout_problems(shape: ModelShape, layout: Layout, *, world_size: int, repli
 class Runner:
     """This rank's stages of a model with its weights. Everything here runs without gradients.
 
-    The ranks of cp share the tokens of every row as in training: ``length`` and ``tokens`` of a batch are one rank's.
+    The ranks of cp share the tokens of every row as in training: a batch holds those of one rank.
     """
 
     ctx: ParallelContext

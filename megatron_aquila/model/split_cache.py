@@ -121,8 +121,8 @@ class SplitLayerCache:
             k_far_TBKD=far_keys[0] if far_keys else None,
         )
         part = torch.cat([o_SBND, lse_SBN.unsqueeze(-1)], dim=-1)
-        o_PSBND, lse_PSBN1 = all_gather(part.unsqueeze(0), cache.cp).split([q_SBND.shape[-1], 1], dim=-1)
-        return merged_parts(o_PSBND, lse_PSBN1.squeeze(-1)).to(q_SBND.dtype)
+        parts = all_gather(part.unsqueeze(0), cache.cp)
+        return merged_parts(parts[..., :-1], parts[..., -1]).to(q_SBND.dtype)
 
     def _keep(self, k_SBKD: Tensor, v_SBKD: Tensor) -> list[Tensor]:
         """All keys, values and, where there are any, far keys that are here, the new ones among them."""
