@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ModelOptions):
-    """Score every token of token files once, or run tasks. Processes beyond tp x pp share the token files."""
+    """Score every token of token files once, or run tasks. Processes beyond tp x cp x pp share the token files."""
 
     data: tuple[str, ...] = ()
     """prefixes of .bin/.idx pairs, or weight prefix weight prefix ... as in training"""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.commands.pretrain import leave
 from megatron_aquila.errors import refuse
+from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.train.launcher import Launch, read_launch
 
 if TYPE_CHECKING:
     from megatron_aquila.data.tokenizer import Tokenizer
-    from megatron_aquila.generate.runner import Runner
+    from megatron_aquila.generate.runner import Layout, Runner
     from megatron_aquila.generate.source import Source
 
 
@@ -39,8 +40,12 @@ class ModelOptions:
     """a checkpoint, the folder whose `latest` names one, published weights of a known family, or Megatron's files"""
     tp: int = 1
     """tensor-parallel degree"""
+    cp: int = 1
+    """context-parallel degree: ranks that share the tokens of a row"""
+    cp_method: ContextMethod = "ring"
+    """how the ranks of a row attend: keys and values go around, or tokens change places with heads"""
     pp: int = 1
-    """pipeline-parallel degree; start tp x pp processes with torchrun"""
+    """pipeline-parallel degree; start tp x cp x pp processes with torchrun"""
     precision: Literal["bf16", "fp16", "fp32", "fp64"] | None = None
     """type to compute in; default as the weights are stored"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -67,11 +72,16 @@ def read_source(options: ModelOptions, launch: Launch, *, replicates: bool) -> "
     from megatron_aquila.generate.runner import layout_problems
     from megatron_aquila.generate.source import open_source
 
-    source = open_source(options.load, tp=options.tp)
-    refuse(
-        layout_problems(source.shape, tp=options.tp, pp=options.pp, world_size=launch.world_size, replicates=replicates)
-    )
+    source = open_source(options.load, tp=max(1, options.tp))
+    refuse(layout_problems(source.shape, layout(options), world_size=launch.world_size, replicates=replicates))
     return source
+
+
+def layout(options: ModelOptions) -> "Layout":
+    """How the flags split the model."""
+    from megatron_aquila.generate.runner import Layout
+
+    return Layout(tp=options.tp, cp=options.cp, pp=options.pp, cp_method=options.cp_method)
 
 
 def read_tokenizer(options: ModelOptions, source: "Source") -> "Tokenizer":
@@ -93,5 +103,6 @@ def running(options: ModelOptions, source: "Source", launch: Launch) -> Iterator
     device = env.choose_device(options.device, launch)
     timeout = timedelta(minutes=options.timeout_minutes)
     with env.process_group(device, launch, timeout):
-        ctx = create_context(options.tp, options.pp, device, launch.world_size, timeout)
-        yield build_runner(source, ctx, dtype=None if options.precision is None else DTYPES[options.precision])
+        ctx = create_context(layout(options), device, launch.world_size, timeout)
+        dtype = None if options.precision is None else DTYPES[options.precision]
+        yield build_runner(source, ctx, cp_method=options.cp_method, dtype=dtype)

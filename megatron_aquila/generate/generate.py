@@ -67,17 +67,18 @@ def generate(
     show: Show = lambda row, piece: None,
     first_row: int = 0,
 ) -> list[Continuation]:
-    """The continuation of every prompt, the same on every rank. Collective over tp and pp.
+    """The continuation of every prompt, the same on every rank. Collective over tp, cp and pp.
 
-    Rows are padded on the left, so that all have their last token, and their next, in one place; positions count from
-    each row's first token. A row grows up to the model's longest sequence. ``first_row``: the number of the first
-    prompt, of which its random numbers are a function. ``show`` is called as text becomes certain.
+    Rows are padded on the left, so that all have their last token, and their next, in one place, and so that cp can
+    share them; positions count from each row's first token. A row grows up to the model's longest sequence.
+    ``first_row``: the number of the first prompt, of which its random numbers are a function. ``show`` is called as
+    text becomes certain.
 
     Raises:
         DataError: a prompt is empty, holds a token outside the vocabulary, or leaves no room for a new one.
     """
     check_prompts(prompts, vocab_size=runner.shape.vocab_size, seq_len=runner.shape.seq_len)
-    longest, device = max(map(len, prompts)), runner.ctx.device
+    longest, device = runner.splittable(max(map(len, prompts))), runner.ctx.device
     rows = [
         _Row(
             prompt,

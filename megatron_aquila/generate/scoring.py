@@ -36,8 +36,8 @@ def groups_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def score(runner: Runner, batches: Iterable[Batch], take: Callable[[Tensor, Batch], None]) -> None:
     """Call ``take`` on the last stage's ranks with each batch's scores_2SB: losses in nats, and 1 where likeliest.
 
-    Communicates: activations between stages, small values of each place over tp. All ranks of a pipeline have the same
-    batches, all of one shape.
+    A batch is what this rank computes of its rows. Communicates: activations between stages, small values of each place
+    over tp, what attention does over cp. All ranks of a pipeline have the same batches, all of one shape.
     """
 
     def scoring(stage: AquilaStage) -> Stage:
@@ -112,9 +112,10 @@ def evaluate(
 ) -> list[Score]:
     """Score every token but the first of each data set once, the first ``max_tokens`` where given.
 
-    A window of ``seq_len`` tokens begins where the one before it ended: documents follow each other as in training, and
-    the last window is filled up with what does not count. Replicas share the windows. Tokens are also added up by
-    their place in the window, in ``num_bins`` of ``position_bins``. Equal on every rank. Collective over the world.
+    A window of ``seq_len`` tokens begins where the one before it ended: documents follow each other as in training. The
+    last window is filled up with what does not count, and so is each that cp could not share; nothing sees that.
+    Replicas share the windows. Tokens are also added up by their place in the window, in ``num_bins`` of
+    ``position_bins``. Equal on every rank. Collective over the world.
 
     Raises:
         DataError: a data set has fewer than two tokens, or one outside the model's vocabulary.
@@ -123,9 +124,9 @@ def evaluate(
     windows = [
         (source, start) for source, total in enumerate(totals) for start in range(0, total, seq_len)
     ]  # every rank's
-    dp = runner.ctx.dp
+    dp, width = runner.ctx.dp, runner.splittable(seq_len)
     sums_SP3 = torch.zeros(len(datasets), num_bins, 3, dtype=torch.float64, device=runner.ctx.device)
-    bin_S = torch.arange(seq_len, device=runner.ctx.device) * num_bins // seq_len
+    bin_S = (runner.places(width).to(runner.ctx.device) * num_bins // seq_len).clamp(max=num_bins - 1)
 
     def take(scores_2SB: Tensor, batch: Batch) -> None:
         mask_SB = batch.loss_mask_BS.T.double()
@@ -136,7 +137,7 @@ def evaluate(
     def batches() -> Iterable[Batch]:
         for mine in groups_of(windows[dp.rank :: dp.size], batch):
             filled = [*mine, *[(mine[-1][0], None)] * (batch - len(mine))]
-            rows = [_window(datasets[source], totals[source], start, seq_len) for source, start in filled]
+            rows = [_window(datasets[source], totals[source], start, seq_len, width) for source, start in filled]
             yield _batch(rows, [source for source, _ in filled], runner)
 
     score(runner, batches(), take)
@@ -175,9 +176,13 @@ def _num_scored(dataset: IndexedDataset, max_tokens: int | None, vocab_size: int
     return count
 
 
-def _window(dataset: IndexedDataset, total: int, start: int | None, seq_len: int) -> tuple[NDArray[np.int64], int]:
-    """``seq_len`` + 1 tokens, zeros behind the last, and how many labels count; none without a ``start``."""
-    row = np.zeros(seq_len + 1, dtype=np.int64)
+def _window(
+    dataset: IndexedDataset, total: int, start: int | None, seq_len: int, width: int
+) -> tuple[NDArray[np.int64], int]:
+    """``seq_len`` + 1 tokens, zeros behind the last up to ``width`` + 1, and how many labels count; none without a
+    ``start``.
+    """
+    row = np.zeros(width + 1, dtype=np.int64)
     if start is None:
         return row, 0
     count = min(seq_len, total - start)
@@ -186,32 +191,41 @@ def _window(dataset: IndexedDataset, total: int, start: int | None, seq_len: int
 
 
 def _batch(rows: Sequence[tuple[NDArray[np.int64], int]], sources: Sequence[int], runner: Runner) -> Batch:
-    tokens = torch.from_numpy(np.stack([row for row, _ in rows])).to(runner.ctx.device)
-    positions_BS = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(len(rows), -1)
-    counts_B1 = torch.tensor([[count] for _, count in rows], device=tokens.device)
-    return replace(
-        plain_batch(tokens[:, :-1].contiguous(), positions_BS, tokens[:, 1:].contiguous()),
+    """What this rank computes of ``rows``."""
+    tokens = torch.from_numpy(np.stack([row for row, _ in rows]))
+    places_S = runner.places(tokens.shape[1] - 1)
+    counts_B1 = torch.tensor([[count] for _, count in rows])
+    positions_BS = places_S.expand(len(rows), -1)
+    whole = replace(
+        plain_batch(tokens[:, places_S], positions_BS, tokens[:, places_S + 1]),
         loss_mask_BS=(positions_BS < counts_B1).float(),
-        source_B=torch.tensor(sources, device=tokens.device),
+        source_B=torch.tensor(sources),
     )
+    return whole.to(runner.ctx.device)
 
 
 def score_rows(runner: Runner, rows: Sequence[Sequence[int]], *, batch: int) -> list[list[tuple[float, bool]]]:
     """Of each row, for every token but the first: its log probability in nats, and whether it was the likeliest.
 
     Rows are padded on the right, where nothing sees it, those of like length together. Equal on every rank of a
-    pipeline. Collective over tp and pp.
+    pipeline. Collective over tp, cp and pp.
     """
     found: dict[int, list[tuple[float, bool]]] = {}
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
     for numbers in groups_of(order, batch):
-        longest = max(2, max(len(rows[number]) for number in numbers))
+        longest = 1 + runner.splittable(max(1, max(len(rows[number]) for number in numbers) - 1))
         padded = [np.array([*rows[number], *[0] * (longest - len(rows[number]))], dtype=np.int64) for number in numbers]
         made = _batch([(row, longest - 1) for row in padded], [0] * len(padded), runner)
         scores_2SB = torch.zeros(2, longest - 1, len(numbers), dtype=torch.float64, device=runner.ctx.device)
-        score(runner, [made], lambda scores, _, into=scores_2SB: into.copy_(scores))  # type: ignore[misc]
-        all_reduce_(scores_2SB, runner.ctx.pp)  # zeros but from the last stage
+        places_S = runner.places(longest - 1).to(scores_2SB.device)
+        score(runner, [made], partial(_put, scores_2SB, places_S))
+        for group in (runner.ctx.pp, runner.ctx.cp):
+            all_reduce_(scores_2SB, group)  # zeros but from the last stage, and but where this rank computes
         for number, losses, right in zip(numbers, *scores_2SB.transpose(1, 2).tolist(), strict=True):
             size = max(0, len(rows[number]) - 1)
             found[number] = [(-loss, bool(hit)) for loss, hit in zip(losses[:size], right[:size], strict=True)]
     return [found[number] for number in range(len(rows))]
+
+
+def _put(into_2SB: Tensor, places_S: Tensor, scores_2SB: Tensor, _batch: Batch) -> None:
+    into_2SB.index_copy_(1, places_S, scores_2SB.to(into_2SB.dtype))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_aquila.kernels.attention_blocks import MOST_SCORES
+from megatron_aquila.kernels.parts import Part, Places
 from megatron_aquila.kernels.precision import compute_dtype, multiplies_widened
 from megatron_aquila.kernels.scores import Scores
 
@@ -59,6 +60,33 @@ def cached_attention(q_SBND: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, visible_BST
     grouped = q.shape[1] != k.shape[1]
     o_BNSD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return o_BNSD.permute(2, 0, 1, 3).to(q_SBND.dtype)
+
+
+def cached_part(
+    q_SBND: Tensor,
+    k_TBKD: Tensor,
+    v_TBKD: Tensor,
+    visible_BST: Tensor,
+    *,
+    queries: Places,
+    keys: Places,
+    scores: Scores = Scores(),
+    k_far_TBKD: Tensor | None = None,
+) -> Part:
+    """The part of ``cached_attention_reference`` that T of the cached tokens have, those at the places ``keys``.
+
+    A query that sees none of them gets the part that has no keys. For few queries: all scores exist at once.
+    """
+    wide, group = compute_dtype(q_SBND.dtype), q_SBND.shape[2] // k_TBKD.shape[2]
+    k_TBND, v_TBND = (x.to(wide).repeat_interleave(group, dim=2) for x in (k_TBKD, v_TBKD))
+    if k_far_TBKD is not None:
+        k_far_TBKD = k_far_TBKD.to(wide).repeat_interleave(group, dim=2)
+    held_BNST = scores.of(q_SBND.to(wide), k_TBND, queries, keys, k_far_TBND=k_far_TBKD)
+    held_BNST.masked_fill_(~visible_BST.unsqueeze(1), float("-inf"))
+    lse_BNS = held_BNST.logsumexp(-1)
+    finite_BNS1 = lse_BNS.clamp(min=torch.finfo(wide).min).unsqueeze(-1)  # what is minus infinity stays so below it
+    o_SBND = torch.einsum("bnst,tbnd->sbnd", held_BNST.sub_(finite_BNS1).exp_(), v_TBND)
+    return o_SBND, lse_BNS.permute(2, 0, 1)
 
 
 def causal_ST(places: range, num_tokens: int, device: torch.device) -> Tensor:

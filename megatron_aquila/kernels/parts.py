@@ -82,6 +82,11 @@ def merge_(total: Part, part: Part) -> None:
     lse.copy_(merged)
 
 
+def merged_parts(o_PSBND: Tensor, lse_PSBN: Tensor) -> Tensor:
+    """``o_SBND`` of all keys, of P parts; some may have none for a query, but not all. In their type."""
+    return (o_PSBND * lse_PSBN.softmax(0).unsqueeze(-1)).sum(0)
+
+
 def document_spans(q_SBND: Tensor, documents: Documents | None) -> Iterator[tuple[slice, range]]:
     """The samples of each document, all if there are none, and its places in them."""
     length, num_samples, *_ = q_SBND.shape

@@ -23,6 +23,11 @@ class KVCache:
         self.visible_BST: Tensor | None = None  # None: each sees all up to itself
         self.layers = [LayerCache(self) for _ in range(num_layers)]
 
+    @property
+    def chosen(self) -> slice:
+        """Which of the new tokens this rank computes."""
+        return slice(None)
+
     def extend(self, num_tokens: int) -> Tensor:
         """Make ready for a forward of ``num_tokens`` more; returns their positions_BS, 0 for padding."""
         self.start, self.stop = self.stop, self.stop + num_tokens

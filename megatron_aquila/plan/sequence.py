@@ -18,11 +18,16 @@ def shard_pieces(seq_len: int, *, cp: int, rank: int, method: ContextMethod = "r
     early piece is cheap and of its late twin dear, so that all ranks have the same work. For Ulysses, where every rank
     attends over the whole sample, one piece.
     """
-    num_pieces = cp if method == "ulysses" or cp == 1 else 2 * cp
-    size, rest = divmod(seq_len, num_pieces)
-    assert rest == 0, f"{seq_len} tokens do not divide into {num_pieces} pieces"
-    own = (rank,) if num_pieces == cp else (rank, num_pieces - 1 - rank)
+    pieces = num_pieces(cp, method)
+    size, rest = divmod(seq_len, pieces)
+    assert rest == 0, f"{seq_len} tokens do not divide into {pieces} pieces"
+    own = (rank,) if pieces == cp else (rank, pieces - 1 - rank)
     return tuple(range(piece * size, (piece + 1) * size) for piece in own)
+
+
+def num_pieces(cp: int, method: ContextMethod) -> int:
+    """Of how many equal pieces a sample is, whose tokens ``cp`` ranks share."""
+    return cp if method == "ulysses" or cp == 1 else 2 * cp
 
 
 def num_shared_heads(num_kv_heads: int, cp: int) -> int:

@@ -45,7 +45,7 @@ from megatron_aquila.pipeline.checks import check, needed_link_depth
 from megatron_aquila.pipeline.engine import Engine, LossFn
 from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.wire import P2PWire, Wire
-from megatron_aquila.plan.sequence import num_shared_heads, shard_pieces
+from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads, shard_pieces
 from megatron_aquila.plan.shape import ModelShape, Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -104,7 +104,7 @@ def build_machine(
     all-gather over the world, so that replicas round alike. All else is local.
     """
     chosen = run_kernels(config, derived.shape, ctx) if kernels is None else kernels
-    kernels = split_attention(config.parallel, chosen, ctx)
+    kernels = split_attention(chosen, ctx.cp, method=config.parallel.context_method, overlap=config.parallel.overlap)
     placement = Placement(
         tp=ctx.tp,
         sequence_parallel=config.parallel.sequence,
@@ -163,20 +163,20 @@ def run_kernels(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> K
         ctx.device,
         DTYPES[config.train.precision],
         forced=dict(split_choice(word) for word in config.train.kernels),
-        sizes=kernel_sizes(config, shape, ctx),
+        sizes=run_kernel_sizes(config, shape, ctx),
         share=lambda mine: gather_objects(mine, ctx.world),
     )
 
 
-def split_attention(parallel: ParallelConfig, kernels: Kernels, ctx: ParallelContext) -> Kernels:
+def split_attention(kernels: Kernels, cp: Group, *, method: ContextMethod, overlap: bool) -> Kernels:
     """The kernels with an attention whose tokens are split over cp, made of the one that they have."""
-    if ctx.cp.size == 1:
+    if cp.size == 1:
         return kernels
-    if parallel.context_method == "ulysses":
-        return replace(kernels, attention=UlyssesAttention(cp=ctx.cp, attention=kernels.attention))
+    if method == "ulysses":
+        return replace(kernels, attention=UlyssesAttention(cp=cp, attention=kernels.attention))
     kernel = kernels.attention
     assert isinstance(kernel, BlockAttention | ScoreBlocks), f"a ring needs attention by blocks, not {kernel}"
-    return replace(kernels, attention=RingAttention(cp=ctx.cp, kernel=kernel, overlap=parallel.overlap))
+    return replace(kernels, attention=RingAttention(cp=cp, kernel=kernel, overlap=overlap))
 
 
 def run_products(config: RunConfig, ctx: ParallelContext) -> Products:
@@ -186,11 +186,17 @@ def run_products(config: RunConfig, ctx: ParallelContext) -> Products:
     return agreed(lambda: fp8_products(ctx.device), ctx.world)
 
 
-def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Sizes:
-    """What this rank's kernels are tried at."""
+def run_kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> Sizes:
+    """What this rank's kernels are tried at in a run."""
+    has_documents = config.data.reset_attention_mask
+    return kernel_sizes(shape, ctx, method=config.parallel.context_method, has_documents=has_documents)
+
+
+def kernel_sizes(shape: ModelShape, ctx: ParallelContext, *, method: ContextMethod, has_documents: bool) -> Sizes:
+    """What this rank's kernels are tried at, where cp's ranks attend by ``method``."""
     num_heads, num_kv_heads = shape.num_heads // ctx.tp.size, shape.num_kv_heads // ctx.tp.size
     scores = rank_scores(shape, ctx.tp)
-    is_ring = ctx.cp.size > 1 and config.parallel.context_method == "ring"
+    is_ring = ctx.cp.size > 1 and method == "ring"
     if ctx.cp.size > 1 and not is_ring:
         num_heads, num_kv_heads = (n // ctx.cp.size for n in (num_heads, num_shared_heads(num_kv_heads, ctx.cp.size)))
         scores = None if scores is None else scores.share(ctx.cp.rank, ctx.cp.size)
@@ -201,7 +207,7 @@ def kernel_sizes(config: RunConfig, shape: ModelShape, ctx: ParallelContext) -> 
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         seq_len=shape.seq_len,
-        has_documents=config.data.reset_attention_mask,
+        has_documents=has_documents,
         by_blocks=is_ring or shape.rope_scaling == "two-range",
         norm_order=shape.norm_order,
         interleaved=shape.position_embedding == "rope-interleaved",

@@ -23,7 +23,7 @@ from megatron_aquila.kernels.dispatch import choose_kernels
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.plan.shape import ModelShape
-from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context, kernel_sizes
+from megatron_aquila.train.build import DTYPES, Machine, build_machine, create_context, run_kernel_sizes
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
 
@@ -179,7 +179,7 @@ def dry_machine(config: RunConfig, world_size: int) -> Machine:
     """The machine of this process's place in a world of ``world_size``, on ``meta``."""
     derived = derive(config, world_size)
     ctx = create_context(config, derived, META)
-    sizes = kernel_sizes(config, derived.shape, ctx)
+    sizes = run_kernel_sizes(config, derived.shape, ctx)
     kernels = choose_kernels(META, DTYPES[config.train.precision], sizes=sizes)
     if not sizes.alters_scores:
         kernels = replace(kernels, attention=BLOCKS_FLASH if sizes.by_blocks else flash_attention)

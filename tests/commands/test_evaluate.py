@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,17 +15,22 @@ from megatron_aquila.checkpoint.llama import llama_tensors
 from megatron_aquila.commands import evaluate
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.verify.pool import WorkerPool
 from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE
+from tests.commands.said import said
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("evaluate")
-    chunks = [
-        Chunk(name, size, (0,) * len(size), torch.zeros(size)) for name, size in llama_tensors(SHAPE).items()
-    ]  # every token is as likely as any other
-    save_checkpoint(root / "run", 1, chunks, {"shape": asdict(SHAPE)}, ParallelContext.single())
+    generator = torch.Generator().manual_seed(1)
+    for run, std in {"run": 0.0, "drawn": 0.5}.items():  # in the first every token is as likely as any other
+        chunks = [
+            Chunk(name, size, (0,) * len(size), torch.randn(size, generator=generator) * std)
+            for name, size in llama_tensors(SHAPE).items()
+        ]
+        save_checkpoint(root / run, 1, chunks, {"shape": asdict(SHAPE)}, ParallelContext.single())
     for name, size in {"a": 40, "b": 25}.items():
         with IndexedDatasetWriter(root / name, np.uint16) as writer:
             writer.add_sequence(np.arange(size) % SHAPE.vocab_size)
@@ -81,6 +87,22 @@ def test_two_ranges_are_evaluated(folder: Path, capsys: pytest.CaptureFixture[st
     assert out.out.splitlines()[-1].split()[:3] == ["all", "39", "3.7842"]
 
 
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_ranks_that_share_windows(folder: Path, pool: Callable[[int], WorkerPool], method: str) -> None:
+    """15 tokens are no whole number of either method's pieces, and what makes them one does not count."""
+    data = ["--data", str(folder / "a"), str(folder / "b"), "--seq-len", "15", "--by-position", "4"]
+    argv = ["--load", str(folder / "drawn"), *data, "--precision", "fp64", "--json"]
+    alone = json.loads(said(evaluate.main, argv))
+    first, *others = pool(2).run(said, evaluate.main, [*argv, "--cp", "2", "--cp-method", method])
+    assert others == [""]
+    found = json.loads(first)
+    for one, expected in zip([*found["sources"], found["total"]], [*alone["sources"], alone["total"]], strict=True):
+        bins = zip(one.pop("by_position"), expected.pop("by_position"), strict=True)
+        for row, wanted in [(one, expected), *bins]:
+            assert row == wanted | {name: pytest.approx(wanted[name], rel=1e-12) for name in ("loss", "perplexity")}
+    assert found["total"]["loss"] > 4, "other weights than those that know nothing"
+
+
 @pytest.mark.parametrize("form", ["linear", "ntk", "yarn", "llama3"])
 def test_stretched_positions_are_no_news(folder: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     argv = ["--load", str(folder / "run"), "--data", str(folder / "a"), "--seq-len", "32", "--rope-scaling", form]
@@ -107,3 +129,10 @@ def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "nowhere" in refused("--data", str(folder / "nowhere"))
     assert "weights and prefixes do not pair up" in refused("--data", "1", "x", "2")
     assert "it names no tokenizer" in refused("--tasks", "piqa")
+    nothing = refused(*data, "--tp", "0", "--cp", "0", "--pp", "-1")
+    assert [f"--{flag}: it must be positive" in nothing for flag in ("tp 0", "cp 0", "pp -1")] == [True] * 3
+    assert "--tp x --cp x --pp 1 x 2 x 1: there are 1 processes, not 2; start torchrun with" in refused(
+        *data, "--cp", "2"
+    )
+    by_heads = refused(*data, "--cp", "3", "--cp-method", "ulysses")
+    assert "--cp 3: ulysses splits the 4 query heads of a tensor rank, which 3 does not divide; use 1, or" in by_heads

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import generate
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.verify.pool import WorkerPool
 from tests.checkpoint.export import export_files
 from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE as TOY
+from tests.commands.said import said
 
 SHAPE = replace(TOY, vocab_size=280, padded_vocab_size=384, seq_len=400)
 FILES = {"vocab_file": "vocab.json", "merge_file": "merges.txt", "special_tokens_file": "special_tokens.txt"}
@@ -66,6 +69,15 @@ def test_both_forms_say_the_same(folders: dict[str, Path], capsys: pytest.Captur
     assert first["tokens"][-1] == stop
 
 
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_ranks_that_share_prompts(folders: dict[str, Path], pool: Callable[[int], WorkerPool], method: str) -> None:
+    settings = ["--precision", "fp64", "--max-new-tokens", "9", "--json", "--prompt", "the sea and the stars", "海"]
+    argv = ["--load", str(folders["ours"]), *settings]
+    alone = said(generate.main, argv)
+    assert pool(2).run(said, generate.main, [*argv, "--cp", "2", "--cp-method", method]) == [alone, ""]
+    assert said(generate.main, [*argv, "--seed", "1"]) != alone, "tokens are drawn"
+
+
 def test_one_prompt_is_shown_as_it_grows_and_several_when_they_are_done(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +114,7 @@ def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capsys: pytes
     assert [flag for flag in ("--temperature", "--top-p", "--stop-words", "--top-k") if flag in told] == [
         "--temperature", "--top-p", "--stop-words", "--top-k"
     ]  # fmt: skip
+    assert "--tp x --cp x --pp 1 x 2 x 1: there are 1 processes, not 2" in refused(ours, "--prompt", "a", "--cp", "2")
     layout = refused(ours, "--prompt", "a", "--tp", "3", "--pp", "9")
     for why in ("num_heads 4 is not divisible", "has 2 layers", "there are 1 processes, not 27"):
         assert why in layout

@@ -1,6 +1,7 @@
 """A small random Llama of transformers', as a folder, and our runner of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_aquila.generate.generate import Continuation, generate
-from megatron_aquila.generate.runner import Runner, build_runner, create_context
+from megatron_aquila.generate.runner import Layout, Runner, build_runner, create_context
 from megatron_aquila.generate.sampling import Sampling
 from megatron_aquila.generate.source import open_source
+from megatron_aquila.plan.shape import ModelShape
+
+Change = Callable[[ModelShape], ModelShape]
 
 VOCAB_SIZE, SEQ_LEN = 331, 64
 PROMPTS = ((5, 17, 200, 3), (9,), (301, 2, 77, 4, 8, 15, 16, 23))
@@ -41,11 +45,22 @@ def save_llama(folder: Path, **changes: Any) -> Any:
     return model
 
 
-def runner_of(folder: Path, tp: int = 1, pp: int = 1, dtype: torch.dtype | None = None) -> Runner:
-    """Ours, in this worker's world."""
+ALONE = Layout()
+
+
+def as_it_is(shape: ModelShape) -> ModelShape:
+    """Change nothing."""
+    return shape
+
+
+def runner_of(
+    folder: Path, layout: Layout = ALONE, dtype: torch.dtype | None = None, change: Change = as_it_is
+) -> Runner:
+    """Ours, in this worker's world; ``change`` makes it a model of another shape."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    ctx = create_context(tp, pp, torch.device("cpu"), world, timedelta(seconds=30))
-    return build_runner(open_source(folder, tp=tp), ctx, dtype=dtype)
+    ctx = create_context(layout, torch.device("cpu"), world, timedelta(seconds=30))
+    source = open_source(folder, tp=layout.tp)
+    return build_runner(replace(source, shape=change(source.shape)), ctx, cp_method=layout.cp_method, dtype=dtype)
 
 
 def words(ids: Sequence[int]) -> str:
@@ -55,12 +70,11 @@ def words(ids: Sequence[int]) -> str:
 
 def run(
     folder: Path,
-    tp: int,
-    pp: int,
+    layout: Layout,
     dtype: torch.dtype | None,
     prompts: Sequence[Sequence[int]],
     how: Sampling,
     max_new_tokens: int,
 ) -> list[Continuation]:
     """What every rank gets."""
-    return generate(runner_of(folder, tp, pp, dtype), prompts, decode=words, how=how, max_new_tokens=max_new_tokens)
+    return generate(runner_of(folder, layout, dtype), prompts, decode=words, how=how, max_new_tokens=max_new_tokens)

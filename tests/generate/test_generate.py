@@ -9,10 +9,11 @@ import torch
 
 from megatron_aquila.errors import DataError
 from megatron_aquila.generate.generate import generate
+from megatron_aquila.generate.runner import Layout
 from megatron_aquila.generate.sampling import Sampling
 from megatron_aquila.generate.stops import Stops
 from megatron_aquila.verify.pool import WorkerPool
-from tests.generate.models import PROMPTS, SEQ_LEN, VOCAB_SIZE, run, runner_of, save_llama, words
+from tests.generate.models import ALONE, PROMPTS, SEQ_LEN, VOCAB_SIZE, run, runner_of, save_llama, words
 
 pytest.importorskip("transformers", reason="the judge is transformers (extra hf)")
 
@@ -43,27 +44,40 @@ def theirs(folder: Path) -> list[tuple[int, ...]]:
 
 
 def test_greedy_tokens_are_transformers(folder: Path, theirs: list[tuple[int, ...]]) -> None:
-    ours = run(folder, 1, 1, None, PROMPTS, GREEDY, NEW)
+    ours = run(folder, ALONE, None, PROMPTS, GREEDY, NEW)
     assert [found.tokens for found in ours] == theirs
     assert [found.text for found in ours] == [words(tokens) for tokens in theirs]
     assert len({tokens[-1] for tokens in theirs}) > 1, "a model that always says the same proves little"
-    alone = [run(folder, 1, 1, None, [prompt], GREEDY, NEW)[0].tokens for prompt in PROMPTS]
+    alone = [run(folder, ALONE, None, [prompt], GREEDY, NEW)[0].tokens for prompt in PROMPTS]
     assert alone == theirs
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, pp=2),
+        Layout(pp=2),
+        Layout(tp=2),
+        Layout(cp=4),
+        Layout(cp=4, cp_method="ulysses"),
+        Layout(tp=2, cp=2),
+        Layout(cp=2, pp=2, cp_method="ulysses"),
+    ],
+    ids=str,
+)
 def test_greedy_tokens_are_transformers_on_any_layout(
-    folder: Path, theirs: list[tuple[int, ...]], pool: Callable[[int], WorkerPool], tp: int, pp: int
+    folder: Path, theirs: list[tuple[int, ...]], pool: Callable[[int], WorkerPool], layout: Layout
 ) -> None:
-    for ours in pool(tp * pp).run(run, folder, tp, pp, None, PROMPTS, GREEDY, NEW):
+    for ours in pool(layout.model_ranks).run(run, folder, layout, None, PROMPTS, GREEDY, NEW):
         assert [found.tokens for found in ours] == theirs
 
 
 def test_samples_are_the_same_on_any_layout(folder: Path, pool: Callable[[int], WorkerPool]) -> None:
-    alone = run(folder, 1, 1, torch.float64, PROMPTS, DRAWN, NEW)
-    for ours in pool(4).run(run, folder, 2, 2, torch.float64, PROMPTS, DRAWN, NEW):
-        assert ours == alone
-    again = run(folder, 1, 1, torch.float64, PROMPTS, Sampling(temperature=0.9, seed=8), NEW)
+    alone = run(folder, ALONE, torch.float64, PROMPTS, DRAWN, NEW)
+    for layout in (Layout(tp=2, pp=2), Layout(cp=2, pp=2)):
+        for ours in pool(4).run(run, folder, layout, torch.float64, PROMPTS, DRAWN, NEW):
+            assert ours == alone
+    again = run(folder, ALONE, torch.float64, PROMPTS, Sampling(temperature=0.9, seed=8), NEW)
     assert again != alone
 
 
@@ -104,7 +118,7 @@ def test_rows_end_where_they_are_told_to(folder: Path, theirs: list[tuple[int, .
 
 def test_a_row_ends_with_the_models_longest_sequence(folder: Path) -> None:
     prompts = [(5,) * (SEQ_LEN - 3), (7, 8)]
-    first, second = run(folder, 1, 1, None, prompts, GREEDY, 10)
+    first, second = run(folder, ALONE, None, prompts, GREEDY, 10)
     assert (len(first.tokens), first.is_ended) == (3, False)
     assert len(second.tokens) == 10
 
@@ -119,4 +133,4 @@ def test_a_row_ends_with_the_models_longest_sequence(folder: Path) -> None:
 )
 def test_prompts_that_cannot_be_continued(folder: Path, prompt: tuple[int, ...], why: str) -> None:
     with pytest.raises(DataError, match=why):
-        run(folder, 1, 1, None, [(1,), prompt], GREEDY, 4)
+        run(folder, ALONE, None, [(1,), prompt], GREEDY, 4)

@@ -1,8 +1,10 @@
 """What the harness is told: without it, and, where it is installed, a task of its own on a local file."""
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,17 +15,28 @@ from megatron_aquila.data.tokenizer import Tokenizer
 from megatron_aquila.data.tokenizer_training import train_tokenizer
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.generate.harness import Answers, harness_model, rolling_windows, run_tasks
-from tests.generate.models import runner_of, save_llama
+from megatron_aquila.generate.runner import Layout
+from megatron_aquila.verify.pool import WorkerPool
+from tests.generate.models import ALONE, runner_of, save_llama
 
 pytest.importorskip("transformers", reason="the models are transformers' (extra hf)")
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    folder = tmp_path_factory.mktemp("harness")
-    save_llama(folder, vocab_size=280)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("harness")
+    save_llama(path, vocab_size=280)
+    return path
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> Answers:
+    return answers_with(folder, ALONE)
+
+
+def answers_with(folder: Path, layout: Layout) -> Answers:
     tokenizer: Tokenizer = train_tokenizer(["the sea and the stars 海上的星星"] * 4, 280)
-    return Answers(runner_of(folder, dtype=torch.float64), tokenizer, batch=3)
+    return Answers(runner_of(folder, layout, torch.float64), tokenizer, batch=3)
 
 
 def test_a_continuation_is_scored_after_its_context(answers: Answers) -> None:
@@ -78,6 +91,26 @@ def test_texts_end_at_the_words_that_end_them(answers: Answers) -> None:
     ending = {"until": first[1:3], "max_gen_toks": 6}
     assert answers.texts([("the sea", ending)]) == [first[: first.find(first[1:3])]]
     assert isinstance(second + third, str)
+
+
+def test_ranks_that_share_texts_answer_the_same(
+    folder: Path, answers: Answers, pool: Callable[[int], WorkerPool]
+) -> None:
+    alone = answered(answers)
+    assert pool(2).run(answers_on_ranks, folder, Layout(cp=2)) == [alone, alone]
+
+
+def answers_on_ranks(folder: Path, layout: Layout) -> list[list[Any]]:
+    return answered(answers_with(folder, layout))
+
+
+def answered(answers: Answers) -> list[list[Any]]:
+    """Log probabilities to twelve digits."""
+    pairs = [([5, 6, 7], [8, 9]), ([4], [3]), (list(range(40)), list(range(100, 130)))]
+    scored = [(f"{value:.12g}", greedy) for value, greedy in answers.continuations(pairs)]
+    whole = [f"{value:.12g}" for value in answers.whole(["the sea", "海" * 30])]
+    settings = {"until": ["\n\n"], "max_gen_toks": 6}
+    return [scored, whole, answers.texts([("the sea", settings), ("", settings)])]
 
 
 def test_it_needs_a_token_to_begin_with(answers: Answers, tokenizer_without: Tokenizer) -> None:

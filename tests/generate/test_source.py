@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_aquila.errors import CheckpointError
+from megatron_aquila.generate.runner import Layout
 from megatron_aquila.generate.sampling import Sampling
 from megatron_aquila.generate.source import open_source
 from megatron_aquila.plan.shape import ModelShape
@@ -39,7 +40,7 @@ def test_the_next_token_on_two_ranks(form: str, tmp_path: Path, pool: Callable[[
     files = aquila_files() if form.startswith("Aquila") else baichuan_files()
     expected = judge(files)[:, -1].argmax(-1).tolist()
     folder_of(tmp_path, config, files, how)
-    for ours in pool(2).run(run, tmp_path, 2, 1, None, TOKENS.tolist(), Sampling(temperature=0), 1):
+    for ours in pool(2).run(run, tmp_path, Layout(tp=2), None, TOKENS.tolist(), Sampling(temperature=0), 1):
         assert [found.tokens[0] for found in ours] == expected
 
 

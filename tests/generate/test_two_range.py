@@ -2,22 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_aquila.generate.generate import generate
-from megatron_aquila.generate.runner import Runner, build_runner, create_context
+from megatron_aquila.generate.runner import Layout
 from megatron_aquila.generate.sampling import Sampling
 from megatron_aquila.generate.source import open_source
 from megatron_aquila.generate.stretch import stretched
 from megatron_aquila.plan.shape import ModelShape
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.reference import plain_logits
-from tests.generate.models import PROMPTS, save_llama, words
+from tests.generate.models import ALONE, PROMPTS, runner_of, save_llama, words
 
 pytest.importorskip("transformers", reason="makes the model (extra hf)")
 
@@ -33,22 +32,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def two_ranges(shape: ModelShape, clamp: float | None) -> ModelShape:
+def two_ranges(shape: ModelShape, *, clamp: float | None) -> ModelShape:
     shape = stretched(shape, seq_len=None, scaling="two-range", factor=4.0, length=THRESHOLD)
     return replace(shape, score_clamp=clamp)
 
 
-def runner_of(folder: Path, tp: int, pp: int, clamp: float | None) -> Runner:
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    ctx = create_context(tp, pp, torch.device("cpu"), world, timedelta(seconds=30))
-    source = open_source(folder, tp=tp)
-    return build_runner(replace(source, shape=two_ranges(source.shape, clamp)), ctx, dtype=torch.float64)
-
-
-def cached(folder: Path, tp: int, pp: int, clamp: float | None) -> list[tuple[int, ...]]:
+def cached(folder: Path, layout: Layout, clamp: float | None) -> list[tuple[int, ...]]:
     """Prompts of different lengths in one batch, so that rows begin late in the cache."""
-    how = Sampling(temperature=0)
-    found = generate(runner_of(folder, tp, pp, clamp), PROMPTS, decode=words, how=how, max_new_tokens=NEW)
+    runner = runner_of(folder, layout, torch.float64, partial(two_ranges, clamp=clamp))
+    found = generate(runner, PROMPTS, decode=words, how=Sampling(temperature=0), max_new_tokens=NEW)
     return [one.tokens for one in found]
 
 
@@ -71,20 +63,31 @@ def uncached(folder: Path, shape: ModelShape) -> list[tuple[int, ...]]:
 def expected(folder: Path) -> dict[float | None, list[tuple[int, ...]]]:
     shape = open_source(folder, tp=1).shape
     with torch.no_grad():
-        found = {clamp: uncached(folder, two_ranges(shape, clamp)) for clamp in CLAMPS}
+        found = {clamp: uncached(folder, two_ranges(shape, clamp=clamp)) for clamp in CLAMPS}
         assert uncached(folder, shape) != found[None], "the test can fail"
     return found
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)
 def test_greedy_tokens_are_those_of_plain_forwards(folder: Path, expected, clamp: float | None) -> None:
-    assert cached(folder, 1, 1, clamp) == expected[clamp]
+    assert cached(folder, ALONE, clamp) == expected[clamp]
     assert expected[None] != expected[CLAMPS[1]]
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("layout", "clamp"),
+    [
+        (Layout(tp=2, pp=2), None),
+        (Layout(pp=2), None),
+        (Layout(tp=2), None),
+        (Layout(cp=2), None),
+        (Layout(cp=4), CLAMPS[1]),
+        (Layout(tp=2, cp=2, cp_method="ulysses"), CLAMPS[1]),
+    ],
+    ids=str,
+)
 def test_they_are_the_same_on_any_layout(
-    folder: Path, expected, pool: Callable[[int], WorkerPool], tp: int, pp: int
+    folder: Path, expected, pool: Callable[[int], WorkerPool], layout: Layout, clamp: float | None
 ) -> None:
-    for ours in pool(tp * pp).run(cached, folder, tp, pp, None):
-        assert ours == expected[None]
+    for ours in pool(layout.model_ranks).run(cached, folder, layout, clamp):
+        assert ours == expected[clamp]

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_aquila.kernels import cached_attention as module
 from megatron_aquila.kernels.attention import causal_attention_reference
-from megatron_aquila.kernels.cached_attention import cached_attention, cached_attention_reference
+from megatron_aquila.kernels.cached_attention import cached_attention, cached_attention_reference, cached_part
+from megatron_aquila.kernels.parts import merged_parts
 from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.kernels.two_range import Ranges
 
@@ -37,6 +38,23 @@ def test_what_is_not_visible_has_no_part(function) -> None:
     expected = causal_attention_reference(q[4:], k[4:], v[4:])[:, 1]
     torch.testing.assert_close(found[:, 1], expected, rtol=0, atol=1e-14)
     assert (function(q[-S:], k, v)[:, 1] - expected).abs().max() > 1e-3, "the test can fail"
+
+
+@pytest.mark.parametrize("scores", [Scores(), Scores(slopes=(0.5, 0.25, 0.125, 0.0625)), Scores(clamp=0.5)], ids=str)
+def test_parts_of_any_keys_make_the_whole(scores: Scores) -> None:
+    q, k, v = tensors(torch.float64)
+    visible = torch.ones(B, S, T, dtype=torch.bool).tril(T - S)
+    visible[1, :, :4] = False
+    whole = cached_attention_reference(q[-S:], k, v, visible, scores=scores)
+    parts = []
+    for runs in ((range(2), range(5, 7)), (range(2, 4),), (range(4, 5),), (range(7, 7),)):  # one part is of no keys
+        held = [place for run in runs for place in run]
+        seen, places = visible[:, :, held], (range(T - S, T),)
+        parts.append(cached_part(q[-S:], k[held], v[held], seen, queries=places, keys=runs, scores=scores))
+    assert parts[1][1][:, 1].isneginf().all(), "of these the second row sees none"
+    outs, sums = (torch.stack(of_parts) for of_parts in zip(*parts, strict=True))
+    torch.testing.assert_close(merged_parts(outs, sums), whole, rtol=0, atol=1e-14)
+    assert (merged_parts(outs[:3], sums[:3] * 1.1) - whole).abs().max() > 1e-3, "the test can fail"
 
 
 class Largest(TorchDispatchMode):

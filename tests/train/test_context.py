@@ -148,19 +148,19 @@ def context(cp: int) -> ParallelContext:
 def test_attention_is_chosen_where_the_run_is_built() -> None:
     config = RunConfig(model=ModelConfig(num_heads=8, num_kv_heads=2))
     shape = derive(config, 1).shape
-    ring, ulysses = config.parallel, replace(config.parallel, context_method="ulysses")
+    ring, ulysses = ({"method": method, "overlap": True} for method in ("ring", "ulysses"))
     kernels = build.run_kernels(config, shape, context(1))
-    assert build.split_attention(ring, kernels, context(1)) is kernels
-    by_heads = build.split_attention(ulysses, kernels, context(4)).attention
+    assert build.split_attention(kernels, context(1).cp, **ring) is kernels
+    by_heads = build.split_attention(kernels, context(4).cp, **ulysses).attention
     assert isinstance(by_heads, UlyssesAttention)
     assert by_heads.attention is kernels.attention
     by_blocks = build.run_kernels(config, shape, context(2))
     assert by_blocks.reasons["attention"] == "blocks: torch's flash attention for CPUs, block by block"
-    around = build.split_attention(ring, by_blocks, context(2)).attention
+    around = build.split_attention(by_blocks, context(2).cp, **ring).attention
     assert isinstance(around, RingAttention)
     assert around.kernel is BLOCKS_CPU
-    assert build.kernel_sizes(config, shape, context(2)).num_heads == 8
-    dealt = build.kernel_sizes(replace(config, parallel=ulysses), shape, context(4))
+    assert build.run_kernel_sizes(config, shape, context(2)).num_heads == 8
+    dealt = build.kernel_sizes(shape, context(4), method="ulysses", has_documents=False)
     assert (dealt.num_heads, dealt.num_kv_heads, dealt.by_blocks) == (2, 1, False)
 
 
@@ -171,14 +171,14 @@ def test_a_ring_needs_attention_by_blocks() -> None:
         build.run_kernels(config, shape, context(2))
     kernels = build.run_kernels(config, shape, context(1))
     with pytest.raises(AssertionError, match="a ring needs attention by blocks"):
-        build.split_attention(config.parallel, kernels, context(2))
+        build.split_attention(kernels, context(2).cp, method="ring", overlap=True)
 
 
 def test_a_ring_alters_scores_by_their_own_kernel() -> None:
     config = RunConfig(model=ModelConfig(position_embedding="alibi", num_kv_heads=8, num_heads=8, hidden_size=64))
     shape = derive(config, 1).shape
     kernels = build.run_kernels(config, shape, context(2))
-    around = build.split_attention(config.parallel, kernels, context(2)).attention
+    around = build.split_attention(kernels, context(2).cp, method="ring", overlap=True).attention
     assert isinstance(around, RingAttention)
     assert around.kernel is SCORE_BLOCKS
     for name, why in (("blocks", "it neither biases nor clamps scores"), ("reference", "use score_blocks;")):
@@ -186,5 +186,5 @@ def test_a_ring_alters_scores_by_their_own_kernel() -> None:
         with pytest.raises(ConfigError, match=why):
             build.run_kernels(forced, shape, context(2))
     second = replace(context(4), cp=Group("cp", 1, 4, (0, 1, 2, 3), None))
-    dealt = build.kernel_sizes(replace(config, parallel=ParallelConfig(context_method="ulysses")), shape, second)
+    dealt = build.kernel_sizes(shape, second, method="ulysses", has_documents=False)
     assert dealt.scores == Scores(slopes=alibi_slopes(8)[2:4])
