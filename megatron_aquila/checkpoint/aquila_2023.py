@@ -119,6 +119,8 @@ def aquila_cannot_hold(shape: ModelShape) -> str | None:
         return "the head is used as it is stored"
     if shape.position_embedding == "alibi" or shape.num_kv_heads != shape.num_heads:
         return "positions are rotary, and every query head has its own key"
+    if shape.attention_size != shape.hidden_size:
+        return "the heads fill the hidden size"
     if shape.rope_scaling != "none" or shape.rope_base != ROPE_BASE:
         return f"positions are not stretched, and their base is {ROPE_BASE:g}"
     if shape.score_clamp != SCORE_CLAMP:

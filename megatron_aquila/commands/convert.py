@@ -4,9 +4,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from megatron_aquila.commands.convert_judge import Case, Judge, judge_in_transformers, need_transformers
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.errors import CheckpointError
 
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from megatron_aquila.checkpoint.reader import TensorReader
     from megatron_aquila.data.tokenizer import Tokenizer
     from megatron_aquila.plan.shape import ModelShape
-
-# Given our weights, their tokenizer, the published folder (one that is written has a temporary name still) and the
-# model's shape: a line on how well they agree. Raises AquilaError when they do not.
-Verifier = Callable[["TensorReader", "Tokenizer | None", Path, "ModelShape"], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code.value
     asked = tyro.cli(Convert, prog="aquila convert", args=words)
     with exit_code() as code:
-        convert(asked, compare_in_transformers)
+        convert(asked, judge_in_transformers)
     return code.value
 
 
-def convert(options: Convert, verify: Verifier) -> None:
+def convert(options: Convert, judge: Judge) -> None:
     """Convert, read every tensor back, compare logits and tokenizers, and only then give the folder its name."""
     # Torch is imported here, so that --help and wrong flags answer at once.
     from megatron_aquila.checkpoint import conversion
 
     model = model_of(options)
     job = job_of(options, model)
-    if options.verify and job.judged is not None:
+    if options.verify and job.unjudged is None:
         need_transformers()  # before gigabytes are written
     with conversion.alone(options.output):
-        line = write(options, model, job, verify)
+        line = write(options, model, job, judge)
     print(line)
     print(f"{model.opened.folder} -> {options.output}: every tensor was read back byte-equal")
 
@@ -205,7 +201,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def write(options: Convert, model: Model, job: "Job", verify: Verifier) -> str:
+def write(options: Convert, model: Model, job: "Job", judge: Judge) -> str:
     """Write, compare and publish; a line on what was compared. Raises CheckpointError or DataError."""
     from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.folders import write_text
@@ -221,18 +217,32 @@ def write(options: Convert, model: Model, job: "Job", verify: Verifier) -> str:
         write_tokenizer(tokenizer, folder, max_length=shape.seq_len)
     elif options.tokenizer:
         copy_tokenizer(model.opened, folder)
-    line = "not verified: --no-verify"
-    if options.verify:
-        line = f"logits not compared: {job.unjudged}"
-        if job.judged is not None:
-            ours = job.target.reopen(folder) if model.form == "checkpoint" else reader
-            line = verify(ours, tokenizer, folder if job.judged == "written" else options.source, shape)
+    if not options.verify:
+        line = "not verified: --no-verify"
+    elif job.unjudged is not None:
+        line = f"logits not compared: in transformers' Llama {job.unjudged}"
+    else:
+        line = judge(case_of(model, job, folder, tokenizer))
     line += model.left_out
     if model.form == "hf":
         card = model_card(options.output.name, model.opened, shape, tokenizer, job.dtype, line)
         write_text(folder / "README.md", card)
     conversion.publish(folder, options.output, logits=line)
     return line
+
+
+def case_of(model: Model, job: "Job", folder: Path, tokenizer: "Tokenizer | None") -> Case:
+    """transformers runs with what is published, else with what was read; our model with the other side."""
+    sides = [model.reader, job.target.reopen(folder)]
+    ours, theirs = sides if model.form == "hf" else reversed(sides)
+    return Case(
+        ours=ours,
+        theirs=theirs,
+        shape=model.shape,
+        dtype=job.dtype,
+        tokenizer=tokenizer,
+        published=folder if model.form == "hf" else None,
+    )
 
 
 def inputs_of(model: Model) -> "conversion.Inputs":
@@ -285,12 +295,11 @@ def resized(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be written, and which side transformers can judge: what was read, what is written, or neither."""
+    """What is to be written, and why transformers cannot judge it, or None."""
 
     target: "Target"
     dtype: "torch.dtype"
-    judged: Literal["read", "written"] | None = None
-    unjudged: str = "transformers judges safetensors of Llama's form alone"
+    unjudged: str | None
 
 
 def job_of(options: Convert, model: Model) -> Job:
@@ -299,35 +308,32 @@ def job_of(options: Convert, model: Model) -> Job:
 
     from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.families import FAMILIES, family_of_shape
-    from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
     from megatron_aquila.checkpoint.megatron_form import MegatronForm
     from megatron_aquila.checkpoint.published import GENERATION, SAID, said_by
     from megatron_aquila.plan.shape import padded_vocab_size
+    from megatron_aquila.verify.huggingface import why_unjudged
 
     reader, shape, form = model.reader, model.shape, model.form
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = reader.tensors["model.norm.weight"].dtype if options.dtype is None else dtypes[options.dtype]
-    max_bytes = shard_bytes(options.shard_size)
+    max_bytes, unjudged = shard_bytes(options.shard_size), why_unjudged(shape)
     if form == "megatron":
         rows = padded_vocab_size(shape.vocab_size, options.vocab_multiple * options.tp)
         cut = MegatronForm(
             tp=options.tp, pp=options.pp, chunks=options.chunks, padded_vocab_size=rows, names=options.megatron_names
         )
-        return Job(target=conversion.megatron_target(reader, shape, cut, dtype=dtype), dtype=dtype)
+        return Job(target=conversion.megatron_target(reader, shape, cut, dtype=dtype), dtype=dtype, unjudged=unjudged)
     if form == "checkpoint":
         state: dict[str, Json] = {"converted_from": str(options.source), SAID: said_by(model.opened)}
         target = conversion.checkpoint_target(reader, shape, dtype=dtype, max_bytes=max_bytes, state=state)
-        if options.resize_vocab is not None:
-            return Job(target=target, dtype=dtype, unjudged="the vocabulary is no longer that of the files read")
-        return Job(target=target, dtype=dtype, judged="read" if isinstance(model.opened, HuggingFaceReader) else None)
+        return Job(target=target, dtype=dtype, unjudged=unjudged)
     family = family_of_shape(shape) if options.family is None else FAMILIES[options.family]
     said = said_by(model.opened)
     ids = special_ids(said, model.tokenizer)
     target = conversion.huggingface_target(
         reader, shape, family, dtype=dtype, max_bytes=max_bytes, ids=ids, generation=said.get(GENERATION, {})
     )
-    judged: Literal["written"] | None = "written" if family.name == "llama" else None
-    return Job(target=target, dtype=dtype, judged=judged)
+    return Job(target=target, dtype=dtype, unjudged=unjudged)
 
 
 def special_ids(said: Mapping[str, Any], tokenizer: "Tokenizer | None") -> "SpecialIds":
@@ -349,29 +355,6 @@ def shard_bytes(text: str) -> int:
     if found is None or float(found[1]) <= 0:
         raise CheckpointError(f"--shard-size {text}: it is no size; give e.g. 5GB or 500MB")
     return int(float(found[1]) * (10**9 if found[2].upper() == "GB" else 10**6))
-
-
-def need_transformers() -> None:
-    """Raise CheckpointError where transformers is not installed."""
-    if find_spec("transformers") is None:
-        raise CheckpointError(
-            "the folder cannot be verified: transformers is not installed; pip install 'megatron_aquila[hf]', or give "
-            "--no-verify"
-        )
-
-
-def compare_in_transformers(
-    reader: "TensorReader", tokenizer: "Tokenizer | None", folder: Path, shape: "ModelShape"
-) -> str:
-    """Load weights and tokenizer with transformers; ids must be equal and fp32 logits as near as rounding allows.
-
-    Raises CheckpointError or DataError when they differ.
-    """
-    from megatron_aquila.commands.convert_tokenizer import compare_ids
-    from megatron_aquila.verify.huggingface import compare_logits
-
-    found = str(compare_logits(reader, folder, shape))
-    return found if tokenizer is None else f"{compare_ids(tokenizer, folder, shape.vocab_size)}, {found}"
 
 
 def inspect(path: Path, console: Console) -> None:

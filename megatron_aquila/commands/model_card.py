@@ -12,6 +12,7 @@ from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint
 from megatron_aquila.observe.ledger import LEDGER_NAME, Event, read_ledger
+from megatron_aquila.observe.writers import LOG_NAME, read_log
 from megatron_aquila.plan.shape import ModelShape
 
 Rows = Sequence[tuple[str, str]]
@@ -22,7 +23,7 @@ def model_card(
 ) -> str:
     """The card as Markdown. Only what files say is in it; ``checked`` is the line on logits and token ids.
 
-    Raises DataError where the ledger beside a checkpoint is damaged.
+    Raises DataError where the ledger beside a checkpoint, or its log, is damaged.
     """
     parts = [f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n"]
     parts.append(_table("Model", model_rows(shape, dtype)))
@@ -67,16 +68,52 @@ def training_rows(step: int, state: Mapping[str, Any]) -> Rows:
 
 
 def _history(reader: CheckpointReader) -> Iterator[tuple[str, str]]:
-    """What the ledger beside the checkpoint says of the starts that led to it."""
+    """What the ledger beside the checkpoint says of the starts that led to it, and the log of the last one."""
     path = reader.folder.resolve().parent / LEDGER_NAME
     events = read_ledger(path) if path.is_file() else []
     starts = [event for event in events if event["event"] == "start" and event["step"] <= reader.step]
     if not starts:
         return
-    yield "run", f"{starts[-1]['run']}, {len(starts)} starts"
+    config: Mapping[str, Any] = starts[-1]["config"]
+    yield "run", f"{starts[-1]['run']}, {len(starts)} {'start' if len(starts) == 1 else 'starts'}"
+    yield "began from", beginning(starts[0])
+    if (part := config["optim.train_only"]) is not None:
+        yield "trained", f"{part} alone; all other weights are those it began from"
     yield "data sets", ", ".join(dict.fromkeys(name for start in starts for name in _names(start))) or "not named"
+    yield from _settings(config)
+    yield from _losses(config, path.parent, reader.step)
     yield "layouts", "; ".join(dict.fromkeys(_layout(start) for start in starts))
     yield "versions", ", ".join(dict.fromkeys(_version(start) for start in starts))
+
+
+def beginning(start: Event) -> str:
+    """What a run started with. Names alone: where folders lie is nobody's business."""
+    published = start["config"]["checkpoint.init_from_hf"]
+    if published is not None:
+        return f"the published weights {Path(published).name}"
+    found = start["checkpoint"]
+    if found is not None:
+        return f"{found['name']} of {Path(found['path']).parent.name}, with its optimizer"
+    return "weights drawn at random" if start["weights"] is None else f"the weights of {Path(start['weights']).name}"
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Batch and learning rate of the last start."""
+    yield "batch", f"{config['train.global_batch']:,} samples of {config['model.seq_len']:,} tokens"
+    rate, decay, least, warmup = (config[f"optim.{name}"] for name in ("lr", "lr_decay", "min_lr", "lr_warmup_samples"))
+    yield "learning rate", f"{rate:g}, {decay} to {least:g}, after a warm-up of {warmup:,} samples"
+
+
+def _losses(config: Mapping[str, Any], save: Path, step: int) -> Iterator[tuple[str, str]]:
+    """The last losses up to ``step``, where the log still lies where that run wrote it."""
+    said = config["observe.log_dir"]
+    path = (save if said is None else Path(said)) / LOG_NAME
+    found: Sequence[Mapping[str, Any]] = read_log(path) if path.is_file() else []
+    rows = [row for row in found if row["step"] <= step]
+    for name, title in (("loss", "training loss"), ("valid_loss", "validation loss")):
+        last = next((row for row in reversed(rows) if name in row), None)
+        if last is not None:
+            yield title, f"{last[name]:.4f} nats a token, at step {last['step']:,}"
 
 
 def _names(start: Event) -> list[str]:

@@ -93,7 +93,8 @@ class Releases:
     def wait(self, is_asked: Callable[[], bool]) -> None:
         """Until all releases are done, or ``is_asked`` to stop: those that are not are left to the next run."""
         if self._under_way is not None:
-            self._reporter.note(f"waits for the release of {self._under_way.checkpoint.name}")
+            name = self._under_way.checkpoint.name
+            self._reporter.note(f"waits for the release of {name}; asked to stop, it leaves it to the next run")
         while self._under_way is not None and not is_asked():
             time.sleep(0.1)
             self.poll()

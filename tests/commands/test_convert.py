@@ -14,15 +14,18 @@ from safetensors.torch import load_file
 from megatron_aquila.checkpoint import conversion
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import llama_tensors
-from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import convert
-from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, load_tokenizer
+from megatron_aquila.commands.convert_judge import Case, judge_in_transformers
+from megatron_aquila.config.cli import load_config
+from megatron_aquila.config.settings import all_settings, value_of
+from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, fingerprint, load_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.observe.ledger import Ledger
+from megatron_aquila.observe.writers import JsonLinesWriter
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.plan.shape import ModelShape
+from megatron_aquila.train.record import plain
 from tests.checkpoint.numbers import save_checkpoint
 from tests.checkpoint.toy import SHAPE as TOY
 
@@ -99,12 +102,13 @@ def test_the_tokenizer_can_be_named(checkpoint: Path, tmp_path: Path, tokenizer_
 def test_a_folder_that_differs_gets_no_name(checkpoint: Path, tmp_path: Path) -> None:
     seen: list[Path] = []
 
-    def refuse(reader: TensorReader, tokenizer: Tokenizer | None, folder: Path, shape: ModelShape) -> str:
-        assert reader.folder.name == "step_0000007"
-        assert tokenizer is not None
-        assert tokenizer.vocab_size == SHAPE.vocab_size
-        assert (folder / "tokenizer.json").is_file()
-        seen.append(folder)
+    def refuse(case: Case) -> str:
+        assert case.ours.folder.name == "step_0000007"
+        assert case.tokenizer is not None
+        assert case.tokenizer.vocab_size == SHAPE.vocab_size
+        assert case.published == case.theirs.folder
+        assert (case.theirs.folder / "tokenizer.json").is_file()
+        seen.append(case.theirs.folder)
         raise CheckpointError("they differ")
 
     options = convert.Convert(source=checkpoint, output=tmp_path / "out")
@@ -117,7 +121,7 @@ def test_a_folder_that_differs_gets_no_name(checkpoint: Path, tmp_path: Path) ->
 def test_without_transformers_it_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(convert, "find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_aquila.commands.convert_judge.find_spec", lambda name: None)
     assert to_hf(checkpoint, tmp_path / "out") == 2
     assert "pip install 'megatron_aquila[hf]', or give --no-verify" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
@@ -152,12 +156,19 @@ def test_aquilas_size_means_aquilas_ids(
     pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
     seen: list[Path] = []
     monkeypatch.setattr("megatron_aquila.commands.convert_tokenizer.check_aquila_ids", seen.append)
-    monkeypatch.setattr("megatron_aquila.verify.huggingface.compare_logits", lambda *_: "fp32 logits equal")
+    monkeypatch.setattr("megatron_aquila.verify.huggingface.compare_logits", lambda *_, **__: "fp32 logits equal")
     reader = CheckpointReader(checkpoint)
-    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tokenizer_dir)
-    line = convert.compare_in_transformers(reader, tokenizer, tokenizer_dir, replace(SHAPE, vocab_size=size))
-    assert line == "token ids are equal, fp32 logits equal"
+    case = Case(
+        ours=reader,
+        theirs=reader,
+        shape=replace(SHAPE, vocab_size=size),
+        dtype=torch.float32,
+        tokenizer=load_tokenizer("HuggingFaceTokenizer", tokenizer_model=tokenizer_dir),
+        published=tokenizer_dir,
+    )
+    assert judge_in_transformers(case) == "token ids are equal, fp32 logits equal"
     assert seen == ([tokenizer_dir] if asked else [])
+    assert judge_in_transformers(replace(case, published=None)) == "fp32 logits equal"
 
 
 def test_aquilas_own_tokenizer(
@@ -271,21 +282,36 @@ def test_the_card_says_what_the_run_says(checkpoint: Path, tmp_path: Path, token
     train = {"applied_steps": 8, "consumed_samples": 72, "consumed_tokens": 576, "skipped_samples": [[8, 16]]}
     save(checkpoint, {"shape": asdict(SHAPE), "train": train, "data": {"sets": [one]}, "precision": "bf16"}, step=9)
     start = {"step": 0, "run": "abc", "world": 4, "layout": {"tp": 2, "dp": 2}, "version": "1.0", "commit": "c0ffee"}
-    start["config"] = {"data.path": ["0.5", "/data/zh_web", "0.5", "/data/code"]}
+    sizes = ("--num-layers", "1", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "48")
+    paths = ("--data-path", "0.5", "/data/zh_web", "0.5", "/data/code", "--init-from-hf", "/models/llama-zh")
+    rates = ("--lr", "3e-4", "--min-lr", "3e-5", "--lr-warmup-samples", "2000", "--global-batch-size", "1024")
+    config = load_config([*sizes, *paths, *rates, "--train-only", "embeddings"], prog="test").config
+    start |= {"config": {name: plain(value_of(config, name)) for name in all_settings()}}
+    start |= {"checkpoint": None, "weights": None}
     with closing(Ledger(checkpoint / "ledger.jsonl")) as ledger:
         ledger.write("start", **start)
         ledger.write("start", **start | {"step": 10, "run": "later", "version": "2.0"})
+    with closing(JsonLinesWriter(checkpoint / "log.jsonl")) as log:
+        log.write({"step": 8, "loss": 2.5, "valid_loss": 2.75})
+        log.write({"step": 9, "loss": 2.25})
+        log.write({"step": 10, "loss": 1.0})
     assert to_hf(checkpoint, tmp_path / "out", "--no-verify", "--tokenizer-model", str(tokenizer_dir)) == 0
     card = (tmp_path / "out/README.md").read_text()
     rows = (
         "| steps | 9, of which 8 updated the weights |", "| samples | 72, of which 8 were left out |",
         "| tokens | 576 |",
-        "| data set 1 | 1,234 tokens, weight 0.5, index abababababab |", "| run | abc, 1 starts |",
+        "| data set 1 | 1,234 tokens, weight 0.5, index abababababab |", "| run | abc, 1 start |",
+        "| began from | the published weights llama-zh |", "| trained | embeddings alone; all other weights are",
+        "| batch | 1,024 samples of 48 tokens |",
+        "| learning rate | 0.0003, cosine to 3e-05, after a warm-up of 2,000 samples |",
+        "| training loss | 2.2500 nats a token, at step 9 |", "| validation loss | 2.7500 nats a token, at step 8 |",
+       
         "| data sets | zh_web, code |", "| layouts | 4 ranks: tp 2 dp 2 |", "| versions | 1.0 (c0ffee) |",
         "| special ids | begin 278, end 279, padding 0 |", "not verified: --no-verify",
     )  # fmt: skip
     assert [row for row in rows if row not in card] == []
     assert "/data" not in card
+    assert "/models" not in card
     assert "README.md" in (tmp_path / "out/SHA256SUMS").read_text()
 
 

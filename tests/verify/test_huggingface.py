@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_aquila.checkpoint.huggingface import HuggingFaceReader
 from megatron_aquila.checkpoint.layout import param_chunks
 from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.store import CheckpointReader
@@ -40,8 +41,9 @@ def export(tmp_path: Path, dtype: torch.dtype) -> tuple[CheckpointReader, Path]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_logits_agree(tmp_path: Path, dtype: torch.dtype) -> None:
     reader, folder = export(tmp_path, dtype)
-    found = compare_logits(reader, folder, reader.shape())
+    found = compare_logits(reader, HuggingFaceReader(folder), reader.shape(), dtype=dtype)
     assert found.fp32 < BOUND < found.bf16 < 0.1
+    assert BOUND < found.rounding < 0.1
     assert 0.5 < found.same_next <= 1
     assert str(found).startswith("fp32 logits agree")
 
@@ -52,16 +54,19 @@ def test_a_layer_at_a_time_is_the_whole_model_bit_for_bit(tmp_path: Path, dtype:
     shape, tokens_BS = reader.shape(), torch.arange(14).view(2, 7)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     with torch.no_grad():
-        assert torch.equal(their_logits(folder, tokens_BS, dtype), model(tokens_BS).logits.float())
-        if dtype == torch.float32:
-            assert torch.equal(our_logits(reader, shape, dtype, tokens_BS), whole_model(reader, shape, tokens_BS))
+        theirs = their_logits(HuggingFaceReader(folder), shape, torch.float32, tokens_BS, compute=dtype)
+        assert torch.equal(theirs, model(tokens_BS).logits.float())
+        ours = our_logits(reader, shape, torch.float32, tokens_BS, compute=dtype)
+        assert torch.equal(ours, whole_model(reader, shape, tokens_BS, dtype).float())
 
 
-def whole_model(reader: CheckpointReader, shape: ModelShape, tokens_BS: torch.Tensor) -> torch.Tensor:
+def whole_model(
+    reader: CheckpointReader, shape: ModelShape, tokens_BS: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """All layers on one stage."""
     ctx = ParallelContext.single()
-    placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=torch.float32, device=ctx.device)
-    kernels = choose_kernels(ctx.device, torch.float32)
+    placement = Placement(tp=ctx.tp, sequence_parallel=False, dtype=dtype, device=ctx.device)
+    kernels = choose_kernels(ctx.device, dtype)
     (stage,) = build_stages(shape, plan_stages(shape, 1), pp_rank=0, placement=placement, kernels=kernels).values()
     for info in stage.param_infos():
         info.param.zero_()
@@ -71,7 +76,7 @@ def whole_model(reader: CheckpointReader, shape: ModelShape, tokens_BS: torch.Te
 
 
 def test_one_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, folder = export(tmp_path, torch.float32)
+    reader, folder = export(tmp_path, torch.float32)
     original, filled, most = torch.nn.Module.to_empty, set[int](), list[int]()
 
     def watched(module: torch.nn.Module, *, device: str, recurse: bool) -> torch.nn.Module:
@@ -81,7 +86,7 @@ def test_one_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.nn.Module, "to_empty", watched)
     with torch.no_grad():
-        their_logits(folder, torch.arange(14).view(2, 7), torch.float32)
+        their_logits(HuggingFaceReader(folder), reader.shape(), torch.float32, torch.arange(14).view(2, 7))
     assert max(most) == 1
     assert not filled
 
@@ -93,7 +98,7 @@ def test_one_wrong_value_is_seen(tmp_path: Path, name: str) -> None:
     tensors[name].view(-1)[3] += 0.1
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"logits differ from .* of the largest, more than 1e-05"):
-        compare_logits(reader, folder, reader.shape())
+        compare_logits(reader, HuggingFaceReader(folder), reader.shape(), dtype=torch.float32)
 
 
 def test_a_tensor_that_transformers_would_draw_at_random_is_seen(tmp_path: Path) -> None:
@@ -102,4 +107,4 @@ def test_a_tensor_that_transformers_would_draw_at_random_is_seen(tmp_path: Path)
     tensors["model.layers.9.mlp.up_proj.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"transformers"):
-        compare_logits(reader, folder, reader.shape())
+        compare_logits(reader, HuggingFaceReader(folder), reader.shape(), dtype=torch.float32)
