@@ -8,6 +8,7 @@ from megatron_aquila.config.checkpoints import check_ephemeral, check_exports, c
 from megatron_aquila.config.context import check_context_heads, check_sequence
 from megatron_aquila.config.derive import given_layers, known_replicas, micro_batches_of, model_shape, num_chunks
 from megatron_aquila.config.elastic import check_elastic, model_ranks
+from megatron_aquila.config.graphs import check_cuda_graph
 from megatron_aquila.config.inputs import (
     check_data_path,
     check_documents,
@@ -261,6 +262,8 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_offload_activations: f"{_STAGES} train.offload_activations",
     check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
     "train.recompute_method_per_stage train.recompute_layers_per_stage",
+    check_cuda_graph: "train.cuda_graph train.device parallel.pipeline parallel.zero optim.offload_optimizer "
+    "train.offload_activations data.reset_attention_mask model.position_embedding",
     check_skips: "train.skip_samples train.train_samples",
     check_faults: "train.on_nonfinite train.on_spike train.spike_window checkpoint.save",
     check_data_path: f"{_PATHS} data.test_path",
