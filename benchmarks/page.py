@@ -318,7 +318,7 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
             best[shape(row)] = max(best.get(shape(row), 0.0), row["tokens_per_second"])
     return [
         row | {"ratio": row["tokens_per_second"] / best[shape(row)]}
-        if row.get("name") == "megatron_aquila" and row.get("tokens_per_second") and shape(row) in best
+        if str(row.get("name")).startswith("megatron_aquila") and row.get("tokens_per_second") and shape(row) in best
         else row
         for row in rows
     ]

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -49,12 +49,14 @@ class Options(GpuOptions):
     """Turns of each contestant, which is built anew for each: two do not fit into memory."""
     steps: int = 10
     """Steps of a turn, after the warm-up."""
-    warmup: int = 3
-    """Steps of a turn that do not count."""
+    warmup: int = 4
+    """Steps of a turn that do not count. The fourth is where a step is recorded."""
     weights: tuple[Weights, ...] = ("same",)
     """transformers' weights and moments: same, all in bf16; masters, fp32 under autocast."""
     compiled: bool = True
     """transformers under torch.compile."""
+    cuda_graph: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Ours with --cuda-graph, too: for small models and micro-batches."""
     only_ours: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave transformers out."""
 
@@ -122,7 +124,7 @@ def case_config(case: Case, options: Options, settings: Sequence[str] = ()) -> R
 
 def planned_seconds(config: RunConfig, options: Options) -> float:
     """What a case takes at an ordinary rate; only for leaving out what does not fit into the time."""
-    num_contestants = 1 if options.only_ours else 1 + len(options.weights)
+    num_contestants = 1 + options.cuda_graph + (0 if options.only_ours else len(options.weights))
     step = config.train.global_batch * config.model.seq_len * flops_per_token(derive(config, 1).shape) / PLANNED_RATE
     return options.rounds * num_contestants * (START_SECONDS + (options.steps + options.warmup) * step)
 
@@ -130,6 +132,9 @@ def planned_seconds(config: RunConfig, options: Options) -> float:
 def contestants(config: RunConfig, options: Options, device: torch.device) -> dict[str, Contestant]:
     """Ours, and transformers' in the ways asked for."""
     found = {"megatron_aquila": Contestant([("", lambda: our_step(config, device))], [])}
+    if options.cuda_graph and device.type == "cuda":
+        recorded = replace(config, train=replace(config.train, cuda_graph=True))
+        found["megatron_aquila, CUDA graph"] = Contestant([("", lambda: our_step(recorded, device))], [])
     if options.only_ours:
         return found
 

@@ -57,6 +57,7 @@ def run(loaded: LoadedConfig, launch: Launch, stops: StopRequest) -> None:
     device = env.choose_device(config.train.device, launch)
     banner.check_memory(config, derived, device, rank=launch.rank)
     banner.check_peak(config, device)
+    banner.check_graph(config, device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     log = Log(enabled=launch.rank == 0)
     with env.process_group(device, launch, timeout) as attempt, banner.explain_out_of_memory(config, derived):

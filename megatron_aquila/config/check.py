@@ -8,6 +8,7 @@ from megatron_aquila.config.checkpoints import check_ephemeral, check_exports, c
 from megatron_aquila.config.context import check_context_heads, check_sequence
 from megatron_aquila.config.derive import given_layers, known_replicas, micro_batches_of, model_shape, num_chunks
 from megatron_aquila.config.elastic import check_elastic, model_ranks
+from megatron_aquila.config.graphs import check_cuda_graph
 from megatron_aquila.config.inputs import (
     check_data_path,
     check_documents,
@@ -17,6 +18,12 @@ from megatron_aquila.config.inputs import (
     check_split,
     check_start,
     check_valid_sets,
+)
+from megatron_aquila.config.precision import (
+    check_grad_reduce,
+    check_loss_scale,
+    check_optimizer_storage,
+    check_precision,
 )
 from megatron_aquila.config.profile import check_profile
 from megatron_aquila.config.recompute import check_offload_activations, check_recompute, check_recompute_per_stage
@@ -193,12 +200,6 @@ def _learning_rate(config: RunConfig, _world: int | None) -> Iterator[Problem]:
         yield Problem("--lr-wsd-decay-samples", optim.lr_wsd_decay_samples, why, f"use {longest} or less")
 
 
-def _precision(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    if config.train.precision == "fp64" and config.train.device == "cuda":
-        why = "fp64 is for proofs on the CPU; attention on CUDA has no fp64"
-        yield Problem("--precision", "fp64", why, "use bf16 or fp32, or --device cpu")
-
-
 def _fp8(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     """Every size that a linear of a block multiplies over, on one rank."""
     if config.train.precision != "fp8":
@@ -216,43 +217,6 @@ def _fp8(config: RunConfig, _world: int | None) -> Iterator[Problem]:
     if bad:
         why = f"{_listed(bad, 'and')} {'is no multiple' if len(bad) == 1 else 'are no multiples'} of {FP8_MULTIPLE}"
         yield Problem("--precision", "fp8", why, "change the sizes, or use bf16")
-
-
-def _grad_reduce(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    precision = config.train.precision
-    if config.parallel.grad_reduce == "bf16" and precision in ("fp32", "fp64"):
-        why = f"it would round the gradients of {precision} weights to 8 bits"
-        yield Problem("--grad-reduce", "bf16", why, "use fp32, or --precision bf16")
-
-
-def _optimizer_storage(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    """Narrow states are for bf16 weights under AdamW, and moments must be able to shrink in them."""
-    optim, precision = config.optim, config.train.precision
-    asked = {"--moments-dtype": optim.moments_dtype, "--master-weights": optim.master_weights}
-    for flag, value in asked.items():
-        if value == "fp32":
-            continue
-        if optim.optimizer != "adamw":
-            yield Problem(
-                flag, value, f"{optim.optimizer} is for proofs and keeps nothing narrow", "use --optimizer adamw"
-            )
-        if precision not in ("bf16", "fp8"):
-            why = f"{precision} has no use for it: only bf16 weights are as narrow"
-            yield Problem(flag, value, why, "use fp32, or --precision bf16")
-    for flag, beta in (("--beta1", optim.beta1), ("--beta2", optim.beta2)):
-        if optim.moments_dtype == "bf16" and 1 - beta < 2**-8:
-            why = f"with {flag} {beta} a moment could not shrink: a step's {1 - beta:.2g} of it is rounded away"
-            yield Problem("--moments-dtype", "bf16", why, f"use fp32, or {flag} 0.99 or less")
-
-
-def _loss_scale(config: RunConfig, _world: int | None) -> Iterator[Problem]:
-    optim, precision = config.optim, config.train.precision
-    if precision != "fp16":
-        if optim.loss_scale is not None:
-            yield Problem("--loss-scale", optim.loss_scale, f"{precision} needs no loss scale", "leave it out")
-    elif optim.initial_loss_scale < optim.min_loss_scale:
-        why = f"is below min_loss_scale {optim.min_loss_scale}"
-        yield Problem("--initial-loss-scale", optim.initial_loss_scale, why, f"use {optim.min_loss_scale} or more")
 
 
 _LAYOUT = "parallel.tensor parallel.context parallel.pipeline parallel.data"
@@ -282,13 +246,13 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_context_heads: f"{_SHAPE} {_WIDTHS} parallel.context parallel.context_method parallel.tensor",
     _learning_rate: "optim.lr optim.min_lr optim.lr_decay optim.lr_decay_samples optim.lr_warmup_samples "
     "optim.lr_wsd_decay_samples train.train_samples",
-    _precision: "train.precision train.device",
+    check_precision: "train.precision train.device",
     _fp8: f"{_SHAPE} {_WIDTHS} {_BATCH} model.seq_len parallel.tensor parallel.context train.precision",
-    _grad_reduce: "parallel.grad_reduce train.precision",
+    check_grad_reduce: "parallel.grad_reduce train.precision",
     check_reduced_in_groups: "parallel.grad_reduce parallel.zero_group parallel.deterministic_reduce",
-    _optimizer_storage: "optim.optimizer optim.moments_dtype optim.master_weights optim.beta1 optim.beta2 "
+    check_optimizer_storage: "optim.optimizer optim.moments_dtype optim.master_weights optim.beta1 optim.beta2 "
     "train.precision",
-    _loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
+    check_loss_scale: "train.precision optim.loss_scale optim.initial_loss_scale optim.min_loss_scale",
     check_rope: "model.rope_scaling model.rope_factor model.rope_trained_len model.position_embedding",
     check_two_range: "model.rope_scaling data.reset_position_ids data.reset_attention_mask",
     check_profile: f"{_BATCH} train.rampup_batch train.train_samples observe.profile_steps observe.profile_ranks "
@@ -298,6 +262,8 @@ RULES: Mapping[Rule, str] = {  # each rule and the settings it reads
     check_offload_activations: f"{_STAGES} train.offload_activations",
     check_recompute_per_stage: f"{_STAGES} {_LAYOUT} {_BATCH} train.recompute_granularity_per_stage "
     "train.recompute_method_per_stage train.recompute_layers_per_stage",
+    check_cuda_graph: "train.cuda_graph train.device parallel.pipeline parallel.zero optim.offload_optimizer "
+    "train.offload_activations data.reset_attention_mask model.position_embedding",
     check_skips: "train.skip_samples train.train_samples",
     check_faults: "train.on_nonfinite train.on_spike train.spike_window checkpoint.save",
     check_data_path: f"{_PATHS} data.test_path",

@@ -14,6 +14,7 @@ from megatron_aquila.plan.sharding import Order
 from megatron_aquila.plan.stages import idle_share
 
 GIB, MIB = 2**30, 2**20
+RECORDED = "forward, backward and reduction of a step as one CUDA graph, once they are warm; the update apart"
 
 
 def setting_rows(loaded: LoadedConfig, *, changed_only: bool = False) -> list[tuple[str, str, str]]:
@@ -52,6 +53,7 @@ def derived_rows(
         ("run", f"{config.train.train_samples:,} samples = {tokens:,} tokens"),
         ("layers by stage", _stages(derived)),
         ("pipeline bubble", _bubble(config, derived, bubble)),
+        *([("launches", RECORDED)] if config.train.cuda_graph else []),
         *memory_rows(config, derived, order),
     ]
 

@@ -228,6 +228,10 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--num-layers-per-virtual-pipeline-stage": Refused(
             "stages are counted, not their layers", "use --chunks, the stages on each rank", chunks
         ),
+        "--cuda-graph-impl": Refused("there is one: a whole step", "use --cuda-graph, or leave it out for none"),
+        "--cuda-graph-scope": Always("a step is recorded whole, but for its update", ("full_iteration",)),
+        "--cuda-graph-warmup-steps": Always("the fourth step after a start is recorded", ("3",)),
+        "--external-cuda-graph": Refused("there is one implementation", "use --cuda-graph"),
         "--recompute-activations": Sets("train.recompute", "selective"),
         "--checkpoint-activations": Refused("it is said in other words", "use --recompute full"),
         "--distribute-saved-activations": Refused(

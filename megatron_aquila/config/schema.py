@@ -290,6 +290,12 @@ class TrainConfig:
     kernels: tuple[str, ...] = setting(
         (), "kernels chosen by hand, e.g. attention=sdpa_cudnn rms_norm=torch", "--kernels"
     )
+    cuda_graph: bool = setting(
+        False,
+        "launch forward, backward and reduction of a step as one CUDA graph: for models too small to keep a GPU busy",
+        "--cuda-graph",
+        "--enable-cuda-graph",
+    )
     check_replicas: Whole = setting(
         0, "steps between checks, by checksums, that replicas are bit-equal and weights their masters; 0 means never"
     )

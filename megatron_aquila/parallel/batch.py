@@ -16,7 +16,7 @@ class Batch:
     tokens_BS, labels_BS: int64. loss_mask_BS: float32, 0 where the label does not count. positions_BS: int64, rope
     positions. source_B: int64, which entry of the blend each sample came from. documents: what attention keeps apart in
     the whole samples, if anything. microbatch: its number among those of this rank's step. loss_weight: what a counted
-    token's loss is multiplied with in what is differentiated; None where that is not known before backward.
+    token's loss is multiplied with in what is differentiated, 0-dim; None where that is not known before backward.
     """
 
     tokens_BS: Tensor
@@ -26,7 +26,7 @@ class Batch:
     source_B: Tensor
     documents: Documents | None = None
     microbatch: int = 0
-    loss_weight: float | None = None
+    loss_weight: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same on ``device``. From pinned memory to a GPU its tensors are on their way on return: no host waits."""

@@ -44,6 +44,12 @@ def check_memory(config: RunConfig, derived: Derived, device: torch.device, *, r
         raise ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config))])
 
 
+def check_graph(config: RunConfig, device: torch.device) -> None:
+    """Raise ``ConfigError`` where steps are to be recorded and the device that was chosen is no GPU."""
+    if config.train.cuda_graph and device.type != "cuda":
+        raise ConfigError([Problem("--cuda-graph", "", "no GPU is here", "leave it out")])
+
+
 def check_peak(config: RunConfig, device: torch.device) -> None:
     """Raise ``ConfigError`` where ``--peak-tflops`` is more than the dense peak that is known of the GPU."""
     given, precision = config.observe.peak_tflops, config.train.precision

@@ -47,6 +47,7 @@ from megatron_aquila.pipeline.schedules import build_schedule, forward_only
 from megatron_aquila.pipeline.wire import P2PWire, Wire
 from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads, shard_pieces
 from megatron_aquila.plan.shape import ModelShape, Precision
+from megatron_aquila.train.graphs import CudaCapture, Runner, StepGraph, at_once
 
 DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -73,6 +74,7 @@ class Machine:
     lr: LrSchedule
     scaling: LossScaling
     programs: Mapping[int, Program]  # this pipeline rank's work for a step, by number of microbatches
+    runner: Runner = at_once  # how a step's forward and backward are launched
 
     def engine(self, loss_fn: LossFn) -> Engine:
         """The engine over this rank's stages, for one step's loss."""
@@ -154,6 +156,7 @@ def build_machine(
         lr=lr_schedule(config),
         scaling=loss_scaling(config),
         programs=plan.programs,
+        runner=step_runner(config.train, ctx.device, optimizer),
     )
 
 
@@ -259,6 +262,13 @@ def offload(optim: OptimConfig, kernels: Kernels, ctx: ParallelContext) -> Offlo
 def host_activations(train: TrainConfig, device: torch.device) -> HostActivations | None:
     """Where the activations of so many layers wait for their backward: on the host; None where all stay."""
     return HostActivations(device, wanted=train.offload_activations) if train.offload_activations > 0 else None
+
+
+def step_runner(train: TrainConfig, device: torch.device, optimizer: DistributedOptimizer) -> Runner:
+    """How steps are launched: recorded where that is asked for and the device is a GPU."""
+    if train.cuda_graph and device.type == "cuda":
+        return StepGraph(CudaCapture(device), settle=optimizer.settle)
+    return at_once
 
 
 def wait_before_forward(stages: Iterable[nn.Module], optimizer: DistributedOptimizer) -> None:

@@ -32,7 +32,8 @@ class LossSums:
     """Turns per-token losses into the scalar to differentiate and keeps the sums for the report on the device.
 
     ``num_tokens`` is the number of counted labels in the whole global batch, over all ranks and microbatches.
-    ``loss_scale`` multiplies what is differentiated, never what is reported.
+    ``loss_scale`` multiplies what is differentiated, never what is reported. All that backward reads of either is a
+    tensor on the device: a step that is recorded, and replayed as another one, reads the other one's.
     """
 
     def __init__(
@@ -45,12 +46,25 @@ class LossSums:
         has_z_loss: bool = False,
     ) -> None:
         assert num_tokens > 0, "a global batch without a single counted label has no loss"
-        self.source_names, self.num_tokens, self.loss_scale = tuple(source_names), num_tokens, loss_scale
+        self.source_names, self.num_tokens = tuple(source_names), num_tokens
+        self._weight = torch.full((), loss_scale / num_tokens, dtype=torch.float64, device=device)
         self._sums = torch.zeros(2 + has_z_loss, len(source_names), dtype=torch.float64, device=device)
 
     def weigh(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches, with what a counted token's loss is multiplied with in the scaled global mean."""
-        return [replace(batch, loss_weight=self.loss_scale / self.num_tokens) for batch in batches]
+        return [replace(batch, loss_weight=self._weight) for batch in batches]
+
+    def restart_(self) -> None:
+        """Forget the microbatches so far. Local."""
+        self._sums.zero_()
+
+    def weigh_as_(self, other: "LossSums") -> None:
+        """From here on multiply with what ``other`` does. Local."""
+        self._weight.copy_(other._weight)
+
+    def take_(self, other: "LossSums") -> None:
+        """Take the sums of ``other`` for the own, which were of the same microbatches. Local."""
+        self._sums.copy_(other._sums)
 
     def loss(self, loss_SB: Tensor, batch: Batch) -> Tensor:
         """loss_SB, or (2, S, B) with the max-z loss -> this weighed microbatch's share of the scaled global mean of all

@@ -165,7 +165,15 @@ def judge(clip: Clip, sums: LossSums, total: Tensor, bounds: Limits, *, refuses_
 
 
 def compute_gradients(machine: Machine, batches: Sequence[Batch], sums: LossSums) -> None:
-    """Forward and backward over this rank's microbatches, and the reduction: gradients are ready to be clipped."""
+    """Forward and backward over this rank's microbatches, and the reduction: gradients are ready to be clipped.
+
+    As ``machine.runner`` does it. ``sums`` are empty before.
+    """
+    machine.runner(partial(forward_backward, machine), batches, sums)
+
+
+def forward_backward(machine: Machine, batches: Sequence[Batch], sums: LossSums) -> None:
+    """What ``compute_gradients`` runs. It reads nothing that changes from step to step but ``batches`` and ``sums``."""
     machine.optimizer.begin_step(len(batches))
     machine.engine(sums.loss).step(machine.programs[len(batches)], sums.weigh(batches))
     machine.optimizer.reduce_gradients()

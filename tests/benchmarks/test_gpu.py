@@ -86,8 +86,19 @@ def test_what_no_time_is_left_for_is_named(capsys):
     assert [*step.cases(options)][:3] == [replace(case, model=model) for model in options.models]
     assert len([*step.cases(options)]) == 54
     seconds = step.planned_seconds(step.case_config(case, options), options)
-    # 2 turns of 2 contestants, 13 steps of 32,768 tokens of 42.9 GFLOP
-    assert seconds == pytest.approx(4 * (step.START_SECONDS + 13 * 32768 * 42.92e9 / step.PLANNED_RATE), rel=1e-3)
+    # 2 turns of 2 contestants, 14 steps of 32,768 tokens of 42.9 GFLOP
+    assert seconds == pytest.approx(4 * (step.START_SECONDS + 14 * 32768 * 42.92e9 / step.PLANNED_RATE), rel=1e-3)
+
+
+def test_ours_is_also_recorded_where_a_gpu_is():
+    config, options = model_config("tiny", "--seq-len", "16"), Options(cuda_graph=True, only_ours=True)
+    assert [*step.contestants(config, options, torch.device("cuda"))] == [
+        "megatron_aquila",
+        "megatron_aquila, CUDA graph",
+    ]
+    assert [*step.contestants(config, options, CPU)] == ["megatron_aquila"]
+    alone = Options(only_ours=True)
+    assert step.planned_seconds(config, options) == 2 * step.planned_seconds(config, alone)
 
 
 def test_out_of_memory_is_a_row_and_the_next_way_is_tried():

@@ -95,6 +95,14 @@ def test_a_peak_above_the_dense_one_is_refused(
     banner.check_peak(config, torch.device("cuda", 0))  # where no peak is known, the user is believed
 
 
+def test_steps_are_recorded_on_a_gpu_alone() -> None:
+    config = replace(CONFIG, train=replace(CONFIG.train, cuda_graph=True))
+    banner.check_graph(config, torch.device("cuda", 0))
+    banner.check_graph(CONFIG, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="--cuda-graph: no GPU is here; leave it out"):
+        banner.check_graph(config, torch.device("cpu"))
+
+
 def test_running_out_of_memory_says_what_to_change() -> None:
     with (
         pytest.raises(AquilaError, match=r"planned for the fullest rank were .* MiB.*raise --tp \(now 2\)"),

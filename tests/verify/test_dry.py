@@ -47,7 +47,7 @@ WORLDS = {"aquila2-34b": 512, "aquila2-70b": 768}
 STEPS = {"aquila2-34b": 4, "aquila2-70b": 1}
 FLASH_STATE = 24  # bytes a layer and microbatch: torch's flash kernel keeps a random state, dropout or not
 COUNT = 8  # bytes: how many updates there were
-SUMS = 16  # bytes: loss and tokens of one source, in float64
+SUMS = 24  # bytes, in float64: loss and tokens of one source, and what a loss is multiplied with
 
 
 @cache
@@ -326,7 +326,7 @@ def test_a_kernel_that_keeps_more_is_seen():
         kernels = kernels if rms_norm is None else replace(kernels, rms_norm=rms_norm)
         with fake_world(0, 1), StorageTracker() as storages:
             machine = build_machine(config, derived, create_context(config, derived, META), kernels=kernels)
-            batch = replace(dry_batch(derived.shape, 1), loss_weight=1.0)
+            batch = replace(dry_batch(derived.shape, 1), loss_weight=torch.ones(()))
             before = storages.live
             loss = machine.stages[0](None, batch)
             kept.append(storages.live - before - loss.nbytes - 2 * FLASH_STATE)
