@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 
-from megatron_aquila.checkpoint.llama import NORM_ORDER, SpecialIds, llama_tensors, norm_order_problems, renamed_map
+from megatron_aquila.checkpoint.llama import (
+    NORM_ORDER,
+    SpecialIds,
+    llama_tensors,
+    norm_order_problems,
+    renamed_map,
+    said_fields,
+)
 from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_strips, whole
 from megatron_aquila.plan.shape import ModelShape, ffn_size
 
@@ -100,11 +107,11 @@ def aquila_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "head_dim": hidden // heads,
         "vocab_size": config["vocab_size"],
         "norm_eps": config["norm_eps"],
-        "norm_order": config.get(NORM_ORDER, "llama"),
+        "norm_order": "llama",
         "rope_base": ROPE_BASE,
         "position_embedding": "rope-interleaved",
         "score_clamp": SCORE_CLAMP,
-        **({"seq_len": config["max_seq_len"]} if "max_seq_len" in config else {}),
+        **said_fields(config, {"max_seq_len": "seq_len"}),
     }
 
 

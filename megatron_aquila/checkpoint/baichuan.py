@@ -11,11 +11,11 @@ import torch
 
 from megatron_aquila.checkpoint.llama import (
     LEAVE_OUT_CLAMP,
-    NORM_ORDER,
     SpecialIds,
     llama_config,
     llama_tensors,
     norm_order_problems,
+    said_fields,
 )
 from megatron_aquila.checkpoint.strips import Strip, TensorMap, head_rows, row_strips, whole
 from megatron_aquila.plan.shape import ModelShape
@@ -89,11 +89,12 @@ def baichuan_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         "head_dim": config["hidden_size"] // heads,
         "vocab_size": config["vocab_size"],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "norm_order": config.get(NORM_ORDER, "llama"),
+        "norm_order": "llama",
         "rope_base": ROPE_BASE,
         FORM: config.get(FORM, "alibi" if heads == ALIBI_HEADS else "rope"),
         "norm_head": True,
         **({"seq_len": lengths[0]} if lengths else {}),
+        **said_fields(config, {"z_loss_weight": "max_z_loss"}),
     }
 
 

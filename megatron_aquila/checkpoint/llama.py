@@ -121,8 +121,7 @@ def llama_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
     heads = config["num_attention_heads"]
     kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
     said: dict[str, object] = {"norm_order": "aquila"} if config.get("model_type") == "aquila" else {}
-    said |= {"norm_order": config[NORM_ORDER]} if NORM_ORDER in config else {}
-    said |= {"seq_len": config["max_position_embeddings"]} if "max_position_embeddings" in config else {}
+    said |= said_fields(config, {"max_position_embeddings": "seq_len"})
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -136,6 +135,14 @@ def llama_shape_fields(config: Mapping[str, Any]) -> dict[str, object]:
         **said,
         "norm_head": False,
     }
+
+
+def said_fields(config: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, object]:
+    """Fields of ``ModelShape`` that config.json may leave out: those that every family calls the same, and ``more``,
+    from their entries to the fields.
+    """
+    names = {NORM_ORDER: "norm_order", "initializer_range": "init_std", **more}
+    return {field: config[name] for name, field in names.items() if config.get(name) is not None}
 
 
 def norm_order_problems(config: Mapping[str, Any]) -> list[str]:

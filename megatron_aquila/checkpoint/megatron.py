@@ -153,6 +153,7 @@ def _shape_fields(
         "norm_head": False,
         **({"norm_order": arguments[NORM_ORDER]} if NORM_ORDER in arguments else {}),
         **({} if length is None else {"seq_len": int(length)}),
+        **({"init_std": std} if (std := arguments.get("init_method_std")) is not None else {}),
     }
 
 
@@ -240,6 +241,7 @@ def _arguments(shape: ModelShape, form: MegatronForm, dtype: torch.dtype) -> arg
         max_position_embeddings=shape.seq_len,
         layernorm_epsilon=shape.norm_eps,
         norm_epsilon=shape.norm_eps,
+        init_method_std=shape.init_std,
         rotary_base=shape.rope_base,
         rotary_interleaved_patch=form.patched,
         vocab_size=shape.vocab_size,

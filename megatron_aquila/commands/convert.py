@@ -4,10 +4,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.conversion import Target
-    from megatron_aquila.checkpoint.llama import SpecialIds
     from megatron_aquila.checkpoint.manifest import Json
     from megatron_aquila.checkpoint.reader import TensorReader
     from megatron_aquila.data.tokenizer import Tokenizer
@@ -185,16 +184,29 @@ def contradicted(options: Convert, opened: "TensorReader", shape: "ModelShape") 
 
 def without_effect(options: Convert, opened: "TensorReader", form: str) -> Iterator[str]:
     """Settings of a form that is neither read nor written."""
-    from megatron_aquila.checkpoint.megatron import is_megatron
-    from megatron_aquila.checkpoint.store import CheckpointReader
+    from megatron_aquila.generate.tokenizers import FILES
 
     for name in ("tp", "pp", "chunks", "megatron_names", "vocab_multiple"):
         given = getattr(options, name)
         if form != "megatron" and given != getattr(Convert, name):
             yield f"{_flag(name)} {given}: Megatron's files have it, and none are written; give --to-format megatron"
-    is_published = not isinstance(opened, CheckpointReader) and not is_megatron(options.source)
-    if options.family is not None and form != "hf" and not is_published:
+    if options.family is not None and form != "hf" and not is_published(options, opened):
         yield f"--family {options.family}: published files have one, which are neither read nor written; leave it out"
+    for name in FILES if not _opens_tokenizer(options, form) else ():
+        if (given := getattr(options, name)) is not None:
+            yield f"{_flag(name)} {given}: no tokenizer is opened, one beside the weights is copied; leave it out"
+
+
+def is_published(options: Convert, opened: "TensorReader") -> bool:
+    """Whether the weights that are read are neither a checkpoint of ours nor Megatron's."""
+    from megatron_aquila.checkpoint.megatron import is_megatron
+    from megatron_aquila.checkpoint.store import CheckpointReader
+
+    return not isinstance(opened, CheckpointReader) and not is_megatron(options.source)
+
+
+def _opens_tokenizer(options: Convert, form: str) -> bool:
+    return options.resize_vocab is not None or (form == "hf" and options.tokenizer)
 
 
 def _flag(name: str) -> str:
@@ -205,7 +217,7 @@ def write(options: Convert, model: Model, job: "Job", judge: Judge) -> str:
     """Write, compare and publish; a line on what was compared. Raises CheckpointError or DataError."""
     from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.folders import write_text
-    from megatron_aquila.commands.convert_tokenizer import copy_tokenizer, write_tokenizer
+    from megatron_aquila.commands.convert_tokenizer import ids_alone, put_tokenizer
     from megatron_aquila.commands.model_card import model_card
 
     reader, shape, tokenizer = model.reader, model.shape, model.tokenizer if options.tokenizer else None
@@ -213,16 +225,16 @@ def write(options: Convert, model: Model, job: "Job", judge: Judge) -> str:
     folder = conversion.convert(
         reader, shape, job.target, options.output, dtype=job.dtype, inputs=inputs, workers=options.workers
     )
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, folder, max_length=shape.seq_len)
-    elif options.tokenizer:
-        copy_tokenizer(model.opened, folder)
+    if options.tokenizer:
+        put_tokenizer(tokenizer, model.opened, folder, max_length=shape.seq_len)
     if not options.verify:
         line = "not verified: --no-verify"
-    elif job.unjudged is not None:
-        line = f"logits not compared: in transformers' Llama {job.unjudged}"
-    else:
+    elif job.unjudged is None:
         line = judge(case_of(model, job, folder, tokenizer))
+    else:
+        line = f"logits not compared: in transformers' Llama {job.unjudged}"
+        if tokenizer is not None and model.form == "hf":
+            line = f"{ids_alone(tokenizer, folder, shape.vocab_size)}; {line}"
     line += model.left_out
     if model.form == "hf":
         card = model_card(options.output.name, model.opened, shape, tokenizer, job.dtype, line)
@@ -255,19 +267,18 @@ def inputs_of(model: Model) -> "conversion.Inputs":
 
 
 def tokenizer_of(options: Convert, form: str, reader: "TensorReader", shape: "ModelShape") -> "Tokenizer | None":
-    """The tokenizer to be opened and written anew; None where files beside the weights are copied, or none is wanted.
+    """The tokenizer that is opened; None where files beside the weights are copied unread, or none is wanted.
 
-    Raises CheckpointError where it has more tokens than the model, or none is found.
+    Raises CheckpointError where it has more tokens than the model, or none is found beside what is no published model.
     """
-    from megatron_aquila.checkpoint.store import CheckpointReader
-    from megatron_aquila.generate.tokenizers import FILES, GIVE, open_tokenizer
+    from megatron_aquila.commands.convert_tokenizer import find_tokenizer
+    from megatron_aquila.generate.tokenizers import FILES
 
-    is_export = form == "hf" and options.tokenizer and isinstance(reader, CheckpointReader)
-    if not is_export and options.resize_vocab is None:
+    if not _opens_tokenizer(options, form):
         return None
     given = {name: getattr(options, name) for name in FILES}
-    way_out = f"{GIVE}, or --no-tokenizer to write the weights alone"
-    return open_tokenizer(reader, given, vocab_size=shape.vocab_size, way_out=way_out)
+    is_needed = options.resize_vocab is not None or not is_published(options, reader) or any(given.values())
+    return find_tokenizer(reader, given, vocab_size=shape.vocab_size, is_needed=is_needed)
 
 
 def resized(
@@ -310,6 +321,7 @@ def job_of(options: Convert, model: Model) -> Job:
     from megatron_aquila.checkpoint.families import FAMILIES, family_of_shape
     from megatron_aquila.checkpoint.megatron_form import MegatronForm
     from megatron_aquila.checkpoint.published import GENERATION, SAID, said_by
+    from megatron_aquila.commands.convert_tokenizer import special_ids
     from megatron_aquila.plan.shape import padded_vocab_size
     from megatron_aquila.verify.huggingface import why_unjudged
 
@@ -334,19 +346,6 @@ def job_of(options: Convert, model: Model) -> Job:
         reader, shape, family, dtype=dtype, max_bytes=max_bytes, ids=ids, generation=said.get(GENERATION, {})
     )
     return Job(target=target, dtype=dtype, unjudged=unjudged)
-
-
-def special_ids(said: Mapping[str, Any], tokenizer: "Tokenizer | None") -> "SpecialIds":
-    """Those that the weights came with; what they do not say is the tokenizer's."""
-    from megatron_aquila.checkpoint.llama import SpecialIds
-    from megatron_aquila.checkpoint.published import CONFIG, SPECIAL_IDS
-
-    own = (None,) * 3 if tokenizer is None else (tokenizer.bos, tokenizer.eod, tokenizer.pad)
-    config = said.get(CONFIG, {})
-    bos, eos, pad = (
-        config[name] if config.get(name) is not None else number for name, number in zip(SPECIAL_IDS, own, strict=True)
-    )
-    return SpecialIds(bos=bos, eos=eos, pad=pad)
 
 
 def shard_bytes(text: str) -> int:

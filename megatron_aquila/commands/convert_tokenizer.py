@@ -1,47 +1,111 @@
 """The tokenizer that goes along with converted weights: found, written, and compared with what transformers reads."""
 
 import shutil
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from megatron_aquila.checkpoint.llama import SpecialIds
+from megatron_aquila.checkpoint.published import CONFIG, SPECIAL_IDS
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.data.huggingface_tokenizer import (
     check_aquila_ids,
     check_huggingface_tokenizer,
+    huggingface_settings,
     save_huggingface_tokenizer,
 )
-from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer
-from megatron_aquila.data.tokenizer_extension import save_tokenizer
-from megatron_aquila.generate.tokenizers import tokenizer_beside
+from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, tokenizer_at
+from megatron_aquila.data.tokenizer_files import read_json
+from megatron_aquila.errors import AquilaError, DataError
+from megatron_aquila.generate.tokenizers import GIVE, open_tokenizer, tokenizer_beside
 
-_TEXTS = ("这是一个测试", "Hello world", "[CLS]你好</s>", "### Human: 你好\n", "def f(x):\n\treturn x  # 1 + 1 = 2\n")
+_WAY_OUT = f"{GIVE}, or --no-tokenizer to write the weights alone"
+_SETTINGS = "tokenizer_config.json"
+_FILES = (
+    "tokenizer*", "special_tokens*", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "*.model",
+)  # fmt: skip
+_TEXTS = (
+    "这是一个测试", "Hello world", "[CLS]你好</s>", "### Human: 你好\n", "def f(x):\n\treturn x  # 1 + 1 = 2\n",
+    "", "  indented", "\n a ",
+)  # fmt: skip
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
-    """Beside weights: as transformers reads it, or the SentencePiece model. Raises DataError where it cannot be."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        save_tokenizer(tokenizer, folder)
-    else:
+def find_tokenizer(
+    reader: TensorReader, given: Mapping[str, Path | None], *, vocab_size: int, is_needed: bool
+) -> Tokenizer | None:
+    """The tokenizer of a model with ``vocab_size`` tokens, as ``open_tokenizer``.
+
+    Unless it ``is_needed``, None where none is there, or one that cannot be read here. Raises CheckpointError or
+    DataError else.
+    """
+    try:
+        return open_tokenizer(reader, given, vocab_size=vocab_size, way_out=_WAY_OUT)
+    except AquilaError:
+        if is_needed:
+            raise
+        return None
+
+
+def put_tokenizer(tokenizer: Tokenizer | None, reader: TensorReader, folder: Path, *, max_length: int) -> None:
+    """Beside weights that were written: a publisher's files as they are, where they are of ``tokenizer``, or it is not
+    known; else what transformers reads, written anew. Raises DataError where it cannot be.
+    """
+    beside = tokenizer_beside(reader)
+    source = reader.folder if beside is None else beside
+    if tokenizer is not None and not (is_published(tokenizer, source) and _is_of(tokenizer, source)):
         save_huggingface_tokenizer(tokenizer, folder, max_length=max_length)
+        return
+    for path in (path for pattern in _FILES for path in source.glob(pattern)):
+        if path.is_file() and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
-def copy_tokenizer(reader: TensorReader, folder: Path) -> None:
-    """Tokenizer files beside the weights that were read, to those written. Raises OSError."""
-    source = tokenizer_beside(reader)
-    for pattern in ("tokenizer*", "special_tokens*", "vocab.json", "merges.txt", "*.model"):
-        for path in (reader.folder if source is None else source).glob(pattern):
-            if path.is_file() and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
+def special_ids(said: Mapping[str, Any], tokenizer: Tokenizer | None) -> SpecialIds:
+    """Those that the weights came with; what they do not say is the tokenizer's."""
+    own = (None,) * 3 if tokenizer is None else (tokenizer.bos, tokenizer.eod, tokenizer.pad)
+    config = said.get(CONFIG, {})
+    bos, eos, pad = (
+        config[name] if config.get(name) is not None else number for name, number in zip(SPECIAL_IDS, own, strict=True)
+    )
+    return SpecialIds(bos=bos, eos=eos, pad=pad)
+
+
+def is_published(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Whether the settings beside a tokenizer.json or tokenizer.model are not those that would be written here."""
+    if not (folder / _SETTINGS).is_file():
+        return False
+    found = read_json(folder / _SETTINGS)
+    found.pop("model_max_length", None)  # as long as the model's samples then were
+    return found != huggingface_settings(tokenizer)
+
+
+def _is_of(tokenizer: Tokenizer, folder: Path) -> bool:
+    try:
+        return fingerprint(tokenizer_at(folder)) == fingerprint(tokenizer)
+    except DataError:
+        return False
 
 
 def compare_ids(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> str:
-    """Hold transformers' ids of some texts against ours; a line on it.
+    """Hold transformers' ids of some texts against ours; a line on it, which says where a publisher's files differ.
 
-    A model or tokenizer of Aquila's size must also have Aquila's ids. Raises DataError where they differ.
+    A model or tokenizer of Aquila's size must also have Aquila's ids. Raises DataError where files of ours differ.
     """
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return "tokenizer.model is the tokenizer itself"
+    if is_published(tokenizer, folder):
+        try:
+            check_huggingface_tokenizer(tokenizer, folder, _TEXTS, is_published=True)
+        except DataError as error:
+            return f"the tokenizer's files are the publisher's, and read otherwise here: {error}"
+        return "token ids are equal, the tokenizer's files the publisher's"
     check_huggingface_tokenizer(tokenizer, folder, _TEXTS)
     if AQUILA_VOCAB_SIZE in (vocab_size, tokenizer.vocab_size):
         check_aquila_ids(folder)
     return "token ids are equal"
+
+
+def ids_alone(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> str:
+    """``compare_ids`` where logits are not compared, so that nobody asked for transformers. Raises DataError as it."""
+    if find_spec("transformers") is None:
+        return "token ids not compared: transformers is not installed"
+    return compare_ids(tokenizer, folder, vocab_size)

@@ -101,16 +101,13 @@ def _extend_sentencepiece(base: SentencePieceTokenizer, added: SentencePieceToke
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and its settings, or tokenizer.model, into ``folder``, which is made.
+    """Write the files of ``save_huggingface_tokenizer`` into ``folder``, which is made.
 
     Raises:
         DataError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            (folder / "tokenizer.model").write_bytes(tokenizer.proto)
-            return
     except OSError as error:
         raise DataError(f"{folder}: the tokenizer cannot be written: {error.strerror}") from error
     save_huggingface_tokenizer(tokenizer, folder)

@@ -18,13 +18,13 @@ CONFIG = llama_config(SHAPE, torch.bfloat16, IDS)
 
 
 def test_config_and_shape_are_inverse() -> None:
-    odd = replace(SHAPE, rope_base=5e5, norm_eps=1e-6)
+    odd = replace(SHAPE, rope_base=5e5, norm_eps=1e-6, init_std=0.08)
     linear = replace(SHAPE, rope_scaling="linear", rope_factor=4.0)
     yarn, llama3 = (replace(linear, rope_scaling=kind, rope_trained_len=64) for kind in ("yarn", "llama3"))
     for shape in (SHAPE, odd, linear, yarn, llama3):
         fields = llama_shape_fields(llama_config(shape, torch.float32, IDS))
         assert fields == {name: getattr(shape, name) for name in fields}
-        assert len(fields) == 15
+        assert len(fields) == 16
 
 
 def test_tensors_count_the_parameters() -> None:

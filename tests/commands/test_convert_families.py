@@ -1,6 +1,10 @@
 """Every family into a checkpoint, through Megatron's form, and out again; killed on the way, and taken up."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,7 @@ from tests.checkpoint.plain_networks import (
     folder_of,
 )
 
+ROOT = Path(__file__).parents[2]
 ALIBI = BAICHUAN | {"position_embedding": "alibi"}
 SMALL = ("--shard-size", "0.004MB", "--seq-len", "16")
 MEGATRON = ("--to-format", "megatron", "--tp", "2", "--pp", "2", "--vocab-multiple", "8", "--drop-score-clamp")
@@ -75,6 +80,29 @@ def test_the_order_of_norms_comes_back(tmp_path: Path, config, make) -> None:
     run(tmp_path / "ours", tmp_path / "out", "--no-tokenizer")
     assert json.loads((tmp_path / "out/config.json").read_text())["norm_order"] == "aquila"
     assert model_shape(open_weights(tmp_path / "out")).norm_order == "aquila"
+
+
+@pytest.mark.parametrize(
+    ("config", "make", "said"),
+    [
+        (AQUILA, aquila_files, {"initializer_range": 0.08}),
+        (BAICHUAN, baichuan_files, {"initializer_range": 0.08, "z_loss_weight": 2e-4}),
+    ],
+)
+def test_numbers_of_training_come_back(tmp_path: Path, config, make, said) -> None:
+    (tmp_path / "in").mkdir()
+    source = folder_of(tmp_path / "in", config | said, make())
+    run(source, tmp_path / "ours")
+    run(tmp_path / "ours", tmp_path / "out", "--no-tokenizer")
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert {name: found[name] for name in said} == said
+
+
+def test_through_megatrons_form_the_spread_of_the_first_weights_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    run(folder_of(tmp_path / "in", AQUILA | {"initializer_range": 0.08}, aquila_files()), tmp_path / "mg", *MEGATRON)
+    run(tmp_path / "mg", tmp_path / "out", "--to-format", "hf", "--no-tokenizer", "--no-verify")
+    assert json.loads((tmp_path / "out/config.json").read_text())["initializer_range"] == 0.08
 
 
 def test_through_megatrons_form_and_half_split(aquila: Path, tmp_path: Path) -> None:
@@ -133,6 +161,48 @@ def test_a_killed_conversion_is_taken_up(aquila: Path, tmp_path: Path, monkeypat
     run(aquila, tmp_path / "straight")
     for file in (tmp_path / "straight/step_0000000").iterdir():
         assert (tmp_path / "out/step_0000000" / file.name).read_bytes() == file.read_bytes()
+
+
+KILLS_ITSELF = """
+import os, signal, sys
+from megatron_aquila.checkpoint import conversion
+from megatron_aquila.commands import convert
+
+write, written = conversion.write_tensors, []
+
+def killed(path, *rest):
+    if len(written) == 3:
+        path.write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(path.name)
+    return write(path, *rest)
+
+conversion.write_tensors = killed
+convert.main(sys.argv[1:])
+"""
+
+
+def test_a_process_that_is_killed_leaves_what_the_next_goes_on_with(aquila: Path, tmp_path: Path, monkeypatch) -> None:
+    """SIGKILL: nothing is tidied up, and the lock goes with the process."""
+    command = ["--from", str(aquila), "--to", str(tmp_path / "out"), *SMALL]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.run(
+        [sys.executable, "-c", KILLS_ITSELF, *command], env=os.environ | {"PYTHONPATH": paths}, timeout=300, check=False
+    )
+    assert child.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert len(done := json.loads((tmp_path / "out.tmp/progress.json").read_text())["done"]) == 3
+    again: list[str] = []
+
+    def watched(path: Path, *args, **kwargs):
+        again.append(path.name)
+        return write_tensors(path, *args, **kwargs)
+
+    monkeypatch.setattr(conversion, "write_tensors", watched)
+    run(aquila, tmp_path / "out")
+    assert {Path(name).name for name in done}.isdisjoint(again)
+    run(aquila, tmp_path / "straight")
+    assert (tmp_path / "out/SHA256SUMS").read_text() == (tmp_path / "straight/SHA256SUMS").read_text()
 
 
 @pytest.mark.parametrize("form", [("--to-format", "checkpoint"), MEGATRON])

@@ -12,9 +12,7 @@ from megatron_aquila.data.tokenizer import LibraryTokenizer, Tokenizer, load_tok
 from megatron_aquila.data.tokenizer_extension import extend, old_pieces, save_tokenizer
 from megatron_aquila.data.tokenizer_training import train_tokenizer
 from megatron_aquila.errors import DataError
-
-ENGLISH = ["the sea and the stars of the night", "a sea of stars and the sand"] * 5
-CHINESE = ["海上的星星和海上的月亮", "夜里的海上有星星"] * 5
+from tests.data.sentencepieces import CHINESE, ENGLISH, sentencepieces
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +86,6 @@ def test_what_cannot_be_merged(base: Tokenizer, tmp_path: Path) -> None:
         save_tokenizer(base, tmp_path / "file")
     with pytest.raises(DataError, match=r"there is no tokenizer: no tokenizer.json, tokenizer.model or vocab.json"):
         tokenizer_at(tmp_path / "nowhere")
-
-
-def sentencepieces(folder: Path, texts: list[str], size: int, **settings: object) -> Path:
-    sentencepiece = pytest.importorskip("sentencepiece", reason="an extra (spm)")
-    (folder / "texts").write_text("\n".join(texts * 20), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "texts"),
-        model_prefix=str(folder / "m"),
-        vocab_size=size,
-        byte_fallback=True,
-        minloglevel=3,
-        **{"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False} | settings,
-    )
-    return (folder / "m.model").rename(folder / f"{size}.model")
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
