@@ -17,6 +17,7 @@ from megatron_aquila.checkpoint.llama import llama_tensors
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import convert
+from megatron_aquila.commands.convert_options import Convert
 from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import CheckpointError
@@ -107,7 +108,7 @@ def test_a_folder_that_differs_gets_no_name(checkpoint: Path, tmp_path: Path) ->
         seen.append(folder)
         raise CheckpointError("they differ")
 
-    options = convert.Convert(source=checkpoint, output=tmp_path / "out")
+    options = Convert(source=checkpoint, output=tmp_path / "out")
     with pytest.raises(CheckpointError, match="they differ"):
         convert.convert(options, refuse)
     assert len(seen) == 1
