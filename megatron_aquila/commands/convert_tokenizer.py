@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 
 from megatron_aquila.checkpoint.reader import TensorReader
+from megatron_aquila.data.aquila_tokens import AQUILA_VOCAB_SIZE
 from megatron_aquila.data.huggingface_tokenizer import (
     check_aquila_ids,
     check_huggingface_tokenizer,
     save_huggingface_tokenizer,
 )
 from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer
+from megatron_aquila.data.tokenizer import Tokenizer
 from megatron_aquila.data.tokenizer_extension import save_tokenizer
 from megatron_aquila.generate.tokenizers import tokenizer_beside
 

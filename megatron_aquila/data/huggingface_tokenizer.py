@@ -5,13 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_aquila.data.tokenizer import (
-    AQUILA_GOLDEN_IDS,
-    AQUILA_SPECIAL_TOKENS,
-    AQUILA_VOCAB_SIZE,
-    Tokenizer,
-    library_of,
-)
+from megatron_aquila.data.aquila_tokens import AQUILA_GOLDEN_IDS, AQUILA_SPECIAL_TOKENS, AQUILA_VOCAB_SIZE
+from megatron_aquila.data.tokenizer import Tokenizer, library_of
 from megatron_aquila.errors import DataError
 
 if TYPE_CHECKING:

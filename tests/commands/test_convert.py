@@ -18,7 +18,8 @@ from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import convert
 from megatron_aquila.commands.convert_options import Convert
-from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, load_tokenizer
+from megatron_aquila.data.aquila_tokens import AQUILA_VOCAB_SIZE
+from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.observe.ledger import Ledger
