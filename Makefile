@@ -1,9 +1,11 @@
 # Everything runs in .venv, made by the first command that needs it. PYTHON is the interpreter it is made of;
-# TORCH_SPEC, if set, is what pip installs as torch (see tools/bootstrap.py).
+# TORCH_SPEC, if set, is what pip installs as torch (see tools/bootstrap.py); OLDEST is that of test-oldest, whose
+# Triton's interpreter needs an older NumPy.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= torch==2.11.0 triton==3.6.0 numpy<2.4
 
-.PHONY: quickstart test chaos check clean
+.PHONY: quickstart test test-oldest chaos check clean
 
 quickstart: ## the whole job on this machine's CPU: corpus, tokenizer, train, resume, convert, generate
 	$(PYTHON) tools/bootstrap.py --venv $(VENV) quickstart
@@ -12,6 +14,10 @@ quickstart: ## the whole job on this machine's CPU: corpus, tokenizer, train, re
 test: ## the whole test suite; ARGS goes to pytest
 	$(PYTHON) tools/bootstrap.py --venv $(VENV) dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+test-oldest: ## the suite with the oldest torch that setup.py allows, in an environment of its own; not part of .ci/run
+	TORCH_SPEC="$(OLDEST)" $(PYTHON) tools/bootstrap.py --venv .venv-oldest dev
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(ARGS)
 
 chaos: ## real faults in real runs, for about half an hour; the table goes into docs/reliability.md. ARGS: see --help
 	$(PYTHON) tools/bootstrap.py --venv $(VENV) dev
@@ -22,4 +28,4 @@ check: ## format, lint, types, spelling
 	PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/check.sh
 
 clean: ## the environment and everything built
-	rm -rf $(VENV) build quickstart-out *.egg-info megatron_aquila/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-oldest build quickstart-out *.egg-info megatron_aquila/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -24,7 +24,6 @@ from megatron_aquila.verify.page import write
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
-    "torch",
     "triton",
     "transformers",
     "liger-kernel",
@@ -149,7 +148,8 @@ def _driver() -> Row:
 
 def versions() -> Row:
     """Versions of what the figures depend on; packages that are not installed are left out."""
-    found: Row = {"python": platform.python_version()}
+    # torch's own words: not every wheel's metadata name its build
+    found: Row = {"python": platform.python_version(), "torch": torch.__version__}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

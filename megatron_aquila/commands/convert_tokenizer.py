@@ -9,13 +9,14 @@ from typing import Any
 from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.published import CONFIG, SPECIAL_IDS
 from megatron_aquila.checkpoint.reader import TensorReader
+from megatron_aquila.data.aquila_tokens import AQUILA_VOCAB_SIZE
 from megatron_aquila.data.huggingface_tokenizer import (
     check_aquila_ids,
     check_huggingface_tokenizer,
     huggingface_settings,
     save_huggingface_tokenizer,
 )
-from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, Tokenizer, fingerprint, tokenizer_at
+from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, tokenizer_at
 from megatron_aquila.data.tokenizer_files import read_json
 from megatron_aquila.errors import AquilaError, DataError
 from megatron_aquila.generate.tokenizers import GIVE, open_tokenizer, tokenizer_beside

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING
 import tokenizers
 from tokenizers import processors
 
+from megatron_aquila.data.aquila_tokens import AQUILA_GOLDEN_IDS, AQUILA_SPECIAL_TOKENS, AQUILA_VOCAB_SIZE
 from megatron_aquila.data.sentencepiece_library import library_model
 from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_aquila.data.tokenizer import (
-    AQUILA_GOLDEN_IDS,
-    AQUILA_SPECIAL_TOKENS,
-    AQUILA_VOCAB_SIZE,
-    Tokenizer,
-    library_of,
-)
+from megatron_aquila.data.tokenizer import Tokenizer, library_of
 from megatron_aquila.errors import DataError
 
 if TYPE_CHECKING:

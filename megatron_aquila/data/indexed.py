@@ -11,19 +11,18 @@ import os
 import struct
 from array import array
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from megatron_aquila.data.hashed import HashedFile
 from megatron_aquila.data.manifest import (
     Contents,
-    FileFacts,
     Manifest,
     Origin,
     manifest_path,
@@ -214,7 +213,7 @@ class IndexedDatasetWriter:
         self._temporary = {end: temporary_path(self.prefix, end) for end in ("bin", "idx")}
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = _HashedFile(self._temporary["bin"])
+            self._bin = HashedFile(self._temporary["bin"])
         except OSError as error:
             raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}") from error
 
@@ -275,12 +274,9 @@ class IndexedDatasetWriter:
             self.discard()
         assert ended, f"{self.prefix}: the last document was not ended, at {len(self._lengths)} sequences"
         try:
-            index = _HashedFile(self._temporary["idx"])
-            with index.file:
+            with HashedFile(self._temporary["idx"]) as index:
                 self._write_index(index)
-                index.sync()
-            self._bin.sync()
-            self._bin.file.close()
+            self._bin.close()
             manifest = Manifest(contents=self._contents(index), origin=self.origin)
             store_manifest(self.beside("manifest.json"), manifest)
             remove_manifest(self.prefix)
@@ -300,10 +296,9 @@ class IndexedDatasetWriter:
         """Give up: remove what was written, also what has its name already where ``close`` stopped half-way."""
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # what could not be flushed to a full disk is given up as well
-            self._bin.file.close()
+        self._bin.abandon()
 
-    def _contents(self, index: "_HashedFile") -> Contents:
+    def _contents(self, index: HashedFile) -> Contents:
         return Contents(
             documents=len(self._boundaries) - 1,
             sequences=len(self._lengths),
@@ -353,7 +348,7 @@ class IndexedDatasetWriter:
             self.discard()
             raise DataError(f"{self.prefix}.bin: cannot be written: {error.strerror}; nothing was published") from error
 
-    def _write_index(self, file: "_HashedFile") -> None:
+    def _write_index(self, file: HashedFile) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
         code = CODE_OF_DTYPE[self.dtype]
         file.write(MAGIC + HEADER.pack(VERSION, code, len(lengths), len(self._boundaries)))
@@ -366,26 +361,6 @@ class IndexedDatasetWriter:
         file.write(np.frombuffer(self._boundaries, dtype=np.int64).astype("<i8").data)
         if self._modes is not None:
             file.write(self._modes.tobytes())
-
-
-class _HashedFile:
-    """A file that is written from its first byte to its last, and the hash of what went into it."""
-
-    def __init__(self, path: Path) -> None:
-        self.file: BinaryIO = path.open("wb")
-        self._size, self._digest = 0, hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self.file.write(data)
-        self._digest.update(data)
-        self._size += memoryview(data).nbytes
-
-    def sync(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def facts(self) -> FileFacts:
-        return FileFacts(size=self._size, sha256=self._digest.hexdigest())
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

@@ -4,24 +4,21 @@
 then a line for each shard that was appended. A killed run is continued from there; the folder goes when all is done.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 
 from megatron_aquila.data.filters import SeenHashes
+from megatron_aquila.data.hashed import HashedFile
 from megatron_aquila.data.indexed import CODE_OF_DTYPE, HEADER, MAGIC, VERSION
 from megatron_aquila.data.journal import Appended, Journal, Story
 from megatron_aquila.data.manifest import (
     Contents,
-    FileFacts,
     Manifest,
     Origin,
     manifest_of,
@@ -33,7 +30,6 @@ from megatron_aquila.data.selection import select
 from megatron_aquila.data.shards import BAD, HASHES, META, Counts, Shard, shard_folder
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
-CHUNK: Final = 1 << 22  # bytes that are hashed at once
 BLOCK: Final = 1 << 19  # documents whose part of the index is made at once
 
 
@@ -57,47 +53,6 @@ def final_paths(prefix: str, names: Sequence[str]) -> list[Path]:
     prefixes = [document_prefix(prefix, name) for name in names]
     pairs = [Path(f"{each}.{end}") for each in prefixes for end in ("bin", "idx")]
     return [*pairs, *beside_paths(prefix).values(), *map(manifest_path, prefixes)]
-
-
-class HashedFile:
-    """A file that is written from its first byte to its last, and the hash of all of it.
-
-    ``size`` bytes are kept of what is there already, and hashed again.
-    """
-
-    def __init__(self, path: Path, size: int = 0) -> None:
-        self.path, self.size, self._digest = path, size, hashlib.sha256()
-        self._file: BinaryIO = path.open("r+b" if size > 0 else "wb")
-        self._file.truncate(size)
-        left = size
-        while left > 0 and (data := self._file.read(min(CHUNK, left))):
-            self._digest.update(data)
-            left -= len(data)
-
-    def write(self, data: Any) -> None:
-        """Append bytes or an array's memory."""
-        self._file.write(data)
-        self._digest.update(data)
-        self.size += memoryview(data).nbytes
-
-    def flush(self) -> None:
-        """Hand everything to the system."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Everything is on the disk then."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Let go of the file as it is."""
-        with suppress(OSError):  # what could not be flushed to a full disk is given up
-            self._file.close()
-
-    def facts(self) -> FileFacts:
-        """Size and hash so far."""
-        return FileFacts(size=self.size, sha256=self._digest.copy().hexdigest())
 
 
 class Output:
@@ -305,9 +260,8 @@ class Output:
     def _manifest(self, name: str, largest: int, origin: Origin) -> Manifest:
         tokens = self._files[f"{name}.bin"].facts()
         self._files[f"{name}.lengths"].flush()
-        index = HashedFile(self.folder / f"{name}.idx")
-        sequences = write_index(index, self.folder / f"{name}.lengths", self.dtype)
-        index.close()
+        with HashedFile(self.folder / f"{name}.idx") as index:
+            sequences = write_index(index, self.folder / f"{name}.lengths", self.dtype)
         contents = Contents(
             documents=self._files[f"{name}.lengths"].size // 4,
             sequences=sequences,

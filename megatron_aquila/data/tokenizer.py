@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from megatron_aquila.data.aquila_tokens import AQUILA_SPECIAL_TOKENS, BOS, EOD, PAD
 from megatron_aquila.data.fast_json import loads
 from megatron_aquila.data.manifest import TokenizerFacts
 from megatron_aquila.data.tokenizer_files import (
@@ -27,27 +28,6 @@ from megatron_aquila.data.tokenizer_files import (
 from megatron_aquila.errors import DataError
 
 TokenizerType = Literal["AquilaTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer"]
-PAD: Final = "<|endoftext|>"
-BOS: Final = "[CLS]"
-EOD: Final = "</s>"
-AQUILA_SPECIAL_TOKENS: Final = (
-    "<|startofpiece|>",
-    "<|endofpiece|>",
-    "<|LDWANG|>",
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    BOS,
-    EOD,
-)
-AQUILA_VOCAB_SIZE: Final = 100008  # of Aquila's own tokenizer; the eight special tokens are its last ids
-AQUILA_GOLDEN_IDS: Final = {
-    "这是一个测试": (15128, 5744),
-    "Hello world": (22299, 3117),
-    "There is something wrong, please query again": (4891, 397, 3337, 6689, 12, 8641, 13418, 1989),
-    "请给出10个要到北京旅游的理由。": (1486, 19743, 865, 424, 50927, 2557, 3063, 32345, 278),
-    "### Human: 你好\n": (8090, 16399, 26, 221, 34856, 199),
-}  # what Aquila's own tokenizer makes of these texts
 SPACE: Final = "\u2581"  # what SentencePiece writes for a space
 _NOT_TEXT: Final = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as surrogateescape has them
 _BYTE: Final = re.compile("<0x[0-9A-F]{2}>")

@@ -10,15 +10,9 @@ from typing import Final
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from megatron_aquila.data.aquila_tokens import AQUILA_SPECIAL_TOKENS, PAD
 from megatron_aquila.data.huggingface_tokenizer import huggingface_files
-from megatron_aquila.data.tokenizer import (
-    AQUILA_SPECIAL_TOKENS,
-    PAD,
-    Tokenizer,
-    aquila_tokenizer,
-    build_aquila_tokenizer,
-    library_of,
-)
+from megatron_aquila.data.tokenizer import Tokenizer, aquila_tokenizer, build_aquila_tokenizer, library_of
 from megatron_aquila.errors import DataError
 
 SMALLEST: Final = 1 + 256 + len(AQUILA_SPECIAL_TOKENS)

@@ -5,7 +5,7 @@ interleaved, as in the paper, feature 2i with 2i + 1. The pair i has the angle i
 import torch
 from torch import Tensor
 
-from megatron_aquila.kernels.precision import apply, compute_dtype
+from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.rope_scaling import UNSCALED, Scaling, rope_frequencies
 
 
@@ -42,13 +42,6 @@ def apply_rope(x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved:
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (wide * cos_SBD.unsqueeze(2) + turned * sin_SBD.unsqueeze(2)).to(x_SBND.dtype)
-
-
-def apply_rope_triton(x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, *, interleaved: bool = False) -> Tensor:
-    """``apply_rope`` by our Triton kernel, which reads half of the tables: their halves are the same."""
-    from megatron_aquila.kernels.triton.rope import Rope
-
-    return apply(Rope, x_SBND, cos_SBD, sin_SBD, interleaved)
 
 
 def split_qkv(qkv_SBP: Tensor, *, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -193,17 +193,14 @@ class DistributedOptimizer:
         )
         bucket.begin_publish()
 
-    def wait_for_weights(self, params: Iterable[nn.Parameter] | None = None) -> None:
-        """Wait until ``params`` (None: all) are this step's on every replica. Local; nothing where they already are.
+    def wait_for_weights(self, params: Iterable[nn.Parameter]) -> None:
+        """Wait until ``params`` are this step's on every replica. Local; nothing where they already are.
 
-        Sharded ones are gathered, and stay until others are read; all of them until the next ``step``, or reading. Of
-        those that are not trained there is only the one value.
+        Sharded ones are gathered, and stay until others are read. Of those that are not trained there is only the one
+        value.
         """
-        if params is None:
-            self._gathering.gather_all()
-        trained = None if params is None else [param for param in params if param in self._bucket_of]
-        for bucket in self._buckets if trained is None else [self._bucket_of[param] for param in trained]:
-            if bucket.sharding.weights and trained is not None:
+        for bucket in [self._bucket_of[param] for param in params if param in self._bucket_of]:
+            if bucket.sharding.weights:
                 self._gathering.read(bucket)
             bucket.finish_publish()
 

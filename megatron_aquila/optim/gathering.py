@@ -36,14 +36,6 @@ class Gathering:
         self._hold(bucket)
         bucket.finish_publish()
 
-    def gather_all(self) -> None:
-        """Make all of them whole, until the next read or ``let_go``. Communicates: one all-gather of each other one."""
-        for bucket in self._buckets:
-            bucket.begin_gather()
-        for bucket in self._buckets:
-            bucket.finish_publish()
-        self._whole = [*self._buckets]
-
     def let_go(self) -> None:
         """Forget all that is whole: the shards have changed, or are all that is wanted. Every step begins alike."""
         for bucket in self._whole:

@@ -143,14 +143,12 @@ def _observe_rule(config: RunConfig) -> RankObservation:
         compute_gradients(machine, batches, second)
     else:
         machine.engine(second.loss).evaluate(machine.forward_program(len(batches)), second.weigh(batches))
-    optimizer.wait_for_weights()
-    updated = [_copy(chunk) for info in machine.infos for chunk in param_chunks(info)]
     return RankObservation(
         outputs=outputs,
         loss=first.means(ctx).differentiated,
         gradients=gradients,
         grad_norm=clip.norm.item(),
-        updated={rule: updated},
+        updated={rule: current_weights(machine)},
         next_loss={rule: second.means(ctx).differentiated},
         next_gradients=gradient_chunks(machine, scale=scale) if rule == "sgd" else [],
     )
@@ -170,6 +168,15 @@ def gradient_chunks(machine: Machine, *, scale: float = 1.0) -> list[Chunk]:
         if kind == "grad"
         for chunk in range_chunks(owned, values)
     ]
+
+
+def current_weights(machine: Machine) -> list[Chunk]:
+    """Copies of this rank's rectangles of the weights. Communicates where they are sharded: one is read at a time."""
+    found = list[Chunk]()
+    for info in machine.infos:
+        machine.optimizer.wait_for_weights([info.param])
+        found += map(_copy, param_chunks(info))
+    return found
 
 
 def _copy(chunk: Chunk) -> Chunk:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import preprocess
-from megatron_aquila.data.tokenizer import AQUILA_SPECIAL_TOKENS
+from megatron_aquila.data.aquila_tokens import AQUILA_SPECIAL_TOKENS
 
 SMALL = Path(__file__).parents[1] / "data" / "megatron"
 

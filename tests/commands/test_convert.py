@@ -17,9 +17,11 @@ from megatron_aquila.checkpoint.llama import llama_tensors
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import convert
 from megatron_aquila.commands.convert_judge import Case, judge_in_transformers
+from megatron_aquila.commands.convert_options import Convert
 from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.settings import all_settings, value_of
-from megatron_aquila.data.tokenizer import AQUILA_VOCAB_SIZE, fingerprint, load_tokenizer
+from megatron_aquila.data.aquila_tokens import AQUILA_VOCAB_SIZE
+from megatron_aquila.data.tokenizer import fingerprint, load_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.observe.ledger import Ledger
@@ -111,7 +113,7 @@ def test_a_folder_that_differs_gets_no_name(checkpoint: Path, tmp_path: Path) ->
         seen.append(case.theirs.folder)
         raise CheckpointError("they differ")
 
-    options = convert.Convert(source=checkpoint, output=tmp_path / "out")
+    options = Convert(source=checkpoint, output=tmp_path / "out")
     with pytest.raises(CheckpointError, match="they differ"):
         convert.convert(options, refuse)
     assert len(seen) == 1

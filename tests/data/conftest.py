@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from megatron_aquila.data.tokenizer import AQUILA_SPECIAL_TOKENS, PAD
+from megatron_aquila.data.aquila_tokens import AQUILA_SPECIAL_TOKENS, PAD
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_aquila.data.aquila_tokens import AQUILA_GOLDEN_IDS, AQUILA_SPECIAL_TOKENS
 from megatron_aquila.data.huggingface_tokenizer import (
     check_aquila_ids,
     check_huggingface_tokenizer,
     save_huggingface_tokenizer,
 )
-from megatron_aquila.data.tokenizer import AQUILA_GOLDEN_IDS, AQUILA_SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_aquila.errors import DataError
 
 transformers = pytest.importorskip("transformers")

@@ -10,16 +10,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from megatron_aquila.data.tokenizer import (
-    _PROBE,
-    AQUILA_GOLDEN_IDS,
-    AQUILA_SPECIAL_TOKENS,
-    AQUILA_VOCAB_SIZE,
-    LibraryTokenizer,
-    Tokenizer,
-    fingerprint,
-    load_tokenizer,
-)
+from megatron_aquila.data.aquila_tokens import AQUILA_GOLDEN_IDS, AQUILA_SPECIAL_TOKENS, AQUILA_VOCAB_SIZE
+from megatron_aquila.data.tokenizer import _PROBE, LibraryTokenizer, Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, DataError
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aquila.data.tokenizer import AQUILA_SPECIAL_TOKENS, load_tokenizer
+from megatron_aquila.data.aquila_tokens import AQUILA_SPECIAL_TOKENS
+from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.data.tokenizer_training import Density, measure_density, save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import DataError
 

@@ -377,7 +377,7 @@ def test_a_step_waits_for_nothing(rule: str) -> None:
         torch.autograd.backward([info.param for info in infos], gradients)
         optimizer.reduce_gradients()
         optimizer.step(0.1, optimizer.clip(1.0, loss_scale=2.0))
-        optimizer.wait_for_weights()
+        optimizer.wait_for_weights(info.param for info in infos)
         with pytest.raises(AssertionError, match="the host waits"):
             assert optimizer.applied_steps
 

@@ -15,7 +15,7 @@ from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.verify.pool import WorkerPool
-from tests.optim.toys import give_gradients, toy_infos
+from tests.optim.toys import give_gradients, toy_infos, weights_of
 
 Pools = Callable[[int], WorkerPool]
 ADAMW = AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
@@ -46,8 +46,7 @@ def step(infos: list[ParamInfo], optimizer: DistributedOptimizer, number: int, *
 def state_of(infos: list[ParamInfo], optimizer: DistributedOptimizer) -> dict[str, Tensor]:
     """All that a step changes."""
     found = {f"{kind} {flat.info.name}@{flat.start}": view.clone() for kind, flat, view in optimizer.ranges()}
-    optimizer.wait_for_weights()
-    return found | {info.name: info.param.detach().clone() for info in infos}
+    return found | weights_of(infos, optimizer)
 
 
 def train(dp: int, share: float, dtype: torch.dtype, rule: Rule, settings: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.verify.pool import WorkerPool
-from tests.optim.toys import SHAPES, draw, give_gradients, toy_infos
+from tests.optim.toys import SHAPES, draw, give_gradients, toy_infos, weights_of
 
 Pools = Callable[[int], WorkerPool]
 BUCKETS = {"one": 10**6, "some": 1000, "each": 1}  # bytes
@@ -47,8 +47,7 @@ def train(dp: int, reduction: Reduction, bucket_bytes: int, dtype: torch.dtype =
             give_gradients(infos, step, microbatch)
         optimizer.reduce_gradients()
         optimizer.step(0.1, optimizer.clip(0.0))
-    optimizer.wait_for_weights()
-    return {info.name: info.param.detach().clone() for info in infos}
+    return weights_of(infos, optimizer)
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
@@ -233,7 +232,7 @@ def train_once(dp: int, reduction: Reduction, *, waits: bool = True) -> dict[str
     optimizer.reduce_gradients()
     optimizer.step(0.1, optimizer.clip(0.0))
     if waits:
-        optimizer.wait_for_weights()
+        return weights_of(infos, optimizer)
     return {info.name: info.param.detach().clone() for info in infos}
 
 

@@ -18,7 +18,7 @@ from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.parallel.weight_reads import WeightReads
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.verify.pool import WorkerPool
-from tests.optim.toys import SHAPES, draw, give_gradients, toy_infos, whole
+from tests.optim.toys import SHAPES, draw, give_gradients, toy_infos, weights_of, whole
 
 Pools = Callable[[int], WorkerPool]
 LEVELS = {1: Sharding(), 2: Sharding(gradients=True), 3: Sharding(gradients=True, weights=True)}
@@ -55,8 +55,7 @@ def train(dp: int, level: int, overlap: bool, skip: Sequence[str] = ()) -> tuple
         optimizer.reduce_gradients()
         optimizer.step(0.1, optimizer.clip(1.0))
     shares = {f"{o.info.name}@{o.start}": v.clone() for kind, o, v in optimizer.ranges() if kind == "grad"}
-    optimizer.wait_for_weights()
-    return {info.name: info.param.detach().clone() for info in infos}, shares
+    return weights_of(infos, optimizer), shares
 
 
 def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -131,8 +130,6 @@ def test_weights_have_memory_where_they_are_read_and_next_to_that() -> None:
         there = [bool(bytes_of(bucket.weights)) for bucket in buckets]
         assert there[place]
         assert sum(there) <= MOST_WHOLE
-    optimizer.wait_for_weights()
-    assert all(bytes_of(bucket.weights) for bucket in buckets)
     optimizer.begin_step(1)
     give_gradients(infos, 0)
     optimizer.reduce_gradients()

@@ -15,7 +15,7 @@ from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.params import ParamInfo
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.verify.pool import WorkerPool
-from tests.optim.toys import give_gradients, toy_infos
+from tests.optim.toys import give_gradients, toy_infos, weights_of
 
 Pools = Callable[[int], WorkerPool]
 LEVELS = {1: Sharding(), 2: Sharding(gradients=True), 3: Sharding(gradients=True, weights=True)}
@@ -50,8 +50,7 @@ def train(
         clip = optimizer.clip(max_norm)
         optimizer.step(0.1, clip)
     shares = {f"{o.info.name}@{o.start}": v.clone() for kind, o, v in optimizer.ranges() if kind == "grad"}
-    optimizer.wait_for_weights()
-    return {info.name: info.param.detach().clone() for info in infos}, shares, clip.norm.item()
+    return weights_of(infos, optimizer), shares, clip.norm.item()
 
 
 def apart(ours: Shares, theirs: Shares) -> float:

@@ -1,10 +1,11 @@
 """Parameters to lay out and update, without a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.parallel.params import Constant, ParamInfo, Part
 
 SHAPES = {"matrix": (7, 9), "norm": (33,), "wide": (20, 13), "bias": (5,), "square": (24, 24)}  # 24 * 24: spans shards
@@ -41,3 +42,12 @@ def give_gradients(infos: Sequence[ParamInfo], *seed: int, skip: Sequence[str] =
     by_name = {info.name: info.param for info in infos}
     torch.autograd.backward([by_name[name] for name in grads], list(grads.values()))
     return grads
+
+
+def weights_of(infos: Iterable[ParamInfo], optimizer: DistributedOptimizer) -> dict[str, Tensor]:
+    """Copies of the parameters, read one by one: sharded ones do not stay."""
+    found = {}
+    for info in infos:
+        optimizer.wait_for_weights([info.param])
+        found[info.name] = info.param.detach().clone()
+    return found

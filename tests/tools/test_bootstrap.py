@@ -1,6 +1,7 @@
 """What tools/bootstrap.py decides; the installation itself is what made the environment these tests run in."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def script(path, text):
 )
 def test_which_torch_will_do(bootstrap, version, enough):
     assert bootstrap.is_enough(version) is enough
+
+
+def test_the_oldest_is_what_make_test_oldest_installs_and_setup_allows(bootstrap):
+    oldest = "{}.{}".format(*bootstrap.TORCH_MINIMUM)
+    makefile, setup = (PATH.parents[1].joinpath(name).read_text() for name in ("Makefile", "setup.py"))
+    assert re.search(rf"^OLDEST \?= torch=={oldest}\.0 ", makefile, re.MULTILINE)
+    assert f'"torch>={oldest}"' in setup
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_aquila.checkpoint.layout import Chunk, param_chunks
+from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.config.schema import ModelConfig, RunConfig
 from megatron_aquila.errors import ReplicaError
 from megatron_aquila.optim import buckets
@@ -23,7 +23,14 @@ from megatron_aquila.train.build import Machine
 from megatron_aquila.train.loss import LossSums
 from megatron_aquila.train.step import agree, compute_gradients
 from megatron_aquila.verify.layout import Layout, with_layout
-from megatron_aquila.verify.observe import SOURCES, assemble, build_small, gradient_chunks, machine_batches
+from megatron_aquila.verify.observe import (
+    SOURCES,
+    assemble,
+    build_small,
+    current_weights,
+    gradient_chunks,
+    machine_batches,
+)
 from megatron_aquila.verify.pool import WorkerPool
 from megatron_aquila.verify.shrink import shrink
 from tests.optim.test_reduction import gathered_late
@@ -59,9 +66,7 @@ def two_steps(config: RunConfig) -> tuple[list[Chunk], list[Chunk]]:
         compute(machine)
         gradients = [replace(chunk, tensor=chunk.tensor.clone()) for chunk in gradient_chunks(machine)]
         machine.optimizer.step(0.01, machine.optimizer.clip(0.0))
-    machine.optimizer.wait_for_weights()
-    weights = [chunk for info in machine.infos for chunk in param_chunks(info)]
-    return gradients, [replace(chunk, tensor=chunk.tensor.detach().clone()) for chunk in weights]
+    return gradients, current_weights(machine)
 
 
 def whole(results: list[tuple[list[Chunk], list[Chunk]]]) -> dict[str, Tensor]:
@@ -146,7 +151,7 @@ def events_of(config: RunConfig) -> tuple[list[str], int, dict[str, int]]:
     machine = build_small(config)
     compute(machine)
     machine.optimizer.step(0.01, machine.optimizer.clip(0.0))
-    machine.optimizer.wait_for_weights()
+    machine.optimizer.settle()
     events: list[str] = []
     with told(events), CountCollectives() as counted:
         compute(machine)

@@ -31,6 +31,9 @@ LAYOUTS = [
     Layout(tp=2, sequence=True, pp=2, overlap=True, fused=True),
     Layout(pp=2, dp=2, small_buckets=True),
     Layout(dp=2, zero=3, overlap=True, small_buckets=True),
+    Layout(pp=2, dp=2, zero=3, small_buckets=True, fused=True),  # some ranks have nothing to train
+    Layout(tp=2, sequence=True, dp=2, zero=2, overlap=True, small_buckets=True),
+    Layout(dp=2, zero=3, zero_group=1, overlap=True, small_buckets=True),
 ]
 
 
@@ -53,7 +56,8 @@ def start() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("part", "layout"), [(part, LAYOUTS[0]) for part in PARTS] + [
-    ("embeddings", LAYOUTS[1]), ("vocabulary", LAYOUTS[2]), ("head", LAYOUTS[1]), ("vocabulary", LAYOUTS[3])
+    ("embeddings", LAYOUTS[1]), ("vocabulary", LAYOUTS[2]), ("head", LAYOUTS[1]), ("vocabulary", LAYOUTS[3]),
+    ("embeddings", LAYOUTS[4]), ("norms", LAYOUTS[5]), ("vocabulary", LAYOUTS[6]),
 ], ids=str)  # fmt: skip
 def test_gradients_are_those_of_a_whole_training_and_the_rest_stays(
     pool: Callable[[int], WorkerPool], part: str, layout: Layout

@@ -87,9 +87,8 @@ def drifted(config: RunConfig, rank: int) -> str:
         kinds["weight"][0] += 1
     machine.optimizer.refresh_masters() if config.parallel.zero < 3 else None
     machine.optimizer.step(0.0, machine.optimizer.clip(0.0))
-    machine.optimizer.wait_for_weights()
     try:
-        check_replicated(machine.infos, machine.ctx)
+        check_replicated(machine.infos, machine.ctx, read=lambda one: machine.optimizer.wait_for_weights([one]))
     except ReplicaError as error:
         return str(error)
     return "nothing was seen"

@@ -85,7 +85,9 @@ def test_gathering_all_to_fill_it_would_show() -> None:
 
     def gather_all(self: DistributedOptimizer) -> None:
         settle(self)
-        self.wait_for_weights()
+        for bucket in self._buckets:
+            bucket.begin_gather()
+            bucket.finish_publish()
 
     with mock.patch.object(DistributedOptimizer, "kept_weights", lambda self: gather_all(self) or []):
         assert peaks(CONFIG)["load"] > right + bytes_of_weights(CONFIG) / 2

@@ -1,4 +1,4 @@
-"""Rotary position embedding: of any tensor into a new one, and of a whole q, k, v projection in place."""
+"""Rotary position embedding of a whole q, k, v projection in place, and back."""
 
 from typing import Any
 
@@ -70,31 +70,6 @@ def _turn(
 
 def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-class Rope(torch.autograd.Function):
-    """Out of place: reads ``x``, which may be a view, and writes a new tensor. Saves the tables, nothing of ``x``."""
-
-    @staticmethod
-    def forward(ctx: Any, x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, interleaved: bool) -> Tensor:
-        """``x`` turned."""
-        ctx.save_for_backward(cos_SBD, sin_SBD)
-        ctx.interleaved = interleaved
-        out = torch.empty(x_SBND.shape, dtype=x_SBND.dtype, device=x_SBND.device)
-        return _turn(_side_by_side(x_SBND), out, cos_SBD, sin_SBD, back=False, interleaved=interleaved)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient turned back, into a new tensor: the one that came may have other readers."""
-        cos_SBD, sin_SBD = ctx.saved_tensors
-        out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-        return (
-            _turn(_side_by_side(grad), out, cos_SBD, sin_SBD, back=True, interleaved=ctx.interleaved),
-            None,
-            None,
-            None,
-        )
 
 
 def _heads(qkv_SBP: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -66,7 +66,7 @@ def mutated(folder: Path, name: str, right: str, wrong: str) -> ModuleType:
 
 def put_in(monkeypatch: pytest.MonkeyPatch, mutant: ModuleType, name: str) -> None:
     module = importlib.import_module(f"megatron_aquila.kernels.triton.{name}")
-    for attribute in ("RmsNorm", "AddRmsNorm", "SwiGLU", "Rope", "RopeQkv", "update_"):
+    for attribute in ("RmsNorm", "AddRmsNorm", "SwiGLU", "RopeQkv", "update_"):
         if hasattr(module, attribute):
             monkeypatch.setattr(module, attribute, getattr(mutant, attribute))
 
