@@ -64,7 +64,7 @@ class Convert:
     special_tokens_file: Path | None = None
     """special_tokens.txt"""
     tokenizer_model: Path | None = None
-    """tokenizer.json instead of the three files"""
+    """tokenizer.json, or a SentencePiece model, instead of the three files"""
     norm_order: Literal["aquila", "llama"] | None = None
     """where RMSNorm casts, of weights that do not say; default llama"""
     drop_score_clamp: bool = False

@@ -6,13 +6,12 @@ one that is there. Here a text is changed and cut as SentencePiece does it, and 
 
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer, model_messages
 from megatron_aquila.data.tokenizer import SPACE
 from megatron_aquila.errors import DataError
 
@@ -21,9 +20,9 @@ def library_model(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """The tokenizers library's object with the ids of ``tokenizer``.
 
     Raises:
-        DataError: it is neither a BPE nor a unigram model.
+        DataError: it is neither a BPE nor a unigram model, or protobuf is not installed.
     """
-    pb2: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # its messages are made as it is imported
+    pb2 = model_messages()
     proto, kinds = pb2.ModelProto(), pb2.ModelProto.SentencePiece
     proto.ParseFromString(tokenizer.proto)
     trained, rules = proto.trainer_spec, proto.normalizer_spec

@@ -7,13 +7,14 @@ space before a text. What comes back is then the changed text; ``normalization``
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from megatron_aquila.data.tokenizer import SPACE, Tokenizer
 from megatron_aquila.errors import DataError
 
-_MISSING = "sentencepiece is not installed: pip install 'megatron_aquila[spm]'"
+_MISSING = "sentencepiece or protobuf is not installed: pip install 'megatron_aquila[spm]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +140,11 @@ def from_proto(proto: bytes, *, allow_special_tokens: bool = False) -> SentenceP
         processor=processor,
         proto=proto,
     )
+
+
+def model_messages() -> Any:
+    """The module of the messages that a .model file is made of. Raises DataError where a package is not installed."""
+    try:
+        return import_module("sentencepiece.sentencepiece_model_pb2")  # its messages are made as it is imported
+    except ImportError as error:
+        raise DataError(_MISSING) from error

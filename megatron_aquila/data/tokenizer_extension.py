@@ -2,15 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from megatron_aquila.data.huggingface_tokenizer import save_huggingface_tokenizer
-from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer, from_proto
+from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer, from_proto, model_messages
 from megatron_aquila.data.tokenizer import LibraryTokenizer, Tokenizer
 from megatron_aquila.errors import DataError
 
@@ -78,8 +76,7 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 
 def _extend_sentencepiece(base: SentencePieceTokenizer, added: SentencePieceTokenizer) -> SentencePieceTokenizer:
-    pb2: Any = import_module("sentencepiece.sentencepiece_model_pb2")  # its messages are made as it is imported
-
+    pb2 = model_messages()
     whole, other = pb2.ModelProto(), pb2.ModelProto()
     whole.ParseFromString(base.proto)
     other.ParseFromString(added.proto)

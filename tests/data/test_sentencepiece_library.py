@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,12 @@ def test_ids_and_texts_are_the_models(tmp_path: Path, kind: str) -> None:
             assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids), text
 
 
-def test_what_tokenizer_json_cannot_say(tmp_path: Path) -> None:
+def test_what_tokenizer_json_cannot_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = model(tmp_path, model_type="word", byte_fallback=False, size=20)
     with pytest.raises(DataError, match="has no word for a SentencePiece model of type WORD; only BPE and UNIGRAM"):
+        library_model(words)
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    with pytest.raises(DataError, match=r"protobuf is not installed: pip install 'megatron_aquila\[spm\]'"):
         library_model(words)
 
 
