@@ -104,5 +104,5 @@ def test_the_planned_memory_is_less():
 
     assert "activations 8.1 GiB" in shown()
     assert "activations 5.7 GiB" in shown(recompute="selective")
-    assert "activations 546 MiB" in shown(recompute="full")
+    assert shown(recompute="full").startswith("124.7 GiB"), "when the embedding's gradient is made, no layer is left"
     assert derive(RunConfig(), 1).recompute.at(0, 0).groups == ()
