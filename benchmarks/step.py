@@ -18,6 +18,7 @@ from benchmarks.shapes import TINY_MODELS, model_config
 from megatron_aquila.config.derive import derive, memory_plan
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.plan.flops import flops_per_token, mfu, peak_flops
+from megatron_aquila.train.bubble import run_schedule
 from megatron_aquila.train.env import prepare_environment
 
 Recompute = Literal["none", "selective", "full"]
@@ -193,11 +194,12 @@ def forget(device: torch.device) -> None:
 
 def result(contestant: Contestant, config: RunConfig, device: torch.device) -> dict[str, Any]:
     """Speed, MFU and memory of a contestant, or that its memory ran out."""
-    planned = memory_plan(config, derive(config, 1)).peak().total / 2**30
+    derived = derive(config, 1)
+    planned = memory_plan(config, derived, run_schedule(config, derived)).peak().total / 2**30
     if not contestant.ways:
         return {"error": contestant.error, "planned_gib": planned}
     rate = config.train.global_batch * config.model.seq_len / statistics.median(contestant.seconds)
-    flops = flops_per_token(derive(config, 1).shape)
+    flops = flops_per_token(derived.shape)
     peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if device.type == "cuda" else None
     share = "bf16_equivalent" if config.train.precision == "fp8" else "mfu"
     return {

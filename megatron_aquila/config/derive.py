@@ -11,9 +11,9 @@ from megatron_aquila.plan.layout import layout_layers
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.recompute import MODULES, RecomputePlan, per_stage, plan_recompute
 from megatron_aquila.plan.shape import NEEDS_TRAINED_LEN, ModelShape, ffn_size, padded_vocab_size
-from megatron_aquila.plan.sharding import Order
 from megatron_aquila.plan.stages import FIXED_CHUNKS, StagePlan, plan_stages
 from megatron_aquila.plan.traffic import TrafficPlan
+from megatron_aquila.plan.work import Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,20 +153,16 @@ def full_microbatches(derived: Derived) -> int:
     return derived.batches.num_microbatches(derived.batches.global_batch)
 
 
-def memory_plan(
-    config: RunConfig, derived: Derived, order: Order | None = None, *, micro_batch: int | None = None
-) -> MemoryPlan:
-    """The memory estimate, at the run's full batch, of replicas that compute ``micro_batch`` samples at once.
-
-    By default of those that compute the most. With ``--zero 2`` or 3 of a run whose work has this ``order``.
+def memory_plan(config: RunConfig, derived: Derived, order: Order, *, micro_batch: int | None = None) -> MemoryPlan:
+    """The memory estimate, of a step whose work has this ``order``, of replicas that compute ``micro_batch`` samples at
+    once. By default of those that compute the most.
     """
     return MemoryPlan(
         shape=derived.shape,
         grid=derived.grid,
         stages=derived.stages,
         micro_batch=max(derived.batches.micro_batches) if micro_batch is None else micro_batch,
-        num_microbatches=full_microbatches(derived),
-        schedule=config.parallel.schedule,
+        order=order,
         sequence_parallel=config.parallel.sequence,
         context_method=config.parallel.context_method,
         precision=config.train.precision,
@@ -184,7 +180,6 @@ def memory_plan(
         offload_activations=config.train.offload_activations,
         pinned=config.train.device != "cpu",
         zero=config.parallel.zero,
-        order=order,
     )
 
 

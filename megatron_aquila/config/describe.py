@@ -10,8 +10,8 @@ from megatron_aquila.config.settings import all_settings, spell, value_of
 from megatron_aquila.plan.flops import flops_per_token, num_params
 from megatron_aquila.plan.memory import Memory
 from megatron_aquila.plan.offload import HostMemory
-from megatron_aquila.plan.sharding import Order
 from megatron_aquila.plan.stages import idle_share
+from megatron_aquila.plan.work import Order
 
 GIB, MIB = 2**30, 2**20
 RECORDED = "forward, backward and reduction of a step as one CUDA graph, once they are warm; the update apart"
@@ -27,13 +27,11 @@ def setting_rows(loaded: LoadedConfig, *, changed_only: bool = False) -> list[tu
     return rows
 
 
-def derived_rows(
-    config: RunConfig, derived: Derived, order: Order | None = None, *, bubble: float
-) -> list[tuple[str, str]]:
+def derived_rows(config: RunConfig, derived: Derived, order: Order, *, bubble: float) -> list[tuple[str, str]]:
     """``(what, words)``: layout, sizes, FLOPs, batch, stages, bubble and memory that follow from the settings.
 
     ``bubble`` is the share of a step that ranks wait; the pipeline's simulator knows it. ``order`` of the step's work
-    is what its schedule says; with sharded gradients the memory follows from it.
+    is what its schedule says; the memory follows from it.
     """
     grid, shape = derived.grid, derived.shape
     tokens = config.train.train_samples * shape.seq_len
@@ -58,7 +56,7 @@ def derived_rows(
     ]
 
 
-def memory_rows(config: RunConfig, derived: Derived, order: Order | None = None) -> list[tuple[str, str]]:
+def memory_rows(config: RunConfig, derived: Derived, order: Order) -> list[tuple[str, str]]:
     """Estimated memory, by purpose, a line for each pipeline rank and each size of micro-batch.
 
     One more for each pipeline rank whose host has some of it.

@@ -72,7 +72,8 @@ class WeightGradQueue:
         if not weight.requires_grad:
             return None
         if self._open is not None:
-            self._open.append(lambda: self._accumulate(weight, grad_y, x, products))
+            values = x.data  # what autograd saved has its graph, which holds what a recomputed layer began with
+            self._open.append(lambda: self._accumulate(weight, grad_y, values, products))
             return None
         if weight in self._main_grads:
             self._accumulate(weight, grad_y, x, products)
@@ -110,8 +111,9 @@ class WeightGradQueue:
 
     def pay(self, key: Hashable) -> None:
         """Accumulate what is owed as ``key``, as its backward would have done. Communicates as ``gradient``."""
-        for job in self._owed.pop(key):
-            job()
+        jobs = self._owed.pop(key)
+        while jobs:
+            jobs.pop(0)()  # with the job go its operands
 
     @property
     def owed(self) -> list[Hashable]:

@@ -12,12 +12,12 @@ from megatron_aquila.plan.shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Divided:
-    """Bytes that layers keep of one microbatch: ``here``, on the device, from forward to backward; ``away``, on the
-    host, in buffers of ``taken`` bytes; and ``passing``, of those away, what the device holds beside ``here`` while
-    layers are at work.
+    """Bytes that layers keep of one microbatch: ``by_layer``, on the device, from forward to backward; ``away``, on the
+    host, in buffers of ``taken`` bytes; and ``passing``, of those away, what the device holds beside them while layers
+    are at work. What is kept of a group that is recomputed counts as its first layer's.
     """
 
-    here: int
+    by_layer: tuple[int, ...]
     away: int
     taken: int
     passing: int
@@ -46,17 +46,19 @@ class LayerActivations:
         own leave, these; and those of the last before it that leave, on their way to the host or back.
         """
         rest = num_layers - sum(recompute.groups)
+        sizes = [*recompute.groups, *(1 for _ in range(rest))]
         units = [*(self.hidden for _ in recompute.groups), *(self.layer(recompute.modules) for _ in range(rest))]
         chosen = spread(len(units), self.offloaded)
         leaves = [size * (unit in chosen) for unit, size in enumerate(units)]
-        here = list(accumulate(size - left for size, left in zip(units, leaves, strict=True)))
+        stays = [size - left for size, left in zip(units, leaves, strict=True)]
+        here = list(accumulate(stays))
         last, most = 0, 0
         for unit, left in enumerate(leaves):
             most = max(most, here[unit] + left + last)
             last = left if unit in chosen else last
-        kept = here[-1] if here else 0
+        by_layer = [of for stay, size in zip(stays, sizes, strict=True) for of in (stay, *(0 for _ in range(size - 1)))]
         taken = sum(pinned_bytes(left) if self.pinned else left for left in leaves)
-        return Divided(here=kept, away=sum(leaves), taken=taken, passing=max(0, most - kept))
+        return Divided(tuple(by_layer), away=sum(leaves), taken=taken, passing=max(0, most - sum(stays)))
 
     def layer(self, modules: frozenset[Module] = NO_MODULES) -> int:
         """Bytes that autograd keeps of one layer and microbatch, less the outputs of ``modules``.

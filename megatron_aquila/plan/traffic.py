@@ -16,8 +16,9 @@ from megatron_aquila.plan.offload import on_host
 from megatron_aquila.plan.recompute import KEEP_ALL, RecomputePlan
 from megatron_aquila.plan.sequence import ContextMethod, num_shared_heads
 from megatron_aquila.plan.shape import ModelShape, Precision
-from megatron_aquila.plan.sharding import Order, ShardedMatrices
+from megatron_aquila.plan.sharding import calls
 from megatron_aquila.plan.stages import StagePlan
+from megatron_aquila.plan.work import Order, Passes
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "receive", "to host", "from host"]
 GroupName = Literal["tp", "cp", "pp", "dp_cp", "shards", "copies", "world", "host"]
@@ -225,19 +226,17 @@ class TrafficPlan:
             yield from ((1, 1) for _ in buckets)
             return
         assert self.order is not None, f"the order of work decides what --zero {self.zero} communicates"
-        matrices = ShardedMatrices(
+        passes = Passes(
             stages=self.stages,
-            buckets=[bucket for bucket in buckets if bucket.decays],
-            num_pieces=self.grid.num_pieces(in_rank_order=self.deterministic_reduce),
             recompute=self.recompute,
             keeps_logits=self.loss_chunk_tokens == 0,
             fuse_main_grads=self.fuse_main_grads,
-            overlap=self.overlap,
         )
-        passes = self.order[pp_rank]
-        reductions = iter(matrices.reduced(passes).times)
-        gathers = iter(matrices.gathered(passes).times if self.zero == 3 else [1] * len(matrices.buckets))
-        yield from ((next(reductions), next(gathers)) if bucket.decays else (1, 1) for bucket in buckets)
+        works = ((stage, work) for op, stage, m in self.order[pp_rank] for work in passes.works(op, stage, m))
+        times = calls(works, [bucket for bucket in buckets if bucket.decays], overlap=self.overlap)
+        for bucket in buckets:
+            reductions, gathers = next(times) if bucket.decays else (1, 1)
+            yield reductions, gathers if self.zero == 3 else 1
 
     def _host(self, pp_rank: int) -> Iterator[Traffic]:
         """The shards that are updated on the host: their gradients go there, and their weights come back."""

@@ -1,10 +1,9 @@
-from dataclasses import replace
-
 import pytest
 
-from megatron_aquila.config.derive import derive, memory_plan, model_shape, rank_grid
+from megatron_aquila.config.derive import derive, full_microbatches, memory_plan, model_shape, rank_grid
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.train.bubble import run_schedule
 
 
 def test_the_default_model_is_the_7b():
@@ -37,7 +36,7 @@ def test_stages_batches_and_memory_follow():
     assert [len(layers) for layers in derived.stages.layers] == [20, 12]
     assert derived.batch_at(0) == (4, 1)
     assert derived.batch_at(31) == (16, 4)
-    plan = memory_plan(config, derived)
-    assert (plan.num_microbatches, plan.micro_batch, plan.grid) == (4, 2, derived.grid)
-    gpipe = replace(config, parallel=replace(config.parallel, schedule="gpipe"))
-    assert memory_plan(gpipe, derived).in_flight(0) == 4
+    order = run_schedule(config, derived)
+    assert full_microbatches(derived) == 4 == sum(op == "F" for op, _, _ in order[0])
+    plan = memory_plan(config, derived, order)
+    assert (plan.order, plan.micro_batch, plan.grid) == (order, 2, derived.grid)

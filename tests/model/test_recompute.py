@@ -23,6 +23,7 @@ from megatron_aquila.model.init import initialize_
 from megatron_aquila.model.recompute import _Run, feed
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.placement import Placement
+from megatron_aquila.pipeline.schedules import build_schedule
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
 from megatron_aquila.plan.recompute import KEEP_ALL, MODULES, Kind, RecomputePlan, plan_recompute
@@ -284,11 +285,11 @@ def kept_of_two_layers(
             grid=RankGrid(pp=3),
             stages=plan,
             micro_batch=2,
-            num_microbatches=1,
+            order=build_schedule("1f1b", 3, 1, 1),
             precision=precision,
             recompute=recompute,
         )
-        planned.append(memory.of_rank(1).activations)
+        planned.append(memory.activations_of_rank(1))
     return measured[1] - measured[0], planned[1] - planned[0]
 
 

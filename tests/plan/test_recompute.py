@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_aquila.pipeline.schedules import build_schedule
 from megatron_aquila.plan.flops import attention_flops, flops_per_token, head_flops, layer_matmul_params
 from megatron_aquila.plan.grid import RankGrid
 from megatron_aquila.plan.memory import MemoryPlan
@@ -131,10 +132,16 @@ def test_microbatches_count_by_their_share():
     assert (found.linears, found.attention) == (whole.linears / 2, whole.attention / 2)
 
 
-def memory(recompute, **settings):
-    defaults = {"micro_batch": 1, "num_microbatches": 32, "sequence_parallel": True, "stages": STAGES}
-    settings = defaults | settings
-    return MemoryPlan(shape=AQUILA_34B, grid=RankGrid(tp=4, pp=4), recompute=recompute, **settings)
+def memory(recompute, *, schedule="1f1b", microbatches=32):
+    return MemoryPlan(
+        shape=AQUILA_34B,
+        grid=RankGrid(tp=4, pp=4),
+        stages=STAGES,
+        micro_batch=1,
+        order=build_schedule(schedule, 4, microbatches, 1),
+        sequence_parallel=True,
+        recompute=recompute,
+    )
 
 
 def test_memory_counts_the_microbatches_that_are_there_at_once():
@@ -143,26 +150,26 @@ def test_memory_counts_the_microbatches_that_are_there_at_once():
     one = tokens * AQUILA_34B.hidden_size * 2 // 4  # a layer's input, in bf16, of one tensor rank
     rope = tokens * 2 * AQUILA_34B.head_dim * 4
     first = 15 * one + rope + 9 * tokens  # and the embedding's rows and which of them are here
-    assert full.of_rank(0).activations == 4 * first
+    assert full.activations_of_rank(0) == 4 * first
     last_norm_and_loss = 2 * one + tokens // 4 * 4 + tokens * 4  # and each token's weight in the loss
-    assert full.of_rank(3).activations == 13 * one + rope + last_norm_and_loss
-    layer = (none.of_rank(2).activations // 2 - rope) // 16
+    assert full.activations_of_rank(3) == 13 * one + rope + last_norm_and_loss
+    layer = (none.activations_of_rank(2) // 2 - rope) // 16
     assert full.of_rank(2).temporaries - none.of_rank(2).temporaries == layer
     # The first three microbatches recompute, all others keep: of the four at once on stage 0 at most four keep.
     ends = RecomputePlan(((full.recompute.at(0, 0),) * 3 + (NOTHING,),) * 4)
-    assert memory(ends).of_rank(0).activations == none.of_rank(0).activations
-    only_four = memory(ends, num_microbatches=4).of_rank(0).activations
-    assert only_four == 3 * first + none.of_rank(0).activations // 4
+    assert memory(ends).activations_of_rank(0) == none.activations_of_rank(0)
+    only_four = memory(ends, microbatches=4).activations_of_rank(0)
+    assert only_four == 3 * first + none.activations_of_rank(0) // 4
 
 
 def test_an_owed_weight_gradient_keeps_what_recomputation_had_saved():
     """tests/verify/test_dry.py holds the bytes against traced steps."""
 
     def of_one(kind, stage):
-        return memory(plan_recompute(STAGES, kind=kind), num_microbatches=1).of_rank(stage).activations
+        return memory(plan_recompute(STAGES, kind=kind), microbatches=1).activations_of_rank(stage)
 
     full = memory(plan_recompute(STAGES, kind="full"), schedule="zb-h1")
     for stage in range(4):
         whole, light = of_one("none", stage), of_one("full", stage)
-        owed = full.of_rank(stage).activations - (4 - stage) * light
+        owed = full.activations_of_rank(stage) - (4 - stage) * light
         assert stage * whole < owed < (stage + 1) * 2 * whole

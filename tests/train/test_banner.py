@@ -15,6 +15,7 @@ from megatron_aquila.errors import AquilaError, ConfigError
 from megatron_aquila.observe.log import Log
 from megatron_aquila.plan.recompute import Kind
 from megatron_aquila.train import banner
+from megatron_aquila.train.bubble import run_schedule
 
 CONFIG = RunConfig(
     model=ModelConfig(num_layers=6, hidden_size=64, num_heads=4),
@@ -58,8 +59,9 @@ def test_each_rank_s_own_stages_and_micro_batch_must_fit_its_own_device(monkeypa
     train = replace(CONFIG.train, micro_batch_per_dp=(6, 2))
     config = replace(CONFIG, parallel=replace(CONFIG.parallel, stage_layers=(5, 1)), train=train)
     derived = derive(config, 8)
+    order = run_schedule(config, derived)
     needs = {
-        rank: memory_plan(config, derived, micro_batch=(6, 2)[place["dp"]]).of_rank(place["pp"]).total
+        rank: memory_plan(config, derived, order, micro_batch=(6, 2)[place["dp"]]).of_rank(place["pp"]).total
         for rank in range(8)
         if (place := derived.grid.coords(rank))
     }

@@ -64,7 +64,7 @@ def test_bytes_on_both_sides_and_between_them_are_what_the_plan_says(share: floa
             optimizer.begin_step(1)
             optimizer.reduce_gradients()
             optimizer.step(0.1, optimizer.clip(1.0))
-    plan = replace(memory_plan(config, derived), pinned=False)
+    plan = replace(memory_plan(config, derived, run_schedule(config, derived)), pinned=False)
     here, host = plan.of_rank(0), plan.host_of_rank(0)
     assert bytes_of(there) == host.total
     kept = here.weights + here.main_grads + here.master_weights + here.optimizer_states
@@ -76,7 +76,8 @@ def test_bytes_on_both_sides_and_between_them_are_what_the_plan_says(share: floa
 def test_what_travels_is_pinned_in_powers_of_two() -> None:
     config = offloaded(0.3)
     derived = derive(config, WORLD)
-    pinned = memory_plan(config, derived)
+    order = run_schedule(config, derived)
+    pinned = memory_plan(config, derived, order)
     sizes = pinned._offloaded(0)
     expected = replace(
         replace(pinned, pinned=False).host_of_rank(0),
@@ -85,19 +86,22 @@ def test_what_travels_is_pinned_in_powers_of_two() -> None:
     )
     assert pinned.host_of_rank(0) == expected
     on_cpus = replace(config, train=replace(config.train, device="cpu"))
-    assert memory_plan(on_cpus, derived) == replace(pinned, pinned=False)
-    assert pinned.host_of_rank(0).total > memory_plan(on_cpus, derived).host_of_rank(0).total, "the test can fail"
+    assert memory_plan(on_cpus, derived, order) == replace(pinned, pinned=False)
+    assert pinned.host_of_rank(0).total > memory_plan(on_cpus, derived, order).host_of_rank(0).total, (
+        "the test can fail"
+    )
 
 
 def test_the_plan_tells_of_the_host() -> None:
     config = offloaded(1.0)
     derived = derive(config, WORLD)
-    rows = dict(derived_rows(config, derived, bubble=0.0))
+    order = run_schedule(config, derived)
+    rows = dict(derived_rows(config, derived, order, bubble=0.0))
     assert "master weights" not in rows["memory, pp rank 0"]
     assert "optimizer states" not in rows["memory, pp rank 0"]
     assert "optimizer states" in rows["host memory, pp rank 0"]
-    kinds = [row[1] for row in traffic_rows(config, derived, run_schedule(config, derived))[1] if row[2] == "host 1"]
+    kinds = [row[1] for row in traffic_rows(config, derived, order)[1] if row[2] == "host 1"]
     assert kinds == ["to host", "from host"]
     plain = offloaded(0.0)
-    assert not any("host" in name for name, _ in derived_rows(plain, derived, bubble=0.0))
-    assert memory_plan(plain, derived).host_of_rank(0).total == 0
+    assert not any("host" in name for name, _ in derived_rows(plain, derived, order, bubble=0.0))
+    assert memory_plan(plain, derived, order).host_of_rank(0).total == 0

@@ -9,6 +9,7 @@ from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive, memory_plan, traffic_plan
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import ConfigError
+from megatron_aquila.train.bubble import run_schedule
 from megatron_aquila.train.build import plan_work
 from megatron_aquila.verify.dry import CallRecorder, StorageTracker, dry_batch, dry_machine, dry_step, fake_world
 from tests.plan.calls import as_planned, counted
@@ -32,7 +33,8 @@ def gibibytes(
     config: RunConfig, world: int, micro_batch: int | None = None, ranks: Sequence[int] = range(4)
 ) -> list[float]:
     """What the plan of each of these pipeline ranks needs."""
-    plan = memory_plan(config, derive(config, world), micro_batch=micro_batch)
+    derived = derive(config, world)
+    plan = memory_plan(config, derived, run_schedule(config, derived), micro_batch=micro_batch)
     return [plan.of_rank(rank).total / 2**30 for rank in ranks]
 
 
@@ -96,5 +98,6 @@ def test_a_replica_s_calls_and_bytes_are_those_of_its_own_micro_batch(dp_rank: i
         groups = {name: getattr(machine.ctx, name).ranks for name in ("tp", "dp_cp", "world", "pp")}
     planned = traffic_plan(config, derived, micro_batch=size).of_rank(1)
     assert counted(recorder.calls, groups["pp"]) == as_planned(planned, groups)
-    memory = memory_plan(config, derived, micro_batch=size).of_rank(1).total
+    order = run_schedule(config, derived)
+    memory = memory_plan(config, derived, order, micro_batch=size).of_rank(1).total
     assert storages.peak <= memory <= 1.02 * storages.peak

@@ -40,14 +40,15 @@ def test_a_step_of_the_34b_in_groups_of_eight(sharding: dict[str, int]) -> None:
     memory = memory_plan(config, derived, order).of_rank(PP_RANK)
     assert kept["master"] == memory.master_weights
     assert kept["exp_avg"] + kept["exp_avg_sq"] == memory.optimizer_states
-    assert peak <= memory.total <= 1.1 * peak
+    assert peak * (1 - 1e-4) <= memory.total <= 1.02 * peak
 
 
 def test_a_group_of_eight_holds_four_times_the_shards_of_all() -> None:
     def memory(group: int | None) -> Memory:
         config = one_step("aquila2-34b")
         config = replace(config, parallel=replace(config.parallel, zero_group=group))
-        return memory_plan(config, derive(config, WORLD)).of_rank(PP_RANK)
+        derived = derive(config, WORLD)
+        return memory_plan(config, derived, run_schedule(config, derived)).of_rank(PP_RANK)
 
     whole, cut = memory(None), memory(GROUP)
     assert (cut.weights, cut.main_grads) == (whole.weights, whole.main_grads), "buckets are padded alike"
