@@ -137,11 +137,7 @@ def build_machine(
         sharding=Sharding(gradients=config.parallel.zero >= 2, weights=config.parallel.zero >= 3),
         offload=offload(config.optim, kernels, ctx),
     )
-    if config.parallel.zero >= 3:
-        placement.weight_reads.announce_to(lambda weight: optimizer.wait_for_weights([weight]))
-    if config.parallel.fuse_main_grads:
-        placement.weight_grads.accumulate_into(optimizer.main_grads())
-    wait_before_forward(stages.values(), optimizer)
+    connect(config.parallel, placement, stages.values(), optimizer)
     plan = plan_work(config, derived, ctx.pp.rank)
     return Machine(
         config=config,
@@ -262,6 +258,17 @@ def offload(optim: OptimConfig, kernels: Kernels, ctx: ParallelContext) -> Offlo
 def host_activations(train: TrainConfig, device: torch.device) -> HostActivations | None:
     """Where the activations of so many layers wait for their backward: on the host; None where all stay."""
     return HostActivations(device, wanted=train.offload_activations) if train.offload_activations > 0 else None
+
+
+def connect(
+    parallel: ParallelConfig, placement: Placement, stages: Iterable[nn.Module], optimizer: DistributedOptimizer
+) -> None:
+    """Let the layers wait for the optimizer's weights, and hand it their gradients."""
+    if parallel.zero >= 3:
+        placement.weight_reads.announce_to(lambda weight: optimizer.wait_for_weights([weight]))
+    if parallel.fuse_main_grads:
+        placement.weight_grads.accumulate_into(optimizer.main_grads())
+    wait_before_forward(stages, optimizer)
 
 
 def step_runner(train: TrainConfig, device: torch.device, optimizer: DistributedOptimizer) -> Runner:

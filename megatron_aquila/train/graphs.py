@@ -87,8 +87,9 @@ class Recorded:
 class StepGraph:
     """A ``Runner`` that records a step once it is warm, and replays that for all further steps.
 
-    One of another number of microbatches is recorded in its place: batches grow, and seldom shrink again. Before each
-    step ``settle`` waits for what is under way on the device, which no recording may wait for.
+    One of another number of microbatches is recorded in its place, since batches grow and seldom shrink again; the old
+    one goes after that, as both have the same memory. Before each step ``settle`` waits for what is under way on the
+    device, which no recording may wait for.
     """
 
     def __init__(self, capture: Capture, *, settle: Callable[[], None], warm_up: int = WARM_UP) -> None:
@@ -104,7 +105,6 @@ class StepGraph:
             return
         recorded = self._recorded
         if recorded is None or len(recorded.batches) != len(batches):
-            self._recorded = None  # its memory serves the next one
             recorded = self._recorded = self._record(work, batches, sums)
         recorded.run(batches, sums)
 

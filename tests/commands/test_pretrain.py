@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_aquila.commands import doctor, pretrain
 from megatron_aquila.train import run
@@ -39,6 +40,14 @@ def test_a_run_leaves_its_folder_free_and_its_trail_ended(flags: list[str], tmp_
     told = capsys.readouterr().out
     assert "1 of 1 ranks in step 3 (end)" in told
     assert "the run has ended in order" in told
+
+
+def test_steps_are_not_recorded_where_no_gpu_is(flags: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pretrain.main([*flags, "--cuda-graph"]) != 0
+    assert "--cuda-graph: the CPU launches no kernels" in capsys.readouterr().err
+    assert pretrain.main([*flags, "--device", "auto", "--cuda-graph"]) != 0
+    assert "--cuda-graph: no GPU is here; leave it out" in capsys.readouterr().err
 
 
 def test_a_second_run_is_refused_before_it_writes_anything(flags: list[str], tmp_path: Path, capsys: Any) -> None:
