@@ -2,10 +2,10 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -166,7 +166,7 @@ def _shown(options: PreprocessOptions) -> Iterator[Callable[[Progress], None]]:
             nonlocal shown
             if (done.counts.documents - done.resumed.documents) // options.log_interval > shown:
                 shown = (done.counts.documents - done.resumed.documents) // options.log_interval
-                print(_rate(done), flush=True)
+                print(progress_line(done), flush=True)
 
         yield report
         return
@@ -178,18 +178,21 @@ def _shown(options: PreprocessOptions) -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("starting", total=None)
 
         def move(done: Progress) -> None:
-            bar.update(task, total=done.total_file_bytes, completed=done.file_bytes, description=_rate(done))
+            bar.update(task, total=done.total_file_bytes, completed=done.file_bytes, description=progress_line(done))
 
         yield move
 
 
+def progress_line(done: Progress) -> str:
+    """What is done, how fast, and how long the rest takes at that speed."""
+    left = done.seconds_left
+    return _rate(done) if left is None else f"{_rate(done)}, {timedelta(seconds=round(left))} left"
+
+
 def _rate(done: Progress) -> str:
-    counts, left = done.counts, done.seconds_left
-    time_left = "" if left is None else f", {time.strftime('%H:%M:%S', time.gmtime(left))} left"
-    return (
-        f"{counts.documents:,} documents, {counts.tokens / 1e6:,.1f} M tokens, {counts.num_bytes / 1e6:,.1f} MB "
-        f"({done.bytes_per_second / 1e6:,.1f} MB/s{time_left})"
-    )
+    counts, speed = done.counts, done.bytes_per_second / 1e6
+    amounts = f"{counts.documents:,} documents, {counts.tokens / 1e6:,.1f} M tokens, {counts.num_bytes / 1e6:,.1f} MB"
+    return f"{amounts} ({speed:,.1f} MB/s)"
 
 
 def usable_cores() -> int:
