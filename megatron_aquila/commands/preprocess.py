@@ -1,6 +1,7 @@
 """``aquila preprocess``: text to the .bin/.idx files a run trains on. Megatron-LM's and FlagScale's flags."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.data.encoders import Backend
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.inputs import InputFormat, TextDocuments
+from megatron_aquila.data.output import document_prefix
 from megatron_aquila.data.preprocess import Done, Engine, PreprocessSettings, Progress, preprocess
 from megatron_aquila.data.records import MAX_DOCUMENT_BYTES, ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
@@ -208,4 +210,17 @@ def _summary(settings: PreprocessSettings, done: Done) -> str:
     dtype = next(iter(done.manifests.values())).contents.dtype
     meta = f", {settings.prefix}.meta.jsonl" if settings.read.keep_meta else ""
     files = ", ".join(f"{prefix}.bin/.idx/.manifest.json" for prefix in done.manifests)
-    return f"{_rate(done.progress)} in {done.progress.seconds:.1f} s{skipped}{left_out}\nwrote {files}{meta} ({dtype})"
+    told = f"{_rate(done.progress)} in {done.progress.seconds:.1f} s{skipped}{left_out}\nwrote {files}{meta} ({dtype})"
+    return "\n".join([told, *(f"when all parts are there: {line}" for line in merging(settings))])
+
+
+def merging(settings: PreprocessSettings) -> list[str]:
+    """The command that joins the parts of each key; none where there are no parts. Names sort as parts are numbered."""
+    if settings.shard is None:
+        return []
+    whole, parts = shlex.quote(settings.output_prefix), shlex.quote(f"{settings.output_prefix}_shard")
+    parts += f"?????of{settings.shard[1]:05d}"
+    return [
+        f"aquila data merge {document_prefix(whole, name)} {document_prefix(parts, name)}.idx"
+        for name in map(shlex.quote, settings.names)
+    ]
