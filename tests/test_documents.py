@@ -203,6 +203,13 @@ def test_the_readme_leads_to_every_page() -> None:
     assert "docs/getting-started_zh.md" in links(read("README_zh.md"))
 
 
+def test_every_experiment_says_what_was_expected_measured_and_kept() -> None:
+    rows = [line.strip("| ").split(" | ") for line in read("docs/log.md").splitlines() if line.startswith("| ")]
+    assert rows[0] == ["tried", "expected", "measured", "kept"]
+    assert len(rows) > 30
+    assert [row for row in rows if len(row) != 4 or "" in row or "expected: " in row[2]] == []
+
+
 def test_every_extra_is_in_the_table() -> None:
     extras = set(re.findall(r'^        "([a-z-]+)": \[', read("setup.py"), re.MULTILINE))
     table = re.findall(r"^\| (`.*?) \|", read("docs/getting-started.md"), re.MULTILINE)
