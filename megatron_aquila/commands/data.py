@@ -152,7 +152,7 @@ def _open(argv: Sequence[str]) -> "tuple[Mapping[str, Any], Traced]":
     if "run" in options:
         beside = [source.removeprefix("flag ") for source in loaded.sources.values() if source != "default"]
         if beside:
-            flags = ", ".join(dict.fromkeys(source.partition(":")[0] for source in beside))  # a file once, not its lines
+            flags = ", ".join(dict.fromkeys(source.partition(":")[0] for source in beside))  # a file without its lines
             why = "the checkpoints of --run say what the run read, settings beside them count for nothing"
             raise ConfigError([Problem(flags, "", why, "give the one or the other")])
         return options, trace_run(options["run"], report=lines(_to_stderr))
