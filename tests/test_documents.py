@@ -185,10 +185,29 @@ def test_the_chinese_page_has_the_english_commands(english: str, chinese: str) -
     assert pages[0] == pages[1]
 
 
+def repeated(text: str) -> list[str]:
+    """Measured times, speeds and amounts of memory in paragraphs and points that lead to the page of benchmarks."""
+    parts = re.split(r"\n\s*\n|\n- ", FENCE.sub("", text))
+    figure = r"\d[\d.,]* (?:m?s|min|[KMG]i?B|tok/s|tokens/s)\b"
+    return [found for part in parts if "benchmarks.md" in part for found in re.findall(figure, part)]
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=name_of)
+def test_a_figure_of_the_benchmarks_stands_on_their_page_only(page: Path) -> None:
+    assert repeated(read(page)) == []
+
+
 def test_the_readme_leads_to_every_page() -> None:
     led = set(links(read("README.md")))
     assert {f"docs/{path.name}" for path in ROOT.glob("docs/*.md") if not path.stem.endswith("_zh")} <= led
     assert "docs/getting-started_zh.md" in links(read("README_zh.md"))
+
+
+def test_every_experiment_says_what_was_expected_measured_and_kept() -> None:
+    rows = [line.strip("| ").split(" | ") for line in read("docs/log.md").splitlines() if line.startswith("| ")]
+    assert rows[0] == ["tried", "expected", "measured", "kept"]
+    assert len(rows) > 30
+    assert [row for row in rows if len(row) != 4 or "" in row or "expected: " in row[2]] == []
 
 
 def test_every_extra_is_in_the_table() -> None:
@@ -227,4 +246,5 @@ def test_what_is_wrong_is_found() -> None:
     assert unknown("aquila traim --tp 2") == ["aquila traim"]
     text = "# A `b`, c\n\n```bash\na --b \\\n    c  # d\n\n# e\n```\n[x](#a-b-c) `f\ng` [y](z.md) [w](https://w)\n"
     assert blocks(text) == [("bash", ["a --b c"])]
+    assert repeated("- 3 s\n- built in 3.6 s, 1,004 MiB ([them](benchmarks.md))\n\n2 s") == ["3.6 s", "1,004 MiB"]
     assert (spans(text), links(text), anchors(text)) == (["b", "f g"], ["#a-b-c", "z.md"], {"a-b-c"})

@@ -109,6 +109,12 @@ def resume(at: Layout) -> None:
     pretrain(at, *SECOND[1], "--no-sequence-parallel", "--load", at.out / "checkpoints")
 
 
+def trace(at: Layout) -> None:
+    """The texts that the first samples were cut from, found by what the checkpoint says its run read."""
+    command = [sys.executable, "-m", "megatron_aquila", "data", "trace"]
+    run(*command, "--run", at.out / "checkpoints", "--step", 1)
+
+
 def convert(at: Layout) -> None:
     """A Hugging Face folder; the command reloads it in transformers and refuses it unless logits and ids are ours."""
     places = ["--from", at.out / "checkpoints", "--to", at.out / "huggingface"]
@@ -178,6 +184,7 @@ STEPS = {
     "preprocess": preprocess,
     f"train, {FIRST[0]}": train,
     f"resume, {SECOND[0]}": resume,
+    "trace what the first step read": trace,
     "convert, compare in transformers": convert,
     "generate": generate,
     "summary": show,

@@ -28,6 +28,9 @@ def choose(
     """
 
     def look() -> list[str]:
+        if not path.is_dir():
+            way_out = "name a run's folder or a step of it; to start where none is yet, give --resume instead"
+            raise CheckpointError(f"{path}: there is no such folder; {way_out}")
         return [str(folder) for folder in (candidates(path, warn) if falls_back else [find_checkpoint(path)])]
 
     (names, *_) = together(lambda: look() if world.rank == 0 else None, world)

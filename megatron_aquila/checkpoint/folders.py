@@ -42,8 +42,7 @@ def holds_run(root: Path) -> bool:
 def find_checkpoint(path: Path) -> Path:
     """The step folder that ``path`` means: itself, or the one its ``latest`` names. Raises CheckpointError."""
     if not path.is_dir():
-        way_out = "name a checkpoint or the folder that holds them; to start where none is yet, give --resume instead"
-        raise CheckpointError(f"{path}: there is no such folder; {way_out}")
+        raise CheckpointError(f"{path}: there is no such folder; name a checkpoint or the folder that holds them")
     if path.suffix == ".tmp":
         raise CheckpointError(f"{path}: a save that never finished; use another step of {path.parent}")
     if (path / MANIFEST).is_file():

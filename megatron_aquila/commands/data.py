@@ -78,8 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_verify(argv: Sequence[str]) -> int:
-    """Print a line a data set, and one for each thing wrong; 1 where there is any."""
+    """Print a line a data set, and one for each thing wrong; 1 where there is any.
+
+    Raises ConfigError where none is named: nothing would be wrong.
+    """
     options = tyro.cli(VerifyOptions, args=argv, prog="aquila data verify", description=VerifyOptions.__doc__)
+    if len(options.prefixes) == 0:
+        raise ConfigError([Problem("verify", "", "no data set is named", "give the prefixes of .bin/.idx pairs")])
     status = 0
     for prefix in map(prefix_of, options.prefixes):
         verdict = verify(prefix, deep=options.deep)
@@ -145,6 +150,11 @@ def _open(argv: Sequence[str]) -> "tuple[Mapping[str, Any], Traced]":
         why = "one question at a time" if asked else "nothing is asked"
         raise ConfigError([Problem(given or "trace", "", why, "give one of --step N, --sample I and --document D")])
     if "run" in options:
+        beside = [source.removeprefix("flag ") for source in loaded.sources.values() if source != "default"]
+        if beside:
+            flags = ", ".join(dict.fromkeys(source.partition(":")[0] for source in beside))  # a file without its lines
+            why = "the checkpoints of --run say what the run read, settings beside them count for nothing"
+            raise ConfigError([Problem(flags, "", why, "give the one or the other")])
         return options, trace_run(options["run"], report=lines(_to_stderr))
     if not loaded.config.data.path:
         why = "no run is named"

@@ -1,11 +1,12 @@
 """``aquila preprocess``: text to the .bin/.idx files a run trains on. Megatron-LM's and FlagScale's flags."""
 
 import os
+import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.data.encoders import Backend
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.inputs import InputFormat, TextDocuments
+from megatron_aquila.data.output import document_prefix
 from megatron_aquila.data.preprocess import Done, Engine, PreprocessSettings, Progress, preprocess
 from megatron_aquila.data.records import MAX_DOCUMENT_BYTES, ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
@@ -166,7 +168,7 @@ def _shown(options: PreprocessOptions) -> Iterator[Callable[[Progress], None]]:
             nonlocal shown
             if (done.counts.documents - done.resumed.documents) // options.log_interval > shown:
                 shown = (done.counts.documents - done.resumed.documents) // options.log_interval
-                print(_rate(done), flush=True)
+                print(progress_line(done), flush=True)
 
         yield report
         return
@@ -178,18 +180,21 @@ def _shown(options: PreprocessOptions) -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("starting", total=None)
 
         def move(done: Progress) -> None:
-            bar.update(task, total=done.total_file_bytes, completed=done.file_bytes, description=_rate(done))
+            bar.update(task, total=done.total_file_bytes, completed=done.file_bytes, description=progress_line(done))
 
         yield move
 
 
+def progress_line(done: Progress) -> str:
+    """What is done, how fast, and how long the rest takes at that speed."""
+    left = done.seconds_left
+    return _rate(done) if left is None else f"{_rate(done)}, {timedelta(seconds=round(left))} left"
+
+
 def _rate(done: Progress) -> str:
-    counts, left = done.counts, done.seconds_left
-    time_left = "" if left is None else f", {time.strftime('%H:%M:%S', time.gmtime(left))} left"
-    return (
-        f"{counts.documents:,} documents, {counts.tokens / 1e6:,.1f} M tokens, {counts.num_bytes / 1e6:,.1f} MB "
-        f"({done.bytes_per_second / 1e6:,.1f} MB/s{time_left})"
-    )
+    counts, speed = done.counts, done.bytes_per_second / 1e6
+    amounts = f"{counts.documents:,} documents, {counts.tokens / 1e6:,.1f} M tokens, {counts.num_bytes / 1e6:,.1f} MB"
+    return f"{amounts} ({speed:,.1f} MB/s)"
 
 
 def usable_cores() -> int:
@@ -205,4 +210,17 @@ def _summary(settings: PreprocessSettings, done: Done) -> str:
     dtype = next(iter(done.manifests.values())).contents.dtype
     meta = f", {settings.prefix}.meta.jsonl" if settings.read.keep_meta else ""
     files = ", ".join(f"{prefix}.bin/.idx/.manifest.json" for prefix in done.manifests)
-    return f"{_rate(done.progress)} in {done.progress.seconds:.1f} s{skipped}{left_out}\nwrote {files}{meta} ({dtype})"
+    told = f"{_rate(done.progress)} in {done.progress.seconds:.1f} s{skipped}{left_out}\nwrote {files}{meta} ({dtype})"
+    return "\n".join([told, *(f"when all parts are there: {line}" for line in merging(settings))])
+
+
+def merging(settings: PreprocessSettings) -> list[str]:
+    """The command that joins the parts of each key; none where there are no parts. Names sort as parts are numbered."""
+    if settings.shard is None:
+        return []
+    whole, parts = shlex.quote(settings.output_prefix), shlex.quote(f"{settings.output_prefix}_shard")
+    parts += f"?????of{settings.shard[1]:05d}"
+    return [
+        f"aquila data merge {document_prefix(whole, name)} {document_prefix(parts, name)}.idx"
+        for name in map(shlex.quote, settings.names)
+    ]

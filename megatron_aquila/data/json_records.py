@@ -16,7 +16,7 @@ from megatron_aquila.data.records import (
     texts_of,
     too_long,
 )
-from megatron_aquila.data.streams import BYTE_ORDER_MARK
+from megatron_aquila.data.streams import BYTE_ORDER_MARK, MAGIC, SUFFIXES
 
 UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 
@@ -68,9 +68,18 @@ def utf8(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        hint = "; it looks like UTF-16, which iconv makes UTF-8 of" if data.startswith(UTF16_MARKS) else ""
-        why = f"not UTF-8: byte {error.start + 1} of the record is 0x{data[error.start]:02x}{hint}"
+        why = f"not UTF-8: byte {error.start + 1} of the record is 0x{data[error.start]:02x}{_looks_like(data)}"
         raise BadValue(Kind.NOT_UTF8, why) from error
+
+
+def _looks_like(data: bytes) -> str:
+    """What bytes that are no text seem to be, where it is known, and what helps then."""
+    if data.startswith(UTF16_MARKS):
+        return "; it looks like UTF-16, which iconv makes UTF-8 of"
+    for ending, packed in SUFFIXES.items():
+        if data.startswith(MAGIC[packed]):
+            return f"; it looks like {packed}: end the file's name in {ending}"
+    return ""
 
 
 def _refuse_twice(line: bytes, fields: Sequence[str]) -> None:

@@ -351,6 +351,9 @@ def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     keys = settings.read.keys
     if len(keys) == 0 or len(set(keys)) < len(keys):
         problems.append(Problem("--json-keys", " ".join(keys), "each key makes a data set", "name each key once"))
+    if settings.read.template is not None and keys != ("text",):
+        why = "the texts are the --text-template's, which makes one data set of the name text"
+        problems.append(Problem("--json-keys", " ".join(keys), why, "give one of the two"))
     if settings.workers < 1:
         problems.append(Problem("--workers", settings.workers, "somebody has to work", "use 1 or more"))
     if settings.append_eod and tokenizer.eod is None:

@@ -1,7 +1,7 @@
 """Lines for a person: a live progress bar where there is a terminal, plain lines elsewhere."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TextIO
 
@@ -61,8 +61,11 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def step_line(row: Mapping[str, Value], total_samples: int) -> str:
-    """One step of the log as a line; figures that the row does not hold are left out."""
+def step_line(row: Mapping[str, Value], total_samples: int, *, valid_sets: Sequence[str] = ()) -> str:
+    """One step of the log as a line; figures that the row does not hold are left out.
+
+    Of losses by source those of ``valid_sets`` are shown; the sources of a blend may be hundreds.
+    """
     numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
 
     def part(name: str, text: str, scale: float = 1.0) -> list[str]:
@@ -74,6 +77,7 @@ def step_line(row: Mapping[str, Value], total_samples: int) -> str:
         f"samples {done:,}/{total_samples:,} ({100 * done / total_samples:.1f} %)",
         *part("loss", "loss {:.4f}"),
         *part("valid_loss", "validation loss {:.4f}"),
+        *(f"of {name} {loss:.4f}" for name in valid_sets if (loss := numbers.get(f"valid_loss/{name}")) is not None),
         *part("grad_norm", "grad norm {:.3f}"),
         *part("lr", "lr {:.3e}"),
         *(part("loss_scale", "loss scale {:,.10g}") if numbers.get("loss_scale") != 1 else []),

@@ -23,6 +23,8 @@ NAMES: Mapping[Part, str] = {
 PRECEDENCE: tuple[Part, ...] = ("GEMM", "attention", "optimizer", "memory-bound", "communication")
 
 WINDOW, OPTIMIZER = "profiled steps", "optimizer"  # annotations in the trace: all of it, and the update of the weights
+# An update's own time on a CPU, in no operator, is our C++'s, unless it waits for what another thread does.
+ORDER: tuple[Part, ...] = (*PRECEDENCE, "optimizer")
 DEVICE_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 ANNOTATIONS = {"user_annotation", "gpu_user_annotation"}
 
@@ -124,7 +126,7 @@ def profile_of(events: Iterable[Mapping[str, Any]]) -> Profile:
     for event in timed:
         if event["cat"] in wanted or (event["cat"] in ANNOTATIONS and event["name"] == OPTIMIZER):
             lanes[event["pid"], event["tid"]].append(event)
-    spans = (span for lane in lanes.values() for span in _innermost(lane))
+    spans = (span for lane in lanes.values() for span in _innermost(lane, is_device=is_device))
     clipped = (
         Span(span.name, span.part, span.call, max(start, span.start), min(stop, span.stop))
         for span in spans
@@ -133,15 +135,18 @@ def profile_of(events: Iterable[Mapping[str, Any]]) -> Profile:
     return Profile(tuple(clipped), start, stop, is_device)
 
 
-def _innermost(lane: Sequence[Mapping[str, Any]]) -> Iterator[Span]:
-    """The work of one thread or stream, each moment given to the innermost call: what is left is its self time."""
+def _innermost(lane: Sequence[Mapping[str, Any]], *, is_device: bool) -> Iterator[Span]:
+    """The work of one thread or stream, each moment given to the innermost call: what is left is its self time.
+
+    Between the kernels of a device's update nothing runs; between the operators of a CPU's our own code does.
+    """
     parts: dict[str, Part] = {}
     around: list[Mapping[str, Any]] = []
     now = 0.0
 
     def until(moment: float) -> Iterator[Span]:
         event = around[-1]
-        if event["cat"] in ANNOTATIONS or moment <= now:
+        if moment <= now or (is_device and event["cat"] in ANNOTATIONS):
             return
         part = parts.setdefault(event["name"], classify(event["name"]))
         if part != "communication" and any(outer["cat"] in ANNOTATIONS for outer in around):
@@ -162,14 +167,18 @@ def _innermost(lane: Sequence[Mapping[str, Any]]) -> Iterator[Span]:
 
 
 def _exposed(spans: Iterable[Span]) -> Iterator[tuple[Part, float]]:
-    """Stretches of time, each given to the first of ``PRECEDENCE`` that runs in it."""
-    borders = [(time, change, span.part) for span in spans for time, change in ((span.start, 1), (span.stop, -1))]
-    running, now = dict.fromkeys(PRECEDENCE, 0), 0.0
-    for time, change, part in sorted(borders):
-        first = next((part for part in PRECEDENCE if running[part]), None)
+    """Stretches of time, each given to the first of ``ORDER`` that runs in it."""
+    borders = [
+        (time, change, len(PRECEDENCE) if span.name == OPTIMIZER else PRECEDENCE.index(span.part))
+        for span in spans
+        for time, change in ((span.start, 1), (span.stop, -1))
+    ]
+    running, now = [0] * len(ORDER), 0.0
+    for time, change, place in sorted(borders):
+        first = next((part for part, count in zip(ORDER, running, strict=True) if count > 0), None)
         if first is not None:
             yield first, time - now
-        running[part] += change
+        running[place] += change
         now = time
 
 

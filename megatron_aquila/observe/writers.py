@@ -25,15 +25,16 @@ class Writer(Protocol):
 
 
 class ConsoleWriter:
-    """A line a row, and the progress bar."""
+    """A line a row, and the progress bar. ``valid_sets`` are the named sets whose losses are shown."""
 
-    def __init__(self, log: Log, *, total_samples: int) -> None:
+    def __init__(self, log: Log, *, total_samples: int, valid_sets: Sequence[str] = ()) -> None:
         self._log = log
         self._total_samples = total_samples
+        self._valid_sets = valid_sets
 
     def write(self, row: Mapping[str, Value]) -> None:
         """Print the row."""
-        line = step_line(row, self._total_samples)
+        line = step_line(row, self._total_samples, valid_sets=self._valid_sets)
         self._log.line(line)
         if isinstance(done := row.get("consumed_samples"), int):
             self._log.progress(done, self._total_samples, line.rpartition(" | ")[2])
@@ -133,6 +134,7 @@ def open_writers(
     log: Log,
     *,
     total_samples: int,
+    valid_sets: Sequence[str] = (),
     log_dir: Path | None = None,
     tensorboard_dir: Path | None = None,
     wandb_project: str | None = None,
@@ -143,7 +145,7 @@ def open_writers(
     The console is always there. ``None`` leaves a writer out. A missing wandb is said in one line and does not stop
     the run.
     """
-    writers: list[Writer] = [ConsoleWriter(log, total_samples=total_samples)]
+    writers: list[Writer] = [ConsoleWriter(log, total_samples=total_samples, valid_sets=valid_sets)]
     if log_dir is not None:
         writers.append(JsonLinesWriter(log_dir / LOG_NAME))
     if tensorboard_dir is not None:

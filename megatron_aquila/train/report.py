@@ -10,6 +10,7 @@ import torch
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import full_microbatches
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.config.sources import valid_sets
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.observe.gemm import measure_gemm_flops
 from megatron_aquila.observe.ledger import LEDGER_NAME, Ledger
@@ -132,6 +133,7 @@ def rank_writers(config: RunConfig, log: Log) -> Writers:
         return open_writers(
             log,
             total_samples=config.train.train_samples,
+            valid_sets=tuple(valid_sets(config.data)),
             log_dir=log_folder(config),
             tensorboard_dir=observe.tensorboard_dir,
             wandb_project=project,

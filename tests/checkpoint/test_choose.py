@@ -109,7 +109,7 @@ def test_a_lost_latest_is_the_newest_by_the_time_it_was_saved(latest: str | None
 def test_nothing_to_choose_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no save has finished here"):
         alone(tmp_path)
-    with pytest.raises(CheckpointError, match="there is no such folder"):
+    with pytest.raises(CheckpointError, match=r"there is no such folder; .* give --resume instead"):
         alone(tmp_path / "nowhere")
 
 

@@ -44,6 +44,21 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert unchecked.strip().startswith("no manifest:")
 
 
+@pytest.mark.parametrize("words", ["verify", "verify --deep", "inspect", "stats", "merge", "merge out", "index"])
+def test_no_data_set_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(words.split())
+    except SystemExit as usage:  # tyro's own, where a word is missing
+        status = usage.code  # type: ignore[assignment]
+    assert status == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err != ""
+
+
 def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, out = write(tmp_path / "a", 9), write(tmp_path / "b", 4), str(tmp_path / "out")
     assert main(["merge", out, a, b]) == 0
@@ -138,7 +153,17 @@ def test_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["trace", "--step", "1"]) == 2
     assert "trace: no run is named; give --run FOLDER" in capsys.readouterr().err
     assert main(["trace", "--step", "1", "--run", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "nowhere: there is no such folder" in told
+    assert "--resume" not in told, "trace has no such flag"
+
+
+def test_settings_beside_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 7\ntrain: {global_batch: 4}\n")
+    words = ["--run", str(tmp_path), "--step", "1", "--num-layers", "3", "--config", str(tmp_path / "a.yaml")]
+    assert main(["trace", *words]) == 2
+    told = capsys.readouterr().err
+    assert f"--num-layers, file {tmp_path}/a.yaml: the checkpoints of --run say what the run read" in told
 
 
 def test_a_run_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_aquila.commands import preprocess
+from megatron_aquila.commands import data, preprocess
 from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.preprocess import Progress
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 
 
@@ -39,9 +40,16 @@ def test_megatrons_flags(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert [dataset[i].tolist()[-1] for i in range(len(dataset))] == [264, 264]
     assert dataset.document_indices.tolist() == [0, 1, 1, 2]
     progress, summary, wrote = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"3 documents, 0\.0 M tokens, 0\.0 MB \([\d.]+ MB/s(, [\d:]+ left)?\)", progress)
-    assert re.fullmatch(r"3 documents, .* in [\d.]+ s", summary)
+    assert re.fullmatch(r"3 documents, 0\.0 M tokens, 0\.0 MB \([\d.]+ MB/s\)(, [\d:]+ left)?", progress)
+    assert re.fullmatch(r"3 documents, .* MB/s\) in [\d.]+ s", summary)
     assert wrote == f"wrote {tmp_path}/out_text_document.bin/.idx/.manifest.json (uint16)"
+
+
+def test_days_that_are_left_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: 50_000.0)
+    done = Progress(total_file_bytes=3, file_bytes=1, started=0.0)
+    assert preprocess.progress_line(done) == "0 documents, 0.0 M tokens, 0.0 MB (0.0 MB/s), 1 day, 3:46:40 left"
+    assert "left" not in preprocess.progress_line(Progress(total_file_bytes=3, started=0.0)), "nothing is known yet"
 
 
 def test_a_bad_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +101,36 @@ def test_shards_and_fields(folder: Path, tmp_path: Path) -> None:
         {"document": n, "line": n + 1, "source": str(folder / "a.jsonl"), "meta": {"text": text}}
         for n, text in enumerate(["one", "", "二"])
     ]
+
+
+def test_parts_end_with_the_command_that_joins_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = flags(folder, *["a.jsonl"] * 3)
+    assert preprocess.main([*inputs, "--output-prefix", str(tmp_path / "whole")]) == 0
+    assert "merge" not in capsys.readouterr().out
+    told = set()
+    for part in ("0/3", "1/3", "2/3"):
+        assert preprocess.main([*inputs, "--output-prefix", str(tmp_path / "my out"), "--shard", part]) == 0
+        told.add(capsys.readouterr().out.splitlines()[-1].removeprefix("when all parts are there: "))
+    (line,) = told
+    shell = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+    aquila, command, *words = shell.stdout.splitlines()
+    assert (aquila, command) == ("aquila", "data")
+    assert [Path(word).name for word in words[2:]] == [
+        f"my out_shard0000{part}of00003_text_document.idx" for part in range(3)
+    ]
+    assert data.main(words) == 0
+    for ending in (".bin", ".idx"):
+        files = [tmp_path / f"{name}_text_document{ending}" for name in ("whole", "my out")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_keys_beside_a_template(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--text-template", "{title}"]
+    arguments.insert(arguments.index("--json-keys") + 2, "content")
+    assert preprocess.main(arguments) == 2
+    assert "--json-keys text content: the texts are the --text-template's" in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,8 @@ BAD_LINES = {
     "latin-1": (b'{"text": "caf\xe9"}\n', Kind.NOT_UTF8, "not UTF-8: byte 14 of the record is 0xe9"),
     "latin-1 elsewhere": (b'{"x": "caf\xe9", "text": "a"}\n', Kind.NOT_UTF8, "byte 11 of the record is 0xe9"),
     "utf-16": (b"\xff\xfe{\0\n", Kind.NOT_UTF8, "byte 1 of the record is 0xff; it looks like UTF-16"),
+    "gzip": (b"\x1f\x8b\x08\n", Kind.NOT_UTF8, "0x8b; it looks like gzip: end the file's name in .gz"),
+    "zstd": (b"\x28\xb5\x2f\xfd\n", Kind.NOT_UTF8, "0xb5; it looks like zstd: end the file's name in .zst"),
     "byte order mark": (b"\xef\xbb\xbf" + GOOD, Kind.BYTE_ORDER_MARK, "a byte order mark within the file"),
     "lone surrogate": (
         b'{"text": "a\\ud83d"}\n',

@@ -1,10 +1,17 @@
-"""What the quickstart deletes: the outputs of an earlier one, never anything else."""
+"""What the quickstart deletes, the outputs of an earlier one and nothing else; what its trace of a run prints."""
 
 import importlib.util
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from megatron_aquila.commands import data, preprocess
+from megatron_aquila.config.schema import DataConfig
+from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
+from tests.train.runs import run, tiny_config
 
 PATH = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
 
@@ -52,3 +59,38 @@ def test_a_file_is_no_folder(quickstart, tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(SystemExit, match="is no folder"):
         quickstart.prepare(tmp_path / "x")
+
+
+def test_the_trace_prints_the_sentences_that_a_step_read(quickstart, tmp_path, monkeypatch, capsys):
+    sentences = {"春眠不觉晓，处处闻啼鸟。", "The quick brown fox jumps over the lazy dog."}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sorted(sentences) * 40))
+    save_tokenizer_files(train_tokenizer([], 265), tmp_path / "tokenizer")
+    at = quickstart.Layout(tmp_path)
+    words = ["--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "a", "--workers", 1, *at.tokenizer_flags()]
+    assert preprocess.main([*map(str, words), "--append-eod"]) == 0
+    files = {"vocab_file": "vocab.json", "merge_file": "merges.txt", "special_tokens_file": "special_tokens.txt"}
+    config = tiny_config(tmp_path, train_samples=16, eval_interval=0)
+    run(
+        replace(
+            config,
+            model=replace(config.model, vocab_size=265, seq_len=96),
+            checkpoint=replace(config.checkpoint, save=tmp_path / "checkpoints"),
+            data=DataConfig(
+                path=(str(tmp_path / "a_text_document"),),
+                split="1",
+                prefetch=1,
+                **{name: tmp_path / "tokenizer" / file for name, file in files.items()},
+            ),
+        )
+    )
+    told = []
+    monkeypatch.setattr(quickstart, "run", lambda *command: told.append(list(map(str, command))))
+    assert quickstart.trace in quickstart.STEPS.values()
+    quickstart.trace(at)
+    ((_, _, package, command, *rest),) = told
+    assert (package, command) == ("megatron_aquila", "data")
+    capsys.readouterr()
+    assert data.main(rest) == 0
+    shown = capsys.readouterr().out
+    assert "step 1, sample 0: " in shown
+    assert {sentence for sentence in sentences if sentence in shown} == sentences

@@ -68,6 +68,13 @@ def test_a_cpu_line_never_says_mfu():
     assert "update skipped" in line
 
 
+def test_named_validation_sets_are_shown_and_the_sources_of_a_blend_are_not():
+    row = {"step": 3, "valid_loss": 2.5, "valid_loss/data/zh": 2.4, "valid_loss/{code}": 1.25, "valid_loss/zh": 2.75}
+    line = step_line(row, 1000, valid_sets=("zh", "{code}"))
+    assert line.endswith(" | validation loss 2.5000 | of zh 2.7500 | of {code} 1.2500")
+    assert step_line(row, 1000).endswith(" | validation loss 2.5000")
+
+
 def test_durations():
     assert [duration(seconds) for seconds in (0.4, 59.6, 90061)] == ["0:00:00", "0:01:00", "1 day, 1:01:01"]
 

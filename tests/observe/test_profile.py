@@ -79,6 +79,17 @@ def test_operators_of_the_cpu_count_by_self_time() -> None:
     assert [gap.stop - gap.start for gap in profile.gaps(1)] == [30]
 
 
+def test_what_a_cpu_s_update_does_in_no_operator_is_the_optimizer_s_but_for_waits() -> None:
+    update = event(OPTIMIZER, 20, 60, cat="user_annotation", lane=1)
+    inside = event("aten::mul", 30, 10, cat="cpu_op", lane=1)
+    waited_for = event("gloo:all_reduce", 60, 40, cat="cpu_op", lane=2)
+    profile = profile_of([window(0, 100), update, inside, waited_for])
+    shares = profile.shares()
+    assert (shares["optimizer"], shares["communication"], shares["idle"]) == pytest.approx((0.4, 0.4, 0.2))
+    assert profile.largest(1) == [(OPTIMIZER, 1, 50)]
+    assert profile.gaps() == [Gap(0, 20, None, OPTIMIZER)]
+
+
 def test_a_device_s_kernels_stand_for_its_work_and_the_host_s_operators_do_not() -> None:
     events = [window(0, 10), event("aten::mm", 0, 10, cat="cpu_op", lane=1), event("Memset", 0, 1, cat="gpu_memset")]
     assert profile_of(events).largest() == [("Memset", 1, 1)]
