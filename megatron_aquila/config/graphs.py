@@ -28,5 +28,5 @@ def check_cuda_graph(config: RunConfig, _world: int | None) -> Iterator[Problem]
         why = "attention is launched by documents' lengths, which differ from step to step"
         yield Problem("--reset-attention-mask", "", why, f"leave it out, {leave}")
     if config.model.position_embedding == "alibi":
-        why = "each layer copies its slopes from the host"
+        why = "each layer copies its slopes from memory of the host that is given back"
         yield Problem("--position-embedding", "alibi", why, f"use rope, {leave}")

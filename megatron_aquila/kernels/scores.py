@@ -38,7 +38,9 @@ class Scores:
     def slopes_N11(self, like: Tensor) -> Tensor:
         """The slopes in the type of ``like``: times how far a key lies after the query, they are added to a score."""
         assert self.slopes is not None, f"no slopes: {self}"
-        return torch.tensor(self.slopes, dtype=like.dtype, device=like.device)[:, None, None]
+        # out of pinned memory, as the host would wait else for all that the GPU has to do
+        held = torch.tensor(self.slopes, dtype=like.dtype, pin_memory=like.is_cuda)
+        return held.to(like.device, non_blocking=True)[:, None, None]
 
     def of(
         self, q_SBND: Tensor, k_TBND: Tensor, queries: Places, keys: Places, *, k_far_TBND: Tensor | None = None

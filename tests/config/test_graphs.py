@@ -39,7 +39,7 @@ LEAVE = "or leave --cuda-graph out"
         ),
         (
             {"position_embedding": "alibi"},
-            f"--position-embedding alibi: each layer copies its slopes from the host; use rope, {LEAVE}",
+            f"--position-embedding alibi: each layer copies its slopes from memory of the host that is given back; use rope, {LEAVE}",
         ),
     ],
     ids=str,
