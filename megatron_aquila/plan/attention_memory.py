@@ -1,6 +1,6 @@
 """What attention's backward needs at its widest moment where it goes block by block: see ``plan.memory``.
 
-A test traces it: the plan is from 1 % below to 4 % above, and more where far pairs are clamped.
+A test traces it: the plan is from 1 % below to 4 % above, and to 8 % where far pairs are clamped.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class _Moment:
         """The output's gradient, and before a gradient of two ranges or of changed scores is rounded the sums of it."""
         if self.shape.rope_scaling == "two-range":
             sums = self.wide * (self.queries + 2 * self.keys) + self.wide * self.keys
-            return self.item * self.queries + sums + self._far(self.tokens)
+            return self.item * self.queries + sums + self._far(self.tokens - 2 * self.shape.rope_trained_len)
         if not self.alters:
             return 0
         exchanged = self.item * self.queries if cp > 1 else 0
@@ -85,13 +85,14 @@ class _Moment:
 
     def _far(self, num_keys: int) -> int:
         """The sums of far pairs' gradients, and the widest of: q's turned back, by tables; or beside q and k for far
-        pairs, near ones in reverse, and changed scores with ``num_keys`` at most.
+        pairs, changed scores: of near ones in reverse, a square, or of far ones with ``num_keys`` at most.
         """
         piece = min(self.shape.rope_trained_len, self.tokens)
         tables = 7 * self.wide * self.micro_batch * self.tokens * self.shape.head_dim
         turned = 4 * self.wide * self.queries + tables
         reverse = self.item * (10 * self.queries + 2 * self.keys) * piece // self.tokens
-        beside = self.item * (self.queries + self.keys) + reverse + self._scores(piece, num_keys)
+        near, far = reverse + self._scores(piece, piece), self._scores(piece, max(0, num_keys))
+        beside = self.item * (self.queries + self.keys) + max(near, far)
         return self.wide * (self.queries + self.keys) + max(turned, beside)
 
     def _scores(self, num_queries: int, num_keys: int) -> int:
@@ -99,6 +100,8 @@ class _Moment:
         and that's gradient, narrow and wide; and the keys widened.
         """
         if not self.alters:
+            return 0
+        if num_keys == 0:
             return 0
         of_query = self.micro_batch * self.num_heads * num_keys
         held = min(MOST_SCORES, num_queries * of_query)

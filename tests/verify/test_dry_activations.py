@@ -1,7 +1,6 @@
 """Activations on the host in a dry run: bytes on both sides, and between them, are what the plan says."""
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import pytest
@@ -60,7 +59,7 @@ CASES = {  # settings, pipeline rank, and how far above the peak the plan may be
     "one stage": ({}, 0, 1.06),
     "all layers": ({"wanted": 4, "recompute": "selective"}, 0, 1.12),
     "gpipe": ({"pipeline": 2, "schedule": "gpipe"}, 1, 1.12),
-    "1f1b": ({"pipeline": 2, "microbatches": 3}, 0, 1.06),
+    "1f1b": ({"pipeline": 2, "microbatches": 3}, 0, 1.08),
     "sp": ({"pipeline": 2, "tensor": 2, "sequence": True}, 1, 1.12),
     "full": ({"pipeline": 2, "recompute": "full"}, 1, 1.12),
     "groups": ({"recompute": "full", "recompute_layers": 2}, 0, 1.12),
@@ -93,9 +92,7 @@ def test_bytes_on_both_sides_and_between_them_are_what_the_plan_says(case: str) 
     moved = {row.kind: row.num_bytes for row in traffic_plan(config, derived).of_rank(pp_rank) if row.group == "host"}
     assert moved == {"to host": copies.to_host, "from host": copies.from_host}
     planned = memory.activations + memory.logits + memory.temporaries
-    message = 2 * prod(machine.wire._shape) if parallel.pipeline > 1 else 0
-    under_way = message * (3 if parallel.chunks == 2 else 2)  # not in the plan: those that come, and those that go
-    assert peak - under_way - SMALL <= planned <= above * peak
+    assert peak - SMALL <= planned <= above * peak
 
 
 def test_the_plan_tells_of_the_host() -> None:
