@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import ceilings, kernels, step
-from benchmarks.contestants import RandomTokens, llama, our_step, transformers_step
+from benchmarks import ceilings, kernels, loop, step
+from benchmarks.contestants import OurStep, RandomTokens, llama, transformers_step
 from benchmarks.kernel_cases import CASES, LIGER, Size
 from benchmarks.shapes import MODELS, TINY_MODELS, model_config
-from benchmarks.step import Case, Contestant, Options
+from benchmarks.step import Contestant, Options, Way
 from megatron_aquila.config.derive import derive
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS
 from megatron_aquila.plan.flops import num_params
@@ -70,52 +70,141 @@ def test_the_shapes_are_the_recipes_on_one_process():
         assert config.train.rampup_batch is None
 
 
+STEP = ["--seq-lens", "16", "--micro-batches", "1", "--microbatches", "2", "--no-compiled", "--steps", "1"]
+STEP += ["--warmup", "1", "--recompute", "selective"]
+
+
 def test_a_step_compares_ours_with_transformers(tmp_path):
-    flags = ["--seq-lens", "16", "--micro-batches", "1", "--microbatches", "2", "--no-compiled"]
-    flags += ["--rounds", "2", "--steps", "1", "--warmup", "1"]
-    rows = rows_of(step, tmp_path / "x.json", *flags, "--recompute", "selective", "--loss-chunk-tokens", "0")["step"]
-    assert [(row["model"], row["name"]) for row in rows] == [
+    tables = rows_of(step, tmp_path / "x.json", *STEP, "--ours", "chosen", "--loss-chunk-tokens", "0")
+    assert [(row["model"], row["name"]) for row in tables["step"]] == [
         (model, name) for model in TINY_MODELS for name in ("megatron_aquila", "transformers")
     ]
-    assert all(row["calls"] == 2 and row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["calls"] == 2 and row["tokens_per_second"] > 0 for row in tables["step"])
+    assert [row["model"] for row in tables["loop"]] == [*TINY_MODELS]
+    for row in tables["loop"]:
+        assert row["host_seconds"] > 0
+        assert 0 < row["update_share"] < 1, row
+        assert row["log_between"] > -1, row
+    assert json.loads((tmp_path / "x.json").read_text())["settings"]["flags"] == ["--loss-chunk-tokens", "0"]
 
 
-def test_what_no_time_is_left_for_is_named(capsys):
-    case = Case(model="7b", seq_len=2048, micro_batch=4, recompute="none")
+def test_a_step_goes_on_with_what_is_measured(tmp_path, monkeypatch):
+    out = tmp_path / "x.json"
+    taken = []
+
+    def measured(found, *_):
+        taken.append(found.keys())
+        for one in found.values():
+            one.seconds = [0.5]
+        return found
+
+    monkeypatch.setattr(step, "measured", measured)
+    first = rows_of(step, out, *STEP, "--resume")["step"]
+    assert len(taken) == len(TINY_MODELS)
+    again = rows_of(step, out, *STEP, "--resume", "--minutes", "3", "--micro-batches", "1", "2")["step"]
+    assert len(taken) == 2 * len(TINY_MODELS), "cases that are there are not measured again"
+    assert again[: len(first)] == first
+    assert len(again) == 2 * len(first)
+    with pytest.raises(SystemExit, match="has another settings"):
+        step.main([*TRY, "--out", str(out), *STEP, "--resume", "--kernels", "swiglu=reference"])
+
+
+def test_what_no_time_is_left_for_is_named():
     options = Options()
-    assert [*step.cases(options)][:3] == [replace(case, model=model) for model in options.models]
-    assert len([*step.cases(options)]) == 54
-    seconds = step.planned_seconds(step.case_config(case, options), options)
-    # 2 turns of 2 contestants, 13 steps of 32,768 tokens of 42.9 GFLOP
-    assert seconds == pytest.approx(4 * (step.START_SECONDS + 13 * 32768 * 42.92e9 / step.PLANNED_RATE), rel=1e-3)
+    found = step.cases(options)
+    assert len({*found}) == len(found) == 54
+    at_8192 = [(seq_len, 8192 // seq_len) for seq_len in options.seq_lens]
+    assert [(case.model, case.seq_len, case.micro_batch, case.recompute) for case in found[:9]] == [
+        (model, *sizes, "none") for model in options.models for sizes in at_8192
+    ]
+    seconds = step.planned_seconds(step.case_config(found[0], options), options)
+    # 2 turns of 3 contestants, 13 steps of 32,768 tokens of 42.9 GFLOP, and the loop's
+    one = 32768 * 42.92e9 / step.PLANNED_RATE
+    assert seconds == pytest.approx(6 * (step.START_SECONDS + 13 * one) + step.LOOP_STEPS * one, rel=1e-3)
+
+
+def test_time_is_planned_by_what_the_cases_before_took():
+    now = [0.0]
+    budget = step.Budget(10, clock=lambda: now[0])
+    assert budget.has_time_for(600)
+    assert not budget.has_time_for(601)
+    now[0] = 200.0
+    budget.spent(400, since=0.0)
+    assert budget.has_time_for(800), "cases take half of what was planned"
+    assert not budget.has_time_for(801)
+
+
+def test_states_are_narrow_where_else_the_plan_exceeds_the_device():
+    case = step.cases(Options())[0]
+    config = step.case_config(case, Options())
+    wide, narrow = step.our_ways(config, CPU, None)
+    assert (wide.config, wide.to_fit, narrow.to_fit) == (config, "", step.NARROW)
+    assert step.planned_bytes(wide.config) > 141e9 * step.FILLED > step.planned_bytes(narrow.config)
+    (only,) = step.our_ways(config, CPU, 141 * 10**9)
+    assert only.config == narrow.config
+    assert (only.config.optim.moments_dtype, only.config.optim.master_weights) == ("bf16", "remainder")
+    assert len(step.our_ways(config, CPU, 200 * 10**9)) == 2
+    (plain,) = step.our_ways(replace(config, train=replace(config.train, precision="fp16")), CPU, 10**9)
+    assert plain.to_fit == "", "masters of fp16 have no remainder"
+
+
+def test_compiled_kernels_are_a_contestant_and_those_named_stay():
+    config = step.with_compiled_kernels(model_config("tiny", "--kernels", "swiglu=own"))
+    ops = dict(word.split("=") for word in config.train.kernels)
+    assert ops == {"swiglu": "own", **dict.fromkeys(("rms_norm", "add_rms_norm", "rope_qkv"), "compiled")}
+    found = step.contestants(model_config("tiny", "--device", "cpu"), Options(), CPU)
+    assert [(name, one.wants_loop) for name, one in found.items()] == [
+        ("megatron_aquila", True),
+        ("megatron_aquila, compiled kernels", False),
+        ("transformers, compiled", False),
+    ]
+    assert not step.contestants(config, Options(loop=False, only_ours=True), CPU)["megatron_aquila"].wants_loop
 
 
 def test_out_of_memory_is_a_row_and_the_next_way_is_tried():
-    def fails(error):
-        def build():
-            raise error
+    config = model_config("tiny", "--seq-len", "16", "--device", "cpu")
 
-        return build
+    def way(error=None, to_fit=""):
+        def build():
+            if error is not None:
+                raise error
+            return lambda: None
+
+        return Way(build, config, to_fit)
 
     gone = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
     found = {
-        "second way": Contestant([("", fails(gone)), ("full", lambda: lambda: None)], []),
-        "no way": Contestant([("", fails(gone))], []),
-        "broken": Contestant([("", fails(ValueError("no compiler"))), ("full", lambda: lambda: None)], []),
+        "second way": Contestant([way(gone), way(to_fit="less")]),
+        "no way": Contestant([way(gone)]),
+        "broken": Contestant([way(ValueError("no compiler")), way(to_fit="less")]),
     }
-    config = model_config("tiny", "--seq-len", "16", "--device", "cpu")
     step.measured(found, Options(rounds=2, steps=3, warmup=1), CPU)
     rows = {name: step.result(one, config, CPU) for name, one in found.items()}
-    assert rows["second way"]["checkpointing"] == "full"
+    assert rows["second way"]["to_fit"] == "less"
     assert rows["second way"]["calls"] == 6
     assert rows["no way"]["error"] == "CUDA out of memory. Tried to allocate"
     assert rows["broken"]["error"] == "ValueError: no compiler"
 
 
+def test_the_host_s_time_is_without_what_it_waits_for_the_device():
+    class Device:
+        type = "cpu"
+
+    now = [0.0]
+
+    def clock():
+        now[0] += 1.0
+        return now[0]
+
+    stage = loop.Drained(lambda x, batch: (x, batch), Device(), clock=clock)
+    assert stage(1, 2) == (1, 2)
+    assert stage.waited == 2.0, "before and behind"
+
+
 @pytest.mark.parametrize(("precision", "share"), [("bf16", "mfu"), ("fp8", "bf16_equivalent")])
 def test_a_share_of_the_peak_is_an_mfu_only_where_no_8_bits_are_multiplied(precision, share):
     config = model_config("tiny", "--seq-len", "16", "--device", "cpu", "--precision", precision)
-    row = step.result(Contestant([("", lambda: lambda: None)], [0.5]), config, CPU)
+    row = step.result(Contestant([Way(lambda: lambda: None, config)], seconds=[0.5]), config, CPU)
     assert {"mfu", "bf16_equivalent"} & row.keys() == {share}
 
 
@@ -126,7 +215,7 @@ def test_both_contestants_train_the_same_model():
     assert sum(weight.numel() for weight in model.parameters()) == num_params(shape)
     assert model.config._attn_implementation == "sdpa"
     assert model.config.rope_parameters["rope_theta"] == shape.rope_base
-    ours = our_step(config, CPU)
+    ours = OurStep(config, CPU)
     ours()
     theirs = transformers_step(config, CPU, weights="masters", is_compiled=False, checkpointing=True)
     theirs()
