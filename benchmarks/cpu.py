@@ -95,7 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_steps(record: Record, options: Options) -> None:
     """A row for each contestant: seconds of a step, tokens a second, share of the rate of a large matmul."""
     config = load_config([*(TINY if options.tiny else MODEL).split(), "--precision", "fp32"]).config
-    runs = {"megatron_aquila": OurStep(config, CPU), "transformers": _transformers(config, is_compiled=False)}
+    runs: dict[str, Run] = {
+        "megatron_aquila": OurStep(config, CPU),
+        "transformers": _transformers(config, is_compiled=False),
+    }
     if options.compiled:
         runs["transformers, compiled"] = _transformers(config, is_compiled=True)
     runs[MATMUL] = matmul()

@@ -59,6 +59,8 @@ def _kernel_ceiling(tables: Row) -> Rate:
         if row["op"] == "attention":
             shape = {key: row[key] for key in ("model", "seq_len", "direction")}
             return _best(tables, "attention", **shape)
+        if row["op"].startswith("attention"):
+            return None  # shorter documents are another shape
         return _best(tables, "gemm", model=row["model"])
 
     return ceiling

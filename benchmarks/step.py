@@ -206,7 +206,7 @@ def planned_seconds(config: RunConfig, options: Options) -> float:
 def contestants(config: RunConfig, options: Options, device: torch.device) -> dict[str, Contestant]:
     """Ours and transformers' in the ways asked for."""
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    found = {}
+    found: dict[str, Contestant] = {}
     for kernels in options.ours:
         name, run = OURS[kernels]
         found[name] = Contestant(our_ways(run(config), device, memory), wants_loop=options.loop and not found)

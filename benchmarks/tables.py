@@ -145,6 +145,7 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
                 Column("rules for documents", "rules"),
                 Column("samples/s", "samples_per_second", 1, 0),
                 Column("million tokens/s", "tokens_per_second", 1e-6, 2),
+                Column("times megatron-core's", "ratio", 1, 2),
                 Column("turns", "calls"),
                 Column("own memory, GiB", "own_memory_gib", 1, 2),
             ),
@@ -210,8 +211,10 @@ ABOUT: Mapping[str, str] = MappingProxyType(
         "ceilings": """\
 What the GPU gives for the products, copies and attention of the 7B and the 34B, sustained on random data.""",
         "kernels": """\
-Each kernel against its reference in plain torch, the same under torch.compile, and liger-kernel where it is installed.
-The error is the largest difference from float64, as a share of the tensor's largest value.""",
+Each kernel against its reference in plain torch, the same under torch.compile, torch's own where it has one, and
+liger-kernel where it is installed. The error is the largest difference from float64, as a share of the tensor's largest
+value. Ceilings are a copy's bandwidth, torch's best attention at the same shape, and the best matmul of the model's; in
+fp8 a product may exceed that, which is in bf16. Packed documents halve in length from the first to the last.""",
         "step": """\
 Whole steps, with data, clipping, AdamW and the report, against transformers' LlamaForCausalLM of the same shape with
 SDPA, fused AdamW and torch.compile, in one run; ours with the kernels a run chooses, and with those that torch.compile
@@ -223,8 +226,8 @@ The step of a model of 4 layers of 256 against transformers, what an op costs be
 say in a step of the same 32 samples: planned by `plan/traffic.py`, and counted on fake ranks to be just that.""",
         "loader": """\
 Start-up and reading of documents whose lengths are log-normal, in one thread: samples from all over the data, in
-microbatches of 4; where megatron-core is installed, its GPTDataset in turns, sample by sample. Peak memory counts the
-mapped files' pages that were touched.""",
+microbatches of 4; where megatron-core is installed, its GPTDataset in turns, sample by sample. Each way reads samples
+of its own, in a file that is in memory. Peak memory counts the mapped files' pages that were touched.""",
         "checkpoint": """\
 One rank's state, saved to a local disk at once and from a copy in host memory while training goes on, in turns with
 plain copies of the same tensors.""",
