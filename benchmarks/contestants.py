@@ -14,7 +14,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.loader import BatchLoader
-from megatron_aquila.data.samples import Sample, Span
+from megatron_aquila.data.samples import Sample, SampleSource, Span
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.params import Constant
 from megatron_aquila.plan.shape import ModelShape
@@ -88,15 +88,15 @@ class Silent:
 class OurStep:
     """The whole of a run's step on one process: data read ahead, forward, backward, clip, update, report.
 
-    ``machine`` holds the weights, which are random, and the last step's gradients.
+    ``machine`` holds the weights, which are random, and the last step's gradients. ``source``: default random tokens.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, source: SampleSource | None = None) -> None:
         derived = derive(config, 1)
         self.machine = build_machine(config, derived, create_context(config, derived, device))
         fill_(self.machine)
         loader = BatchLoader(
-            RandomTokens(derived.shape.vocab_size, derived.shape.seq_len),
+            RandomTokens(derived.shape.vocab_size, derived.shape.seq_len) if source is None else source,
             share=derived.batches.share_of(0),
             vocab_size=derived.shape.vocab_size,
             prepare=partial(host_batch, pinned=device.type == "cuda"),

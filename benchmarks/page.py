@@ -16,8 +16,8 @@ HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.page` from the files in `benchmarks/results/`, each of which one command writes with the
 machine, the versions and the commit: `python -m benchmarks.NAME` with a section's name, and `--help` for its options.
-`ceilings`, `kernels` and `step` need a GPU and measure nothing without one. Figures of others, and of plans, are not on
-this page.
+`ceilings`, `kernels`, `step` and `fp8` need a GPU and measure nothing without one. Figures of others, and of plans, are
+not on this page.
 
 On a GPU that is there for a short time, in this order; the second again until nothing is left out:
 
@@ -29,6 +29,7 @@ python -m benchmarks.step --models 7b --seq-lens 2048 --micro-batches 4 --microb
 python -m benchmarks.step --models 7b --micro-batches 4 --seq-lens 2048 --recompute none --precision fp8 \\
     --only-ours --ours chosen --out benchmarks/results/step_fp8.json
 python -m benchmarks.kernels
+python -m benchmarks.fp8
 ```
 
 MFU is as in [numerics.md](numerics.md): the model's FLOPs, attention counted causally, over the dense peak. Seconds are

@@ -98,6 +98,21 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
             ),
             "left out": tuple(Column(key, key) for key in (*STEP_SHAPE, "why")),
         },
+        "fp8": {
+            "all steps": (
+                Column("parameters", "parameters"),
+                Column("steps", "steps"),
+                Column("furthest from bf16, %", "worst", 100, 3),
+                Column("at the end, %", "last", 100, 3),
+                Column("within 0.5 %", "holds"),
+            ),
+            "loss": (
+                Column("to step", "last_step"),
+                Column("bf16", "bf16", 1, 4),
+                Column("fp8", "fp8", 1, 4),
+                Column("difference, %", "difference", 100, 3),
+            ),
+        },
         "cpu": {
             "step": (
                 Column("who", "name"),
@@ -202,6 +217,20 @@ TABLES: Mapping[str, Mapping[str, tuple[Column, ...]]] = MappingProxyType(
                 Column("slowest", "slowest", 1, 2),
                 Column("runs", "calls"),
             ),
+            "beside megatron-core": (
+                Column("who", "name"),
+                Column("corpus", "corpus"),
+                Column("MB", "megabytes"),
+                Column("documents", "documents"),
+                Column("seconds", "seconds", 1, 2),
+                Column("MB/s", "megabytes_per_second", 1, 2),
+                Column("times megatron-core's", "ratio", 1, 2),
+                Column("CPU seconds", "cpu_seconds", 1, 2),
+                Column("peak MiB, all processes", "peak_mib", 1, 0),
+                Column("the same files", "same_files"),
+                Column("slowest", "slowest", 1, 2),
+                Column("runs", "calls"),
+            ),
         },
     }
 )
@@ -221,6 +250,9 @@ SDPA, fused AdamW and torch.compile, in one run; ours with the kernels a run cho
 makes. Where the plan exceeds the GPU, our optimizer's states are narrow: 12 bytes a parameter, not 18. The loop's
 table holds the host's own time, that of clip and update, computed for a step of 262,144 tokens, and what the log adds
 to a step.""",
+        "fp8": """\
+The loss of a model of 219 million parameters in fp8 beside that in bf16, from the same weights on the same samples: the
+means of windows of steps. What fp8 gains at the 7B's sizes is measured by `step`.""",
         "cpu": """\
 The step of a model of 4 layers of 256 against transformers, what an op costs beside its arithmetic, and what 8 ranks
 say in a step of the same 32 samples: planned by `plan/traffic.py`, and counted on fake ranks to be just that.""",
@@ -241,6 +273,8 @@ numpy (its sample index is C++ too, ours in both).""",
         "preprocess": """\
 JSON lines to token files by `aquila preprocess`, from the start of the command to closed and hashed files with their
 manifest: corpora, and one document alone for what starting takes. The fastest of the runs, with the corpus in memory;
-CPU seconds are of all processes together, and memory that several share is counted once.""",
+CPU seconds are of all processes together, and memory that several share is counted once. megatron-core brings its
+builder and not its tool: beside it, preprocess_data.py's way is repeated (`benchmarks/megatron_preprocess.py`), with
+the same tokenizer and processes, on the beginning of the first corpus, imports included.""",
     }
 )
