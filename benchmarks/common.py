@@ -83,8 +83,8 @@ class Record:
         self.tables: dict[str, list[Row]] = {}
         self._free = free
 
-    def go_on(self, *, without: str) -> None:
-        """Take over the tables of the file that is there, but for ``without``; nothing where there is none.
+    def go_on(self, *, without: str = "") -> None:
+        """Take over the tables of the file that is there, but for the one ``without``; nothing where there is none.
 
         Raises ``SystemExit`` where it was measured on another machine, or of other code or settings: those but
         ``free``, which do not change what a row says.

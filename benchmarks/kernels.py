@@ -4,9 +4,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Annotated
 
 import torch
 import torch._functorch.config
+import tyro
 from torch import Tensor
 
 from benchmarks.block_cases import BLOCK_CASES
@@ -28,6 +30,8 @@ CASES: Cases = MappingProxyType({**BLOCK_CASES, **PRODUCT_CASES, **UPDATE_CASES}
 class Options(GpuOptions):
     """Time, rate and largest error of every kernel, forward and backward."""
 
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the file of the results, whose last case may not be whole: that one is measured again."""
     models: tuple[str, ...] = ("7b", "34b")
     """Whose sizes: 7b, 34b."""
     seq_len: int = 4096
@@ -50,13 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = find_device(options)
     if device is None:
         return 0
-    record = Record("kernels", settings=options, device=device, out=result_file("kernels", options))
+    out, free = result_file("kernels", options), ("resume", "out", "models", "ops")
+    record = Record("kernels", settings=options, device=device, out=out, free=free)
+    done = whole_cases(record) if options.resume else []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for model in TINY_MODELS if options.tiny else options.models:
         assert model in MODELS or model in TINY_MODELS, f"there is no model {model}"
         size = Size(derive(model_config(model), 1).shape, seq_len=options.seq_len, batch=options.batch)
         for op in options.ops or CASES:
             where = {"model": model, "op": op}
+            if where in done:
+                continue
             try:
                 case = CASES[op](size, device, dtype)
                 with torch._functorch.config.patch(donated_buffer=False):  # backward is timed again and again
@@ -64,6 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             except torch.OutOfMemoryError as error:
                 record.add("kernels", **where, name="all", error=str(error).splitlines()[0])
     return 0
+
+
+def whole_cases(record: Record) -> list[dict[str, str]]:
+    """The cases of the file that is there, all but the last, whose rows are left out."""
+    record.go_on()
+    rows = record.tables.pop("kernels", [])
+    cases = [{"model": row["model"], "op": row["op"]} for row in rows]
+    kept = [(row, case) for row, case in zip(rows, cases, strict=True) if case != cases[-1]]
+    if kept:
+        record.tables["kernels"] = [row for row, _ in kept]
+    return [case for _, case in kept]
 
 
 def entrants(

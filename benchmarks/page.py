@@ -12,6 +12,7 @@ from megatron_aquila.verify.page import markdown, write
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 NOT_MEASURED = "*Not measured yet.*"
+NOT_SO = "*Measured in another way; to be measured again.*"
 HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.page` from the files in `benchmarks/results/`, each of which one command writes with the
@@ -19,16 +20,16 @@ machine, the versions and the commit: `python -m benchmarks.NAME` with a section
 `ceilings`, `kernels`, `step` and `fp8` need a GPU and measure nothing without one. Figures of others, and of plans, are
 not on this page.
 
-On a GPU that is there for a short time, in this order; the second again until nothing is left out:
+On a GPU that is there for a short time, in this order; what has `--resume` goes on where it was cut short:
 
 ```bash
 python -m benchmarks.ceilings
 python -m benchmarks.step --minutes 9 --resume
 python -m benchmarks.step --models 7b --seq-lens 2048 --micro-batches 4 --microbatches 32 --rounds 1 --steps 20 \\
-    --recompute none --only-ours --ours chosen --out benchmarks/results/step_256k.json
+    --recompute none --only-ours --ours chosen --no-loop --out benchmarks/results/step_256k.json
 python -m benchmarks.step --models 7b --micro-batches 4 --seq-lens 2048 --recompute none --precision fp8 \\
     --only-ours --ours chosen --out benchmarks/results/step_fp8.json
-python -m benchmarks.kernels
+python -m benchmarks.kernels --resume
 python -m benchmarks.fp8
 ```
 
@@ -70,7 +71,9 @@ def _result(result: Row) -> Iterator[str]:
     yield f"{_origin(result)}\n"
     for name, columns in TABLES[result["benchmark"]].items():
         rows = with_ratios(result["tables"].get(name, []))
-        if rows:
+        if any(column.is_needed and column.key not in row for column in columns for row in rows):
+            yield f"**{name}**\n\n{NOT_SO}\n"
+        elif rows:
             shown = [column for column in columns if any(column.cell(row) != "–" for row in rows)]
             table = markdown([column.heading for column in shown], [[c.cell(row) for c in shown] for row in rows])
             yield f"**{name}**\n\n{table}\n"

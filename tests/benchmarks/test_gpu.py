@@ -65,6 +65,23 @@ def test_kernels_are_compared_and_those_that_cannot_run_say_why(tmp_path, monkey
         assert any(row["name"] in case.kernels for row in found if "rate" in row) or not case.kernels
 
 
+def test_kernels_go_on_with_what_is_measured(tmp_path, monkeypatch):
+    out, measured = tmp_path / "x.json", []
+
+    def measure(record, where, case, kernels, options):
+        measured.append(where["op"])
+        for number in range(2):
+            record.add("kernels", **where, number=number)
+
+    monkeypatch.setattr(kernels, "TINY_MODELS", ["tiny"])
+    monkeypatch.setattr(kernels, "measure", measure)
+    flags = ["--seq-len", "8", "--batch", "2", "--resume"]
+    rows_of(kernels, out, *flags, "--ops", "swiglu", "grad_norm")
+    found = rows_of(kernels, out, *flags, "--ops", "swiglu", "grad_norm", "adamw")["kernels"]
+    assert measured == ["swiglu", "grad_norm", "grad_norm", "adamw"], "the last of the file may not be whole"
+    assert [row["op"] for row in found] == ["swiglu"] * 2 + ["grad_norm"] * 2 + ["adamw"] * 2
+
+
 def test_a_wrong_kernel_shows_in_its_error():
     case = CASES["swiglu"]
     right, wrong, broken = case.reference, lambda x: case.reference(x) * 1.01, lambda x: x.no_such_thing

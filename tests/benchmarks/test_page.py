@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.common import RESULTS
-from benchmarks.page import ABOUT, NOT_MEASURED, PAGE, TABLES, main, page, results
+from benchmarks.page import ABOUT, NOT_MEASURED, NOT_SO, PAGE, TABLES, main, page, results
 from benchmarks.shares import with_ceilings, with_ratios
 
 RESULT = {
@@ -85,6 +85,16 @@ def test_rates_are_shares_of_the_ceilings_of_the_same_gpu():
     assert with_ceilings(steps, [elsewhere]) == with_ceilings(steps, []) == steps
     no_gpu = steps | {"machine": {}}
     assert with_ceilings(no_gpu, [CEILINGS | {"machine": {}}]) == no_gpu
+
+
+def test_a_table_that_was_measured_in_another_way_is_not_shown():
+    row = {"reader": "megatron_aquila", "rules": "plain", "samples_per_second": 6387.0}
+    old = RESULT | {"benchmark": "loader", "tables": {"reading": [row]}}
+    assert NOT_SO in page([old])
+    assert "6,387" not in page([old])
+    new = RESULT | {"benchmark": "loader", "tables": {"reading": [row | {"ratio": None}]}}
+    assert NOT_SO not in page([new])
+    assert "6,387" in page([new])
 
 
 def test_results_of_tiny_shapes_are_refused(tmp_path):
