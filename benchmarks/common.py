@@ -66,7 +66,9 @@ class Record:
     Without ``out`` there is no file.
     """
 
-    def __init__(self, benchmark: str, *, settings: object, device: torch.device, out: Path | None) -> None:
+    def __init__(
+        self, benchmark: str, *, settings: object, device: torch.device, out: Path | None, free: tuple[str, ...] = ()
+    ) -> None:
         self._out = out
         self._load_before = os.getloadavg()[0]
         self._head = {
@@ -78,6 +80,27 @@ class Record:
             "settings": json.loads(json.dumps(asdict(settings), default=str)),  # type: ignore[call-overload]
         }
         self.tables: dict[str, list[Row]] = {}
+        self._free = free
+
+    def go_on(self, *, without: str = "") -> None:
+        """Take over the tables of the file that is there, but for the one ``without``; nothing where there is none.
+
+        Raises ``SystemExit`` where it was measured on another machine, or of other code or settings: those but
+        ``free``, which do not change what a row says.
+        """
+        if self._out is None or not self._out.exists():
+            return
+        found = json.loads(self._out.read_text(encoding="utf-8"))
+        if apart := [name for name, value in self._origin(found).items() if value != self._origin(self._head)[name]]:
+            raise SystemExit(f"{self._out} has another {' and '.join(apart)}: measure into another file, or move it")
+        self.tables = {name: rows for name, rows in found["tables"].items() if name != without}
+        self._load_before = found["load"]["before"]
+
+    def _origin(self, head: Row) -> Row:
+        """What must be the same where rows of two commands are in one file."""
+        settings = {name: value for name, value in head["settings"].items() if name not in self._free}
+        known = {"machine": head["machine"].get("gpu", head["machine"]["cpu"]), "versions": head["versions"]}
+        return {"benchmark": head["benchmark"], **known, "commit": head["commit"], "settings": settings}
 
     def add(self, table: str, **row: Any) -> None:
         """One more row of ``table``: values that JSON can carry."""

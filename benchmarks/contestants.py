@@ -14,7 +14,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.loader import BatchLoader
-from megatron_aquila.data.samples import Sample, Span
+from megatron_aquila.data.samples import Sample, SampleSource, Span
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.parallel.params import Constant
 from megatron_aquila.plan.shape import ModelShape
@@ -25,7 +25,7 @@ from megatron_aquila.train.record import RunRecord
 from megatron_aquila.train.start import fresh_state
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.stragglers import Comparison
-from megatron_aquila.train.trainer import Steps
+from megatron_aquila.train.trainer import Reporter, Steps
 
 Weights = Literal["same", "masters"]
 
@@ -85,31 +85,48 @@ class Silent:
         """Nothing."""
 
 
-def our_step(config: RunConfig, device: torch.device) -> Run:
-    """The whole of a run's step on one process: data read ahead, forward, backward, clip, update, report."""
-    derived = derive(config, 1)
-    machine = build_machine(config, derived, create_context(config, derived, device))
-    fill_(machine)
-    loader = BatchLoader(
-        RandomTokens(derived.shape.vocab_size, derived.shape.seq_len),
-        share=derived.batches.share_of(0),
-        vocab_size=derived.shape.vocab_size,
-        prepare=partial(host_batch, pinned=device.type == "cuda"),
-        batch_at=derived.batches.global_batch_at,
-        prefetch=config.data.prefetch,
-    )
-    corpus = Corpus(train=loader, valid=(), course="", identity=None)
-    silent = Silent()
-    state = fresh_state(config, derived)
-    steps = Steps(machine, corpus, silent, RunRecord(silent, corpus.train.source))
+class OurStep:
+    """The whole of a run's step on one process: data read ahead, forward, backward, clip, update, report.
 
-    def step() -> None:
-        nonlocal state
-        taken = steps.take(state, stop_requested=False)
-        assert taken is not None, "nobody asked to stop"
-        state = taken.state
+    ``machine`` holds the weights, which are random, and the last step's gradients. ``source``: default random tokens.
+    """
 
-    return step
+    def __init__(self, config: RunConfig, device: torch.device, source: SampleSource | None = None) -> None:
+        derived = derive(config, 1)
+        self.machine = build_machine(config, derived, create_context(config, derived, device))
+        fill_(self.machine)
+        loader = BatchLoader(
+            RandomTokens(derived.shape.vocab_size, derived.shape.seq_len) if source is None else source,
+            share=derived.batches.share_of(0),
+            vocab_size=derived.shape.vocab_size,
+            prepare=partial(host_batch, pinned=device.type == "cuda"),
+            batch_at=derived.batches.global_batch_at,
+            prefetch=config.data.prefetch,
+        )
+        self._corpus = Corpus(train=loader, valid=(), course="", identity=None)
+        self._state = fresh_state(config, derived)
+        self._take = self.telling(Silent())
+
+    def __call__(self) -> None:
+        """One step, of which nobody is told."""
+        self._take()
+
+    def telling(self, reporter: Reporter, machine: Machine | None = None) -> Run:
+        """A step that tells ``reporter``, as a function; ``machine``: by another one with the same weights."""
+        record = RunRecord(reporter, self._corpus.train.source)
+        steps = Steps(self.machine if machine is None else machine, self._corpus, reporter, record)
+
+        def take() -> None:
+            taken = steps.take(self._state, stop_requested=False)
+            assert taken is not None, "nobody asked to stop"
+            self._state = taken.state
+
+        return take
+
+    def update(self) -> None:
+        """Clip and update once more, by the gradients that are there."""
+        optim = self.machine.config.optim
+        self.machine.optimizer.step(optim.lr, self.machine.optimizer.clip(optim.clip_grad))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.common import RESULTS, Record, Run, in_turns, options_of, spread
-from benchmarks.contestants import llama, our_step, transformers_step
+from benchmarks.contestants import OurStep, llama, transformers_step
 from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive, full_microbatches, traffic_plan
 from megatron_aquila.config.schema import RunConfig
@@ -95,7 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_steps(record: Record, options: Options) -> None:
     """A row for each contestant: seconds of a step, tokens a second, share of the rate of a large matmul."""
     config = load_config([*(TINY if options.tiny else MODEL).split(), "--precision", "fp32"]).config
-    runs = {"megatron_aquila": our_step(config, CPU), "transformers": _transformers(config, is_compiled=False)}
+    runs: dict[str, Run] = {
+        "megatron_aquila": OurStep(config, CPU),
+        "transformers": _transformers(config, is_compiled=False),
+    }
     if options.compiled:
         runs["transformers, compiled"] = _transformers(config, is_compiled=True)
     runs[MATMUL] = matmul()

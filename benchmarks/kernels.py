@@ -3,27 +3,35 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Annotated
 
 import torch
 import torch._functorch.config
+import tyro
 from torch import Tensor
 
+from benchmarks.block_cases import BLOCK_CASES
+from benchmarks.case import Case, Cases, Kernel, Make, Size, Work
 from benchmarks.common import GpuOptions, Record, Run, find_device, in_turns, options_of, result_file, spread
-from benchmarks.kernel_cases import CASES, LIGER, Case, Size
+from benchmarks.liger import LIGER
+from benchmarks.product_cases import PRODUCT_CASES
 from benchmarks.shapes import MODELS, TINY_MODELS, model_config
+from benchmarks.update_cases import UPDATE_CASES
 from megatron_aquila.config.derive import derive
 from megatron_aquila.errors import ConfigError
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.self_check import Sizes
 
-Kernel = Callable[..., Any]
+CASES: Cases = MappingProxyType({**BLOCK_CASES, **PRODUCT_CASES, **UPDATE_CASES})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GpuOptions):
     """Time, rate and largest error of every kernel, forward and backward."""
 
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the file of the results, whose last case may not be whole: that one is measured again."""
     models: tuple[str, ...] = ("7b", "34b")
     """Whose sizes: 7b, 34b."""
     seq_len: int = 4096
@@ -31,7 +39,7 @@ class Options(GpuOptions):
     batch: int = 4
     """Samples."""
     ops: tuple[str, ...] = ()
-    """Which ops; default all."""
+    """Which cases; default all."""
     rounds: int = 20
     """Turns of each kernel."""
     calls: int = 5
@@ -46,13 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = find_device(options)
     if device is None:
         return 0
-    record = Record("kernels", settings=options, device=device, out=result_file("kernels", options))
+    out, free = result_file("kernels", options), ("resume", "out", "models", "ops")
+    record = Record("kernels", settings=options, device=device, out=out, free=free)
+    done = whole_cases(record) if options.resume else []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for model in TINY_MODELS if options.tiny else options.models:
         assert model in MODELS or model in TINY_MODELS, f"there is no model {model}"
         size = Size(derive(model_config(model), 1).shape, seq_len=options.seq_len, batch=options.batch)
         for op in options.ops or CASES:
             where = {"model": model, "op": op}
+            if where in done:
+                continue
             try:
                 case = CASES[op](size, device, dtype)
                 with torch._functorch.config.patch(donated_buffer=False):  # backward is timed again and again
@@ -62,15 +74,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def whole_cases(record: Record) -> list[dict[str, str]]:
+    """The cases of the file that is there, all but the last, whose rows are left out."""
+    record.go_on()
+    rows = record.tables.pop("kernels", [])
+    cases = [{"model": row["model"], "op": row["op"]} for row in rows]
+    kept = [(row, case) for row, case in zip(rows, cases, strict=True) if case != cases[-1]]
+    if kept:
+        record.tables["kernels"] = [row for row, _ in kept]
+    return [case for _, case in kept]
+
+
 def entrants(
-    op: str, case: Case, size: Size, dtype: torch.dtype, options: Options
+    name: str, case: Case, size: Size, dtype: torch.dtype, options: Options
 ) -> Iterator[tuple[str, Kernel | str]]:
     """Kernels by name, or why one cannot run here. The reference in plain torch comes first."""
     device = next(iter(case.inputs)).device
     yield "torch eager, the reference", case.reference
     if options.compiled:
         yield "torch.compile of it", torch.compile(case.reference, dynamic=False)
-    shape = size.shape
+    shape, op = size.shape, case.op
     sizes = Sizes(
         hidden_size=shape.hidden_size,
         ffn_size=shape.ffn_size,
@@ -79,19 +102,25 @@ def entrants(
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         seq_len=options.seq_len,
+        **case.sizes,
     )
-    for name, kernel in IMPLEMENTATIONS[op].items():
-        if kernel is case.reference or (name == "compiled" and not options.compiled):
-            continue
+
+    def chosen(kernel: str) -> Make:
+        return lambda: getattr(choose_kernels(device, dtype, forced={op: kernel}, sizes=sizes), op)
+
+    ours = {
+        one: chosen(one)
+        for one, kernel in IMPLEMENTATIONS.get(op, {}).items()
+        if kernel is not case.reference and (one != "compiled" or options.compiled)
+    }
+    others = {"liger-kernel": LIGER[name]} if name in LIGER else {}
+    for one, make in {**ours, **case.kernels, **others}.items():
         try:
-            yield name, getattr(choose_kernels(device, dtype, forced={op: name}, sizes=sizes), op)
+            yield one, make()
         except ConfigError as error:
-            yield name, error.problems[0].why
-    if op in LIGER:
-        try:
-            yield "liger-kernel", LIGER[op]()
-        except ImportError as error:
-            yield "liger-kernel", f"cannot be imported: {error}"
+            yield one, error.problems[0].why
+        except (ImportError, AttributeError) as error:  # not installed, or another version
+            yield one, f"it is not here: {error}"
 
 
 def measure(
@@ -112,10 +141,9 @@ def measure(
     for name in [name for name, error in errors.items() if isinstance(error, str)]:
         record.add("kernels", **where, name=name, error=errors[name])
         del fit[name]
-    forwards = {name: forward_of(case, kernel) for name, kernel in fit.items()}
-    backwards = {name: backward_of(case, kernel) for name, kernel in fit.items() if case.has_backward}
     device = next(iter(case.inputs)).device
-    for direction, runs, work in (("forward", forwards, case.forward), ("backward", backwards, case.backward)):
+    for direction, work in directions(case).items():
+        runs = {name: RUNS[direction](case, kernel) for name, kernel in fit.items()}
         times = in_turns(runs, device=device, warmup=3, rounds=options.rounds, count=options.calls)
         for name, seconds in times.items():
             row = spread(seconds)
@@ -124,9 +152,15 @@ def measure(
             record.add("kernels", **where, name=name, **row, **values)
 
 
+def directions(case: Case) -> dict[str, Work]:
+    """What is timed, and the work in it."""
+    works = {"forward": case.forward, "backward": case.backward, "both": case.both}
+    return {direction: work for direction, work in works.items() if work is not None}
+
+
 def errors_of(case: Case, kernels: Mapping[str, Kernel]) -> dict[str, float | str]:
     """How far each kernel is from the reference in float64, or why it does not run at all."""
-    exact = outcome(case, case.reference, torch.float64)
+    exact = outcome(case, case.reference, torch.float64) if case.exact is None else case.exact()
     found: dict[str, float | str] = {}
     for name, kernel in kernels.items():
         try:
@@ -138,7 +172,8 @@ def errors_of(case: Case, kernels: Mapping[str, Kernel]) -> dict[str, float | st
 
 def leaves(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
     """The inputs as tensors of their own, in ``dtype`` or their own types."""
-    return [x.detach().to(x.dtype if dtype is None else dtype).clone().requires_grad_() for x in case.inputs]
+    own = (x.detach().to(x.dtype if dtype is None else dtype).clone() for x in case.inputs)
+    return [x.requires_grad_(case.has_backward) for x in own]
 
 
 def graph_of(case: Case, kernel: Kernel, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -147,8 +182,10 @@ def graph_of(case: Case, kernel: Kernel, inputs: list[Tensor]) -> tuple[Tensor, 
         return case.call(kernel, *(x.clone() if case.has_backward else x.detach().clone() for x in inputs))
 
 
-def gradients_for(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The same random gradients of the outputs for every kernel."""
+def gradients_for(case: Case, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same gradients of the outputs for every kernel: the case's, else random."""
+    if case.gradients is not None:
+        return [grad.to(y.dtype) for grad, y in zip(case.gradients, outputs, strict=True)]
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
 
@@ -157,9 +194,9 @@ def outcome(case: Case, kernel: Kernel, dtype: torch.dtype | None = None) -> lis
     """Outputs and, where there is a backward, the inputs' gradients."""
     inputs = leaves(case, dtype)
     outputs = graph_of(case, kernel, inputs)
-    found = [y.detach() for y in outputs]
+    found = [y.detach() for y in (outputs if case.compared is None else case.compared(*outputs))]
     if case.has_backward:
-        found += torch.autograd.grad(outputs, inputs, gradients_for(outputs))
+        found += torch.autograd.grad(outputs, inputs, gradients_for(case, outputs))
     return found
 
 
@@ -185,8 +222,24 @@ def backward_of(case: Case, kernel: Kernel) -> Run:
     """The backward of one call, again and again."""
     inputs = leaves(case)
     outputs = graph_of(case, kernel, inputs)
-    grads = gradients_for(outputs)
+    grads = gradients_for(case, outputs)
     return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+
+def both_of(case: Case, kernel: Kernel) -> Run:
+    """A call and its backward, again and again."""
+    inputs = leaves(case)
+
+    def run() -> None:
+        outputs = case.call(kernel, *inputs)
+        torch.autograd.grad(outputs, inputs, gradients_for(case, outputs))
+
+    return run
+
+
+RUNS: Mapping[str, Callable[[Case, Kernel], Run]] = MappingProxyType(
+    {"forward": forward_of, "backward": backward_of, "both": both_of}
+)
 
 
 if __name__ == "__main__":

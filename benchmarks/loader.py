@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ import torch
 import tyro
 
 from benchmarks import megatron_core
-from benchmarks.common import RESULTS, Record, Row, in_turns, options_of, spread
+from benchmarks.common import RESULTS, Record, Row, Run, in_turns, options_of, spread
 from megatron_aquila.data.blend import build_datasets
 from megatron_aquila.data.documents import DocumentRules
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
@@ -33,6 +34,7 @@ VOCAB_SIZE, EOD = 100008, 100007  # Aquila's; its tokens take 4 bytes
 BLOCK = 1 << 16  # documents written at once
 MICRO_BATCH = 4
 SEED = 1234
+OURS, PEER = "megatron_aquila", "megatron-core"
 
 APART = DocumentRules(eod=EOD, reset_positions=True, reset_attention=True, mask_loss=True)
 RULES: Mapping[str, DocumentRules | None] = MappingProxyType(
@@ -161,56 +163,58 @@ def start_up(prefix: Path, seq_len: int, options: Options) -> Row:
 def read(prefix: Path, seq_len: int, options: Options) -> list[Row]:
     """A row a reader and rule: one thread in turns, its seconds those of the CPU. The samples lie all over the data.
 
-    The file is in memory before. megatron-core's samples are tensors of one sample, ours of microbatches.
+    The file is in memory before, but each way reads samples that no other has touched: whoever touches a page first
+    has it mapped. megatron-core's samples are tensors of one sample, ours of microbatches.
     """
     source = samples_of(prefix, seq_len, options)
-    rounds = min(options.rounds, len(source) // options.batch - 1)
     read_through(Path(f"{prefix}.bin"))
-    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    makes: dict[tuple[str, str], Callable[[Iterator[int]], Run]] = {}
     for name, rules in RULES.items():
-        runs["megatron_aquila", name] = _reading(source, rules, _positions(source, options), options.batch)
-    for run in runs.values():
-        run()
-    memory = own_bytes()
+        makes[OURS, name] = partial(_reading, source, rules, options.batch)
     if megatron_core.IS_INSTALLED:
-        runs |= _peers(prefix, seq_len, options)
-    times = in_turns(runs, device=CPU, warmup=1, rounds=rounds - 1, clock=time.process_time)
+        makes |= {
+            (PEER, name): partial(_peer, samples, options.batch) for name, samples in _peers(prefix, seq_len, options)
+        }
+    stride = len(makes) * options.batch
+    runs: dict[tuple[str, str], Run] = {}
+    for place, (way, make) in enumerate(makes.items()):
+        runs[way] = make(iter(range(place * options.batch, len(source), stride)))
+    for (reader, _), run in runs.items():
+        if reader == OURS:
+            run()
+    memory = own_bytes()
+    rounds = min(options.rounds, len(source) // stride - 2)
+    times = in_turns(runs, device=CPU, warmup=1, rounds=rounds, clock=time.process_time)
+    rates = {way: options.batch / statistics.median(seconds) for way, seconds in times.items()}
     return [
         {
             "reader": reader,
             "rules": name,
             **spread(seconds),
-            "samples_per_second": options.batch / statistics.median(seconds),
-            "tokens_per_second": options.batch * seq_len / statistics.median(seconds),
-            "own_memory_gib": memory / 2**30 if reader == "megatron_aquila" else None,
+            "samples_per_second": rates[reader, name],
+            "tokens_per_second": rates[reader, name] * seq_len,
+            "ratio": rates[OURS, name] / rates[PEER, name] if reader == OURS and (PEER, name) in rates else None,
+            "own_memory_gib": memory / 2**30 if reader == OURS else None,
         }
         for (reader, name), seconds in times.items()
     ]
 
 
-def _positions(source: SampleSource, options: Options) -> Iterator[int]:
-    return iter(range(0, len(source), options.batch))
-
-
-def _peers(prefix: Path, seq_len: int, options: Options) -> dict[tuple[str, str], Callable[[], object]]:
-    """Runs of megatron-core with the rules that it can follow without a dense mask."""
-    runs = {}
+def _peers(prefix: Path, seq_len: int, options: Options) -> Iterator[tuple[str, Sequence[object]]]:
+    """megatron-core's samples, under the rules that it can follow without a dense mask."""
+    cache = prefix.parent if options.folder is None else options.folder
     for name, rules in RULES.items():
         if rules is None or not rules.reset_attention:
-            cache = prefix.parent if options.folder is None else options.folder
-            runs["megatron-core", name] = _peer(
+            yield (
+                name,
                 megatron_core.gpt_dataset(prefix, seq_len=seq_len, seed=SEED, cache=cache, rules=rules, eod=EOD),
-                options,
             )
-    return runs
 
 
-def _peer(samples: Sequence[object], options: Options) -> Callable[[], object]:
-    positions = iter(range(0, len(samples), options.batch))
-
+def _peer(samples: Sequence[object], batch: int, positions: Iterator[int]) -> Run:
     def run() -> list[object]:
         start = next(positions)
-        return [samples[number] for number in range(start, start + options.batch)]
+        return [samples[number] for number in range(start, start + batch)]
 
     return run
 
@@ -222,9 +226,7 @@ def read_through(path: Path) -> None:
             pass
 
 
-def _reading(
-    source: SampleSource, rules: DocumentRules | None, positions: Iterator[int], batch: int
-) -> Callable[[], object]:
+def _reading(source: SampleSource, rules: DocumentRules | None, batch: int, positions: Iterator[int]) -> Run:
     loader = _loader(source, rules)
     return lambda: loader.fetch(next(positions), batch)
 

@@ -18,11 +18,18 @@ MODELS: Mapping[str, str] = MappingProxyType(
         "34b-8": f"{_34B} --num-layers 8",
     }
 )
+LEARNING = "219m"  # small enough to be trained for a thousand steps
+LEARNING_MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        LEARNING: "--preset aquila2-7b --num-layers 12 --hidden-size 1024 --num-heads 16 --ffn-size 2752"
+        " --vocab-size 32768"
+    }
+)
 TINY_MODELS: Mapping[str, str] = MappingProxyType(
     {"tiny": f"--preset aquila2-7b {_SMALL}", "tiny-grouped": f"{_34B} {_SMALL} --num-kv-heads 2"}
 )
 
 
 def model_config(model: str, *flags: str) -> RunConfig:
-    """Settings of a model of either table, and more flags of a run."""
-    return load_config([*{**MODELS, **TINY_MODELS}[model].split(), *flags]).config
+    """Settings of a model of any table, and more flags of a run."""
+    return load_config([*{**MODELS, **LEARNING_MODELS, **TINY_MODELS}[model].split(), *flags]).config

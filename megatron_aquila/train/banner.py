@@ -17,14 +17,33 @@ from megatron_aquila.train.bubble import run_bubble, run_schedule
 
 
 def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapping[str, str]) -> None:
-    """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory, and the kernels."""
+    """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory, and the kernels.
+
+    ``kernels``: which of those that are chosen from, and why.
+    """
     changed = setting_rows(loaded, changed_only=True)
     log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
     order, bubble = run_schedule(loaded.config, derived), run_bubble(loaded.config, derived)
     log.section("what follows", dict(derived_rows(loaded.config, derived, order, bubble=bubble)))
-    log.section("kernels", {**kernels, "sample indices": INDEX_BUILDER})
+    log.section("kernels", {**kernels, **set_kernels(loaded.config), "sample indices": INDEX_BUILDER})
     if loaded.config.checkpoint.save is None:
         log.line("no --save folder is set: nothing of this run will be kept")
+
+
+def set_kernels(config: RunConfig) -> dict[str, str]:
+    """How the settings, not a choice among kernels, have the loss, linears, gradients and their norm computed."""
+    chunk = config.train.loss_chunk_tokens
+    chunks = "as many tokens as 1 GiB holds" if chunk is None else f"{chunk} tokens"
+    whole = "all logits, kept from forward to backward  (--loss-chunk-tokens 0)"
+    is_fp8, is_fused = config.train.precision == "fp8", config.parallel.fuse_main_grads
+    where = "in the product" if not is_fp8 else "in a pass of their own, the 8-bit product has no sum from outside"
+    apart = "rounded, then added by autograd  (--no-fuse-main-grads)"
+    return {
+        "linear_cross_entropy": whole if chunk == 0 else f"in one with its projection, logits of {chunks} at once",
+        "weight_gradient": f"added to the fp32 sums {where}" if is_fused else apart,
+        "products": "fp8 in the blocks, head and attention in bf16" if is_fp8 else config.train.precision,
+        "grad_norm": "one read of the gradients, which the update multiplies",
+    }
 
 
 def check_memory(config: RunConfig, derived: Derived, device: torch.device, *, rank: int) -> None:

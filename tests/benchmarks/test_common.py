@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks import ceilings, common, kernels, step
+from benchmarks import ceilings, common, fp8, kernels, step
 from benchmarks.common import GpuOptions, Record, in_turns, result_file, seconds_of, spread, sustained
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_figures_of_tiny_shapes_are_not_written_unless_asked_for(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-@pytest.mark.parametrize("benchmark", [ceilings, kernels, step])
+@pytest.mark.parametrize("benchmark", [ceilings, fp8, kernels, step])
 def test_without_a_gpu_nothing_is_measured_and_all_is_well(benchmark, capsys, tmp_path):
     out = tmp_path / "x.json"
     assert benchmark.main(["--out", str(out)]) == 0

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks.common import RESULTS
-from benchmarks.page import ABOUT, NOT_MEASURED, PAGE, TABLES, main, page, results, with_ratios
+from benchmarks.page import ABOUT, NOT_MEASURED, NOT_SO, PAGE, TABLES, main, page, results
+from benchmarks.shares import with_ceilings, with_ratios
 
 RESULT = {
     "benchmark": "step",
@@ -50,6 +51,50 @@ def test_only_ours_has_a_ratio_and_only_where_both_ran():
     ratios = [row.get("ratio") for row in with_ratios(STEPS)]
     assert ratios == [1.5, None, None, None]
     assert with_ratios(STEPS[:1]) == STEPS[:1]
+
+
+CEILINGS = RESULT | {
+    "benchmark": "ceilings",
+    "tables": {
+        "copy": [{"tbytes_per_second": 4.0}],
+        "gemm": [{"model": "7b", "tflops": 600.0}, {"model": "7b", "tflops": 750.0}, {"model": "34b", "tflops": 800.0}],
+        "attention": [
+            {"model": "7b", "seq_len": 4096, "direction": "forward", "tflops": 500.0},
+            {"model": "7b", "seq_len": 2048, "direction": "forward", "tflops": 450.0},
+            {"model": "7b", "seq_len": 4096, "error": "no such backend"},
+        ],
+    },
+}
+
+
+def test_rates_are_shares_of_the_ceilings_of_the_same_gpu():
+    rows = [
+        {"model": "7b", "op": "rms_norm", "direction": "forward", "rate": 3.0, "unit": "TB/s"},
+        {"model": "7b", "op": "attention", "direction": "forward", "rate": 400.0, "unit": "TFLOP/s"},
+        {"model": "7b", "op": "attention", "direction": "backward", "rate": 400.0, "unit": "TFLOP/s"},
+        {"model": "34b", "op": "loss", "direction": "both", "rate": 600.0, "unit": "TFLOP/s"},
+        {"model": "34b", "op": "loss", "error": "out of memory"},
+    ]
+    kernels = RESULT | {"benchmark": "kernels", "settings": {"seq_len": 4096}, "tables": {"kernels": rows}}
+    shares = [row.get("ceiling_share") for row in with_ceilings(kernels, [CEILINGS])["tables"]["kernels"]]
+    assert shares == [0.75, 0.8, None, 0.75, None]
+    steps = RESULT | {"tables": {"step": [STEPS[0] | {"model": "7b-8", "tflops": 450.0}, STEPS[3]]}}
+    assert [row.get("ceiling_share") for row in with_ceilings(steps, [CEILINGS])["tables"]["step"]] == [0.6, None]
+    assert "| of the best matmul, % |" in page([CEILINGS, steps])
+    elsewhere = CEILINGS | {"machine": {"gpu": "H"}}
+    assert with_ceilings(steps, [elsewhere]) == with_ceilings(steps, []) == steps
+    no_gpu = steps | {"machine": {}}
+    assert with_ceilings(no_gpu, [CEILINGS | {"machine": {}}]) == no_gpu
+
+
+def test_a_table_that_was_measured_in_another_way_is_not_shown():
+    row = {"reader": "megatron_aquila", "rules": "plain", "samples_per_second": 6387.0}
+    old = RESULT | {"benchmark": "loader", "tables": {"reading": [row]}}
+    assert NOT_SO in page([old])
+    assert "6,387" not in page([old])
+    new = RESULT | {"benchmark": "loader", "tables": {"reading": [row | {"ratio": None}]}}
+    assert NOT_SO not in page([new])
+    assert "6,387" in page([new])
 
 
 def test_results_of_tiny_shapes_are_refused(tmp_path):

@@ -38,6 +38,23 @@ def test_the_first_lines_say_what_differs_and_what_is_planned() -> None:
     assert "seed" not in text
 
 
+def test_kernels_that_are_set_and_not_chosen_are_told_of() -> None:
+    plain = banner.set_kernels(CONFIG)
+    assert (
+        plain["linear_cross_entropy"] == "in one with its projection, logits of as many tokens as 1 GiB holds at once"
+    )
+    assert plain["weight_gradient"] == "added to the fp32 sums in the product"
+    assert plain["products"] == "bf16"
+    chunked = banner.set_kernels(replace(CONFIG, train=replace(CONFIG.train, loss_chunk_tokens=512, precision="fp8")))
+    assert "512 tokens at once" in chunked["linear_cross_entropy"]
+    assert "pass of their own" in chunked["weight_gradient"]
+    assert chunked["products"].startswith("fp8")
+    kept = replace(CONFIG.train, loss_chunk_tokens=0)
+    apart = banner.set_kernels(replace(CONFIG, train=kept, parallel=replace(CONFIG.parallel, fuse_main_grads=False)))
+    assert "all logits" in apart["linear_cross_entropy"]
+    assert "autograd" in apart["weight_gradient"]
+
+
 def test_memory_is_only_checked_on_a_gpu() -> None:
     banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cpu"), rank=0)
 
