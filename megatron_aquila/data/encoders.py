@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, Protocol
@@ -137,10 +136,7 @@ class GigatokenEncoder:
 
     @cached_property
     def _made(self) -> tuple[Any, "_Breaks | None"]:
-        with ThreadPoolExecutor(1) as thread:  # gigatoken reads a tokenizer without Python's lock
-            backend = thread.submit(_gigatoken, self.tokenizer)
-            breaks = _breaks(self.tokenizer)
-        return backend.result(), breaks
+        return _gigatoken(self.tokenizer), _breaks(self.tokenizer)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (GigatokenEncoder, (self.tokenizer,))

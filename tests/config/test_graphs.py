@@ -39,7 +39,8 @@ LEAVE = "or leave --cuda-graph out"
         ),
         (
             {"position_embedding": "alibi"},
-            f"--position-embedding alibi: each layer copies its slopes from memory of the host that is given back; use rope, {LEAVE}",
+            "--position-embedding alibi: each layer copies its slopes from memory of the host that is given back; "
+            f"use rope, {LEAVE}",
         ),
     ],
     ids=str,
