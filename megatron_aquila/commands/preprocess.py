@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import tyro
 
 from megatron_aquila.commands.failure import exit_code
+from megatron_aquila.commands.flag_types import NO_WORDS, OptionalNumber, OptionalPath, OptionalText, Words, WordTuple
 from megatron_aquila.data.encoders import Backend
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.inputs import InputFormat, TextDocuments
@@ -23,6 +23,8 @@ from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokeni
 from megatron_aquila.data.workers import kept_for_good
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
+TEXT: Final = WordTuple(["text"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
@@ -32,7 +34,7 @@ class PreprocessOptions:
     where it was when the same command is given again.
     """
 
-    input: tuple[str, ...]
+    input: Words
     """Files, globs, folders or - (standard input): JSON lines, JSON arrays, parquet or text, plain, .gz or .zst."""
     output_prefix: str
     """Path and first part of the name of the files to write; the folder is made where there is none."""
@@ -40,15 +42,15 @@ class PreprocessOptions:
     """What the inputs hold; auto goes by the end of their names."""
     text_documents: TextDocuments = "file"
     """Of plain text, what a document is: the file, a line, or what lies between blank lines."""
-    json_keys: tuple[str, ...] = ("text",)
+    json_keys: Words = TEXT
     """Keys of the texts; each makes a data set."""
-    text_template: str | None = None
+    text_template: OptionalText = None
     r"""Instead of the keys, one text of several fields: '{title}\n{content}'."""
-    keep_meta: tuple[str, ...] = ()
+    keep_meta: Words = NO_WORDS
     """Fields that go along into PREFIX.meta.jsonl, a line for each document with its file and line."""
-    min_chars: int | None = None
+    min_chars: OptionalNumber = None
     """Leave out documents of fewer characters, the texts of all keys together."""
-    max_chars: int | None = None
+    max_chars: OptionalNumber = None
     """Leave out documents of more characters."""
     deduplicate: bool = False
     """Of documents with equal texts, anywhere in the inputs, keep the first; with --shard, within each part."""
@@ -56,13 +58,13 @@ class PreprocessOptions:
     """A longer record counts as a bad line and is not held in memory."""
     tokenizer_type: TokenizerType = "AquilaTokenizer"
     """AquilaTokenizer takes vocabulary, merges and special tokens, HuggingFaceTokenizer a tokenizer.json."""
-    vocab_file: Path | None = None
+    vocab_file: OptionalPath = None
     """vocab.json."""
-    merge_file: Path | None = None
+    merge_file: OptionalPath = None
     """merges.txt."""
-    special_tokens_file: Path | None = None
+    special_tokens_file: OptionalPath = None
     """special_tokens.txt."""
-    tokenizer_model: Path | None = None
+    tokenizer_model: OptionalPath = None
     """tokenizer.json, or its folder."""
     tokenizer_backend: Backend = "auto"
     """auto takes gigatoken where it is installed and gives the same ids as tokenizers on a sample of the input."""
@@ -74,7 +76,7 @@ class PreprocessOptions:
     """Processes that tokenize; default one a core. The output does not depend on it."""
     engine: Engine = "local"
     """local: processes of this machine; ray: the Ray cluster of RAY_ADDRESS, which shares the disk of the output."""
-    shard: str | None = None
+    shard: OptionalText = None
     """I/N: only part I (from 0) of N of the corpus, into PREFIX_shardIofN, for an array of jobs."""
     overwrite: bool = False
     """Replace data sets of this prefix when the new ones are whole."""
@@ -129,12 +131,12 @@ def settings_of(options: PreprocessOptions) -> PreprocessSettings:
     """The flags as the library takes them."""
     template = None if options.text_template is None else parse_template(options.text_template)
     return PreprocessSettings(
-        inputs=options.input,
+        inputs=tuple(options.input),
         output_prefix=options.output_prefix,
         read=ReadOptions(
-            keys=options.json_keys,
+            keys=tuple(options.json_keys),
             template=template,
-            keep_meta=options.keep_meta,
+            keep_meta=tuple(options.keep_meta),
             max_document_bytes=options.max_document_bytes,
         ),
         input_format=options.input_format,
