@@ -277,9 +277,10 @@ Document order, sample index and sample order of a data set, built and written: 
 numpy (its sample index is C++ too, ours in both).""",
         "preprocess": """\
 JSON lines to token files by `aquila preprocess`, from the start of the command to closed and hashed files with their
-manifest: corpora, and one document alone for what starting takes, which the speed behind the start leaves out. The fastest of the runs, with the corpus in memory;
-CPU seconds are of all processes together, and memory that several share is counted once. megatron-core brings its
-builder and not its tool: beside it, preprocess_data.py's way is repeated (`benchmarks/megatron_preprocess.py`), with
-the same tokenizer and processes, on the beginning of the first corpus, imports included.""",
+manifest: corpora, and one document alone for what starting takes, which the speed behind the start leaves out. The
+fastest of the runs, with the corpus in memory; CPU seconds are of all processes together, and memory that several share
+is counted once. megatron-core brings its builder and not its tool: beside it, preprocess_data.py's way is repeated
+(`benchmarks/megatron_preprocess.py`), with the same tokenizer and processes, on the beginning of the first corpus,
+imports included.""",
     }
 )
