@@ -84,11 +84,11 @@ def test_the_recipe_with_two_long_stages_at_the_end_needs_more_than_they_have_or
     ("words", "pp_rank"), [(STAGES_70B, 0), (STAGES_70B, 3), (STAGES_34B, 3)], ids=["70b-first", "70b-last", "34b-last"]
 )
 def test_the_recipes_with_a_first_stage_on_other_devices_take_a_step(words: str, pp_rank: int) -> None:
-    """All layers of the stage, and the first batch of the ramp: one microbatch of the 34B, two of the 70B."""
+    """All layers of the stage; one microbatch, as of the 34B in the first batch of its ramp."""
     recipe = settings(words, 512)
-    config = replace(recipe, train=replace(recipe.train, global_batch=32, rampup_batch=None))
-    rank = derive(config, 512).grid.rank(pp=pp_rank)
-    assert_as_planned(config, 512, rank, micro_batch=1)
+    grid = derive(recipe, 512).grid
+    config = replace(recipe, train=replace(recipe.train, global_batch=grid.dp, rampup_batch=None))
+    assert_as_planned(config, 512, grid.rank(pp=pp_rank), micro_batch=1)
 
 
 @pytest.mark.parametrize(("dp_rank", "size"), [(7, 2), (8, 1)])
