@@ -1,4 +1,4 @@
-"""The quickstart's model on samples four times as long: loss by position before and after, as a picture.
+"""The quickstart's model on samples four times as long: perplexity by position before and after, as a picture.
 
     python examples/quickstart/run.py                   # makes quickstart-out
     python examples/long_context/run.py [--quickstart quickstart-out] [--output-dir long-context-out]
@@ -29,6 +29,11 @@ BEFORE = {
     "ntk": ["--rope-scaling", "ntk"],
     "yarn": ["--rope-scaling", "yarn"],
 }
+AS_BEFORE = [  # the control: as many tokens and steps as in extend.yaml, in samples of the quickstart's length
+    *("--seq-len", TRAINED_LEN, "--rope-scaling", "none", "--rope-factor", 1, "--train-samples", 1920),
+    *("--micro-batch-size", 16, "--global-batch-size", 32, "--lr-warmup-samples", 160),
+]
+AFTER: dict[str, list[object]] = {"as it is, trained on": AS_BEFORE, "yarn, trained on": []}
 
 
 def run(*command: object) -> str:
@@ -63,23 +68,26 @@ def hold_out(quickstart: Path, out: Path) -> list[Path]:
 
 
 def evaluate(load: Path, data: list[Path], *flags: object) -> list[dict[str, Any]]:
-    """Loss by position on samples of ``LENGTH`` tokens: a row a bin."""
+    """Scores by position on samples of ``LENGTH`` tokens: a row a bin."""
     windows = ["--seq-len", LENGTH, "--by-position", BINS, "--json"]
     printed = run("-m", "megatron_aquila", "evaluate", "--load", load, "--data", *data, *windows, *flags)
     rows: list[dict[str, Any]] = json.loads(printed)["total"]["by_position"]
     return rows
 
 
-def train(quickstart: Path, out: Path) -> Path:
-    """The quickstart's weights, trained on with long samples and yarn's positions."""
+def train(quickstart: Path, out: Path, name: str, *flags: object) -> Path:
+    """The quickstart's weights, trained on as extend.yaml and ``flags`` say; the folder of their checkpoints."""
     blend = [
-        part for name, weight in LANGUAGES.items() for part in (weight, quickstart / "data" / f"{name}_text_document")
+        part
+        for language, weight in LANGUAGES.items()
+        for part in (weight, quickstart / "data" / f"{language}_text_document")
     ]
-    places = ["--data-path", *blend, "--data-cache-path", out / "cache", "--log-dir", out / "logs"]
+    places = ["--data-path", *blend, "--data-cache-path", out / "cache", "--log-dir", out / name / "logs"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES]
     script = ["pretrain_aquila.py", "--config", HERE / "extend.yaml", "--load", quickstart / "checkpoints"]
-    run(*torchrun, *script, *places, *tokenizer_flags(quickstart), "--save", out / "checkpoints")
-    return out / "checkpoints"
+    save = out / name / "checkpoints"
+    run(*torchrun, *script, *places, *tokenizer_flags(quickstart), "--save", save, *flags)
+    return save
 
 
 def main() -> None:
@@ -96,11 +104,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     data = hold_out(quickstart, out)
     curves = {name: evaluate(quickstart / "checkpoints", data, *flags) for name, flags in BEFORE.items()}
-    curves["yarn, trained on"] = evaluate(train(quickstart, out), data)
+    for name, flags in AFTER.items():
+        trained = train(quickstart, out, name.replace(", ", "-").replace(" ", "-"), *flags)
+        curves[name] = evaluate(trained, data)
     (out / "long-context.json").write_text(json.dumps({"trained_len": TRAINED_LEN, "curves": curves}, indent=1) + "\n")
-    print(f"{'positions':<12}" + "".join(f"{name:>18}" for name in curves))
+    print(f"{'positions':<12}" + "".join(f"{name:>22}" for name in curves))
     for rows in zip(*curves.values(), strict=True):
-        print(f"{rows[0]['first']:>4}-{rows[0]['last']:<7}" + "".join(f"{row['loss']:>18.4f}" for row in rows))
+        print(f"{rows[0]['first']:>4}-{rows[0]['last']:<7}" + "".join(f"{row['perplexity']:>22.1f}" for row in rows))
     try:
         plot_positions(
             curves,

@@ -1,8 +1,7 @@
 """``aquila evaluate``: perplexity and accuracy on token files, by source; or tasks of the lm-evaluation-harness."""
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,20 @@ import tyro
 from megatron_aquila.commands.score_report import score_report, task_report
 from megatron_aquila.commands.using import ModelOptions, on_ranks, read_source, read_tokenizer, running
 from megatron_aquila.errors import Problem, refuse
-from megatron_aquila.plan.shape import RopeScaling
 from megatron_aquila.train.launcher import Launch
 
 if TYPE_CHECKING:
     from megatron_aquila.generate.runner import Runner
     from megatron_aquila.generate.scoring import Score
-    from megatron_aquila.generate.source import Source
+
+_TOKENIZER = ("vocab_file", "merge_file", "special_tokens_file", "tokenizer_model")
+_NOT_READ = {  # flags of the other way to evaluate: why, what is to be done, which
+    "data": (
+        ("token files have no tasks", "use it with --tasks", ("task_path", "limit")),
+        ("token files hold tokens already", "leave it out: only --tasks reads a tokenizer", _TOKENIZER),
+    ),
+    "tasks": (("tasks have no windows", "use it with --data", ("by_position", "max_tokens")),),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +32,8 @@ class EvaluateOptions(ModelOptions):
 
     data: tuple[str, ...] = ()
     """prefixes of .bin/.idx pairs, or weight prefix weight prefix ... as in training"""
-    seq_len: int | None = None
-    """tokens of a window; default the model's longest sequence, beyond which it may be asked, too"""
     by_position: int | None = None
     """also show the scores in so many parts of the window: what tokens gain from what stands before them"""
-    rope_scaling: RopeScaling | None = None
-    """stretch rotary positions so, in place of the model's own way"""
-    rope_factor: float | None = None
-    """rope_scaling: how many times; default what leads from the model's longest sequence to --seq-len"""
-    rope_trained_len: int | None = None
-    """rope_scaling: tokens of a sample in training; default the model's"""
     max_tokens: int | None = None
     """score only so many tokens at the beginning of each data set"""
     batch: int = 4
@@ -70,15 +68,21 @@ def check(options: EvaluateOptions) -> None:
     for flag in ("seq_len", "by_position", "max_tokens", "batch", "limit"):
         value = getattr(options, flag)
         if value is not None and value < 1:
-            problems.append(Problem(f"--{flag.replace('_', '-')}", value, "it must be positive", "use 1 or more"))
-    if options.by_position is not None and options.tasks:
-        problems.append(Problem("--by-position", options.by_position, "tasks have no windows", "use it with --data"))
+            problems.append(Problem(_flag(flag), value, "it must be positive", "use 1 or more"))
+    for way, rules in _NOT_READ.items():
+        for why, way_out, names in rules if getattr(options, way) else ():
+            given = {name: getattr(options, name) for name in names}
+            problems += [Problem(_flag(name), x, why, way_out) for name, x in given.items() if x is not None]
     refuse(problems)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def run(options: EvaluateOptions, launch: Launch) -> None:
     """Read the model, score, and print on rank 0."""
-    source = _stretched(options, read_source(options, launch, replicates=bool(options.data)), launch)
+    source = read_source(options, launch, replicates=bool(options.data))
     if options.data:
         prefixes, weights = _blend(options.data)
         with running(options, source, launch) as runner:
@@ -94,23 +98,6 @@ def run(options: EvaluateOptions, launch: Launch) -> None:
             lines = task_report(results, as_json=options.json)
     if launch.rank == 0:
         print("\n".join(lines))
-
-
-def _stretched(options: EvaluateOptions, source: "Source", launch: Launch) -> "Source":
-    """The model with the longest sequence and the positions that are asked for; rank 0 warns of what is new to it."""
-    from megatron_aquila.generate.stretch import beyond_training, stretched
-
-    shape = stretched(
-        source.shape,
-        seq_len=options.seq_len,
-        scaling=options.rope_scaling,
-        factor=options.rope_factor,
-        length=options.rope_trained_len,
-    )
-    warning = beyond_training(source.shape, shape)
-    if warning is not None and launch.rank == 0:
-        print(warning, file=sys.stderr)
-    return replace(source, shape=shape)
 
 
 def _blend(words: Sequence[str]) -> tuple[list[str], list[float] | None]:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -32,7 +33,7 @@ class GenerateOptions(ModelOptions):
     """Aquila's chat template: aquila-v1 for AquilaChat2-7B, -legacy for 34B, -v2 for 70B, aquila for 16K models,
     aquila-chat for AquilaChat-7B"""
     max_new_tokens: int = 128
-    """tokens of a continuation; none goes beyond the model's longest sequence"""
+    """tokens of a continuation; none goes beyond --seq-len"""
     temperature: float = 1.0
     """0 takes the likeliest token always"""
     top_k: int = 0
@@ -76,6 +77,9 @@ def check(options: GenerateOptions) -> None:
         "--top-p": (options.top_p, 0 < options.top_p <= 1, "it is a share", "use one above 0, up to 1"),
         "--repetition-penalty": (
             options.repetition_penalty, options.repetition_penalty > 0, "it divides", "use 1 for none",
+        ),
+        "--seq-len": (
+            options.seq_len, options.seq_len is None or options.seq_len > 1, "prompt and answer need 2", "use more",
         ),
         "--max-new-tokens": (options.max_new_tokens, options.max_new_tokens > 0, "nothing is to be made", "use 1"),
         "--batch": (options.batch, options.batch > 0, "nothing is to be made", "use 1 or more"),
@@ -141,22 +145,48 @@ def _json(prompt: str, answer: "Continuation") -> str:
 def _converse(
     options: GenerateOptions, runner: "Runner", tokenizer: "Tokenizer", stops: "Stops", *, speaks: bool
 ) -> None:
-    """A question a line from rank 0's stdin, until its end; the answers so far are part of each prompt."""
+    """A question a line from rank 0's stdin, until its end; the answers so far are part of each prompt.
+
+    Of a conversation that has become too long the first turns are left out, and a question that is too long by itself
+    is not answered; rank 0 says so.
+    """
     from megatron_aquila.parallel.collectives import gather_objects
 
     turns: list[tuple[str, str]] = []
-    while True:
+    for number in count():
         if speaks and sys.stdin.isatty():
             print("> ", end="", flush=True)
         line, *_ = gather_objects(sys.stdin.readline() if speaks else None, runner.ctx.host_world)
         if line == "":
             return
-        question = line.rstrip("\n")
-        prompt = _tokens(options, tokenizer, turns, question)
-        (answer,) = _generate(options, runner, tokenizer, stops, [prompt], first_row=len(turns), streams=speaks)
-        turns.append((question, answer.text))
+        question, longest = line.rstrip("\n"), runner.shape.seq_len
+        kept, prompt = _within(options, tokenizer, turns, question, longest)
+        note = None
+        if len(prompt) >= longest:
+            note = f"not answered: with its template the question has {len(prompt)} tokens; ask a shorter one"
+        elif len(kept) < len(turns):
+            note = f"the first {len(turns) - len(kept)} of {len(turns)} turns are left out from here on"
+        if note is not None and speaks:
+            print(f"note: {note}; a sequence has {longest} tokens at most, see --seq-len", file=sys.stderr, flush=True)
+        if len(prompt) >= longest:
+            continue
+        (answer,) = _generate(options, runner, tokenizer, stops, [prompt], first_row=number, streams=speaks)
+        turns = [*kept, (question, answer.text)]
         if speaks:
             print(flush=True)
+
+
+def _within(
+    options: GenerateOptions, tokenizer: "Tokenizer", turns: list[tuple[str, str]], question: str, longest: int
+) -> tuple[list[tuple[str, str]], list[int]]:
+    """The last turns that leave room for an answer, and the prompt with them.
+
+    Room is --max-new-tokens, or where that is less a quarter of the longest sequence, so that a short one has turns.
+    """
+    room = min(options.max_new_tokens, longest // 4)
+    while len(prompt := _tokens(options, tokenizer, turns, question)) > longest - room and turns:
+        turns = turns[1:]
+    return turns, prompt
 
 
 def _tokens(options: GenerateOptions, tokenizer: "Tokenizer", turns: list[tuple[str, str]], text: str) -> list[int]:

@@ -1,8 +1,9 @@
 """What the commands that use a model share: which one, on which layout, with which tokenizer."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,7 @@ from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.commands.pretrain import leave
 from megatron_aquila.errors import refuse
 from megatron_aquila.plan.sequence import ContextMethod
+from megatron_aquila.plan.shape import RopeScaling
 from megatron_aquila.train.launcher import Launch, read_launch
 
 if TYPE_CHECKING:
@@ -48,6 +50,15 @@ class ModelOptions:
     """pipeline-parallel degree; start tp x cp x pp processes with torchrun"""
     precision: Literal["bf16", "fp16", "fp32", "fp64"] | None = None
     """type to compute in; default as the weights are stored"""
+    seq_len: int | None = None
+    """longest sequence: of a prompt with its answer, a window or the harness's texts; default the model's own, beyond
+    which it may be asked, too"""
+    rope_scaling: RopeScaling | None = None
+    """stretch rotary positions so, in place of the model's own way"""
+    rope_factor: float | None = None
+    """rope_scaling: how many times; default what leads from the model's longest sequence to --seq-len"""
+    rope_trained_len: int | None = None
+    """rope_scaling: tokens of a sample in training; default the model's"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute"""
     vocab_file: Path | None = None
@@ -63,18 +74,32 @@ class ModelOptions:
 
 
 def read_source(options: ModelOptions, launch: Launch, *, replicates: bool) -> "Source":
-    """The model's tables of contents, once the layout fits it.
+    """The model's tables of contents, once the layout fits it, with the longest sequence and the positions asked for.
+
+    Rank 0 warns of positions that are new to the model.
 
     Raises:
-        ConfigError: the layout does not fit the model or the processes; the same on every rank.
+        ConfigError: the layout does not fit the model or the processes, or nothing can be stretched so; the same on
+            every rank.
         CheckpointError: as ``open_source``.
     """
     from megatron_aquila.generate.runner import layout_problems
     from megatron_aquila.generate.source import open_source
+    from megatron_aquila.generate.stretch import beyond_training, stretched
 
     source = open_source(options.load, tp=max(1, options.tp))
     refuse(layout_problems(source.shape, layout(options), world_size=launch.world_size, replicates=replicates))
-    return source
+    shape = stretched(
+        source.shape,
+        seq_len=options.seq_len,
+        scaling=options.rope_scaling,
+        factor=options.rope_factor,
+        length=options.rope_trained_len,
+    )
+    warning = beyond_training(source.shape, shape)
+    if warning is not None and launch.rank == 0:
+        print(warning, file=sys.stderr)
+    return replace(source, shape=shape)
 
 
 def layout(options: ModelOptions) -> "Layout":

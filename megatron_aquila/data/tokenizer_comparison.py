@@ -146,7 +146,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DataError("matplotlib is not installed: pip install 'megatron_aquila[quickstart]'") from error
+        raise DataError("a picture needs the matplotlib package: pip install 'megatron_aquila[plots]'") from error
     names = [*next(iter(comparison.usage.values()))]
     figure = Figure(figsize=(max(6.0, 3.2 * len(names)), 4.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
@@ -162,8 +162,13 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         panel.margins(y=0.12)
         panel.spines[["top", "right"]].set_visible(False)
     handles, _ = panels[0].get_legend_handles_labels()
+    columns = int(figure.get_figwidth() / (0.5 + 0.08 * max(map(len, labels))))  # inches of a mark, and of a letter
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(labels), 4), title="tokenizer (vocabulary)"
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), max(columns, 1), 4),
+        title="tokenizer (vocabulary)",
     )
     panels[0].set_ylabel("mean tokens per document")
     beside = path.with_name(path.name + ".tmp")

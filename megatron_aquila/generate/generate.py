@@ -109,7 +109,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int, seq_len:
         if not prompt:
             raise DataError(f"prompt {number} is empty; give it a token to begin with")
         if len(prompt) >= seq_len:
-            raise DataError(f"prompt {number} has {len(prompt)} tokens; the model's longest sequence has {seq_len}")
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens; a sequence has {seq_len} at most, its answer too: "
+                "give a shorter prompt, or a larger --seq-len, with --rope-scaling where the model needs it"
+            )
         wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if wrong:
             raise DataError(f"prompt {number}: token {wrong[0]} is outside the vocabulary of {vocab_size}")

@@ -73,10 +73,11 @@ def plot_lengths(sets: Mapping[str, Sequence[Bin]], path: Path, *, title: str) -
 def plot_positions(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str, trained_len: int
 ) -> None:
-    """Draw losses by position, as ``aquila evaluate --by-position --json`` has them, of several models or settings.
+    """Draw perplexity by position, as ``aquila evaluate --by-position --json`` has it, of several models or settings.
 
-    The same tokens were scored by all, so a second panel has what each loses or gains against the first. A line stands
-    where training ended. ``path`` ends in .png, .svg or .pdf; the file appears whole or not at all.
+    The same tokens were scored by all, so a second panel has each one's share of the first one's. A line stands where
+    training ended. Perplexity's axis is logarithmic: equal differences of losses look equal. ``path`` ends in .png,
+    .svg or .pdf; the file appears whole or not at all.
 
     Raises:
         DataError: matplotlib is not installed.
@@ -86,14 +87,17 @@ def plot_positions(
     first = next(iter(curves.values()))
     middles = [(row["first"] + row["last"]) / 2 for row in first]
     for name, rows in curves.items():
-        axes[0].plot(middles, [row["loss"] for row in rows], "o-", markersize=3, linewidth=1.4, label=name)
-        apart = [row["loss"] - other["loss"] for row, other in zip(rows, first, strict=True)]
-        axes[1].plot(middles, apart, "o-", markersize=3, linewidth=1.4)
-    for axis, label in zip(axes, ("loss (nats per token)", f"minus that of “{next(iter(curves))}”"), strict=True):
+        axes[0].plot(middles, [row["perplexity"] for row in rows], "o-", markersize=3, linewidth=1.4, label=name)
+        shares = [row["perplexity"] / other["perplexity"] for row, other in zip(rows, first, strict=True)]
+        axes[1].plot(middles, shares, "o-", markersize=3, linewidth=1.4)
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:,.0f}")
+    axes[0].yaxis.set_minor_formatter("{x:,.0f}")
+    for axis, label in zip(axes, ("perplexity", f"share of that of “{next(iter(curves))}”"), strict=True):
         axis.axvline(trained_len, color="grey", linestyle="--", linewidth=1, label=f"trained on {trained_len} tokens")
         axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     axes[1].set_xlabel("position in the sample")
     _save(figure, path, path.suffix.removeprefix("."))
 

@@ -112,6 +112,23 @@ def test_stretched_positions_are_no_news(folder: Path, capsys: pytest.CaptureFix
     assert f"stretched by {form} 1.6, have tokens that count 20 apart" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("--data x --task-path /x --limit 3", ["--task-path /x: token files have no tasks", "--limit 3: token files"]),
+        ("--data x --tokenizer-model t --vocab-file v", ["--vocab-file v: token files hold", "--tokenizer-model t: "]),
+        ("--data x --merge-file m --special-tokens-file s", ["--merge-file m: ", "--special-tokens-file s: "]),
+        ("--tasks y --by-position 2 --max-tokens 9", ["--by-position 2: tasks have no windows", "--max-tokens 9: tas"]),
+    ],
+)
+def test_a_flag_that_would_not_be_read_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], argv: str, told: list[str]
+) -> None:
+    assert evaluate.main(["--load", str(folder / "run"), *argv.split()]) == 2
+    said = capsys.readouterr().err
+    assert [words for words in told if words not in said] == []
+
+
 def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*argv: str) -> str:
         assert evaluate.main(["--load", str(folder / "run"), *argv]) == 2
@@ -123,7 +140,6 @@ def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     data = ("--data", str(folder / "a"))
     assert "--by-position 0: it must be positive" in refused(*data, "--by-position", "0")
     assert "--by-position 17: a window has 16 tokens" in refused(*data, "--by-position", "17")
-    assert "--by-position 2: tasks have no windows" in refused("--tasks", "y", "--by-position", "2")
     assert "--rope-factor 2.0: positions are not stretched" in refused(*data, "--rope-factor", "2")
     assert "--rope-scaling yarn: --rope-factor is 1" in refused(*data, "--rope-scaling", "yarn")
     assert "nowhere" in refused("--data", str(folder / "nowhere"))

@@ -103,6 +103,52 @@ def test_a_conversation(
     assert json.loads(capsys.readouterr().out)["text"] == answers[0]
 
 
+def test_a_conversation_that_outgrows_the_model_goes_on(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last answers are those of a conversation of the last turns alone; what cannot be answered changes nothing."""
+    settings = ["--load", str(folders["ours"]), "--chat", "aquila-v1", "--temperature", "0", "--max-new-tokens", "4"]
+
+    def talk(*questions: str, seq_len: int) -> tuple[list[str], list[str]]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{question}\n" for question in questions)))
+        assert generate.main([*settings, "--seq-len", str(seq_len), "--stop-words", "\n"]) == 0
+        said = capsys.readouterr()
+        return said.out.splitlines(), said.err.splitlines()
+
+    questions = ["the sea", "the stars", "海", "the", "and"]
+    whole, nothing = talk(*questions, seq_len=400)
+    assert nothing == []
+    short, told = talk(*questions[:2], "the sea " * 60, *questions[2:], seq_len=48)
+    assert len(short) == len(whole) == 5
+    assert short[:2] == whole[:2]
+    assert told[0].startswith("note: not answered: with its template the question has ")
+    assert told[0].endswith(" tokens; ask a shorter one; a sequence has 48 tokens at most, see --seq-len")
+    assert told[1].startswith("note: the first 1 of ")
+    assert "turns are left out from here on; a sequence has 48 tokens at most, see --seq-len" in told[1]
+
+
+def test_a_model_of_short_sequences_is_asked_for_longer_ones(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a folder with linear scaling has it, whose config.json says the length before the stretch."""
+    shutil.copytree(folders["theirs"], tmp_path / "short")
+    path = tmp_path / "short" / "config.json"
+    linear = {"rope_type": "linear", "type": "linear", "factor": 8.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 8, "rope_scaling": linear}))
+    prompt = ["--prompt", "the sea and the stars " * 3, "--temperature", "0", "--max-new-tokens", "4", "--json"]
+    assert generate.main(["--load", str(tmp_path / "short"), *prompt]) == 2
+    told = capsys.readouterr().err
+    assert "a sequence has 8 at most, its answer too: give a shorter prompt, or a larger --seq-len" in told
+    assert generate.main(["--load", str(tmp_path / "short"), *prompt, "--seq-len", "64"]) == 0
+    longer = capsys.readouterr().out
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 64}))
+    assert generate.main(["--load", str(tmp_path / "short"), *prompt]) == 0
+    assert capsys.readouterr().out == longer
+    assert generate.main(["--load", str(folders["ours"]), *prompt, "--seq-len", "800", "--rope-scaling", "linear"]) == 0
+    assert generate.main(["--load", str(folders["ours"]), *prompt, "--seq-len", "1"]) == 2
+    assert "--seq-len 1: prompt and answer need 2" in capsys.readouterr().err
+
+
 def test_what_is_refused(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*argv: str) -> str:
         assert generate.main(["--load", *argv]) == 2

@@ -1,7 +1,9 @@
 """``aquila tokenizer train``: files, the table, and its exit status."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,8 +82,40 @@ def test_a_picture_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     found = compare({"one": train_tokenizer(["aa aa"] * 4, 266)}, {"en": ["aa"]})
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(DataError, match="matplotlib is not installed"):
+    with pytest.raises(DataError, match=r"needs the matplotlib package: pip install 'megatron_aquila\[plots\]'"):
         draw_comparison(found, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("name", ["a", "the English one extended by the Chinese one"])
+def test_names_stay_within_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    from megatron_aquila.data.tokenizer_comparison import Comparison, Usage, draw_comparison
+
+    drawn, save = [], figure.savefig
+
+    def savefig(self: Any, *args: Any, **kwargs: Any) -> None:
+        drawn.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(figure, "savefig", savefig)
+    usage = Usage(documents=1, tokens=9, num_bytes=9, unknown=0, covered=1.0, exact=1.0)
+    names = [f"{name} {number}" for number in range(5)]
+    texts = dict.fromkeys(("zh", "en", "code"), usage)
+    draw_comparison(
+        Comparison(vocab_sizes=dict.fromkeys(names, 100_008), usage=dict.fromkeys(names, texts)), tmp_path / "x.png"
+    )
+    (picture,) = drawn
+    (legend,) = picture.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= picture.bbox.x1
+
+
+def test_the_pages_picture_has_the_names_of_its_table() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    rows = re.findall(r"^\| (.+?) \| ([\d,]+) \|", (docs / "tokenizers.md").read_text(), re.MULTILINE)
+    drawn = (docs / "tokenizers.svg").read_text()
+    assert len(rows) == 5
+    assert [name for name, size in rows if f"<!-- {name} ({size}) -->" not in drawn] == []
 
 
 def test_extend_and_resize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

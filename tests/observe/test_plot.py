@@ -1,3 +1,4 @@
+import re
 import sys
 
 import pytest
@@ -41,9 +42,14 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         plot_lengths({}, tmp_path / "x.png", title="")
 
 
-def test_losses_by_position_are_drawn(tmp_path):
-    curves = {name: [{"first": 8 * n, "last": 8 * n + 7, "loss": 3.0 - n} for n in range(2)] for name in ("a", "b")}
+def test_perplexity_by_position_is_drawn(tmp_path):
+    curves = {
+        name: [{"first": 8 * n, "last": 8 * n + 7, "perplexity": 300.0 + 50 * n * k} for n in range(2)]
+        for k, name in enumerate(("a", "b"))
+    }
     path = tmp_path / "positions.svg"
     plot_positions(curves, path, title="positions", trained_len=8)
     assert path.read_bytes().startswith(b"<?xml")
     assert list(tmp_path.iterdir()) == [path]
+    drawn = re.findall(r"<!-- (.*?) -->", path.read_text())
+    assert {"perplexity", "share of that of “a”", "300", "350", "trained on 8 tokens"} <= {*drawn}

@@ -82,6 +82,17 @@ def test_the_recipe_with_two_long_stages_at_the_end_needs_more_than_they_have_or
     assert max(gibibytes(all_again, 88, ranks=(20, 21))) < A800
 
 
+@pytest.mark.parametrize(
+    ("words", "pp_rank"), [(STAGES_70B, 0), (STAGES_70B, 3), (STAGES_34B, 3)], ids=["70b-first", "70b-last", "34b-last"]
+)
+def test_the_recipes_with_a_first_stage_on_other_devices_take_a_step(words: str, pp_rank: int) -> None:
+    """All layers of the stage; one microbatch, as of the 34B in the first batch of its ramp."""
+    recipe = settings(words, 512)
+    grid = derive(recipe, 512).grid
+    config = replace(recipe, train=replace(recipe.train, global_batch=grid.dp, rampup_batch=None))
+    assert_as_planned(config, 512, grid.rank(pp=pp_rank), micro_batch=1)
+
+
 @pytest.mark.parametrize(("dp_rank", "size"), [(7, 2), (8, 1)])
 def test_a_replica_s_calls_and_bytes_are_those_of_its_own_micro_batch(dp_rank: int, size: int) -> None:
     recipe = settings(REPLICAS_34B, 384)
@@ -90,14 +101,20 @@ def test_a_replica_s_calls_and_bytes_are_those_of_its_own_micro_batch(dp_rank: i
         model=replace(recipe.model, num_layers=8),
         train=replace(recipe.train, global_batch=32, rampup_batch=None),  # the ramp's first
     )
-    derived = derive(config, 384)
-    rank = derived.grid.rank(dp=dp_rank, pp=1)
-    with fake_world(rank, 384), StorageTracker() as storages, CallRecorder() as recorder:
-        machine = dry_machine(config, 384)
-        dry_step(machine, [dry_batch(derived.shape, size)])
+    rank = derive(config, 384).grid.rank(dp=dp_rank, pp=1)
+    assert_as_planned(config, 384, rank, micro_batch=size)
+
+
+def assert_as_planned(config: RunConfig, world: int, rank: int, *, micro_batch: int) -> None:
+    """One step on ``rank``: its calls and their bytes are the plan's, its memory is within it, and hardly less."""
+    derived = derive(config, world)
+    pp_rank, num_microbatches = derived.grid.coords(rank)["pp"], derived.batch_at(0)[1]
+    with fake_world(rank, world), StorageTracker() as storages, CallRecorder() as recorder:
+        machine = dry_machine(config, world)
+        dry_step(machine, [dry_batch(derived.shape, micro_batch) for _ in range(num_microbatches)])
         groups = {name: getattr(machine.ctx, name).ranks for name in ("tp", "dp_cp", "world", "pp")}
-    planned = traffic_plan(config, derived, micro_batch=size).of_rank(1)
+    planned = traffic_plan(config, derived, micro_batch=micro_batch).of_rank(pp_rank)
     assert counted(recorder.calls, groups["pp"]) == as_planned(planned, groups)
     order = run_schedule(config, derived)
-    memory = memory_plan(config, derived, order, micro_batch=size).of_rank(1).total
+    memory = memory_plan(config, derived, order, micro_batch=micro_batch).of_rank(pp_rank).total
     assert storages.peak <= memory <= 1.02 * storages.peak
