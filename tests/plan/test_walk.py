@@ -60,7 +60,7 @@ def test_what_is_never_freed_is_an_error() -> None:
 def test_at_the_last_gradient_of_a_step_hardly_an_activation_is_left() -> None:
     """Where the vocabulary is large beside a microbatch, the embedding's gradient is the fullest moment."""
     wide = replace(SHAPE, vocab_size=32000, padded_vocab_size=32000)
-    memory = replace(plan("1f1b", pp=1, microbatches=1), shape=wide)
+    memory = replace(plan("1f1b", pp=1, microbatches=1, loss_chunk_tokens=32), shape=wide)
     fullest = memory._walk(0).fullest(memory.order[0])
     assert fullest.activations < memory.activations_of_rank(0) / 10
     assert fullest.temporaries > 6 * wide.padded_vocab_size * wide.hidden_size

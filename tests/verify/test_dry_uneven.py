@@ -83,7 +83,9 @@ def test_the_recipe_with_two_long_stages_at_the_end_needs_more_than_they_have_or
 
 
 @pytest.mark.parametrize(
-    ("words", "pp_rank"), [(STAGES_70B, 0), (STAGES_70B, 3), (STAGES_34B, 3)], ids=["70b-first", "70b-last", "34b-last"]
+    ("words", "pp_rank"),
+    [(STAGES_70B, 0), (STAGES_70B, 3), (STAGES_34B, 0), (STAGES_34B, 3)],
+    ids=["70b-first", "70b-last", "34b-first", "34b-last"],
 )
 def test_the_recipes_with_a_first_stage_on_other_devices_take_a_step(words: str, pp_rank: int) -> None:
     """All layers of the stage; one microbatch, as of the 34B in the first batch of its ramp."""
@@ -117,4 +119,4 @@ def assert_as_planned(config: RunConfig, world: int, rank: int, *, micro_batch: 
     assert counted(recorder.calls, groups["pp"]) == as_planned(planned, groups)
     order = run_schedule(config, derived)
     memory = memory_plan(config, derived, order, micro_batch=micro_batch).of_rank(pp_rank).total
-    assert storages.peak <= memory <= 1.02 * storages.peak
+    assert (1 - 1e-4) * storages.peak <= memory <= 1.02 * storages.peak
