@@ -36,6 +36,7 @@ ELSEWHERE = {
     "--output-dir": "examples/quickstart/run.py",
     "--threads": "benchmarks/cpu.py",
     "--clock": "benchmarks/cpu.py",
+    "--ours": "benchmarks/step.py",
     "--minutes": "tests/chaos/__main__.py",
     "--injections": "tests/chaos/__main__.py",
     "--launcher": "tests/chaos/__main__.py",

@@ -45,14 +45,16 @@ def test_what_was_found_is_on_file_when_a_later_round_fails(tmp_path, monkeypatc
     seconds = iter([3.0, 5.0, 2.0])
 
     def measured(*_):
-        return {"seconds": next(seconds)}
+        return {"megabytes": 4.0, "seconds": next(seconds)}
 
     monkeypatch.setattr(preprocess, "measured", measured)
     with pytest.raises(StopIteration):
         preprocess.main(["--input", str(corpus), "--tokenizer", str(tmp_path), "--out", str(out)])
     tables = json.loads(out.read_text())["tables"]
-    assert tables["start-up"] == [{"corpus": "one_document", "seconds": 2.0, "slowest": 3.0, "calls": 2}]
-    assert tables["corpora"] == [{"corpus": "few", "seconds": 5.0, "slowest": 5.0, "calls": 1}]
+    start, few = ({"megabytes": 4.0, "seconds": best} for best in (2.0, 5.0))
+    assert tables["start-up"] == [{"corpus": "one_document", **start, "slowest": 3.0, "calls": 2}]
+    behind = {"megabytes_per_second_behind_start": 2.0}  # of the start that was known then
+    assert tables["corpora"] == [{"corpus": "few", **few, "slowest": 5.0, "calls": 1, **behind}]
 
 
 def test_a_command_that_fails_is_an_error(tmp_path, tokenizer):
