@@ -48,6 +48,7 @@ def test_what_is_written_is_what_megatron_writes(tmp_path: Path, names: str) -> 
     cut = {"tp": 2, "pp": 2, "chunks": 2}
     theirs = write_files(tmp_path / "theirs", weights(), SHAPE, rows=32, names=names, zeros=True, **cut)
     flags = ["--to-format", "megatron", "--vocab-multiple", "16", "--megatron-names", names]
+    flags += ["--no-verify"]  # weights around 1 make too much of a rounding for logits to say anything
     flags += [word for name, degree in cut.items() for word in (f"--{name}", str(degree))]
     assert convert.main(["--from", str(theirs), "--to", str(tmp_path / "ours"), *flags]) == 0
     ranks = [f"mp_rank_{tp:02d}_{pp:03d}/model_optim_rng.pt" for tp in (0, 1) for pp in (0, 1)]
