@@ -284,8 +284,6 @@ def turn(contestant: Contestant, options: Options, device: torch.device) -> bool
         step = build()
         seconds_of(step, device=device, count=options.warmup)
         contestant.seconds += seconds_of(step, device=device, count=options.steps)
-        if contestant.wants_loop and not contestant.loop and isinstance(step, OurStep):
-            contestant.loop = loop_costs(step, device)
     except torch.OutOfMemoryError as error:
         contestant.error = str(error).splitlines()[0]
         return False
@@ -293,10 +291,20 @@ def turn(contestant: Contestant, options: Options, device: torch.device) -> bool
         contestant.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         contestant.ways.clear()
     finally:
-        step = None  # its tensors go with it
         if device.type == "cuda":
             contestant.peak_bytes = max(contestant.peak_bytes, torch.cuda.max_memory_allocated(device))
+        if contestant.ways and contestant.wants_loop and not contestant.loop and isinstance(step, OurStep):
+            contestant.loop = loop_or_why(step, device)
+        step = None  # its tensors go with it
     return True
+
+
+def loop_or_why(step: OurStep, device: torch.device) -> Row:
+    """What ``loop_costs`` finds; memory that runs out there takes nothing from the step."""
+    try:
+        return loop_costs(step, device)
+    except torch.OutOfMemoryError as error:
+        return {"error": str(error).splitlines()[0]}
 
 
 def forget(device: torch.device) -> None:

@@ -7,20 +7,30 @@ from megatron_aquila.kernels.precision import compute_dtype, matmul
 from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_, weight_gradient
 
 SHORTEST = 1e-12  # rows of zeros, as padding is, stay zeros
+PIECE = 2**22  # elements at a time: a large vocabulary in float32, several times over, would be the step's fullest moment
 
 
 def unit_rows(weight: Tensor) -> Tensor:
     """Every row divided by its length, computed in ``compute_dtype`` and rounded once."""
-    wide = weight.to(compute_dtype(weight.dtype))
-    return (wide / _lengths(wide)).to(weight.dtype)
+    unit = torch.empty_like(weight)
+    for rows, part in zip(_in_pieces(unit), _in_pieces(weight), strict=True):
+        wide = part.to(compute_dtype(weight.dtype))
+        rows.copy_(wide / _lengths(wide))
+    return unit
 
 
 def through_unit_rows_(grad: Tensor, weight: Tensor) -> Tensor:
     """The gradient of ``unit_rows(weight)`` made that of ``weight``: its part across each row, over the length."""
-    wide = weight.to(grad.dtype)
-    length = _lengths(wide)
-    unit = wide / length
-    return grad.addcmul_(unit, (grad * unit).sum(-1, keepdim=True), value=-1).div_(length)
+    for rows, part in zip(_in_pieces(grad), _in_pieces(weight), strict=True):
+        wide = part.to(grad.dtype)
+        length = _lengths(wide)
+        unit = wide / length
+        rows.addcmul_(unit, (rows * unit).sum(-1, keepdim=True), value=-1).div_(length)
+    return grad
+
+
+def _in_pieces(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(max(1, PIECE // weight.shape[1]))
 
 
 def _lengths(weight: Tensor) -> Tensor:

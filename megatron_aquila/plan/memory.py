@@ -173,7 +173,7 @@ class MemoryPlan:
     def _reduced_at_once(self, rank: int) -> int:
         """Elements of whole sums that are reduced at once, of those that are not sharded: with overlap two buckets."""
         whole = [bucket.elements for bucket in self._buckets(rank) if self.zero == 1 or not bucket.decays]
-        return max(whole) * (2 if self.overlap else 1)
+        return max(whole, default=0) * (2 if self.overlap else 1)  # none where a stage is the embedding alone
 
     def _copies(self, elements: int) -> int:
         """Bytes that a reduction of so many elements holds until it is done, where it is not in place: what travels and

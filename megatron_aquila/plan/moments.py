@@ -187,7 +187,11 @@ class StageBytes:
                 narrow = self.item * self._widens
                 wide = self.wide * self.layers.tokens * self.shape.hidden_size
                 return self._rows * (self.wide + narrow) + wide + gathered
-        return (self.wide + self.item) * self.layers.tokens * self._columns * self.keeps_logits
+        if not self.keeps_logits:
+            return 0
+        # beside the logits' gradient, where rows are used at length 1, these and the gradient of them
+        unit_rows = self._rows * self.wide * self.shape.norm_head
+        return (self.wide + self.item) * self.layers.tokens * self._columns + unit_rows
 
     def added(self, work: Work) -> int:
         """What there is of a gradient while it is added to a sum, and the work that made it is over."""

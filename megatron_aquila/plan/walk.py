@@ -89,7 +89,7 @@ class Walk:
             nonlocal fullest
             grads = (rounds.elements + rounds.reducing // self.num_pieces) * self.gradient
             beside += again + (self.copied(rounds.reducing) if rounds.reducing else 0)
-            moment = Moment(gathered.elements * sizes.item, grads, kept, max(0, logits), beside)
+            moment = Moment(gathered.elements * sizes.item, grads, kept, logits, beside)
             fullest = max(fullest, moment, key=by)
 
         for work in self.passes.works(op, stage, microbatch):

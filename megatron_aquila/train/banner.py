@@ -40,7 +40,7 @@ def set_kernels(config: RunConfig) -> dict[str, str]:
     apart = "rounded, then added by autograd  (--no-fuse-main-grads)"
     return {
         "linear_cross_entropy": whole if chunk == 0 else f"in one with its projection, logits of {chunks} at once",
-        "weight_gradient": f"added to the fp32 sums {where}" if is_fused else apart,
+        "weight_gradient": f"added to the sums {where}" if is_fused else apart,
         "products": "fp8 in the blocks, head and attention in bf16" if is_fp8 else config.train.precision,
         "grad_norm": "one read of the gradients, which the update multiplies",
     }

@@ -35,6 +35,10 @@ class Capture(Protocol):
         """Do ``work`` where it would be recorded."""
         ...
 
+    def settle(self) -> None:
+        """Wait for the device. Raises what failed there."""
+        ...
+
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record ``work`` without doing it; what is returned does it, on the tensors that it was recorded with.
 
@@ -57,6 +61,10 @@ class CudaCapture:
         with torch.cuda.stream(self._stream):
             work()
         current.wait_stream(self._stream)
+
+    def settle(self) -> None:
+        """Wait for the device. Raises what failed there."""
+        torch.cuda.synchronize(self._stream.device)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Waits for the device. What the work allocates stays the graph's; the next graph has the same memory."""
@@ -110,6 +118,7 @@ class StepGraph:
 
     def _record(self, work: Work, batches: Sequence[Batch], sums: LossSums) -> Recorded:
         own_batches, own_sums = deepcopy((batches, sums))
+        self._capture.settle()  # what failed on the device before is no matter of recording
 
         def step() -> None:
             own_sums.restart_()

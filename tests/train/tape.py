@@ -119,6 +119,9 @@ class CpuCapture:
         """At once."""
         work()
 
+    def settle(self) -> None:
+        """Nothing is under way."""
+
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """On a new tape."""
         tape = Tape()

@@ -43,7 +43,7 @@ def test_kernels_that_are_set_and_not_chosen_are_told_of() -> None:
     assert (
         plain["linear_cross_entropy"] == "in one with its projection, logits of as many tokens as 1 GiB holds at once"
     )
-    assert plain["weight_gradient"] == "added to the fp32 sums in the product"
+    assert plain["weight_gradient"] == "added to the sums in the product"
     assert plain["products"] == "bf16"
     chunked = banner.set_kernels(replace(CONFIG, train=replace(CONFIG.train, loss_chunk_tokens=512, precision="fp8")))
     assert "512 tokens at once" in chunked["linear_cross_entropy"]
