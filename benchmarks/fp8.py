@@ -7,6 +7,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +155,22 @@ def compare(record: Record, losses: dict[Precision, list[float]], options: Optio
     for start in range(0, options.steps, options.window):
         means = {name: statistics.fmean(each[start : start + options.window]) for name, each in losses.items()}
         found.append(means["fp8"] / means["bf16"] - 1)
-        record.add("loss", last_step=min(start + options.window, options.steps), **means, difference=found[-1])
-    worst = max(found, key=abs)
-    parameters = num_params(derive(run_config("bf16", options), 1).shape)
+        row = {name: said(value) for name, value in [*means.items(), ("difference", found[-1])]}
+        record.add("loss", last_step=min(start + options.window, options.steps), **row)
+    worst = max(found, key=lambda difference: abs(difference) if isfinite(difference) else inf)
     record.add(
-        "all steps", parameters=parameters, steps=options.steps, worst=worst, last=found[-1], holds=abs(worst) <= GOAL
+        "all steps",
+        parameters=num_params(derive(run_config("bf16", options), 1).shape),
+        steps=options.steps,
+        worst=said(worst),
+        last=said(found[-1]),
+        holds=abs(worst) <= GOAL,
     )
+
+
+def said(value: float) -> float | str:
+    """As JSON has it, which has no word for what is not finite."""
+    return value if isfinite(value) else str(value)
 
 
 if __name__ == "__main__":

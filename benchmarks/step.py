@@ -290,11 +290,12 @@ def turn(contestant: Contestant, options: Options, device: torch.device) -> bool
     except Exception as error:  # compilers raise anything; the other cases go on
         contestant.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         contestant.ways.clear()
-    finally:
+    else:
         if device.type == "cuda":
             contestant.peak_bytes = max(contestant.peak_bytes, torch.cuda.max_memory_allocated(device))
-        if contestant.ways and contestant.wants_loop and not contestant.loop and isinstance(step, OurStep):
+        if contestant.wants_loop and not contestant.loop and isinstance(step, OurStep):
             contestant.loop = loop_or_why(step, device)
+    finally:
         step = None  # its tensors go with it
     return True
 

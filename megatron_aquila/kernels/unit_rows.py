@@ -7,7 +7,7 @@ from megatron_aquila.kernels.precision import compute_dtype, matmul
 from megatron_aquila.kernels.weight_gradient import accumulate_weight_gradient_, weight_gradient
 
 SHORTEST = 1e-12  # rows of zeros, as padding is, stay zeros
-PIECE = 2**22  # elements at a time: a large vocabulary in float32, several times over, would be the step's fullest moment
+PIECE = 2**24  # elements that are widened at a time: of a large vocabulary, all would be a step's fullest moment
 
 
 def unit_rows(weight: Tensor) -> Tensor:

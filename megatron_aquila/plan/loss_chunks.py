@@ -4,6 +4,7 @@ from megatron_aquila.plan.shape import ModelShape
 
 LOGITS_BYTES = 2**30
 WIDE_ELEMENTS = 2**24  # logits that are widened for the softmax at a time, 64 MiB in float32
+UNIT_ROW_ELEMENTS = 2**24  # of a head that are widened at a time, where its rows are used at length 1
 
 
 def loss_chunk_tokens(num_tokens: int, *, row_bytes: int, wanted: int | None = None) -> int:
@@ -39,12 +40,20 @@ def loss_moment(
 
     With the logits kept (``chunk_tokens`` 0): a softmax and its narrow copy. Else a chunk's logits, of some of them a
     wide copy and the exponentials, or x's gradient of the chunk; that of all tokens, and under sequence parallel x
-    gathered. Where the head's rows are used at length 1, beside it these rows and in float32 or wider their gradient.
+    gathered. Where the head's rows are used at length 1, these beside it, and without kept logits in float32 or wider
+    their gradient.
     """
-    rows = columns * shape.hidden_size * (item + wide) if shape.norm_head else 0
+    rows = columns * shape.hidden_size * item * shape.norm_head
     if chunk_tokens == 0:
-        return rows + tokens * columns * (wide + item)
+        return max(rows, tokens * columns * (wide + item))
+    grad = columns * shape.hidden_size * wide * shape.norm_head
     row_bytes, hidden = item * columns, item * shape.hidden_size
     chunk = loss_chunk_tokens(tokens, row_bytes=row_bytes, wanted=chunk_tokens)
     widened = min(chunk, wide_rows(columns)) * columns * wide * (1 + (wide > item))
-    return rows + chunk * row_bytes + max(widened, chunk * hidden) + tokens * hidden * (1 + sequence_parallel)
+    moment = max(chunk * row_bytes + max(widened, chunk * hidden), unit_rows_moment(shape, columns=columns, wide=wide))
+    return rows + grad + moment + tokens * hidden * (1 + sequence_parallel)
+
+
+def unit_rows_moment(shape: ModelShape, *, columns: int, wide: int) -> int:
+    """Bytes while the gradient of rows at length 1 is made that of the rows: three wide pieces of them."""
+    return 3 * min(UNIT_ROW_ELEMENTS, columns * shape.hidden_size) * wide * shape.norm_head

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from megatron_aquila.plan.activations import Divided, LayerActivations
 from megatron_aquila.plan.attention_memory import attention_moment
 from megatron_aquila.plan.grid import RankGrid
-from megatron_aquila.plan.loss_chunks import loss_moment
+from megatron_aquila.plan.loss_chunks import loss_moment, unit_rows_moment
 from megatron_aquila.plan.recompute import NO_MODULES, Recompute
 from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.shape import ModelShape
@@ -189,9 +189,13 @@ class StageBytes:
                 return self._rows * (self.wide + narrow) + wide + gathered
         if not self.keeps_logits:
             return 0
-        # beside the logits' gradient, where rows are used at length 1, these and the gradient of them
-        unit_rows = self._rows * self.wide * self.shape.norm_head
-        return (self.wide + self.item) * self.layers.tokens * self._columns + unit_rows
+        logits = self.layers.tokens * self._columns
+        if not self.shape.norm_head:
+            return (self.wide + self.item) * logits
+        # rows at length 1, for the gradient of x; then their own gradient, made that of the rows
+        pieces = unit_rows_moment(self.shape, columns=self._columns, wide=self.wide)
+        rows = max(self.item * self._rows, self.wide * self._rows + pieces)
+        return max((self.wide + self.item) * logits, self.item * logits + rows)
 
     def added(self, work: Work) -> int:
         """What there is of a gradient while it is added to a sum, and the work that made it is over."""

@@ -27,6 +27,15 @@ def test_two_trainings_are_compared_window_by_window(tmp_path):
     assert (row["steps"], row["worst"]) == (4, max((row["difference"] for row in tables["loss"]), key=abs))
 
 
+def test_a_loss_that_is_no_number_is_told():
+    options = fp8.Options(steps=4, window=2, tiny=True, device="cpu")
+    record = Record("fp8", settings=options, device=torch.device("cpu"), out=None)
+    fp8.compare(record, {"bf16": [4.0, 4.0, 2.0, 2.0], "fp8": [4.0, 4.0, 2.0, float("nan")]}, options)
+    tables = json.loads(json.dumps(record.as_json(), allow_nan=False))["tables"]
+    assert [row["fp8"] for row in tables["loss"]] == [4.0, "nan"]
+    assert tables["all steps"][0]["holds"] is False
+
+
 def test_a_loss_too_far_away_does_not_hold():
     options = fp8.Options(steps=4, window=2, tiny=True, device="cpu")
     record = Record("fp8", settings=options, device=torch.device("cpu"), out=None)

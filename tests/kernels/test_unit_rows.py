@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from megatron_aquila.kernels.unit_rows import UnitRowProducts, through_unit_rows_, unit_rows
+from megatron_aquila.kernels.unit_rows import PIECE, UnitRowProducts, through_unit_rows_, unit_rows
+from megatron_aquila.plan.loss_chunks import UNIT_ROW_ELEMENTS
 
 
 def test_products_and_gradients_are_those_of_the_divided_weight() -> None:
@@ -24,6 +26,18 @@ def test_rows_of_zeros_stay_zeros() -> None:
     weight = torch.zeros(2, 3, dtype=torch.bfloat16)
     assert torch.equal(unit_rows(weight), weight)
     assert torch.equal(through_unit_rows_(torch.zeros(2, 3), weight), torch.zeros(2, 3))
+
+
+def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, grad = torch.randn(7, 5).bfloat16(), torch.randn(7, 5)
+    whole = unit_rows(weight), through_unit_rows_(grad.clone(), weight)
+    monkeypatch.setattr("megatron_aquila.kernels.unit_rows.PIECE", 11)
+    assert torch.equal(unit_rows(weight), whole[0])
+    assert torch.equal(through_unit_rows_(grad, weight), whole[1])
+
+
+def test_the_plan_knows_how_large_a_piece_is() -> None:
+    assert PIECE == UNIT_ROW_ELEMENTS
 
 
 def test_rounded_once() -> None:

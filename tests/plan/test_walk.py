@@ -89,3 +89,11 @@ def test_stages_of_one_rank_leave_each_other_what_they_have() -> None:
     memory = plan("zb-v", pp=1, chunks=2)
     program = [("F", 0, 0), ("F", 0, 1), ("F", 1, 0), ("I", 1, 0), ("I", 0, 0), ("W", 1, 0)]
     assert [*memory._walk(0)._messages(program)] == [1, 2, 1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_stage_that_is_the_embedding_alone_has_a_plan(zero: int) -> None:
+    """It has no norm, so nothing that ZeRO-2 leaves whole."""
+    stages = plan_stages(SHAPE, 3, layers=(0, 4, 5))
+    memory = replace(plan(pp=3, zero=zero), stages=stages)
+    assert memory.of_rank(0).total > 0

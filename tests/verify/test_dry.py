@@ -324,6 +324,33 @@ def test_what_is_sharded_has_the_memory_that_is_planned(sharding, pp_rank):
     assert memory.total - whole < 0.998 * peak, "without what is whole the plan would be too small"
 
 
+WIDE_HEADS = [
+    ({"norm_head": True}, {}, {}),
+    ({"norm_head": True}, {}, {"tensor": 4, "sequence": True}),
+    ({"norm_head": True}, {}, {"fuse_main_grads": False}),
+    ({"norm_head": True}, {"loss_chunk_tokens": 0}, {}),
+    ({}, {"loss_chunk_tokens": 0}, {}),
+    ({}, {"loss_chunk_tokens": 0, "recompute": "full"}, {}),
+    ({}, {"loss_chunk_tokens": 0}, {"zero": 2, "fuse_main_grads": False}),
+]
+
+
+@pytest.mark.parametrize(("head", "train", "parallel"), WIDE_HEADS, ids=str)
+def test_a_head_that_is_most_of_a_model_has_the_memory_that_is_planned(head, train, parallel):
+    """Rows of length 1, logits that are kept, or both: what there is of them is the fullest moment."""
+    model = ModelConfig(num_layers=2, hidden_size=512, num_heads=8, seq_len=256, vocab_size=65536, **head)
+    parallel = ParallelConfig(bucket_mib=16, **parallel)
+    config = RunConfig(model=model, parallel=parallel, train=TrainConfig(global_batch=16, **train))
+    derived = derive(config, 8)
+    with fake_world(1, 8), StorageTracker() as storages:
+        machine = dry_machine(config, 8)
+        machine.optimizer.refresh_masters()
+        storages.peak = storages.live
+        dry_step(machine, [dry_batch(derived.shape, 1) for _ in range(16 // derived.grid.dp)])
+        peak = storages.peak
+    assert 0.998 * peak <= planned(config, 8).of_rank(0).total <= 1.01 * peak
+
+
 def test_a_kernel_that_keeps_more_is_seen():
     """The tracker's own mutant: a norm by plain autograd keeps float32 copies, which the formula does not have."""
     config = RunConfig(model=ModelConfig(num_layers=2, hidden_size=64, num_heads=4, seq_len=64, vocab_size=128))
