@@ -30,7 +30,7 @@ def through_unit_rows_(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _in_pieces(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.split(max(1, PIECE // weight.shape[1]))
+    return torch.split(weight, max(1, PIECE // weight.shape[1]))
 
 
 def _lengths(weight: Tensor) -> Tensor:
