@@ -13,6 +13,7 @@ from megatron_aquila.verify.dry import META, CallRecorder, StorageTracker, dry_b
 from tests.plan.calls import as_planned, counted
 
 FLASH_STATE = 24  # bytes a layer and microbatch that torch's flash attention keeps beside its output
+SUMS = 24  # bytes, in float64: loss and tokens of one source, and what a loss is multiplied with
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_a_hundred_and_twenty_eight_thousand_tokens_of_the_34b(words, pp_rank):
     is_last, is_ring = pp_rank == grid.pp - 1, config.parallel.context_method == "ring"
     around = 4 * tokens if is_last else 2 * message  # the losses; or the output, and the gradient that is awaited
     states = 0 if is_ring else FLASH_STATE * len(derived.stages.layers[pp_rank])
-    assert kept == [plan.activations_of_rank(pp_rank) + around + states + 16]
+    assert kept == [plan.activations_of_rank(pp_rank) + around + states + SUMS]
     memory = plan.of_rank(pp_rank)
     assert peak * (1 - 1e-5) <= memory.activations + memory.temporaries <= peak * 1.01
 
