@@ -28,7 +28,7 @@ _FILES = (
 )  # fmt: skip
 _TEXTS = (
     "这是一个测试", "Hello world", "[CLS]你好</s>", "### Human: 你好\n", "def f(x):\n\treturn x  # 1 + 1 = 2\n",
-    "", "  indented", "\n a ",
+    "", "  indented", "\n a ", "a<0x0A>",
 )  # fmt: skip
 
 
