@@ -115,7 +115,7 @@ def write(options: Convert, model: Model, job: "Job", judge: Judge) -> str:
     """Write, compare and publish; a line on what was compared. Raises CheckpointError or DataError."""
     from megatron_aquila.checkpoint import conversion
     from megatron_aquila.checkpoint.folders import write_text
-    from megatron_aquila.commands.convert_tokenizer import ids_alone, put_tokenizer
+    from megatron_aquila.commands.convert_tokenizer import ids_alone, put_tokenizer, source_of
     from megatron_aquila.commands.model_card import model_card
 
     reader, shape, tokenizer = model.reader, model.shape, model.tokenizer if options.tokenizer else None
@@ -132,7 +132,7 @@ def write(options: Convert, model: Model, job: "Job", judge: Judge) -> str:
     else:
         line = f"logits not compared: in transformers' Llama {job.unjudged}"
         if tokenizer is not None and model.form == "hf":
-            line = f"{ids_alone(tokenizer, folder, shape.vocab_size)}; {line}"
+            line = f"{ids_alone(tokenizer, folder, shape.vocab_size, source=source_of(model.opened))}; {line}"
     line += model.left_out
     if model.form == "hf":
         card = model_card(options.output.name, model.opened, shape, tokenizer, job.dtype, line)
@@ -143,6 +143,8 @@ def write(options: Convert, model: Model, job: "Job", judge: Judge) -> str:
 
 def case_of(model: Model, job: "Job", folder: Path, tokenizer: "Tokenizer | None") -> Case:
     """transformers runs with what is published, else with what was read; our model with the other side."""
+    from megatron_aquila.commands.convert_tokenizer import source_of
+
     sides = [model.reader, job.target.reopen(folder)]
     ours, theirs = sides if model.form == "hf" else reversed(sides)
     return Case(
@@ -152,6 +154,7 @@ def case_of(model: Model, job: "Job", folder: Path, tokenizer: "Tokenizer | None
         dtype=job.dtype,
         tokenizer=tokenizer,
         published=folder if model.form == "hf" else None,
+        source=source_of(model.opened),
     )
 
 

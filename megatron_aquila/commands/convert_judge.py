@@ -22,7 +22,7 @@ class Case:
     was written, rounded to ``dtype``.
 
     ``published``: the folder whose tokenizer transformers is to read, which has a temporary name still; None where none
-    is published.
+    is published. ``source``: where a publisher's files of the tokenizer are from.
     """
 
     ours: "TensorReader"
@@ -31,6 +31,7 @@ class Case:
     dtype: "torch.dtype"
     tokenizer: "Tokenizer | None"
     published: Path | None
+    source: Path | None = None
 
 
 Judge = Callable[[Case], str]  # a line on how well they agree; raises AquilaError when they do not
@@ -56,4 +57,5 @@ def judge_in_transformers(case: Case) -> str:
     logits = str(compare_logits(case.ours, case.theirs, case.shape, dtype=case.dtype, tokenizer=case.tokenizer))
     if case.tokenizer is None or case.published is None:
         return logits
-    return f"{compare_ids(case.tokenizer, case.published, case.shape.vocab_size)}, {logits}"
+    ids = compare_ids(case.tokenizer, case.published, case.shape.vocab_size, source=case.source)
+    return f"{ids}, {logits}"

@@ -1,5 +1,6 @@
 """The tokenizer that goes along with converted weights: found, written, and compared with what transformers reads."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from megatron_aquila.data.huggingface_tokenizer import (
     check_aquila_ids,
     check_huggingface_tokenizer,
     huggingface_settings,
+    is_loadable,
     save_huggingface_tokenizer,
 )
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, tokenizer_at
@@ -28,7 +30,7 @@ _FILES = (
 )  # fmt: skip
 _TEXTS = (
     "这是一个测试", "Hello world", "[CLS]你好</s>", "### Human: 你好\n", "def f(x):\n\treturn x  # 1 + 1 = 2\n",
-    "", "  indented", "\n a ",
+    "", "  indented", "\n a ", "a<0x0A>",
 )  # fmt: skip
 
 
@@ -57,9 +59,24 @@ def put_tokenizer(tokenizer: Tokenizer | None, reader: TensorReader, folder: Pat
     if tokenizer is not None and not (is_published(tokenizer, source) and _is_of(tokenizer, source)):
         save_huggingface_tokenizer(tokenizer, folder, max_length=max_length)
         return
-    for path in (path for pattern in _FILES for path in source.glob(pattern)):
-        if path.is_file() and not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+    for path in sorted({path for pattern in _FILES for path in source.glob(pattern) if path.is_file()}):
+        _copy(path, folder / path.name)
+
+
+def source_of(reader: TensorReader) -> Path:
+    """The folder with the tokenizer's files of the weights that are read, where there are any."""
+    beside = tokenizer_beside(reader)
+    return reader.folder if beside is None else beside
+
+
+def _copy(source: Path, path: Path) -> None:
+    """Under a temporary name until it is whole; in place of what a killed run may have left."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: {source} cannot be copied there: {error.strerror}") from error
 
 
 def special_ids(said: Mapping[str, Any], tokenizer: Tokenizer | None) -> SpecialIds:
@@ -88,15 +105,18 @@ def _is_of(tokenizer: Tokenizer, folder: Path) -> bool:
         return False
 
 
-def compare_ids(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> str:
+def compare_ids(tokenizer: Tokenizer, folder: Path, vocab_size: int, *, source: Path | None = None) -> str:
     """Hold transformers' ids of some texts against ours; a line on it, which says where a publisher's files differ.
 
-    A model or tokenizer of Aquila's size must also have Aquila's ids. Raises DataError where files of ours differ.
+    A model or tokenizer of Aquila's size must also have Aquila's ids. Raises DataError where files of ours differ, or
+    transformers cannot load a publisher's in ``folder``, but can in ``source``, where they are from.
     """
     if is_published(tokenizer, folder):
         try:
             check_huggingface_tokenizer(tokenizer, folder, _TEXTS, is_published=True)
         except DataError as error:
+            if source is not None and not is_loadable(folder) and is_loadable(source):
+                raise
             return f"the tokenizer's files are the publisher's, and read otherwise here: {error}"
         return "token ids are equal, the tokenizer's files the publisher's"
     check_huggingface_tokenizer(tokenizer, folder, _TEXTS)
@@ -105,8 +125,8 @@ def compare_ids(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> str:
     return "token ids are equal"
 
 
-def ids_alone(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> str:
+def ids_alone(tokenizer: Tokenizer, folder: Path, vocab_size: int, *, source: Path) -> str:
     """``compare_ids`` where logits are not compared, so that nobody asked for transformers. Raises DataError as it."""
     if find_spec("transformers") is None:
         return "token ids not compared: transformers is not installed"
-    return compare_ids(tokenizer, folder, vocab_size)
+    return compare_ids(tokenizer, folder, vocab_size, source=source)

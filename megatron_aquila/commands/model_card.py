@@ -10,6 +10,7 @@ from megatron_aquila import __version__
 from megatron_aquila.checkpoint.llama import llama_tensors
 from megatron_aquila.checkpoint.reader import TensorReader
 from megatron_aquila.checkpoint.store import CheckpointReader
+from megatron_aquila.data.blend import parse_blend
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint
 from megatron_aquila.observe.ledger import LEDGER_NAME, Event, read_ledger
 from megatron_aquila.observe.writers import LOG_NAME, read_log
@@ -77,7 +78,7 @@ def _history(reader: CheckpointReader) -> Iterator[tuple[str, str]]:
     config: Mapping[str, Any] = starts[-1]["config"]
     yield "run", f"{starts[-1]['run']}, {len(starts)} {'start' if len(starts) == 1 else 'starts'}"
     yield "began from", beginning(starts[0])
-    if (part := config["optim.train_only"]) is not None:
+    if (part := config.get("optim.train_only")) is not None:
         yield "trained", f"{part} alone; all other weights are those it began from"
     yield "data sets", ", ".join(dict.fromkeys(name for start in starts for name in _names(start))) or "not named"
     yield from _settings(config)
@@ -88,25 +89,32 @@ def _history(reader: CheckpointReader) -> Iterator[tuple[str, str]]:
 
 def beginning(start: Event) -> str:
     """What a run started with. Names alone: where folders lie is nobody's business."""
-    published = start["config"]["checkpoint.init_from_hf"]
+    published = start["config"].get("checkpoint.init_from_hf")
     if published is not None:
         return f"the published weights {Path(published).name}"
     found = start["checkpoint"]
     if found is not None:
         return f"{found['name']} of {Path(found['path']).parent.name}, with its optimizer"
-    return "weights drawn at random" if start["weights"] is None else f"the weights of {Path(start['weights']).name}"
+    if start.get("weights") is None:
+        return "weights drawn at random"
+    weights = Path(start["weights"])
+    return f"the weights of {weights.name}" + (f" of {weights.parent.name}" if weights.parent.name else "")
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Batch and learning rate of the last start."""
-    yield "batch", f"{config['train.global_batch']:,} samples of {config['model.seq_len']:,} tokens"
-    rate, decay, least, warmup = (config[f"optim.{name}"] for name in ("lr", "lr_decay", "min_lr", "lr_warmup_samples"))
-    yield "learning rate", f"{rate:g}, {decay} to {least:g}, after a warm-up of {warmup:,} samples"
+    """Batch and learning rate of the last start, as far as an earlier version's ledger says them."""
+    batch, length = config.get("train.global_batch"), config.get("model.seq_len")
+    if batch is not None and length is not None:
+        yield "batch", f"{batch:,} samples of {length:,} tokens"
+    names = ("lr", "lr_decay", "min_lr", "lr_warmup_samples")
+    rate, decay, least, warmup = (config.get(f"optim.{name}") for name in names)
+    if None not in (rate, decay, least, warmup):
+        yield "learning rate", f"{rate:g}, {decay} to {least:g}, after a warm-up of {warmup:,} samples"
 
 
 def _losses(config: Mapping[str, Any], save: Path, step: int) -> Iterator[tuple[str, str]]:
     """The last losses up to ``step``, where the log still lies where that run wrote it."""
-    said = config["observe.log_dir"]
+    said = config.get("observe.log_dir")
     path = (save if said is None else Path(said)) / LOG_NAME
     found: Sequence[Mapping[str, Any]] = read_log(path) if path.is_file() else []
     rows = [row for row in found if row["step"] <= step]
@@ -118,8 +126,8 @@ def _losses(config: Mapping[str, Any], save: Path, step: int) -> Iterator[tuple[
 
 def _names(start: Event) -> list[str]:
     """Names of the data sets, without the folders they lie in."""
-    words = start["config"].get("data.path") or []
-    return [Path(word).name for word in words if not word.replace(".", "", 1).isdigit()]
+    words = start["config"].get("data.path")
+    return [Path(prefix).name for prefix in parse_blend(words)[0]] if words else []
 
 
 def _layout(start: Event) -> str:

@@ -137,6 +137,15 @@ def check_aquila_ids(folder: Path) -> None:
             )
 
 
+def is_loadable(folder: Path) -> bool:
+    """Whether transformers, where it is installed, makes a tokenizer of a folder."""
+    try:
+        _loaded(folder)
+    except DataError:
+        return False
+    return True
+
+
 def _loaded(folder: Path) -> "PreTrainedTokenizerBase":
     try:
         from transformers import AutoTokenizer  # optional: only these checks need it

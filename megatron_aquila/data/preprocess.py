@@ -135,6 +135,7 @@ def preprocess(
     _check_inputs(settings, planned)
     pieces = _share(planned, settings.shard)
     corpus = corpus_of(pieces, min(_piece_bytes(pieces), LARGEST_BLOCK))
+    _check_engine(settings, corpus)
     with kept_for_good():
         pending_facts = beside(lambda: tokenizer_facts(tokenizer))
         chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
@@ -235,10 +236,14 @@ def _shards(
         from megatron_aquila.data.ray_engine import ray_map
 
         return ray_map(writer, parts, tell=tell)
-    # A worker has another standard input; of blocks nobody knows how many there will be.
-    here = any(piece.path == STDIN and piece.index not in corpus.cut for piece in corpus.pieces)
+    # Of blocks nobody knows how many there will be.
     most = settings.workers if corpus.cut else max(len(corpus.pieces), 1)
-    return ordered_map(writer, parts, workers=1 if here else min(settings.workers, most), tell=tell)
+    return ordered_map(writer, parts, workers=1 if _is_read_here(corpus) else min(settings.workers, most), tell=tell)
+
+
+def _is_read_here(corpus: Corpus) -> bool:
+    """Whether standard input is a piece as it is: a worker has another standard input."""
+    return any(piece.path == STDIN and piece.index not in corpus.cut for piece in corpus.pieces)
 
 
 def _plan(settings: PreprocessSettings) -> list[Piece]:
@@ -344,6 +349,12 @@ def _check_inputs(settings: PreprocessSettings, pieces: Sequence[Piece]) -> None
         if found in written or folder in found.parents:
             why = "this is a file of the output, too"
             raise ConfigError([Problem("--input", path, why, "give another --output-prefix, or leave it out")])
+
+
+def _check_engine(settings: PreprocessSettings, corpus: Corpus) -> None:
+    if settings.engine == "ray" and _is_read_here(corpus):
+        why = "standard input that is not cut by lines is read by one process, and a worker of the cluster has another"
+        raise ConfigError([Problem("--engine", "ray", why, "use --engine local, or give a file")])
 
 
 def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:

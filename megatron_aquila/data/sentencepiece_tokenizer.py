@@ -4,6 +4,7 @@ Such a model may change a text before it is cut: most fold Unicode's compatibili
 space before a text. What comes back is then the changed text; ``normalization`` says what a model does.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,17 +92,24 @@ class SentencePieceTokenizer(Tokenizer):
         numbers = range(self.vocab_size)
         return {n: self.processor.id_to_piece(n) for n in numbers if self.processor.is_control(n)}
 
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {token: number for number, token in self._controls.items()}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Special tokens; where two begin at one place the one of the lower id, and none where there are none."""
+        return re.compile(f"({'|'.join(map(re.escape, self._numbers)) or '(?!)'})")
+
     def _with_specials(self, text: str) -> list[int]:
         """The text between special tokens is encoded alone, each part as a text of its own."""
-        place, number = min(
-            ((text.find(token), number) for number, token in self._controls.items() if token in text),
-            default=(-1, 0),
-        )
-        if place < 0:
-            plain: list[int] = self.processor.encode(text, out_type=int) if text else []
-            return plain
-        head, tail = text[:place], text[place + len(self._controls[number]) :]
-        return [*(self.processor.encode(head, out_type=int) if head else []), number, *self._with_specials(tail)]
+        found: list[int] = []
+        for part in self._pattern.split(text):
+            if part in self._numbers:
+                found.append(self._numbers[part])
+            elif part:
+                found += self.processor.encode(part, out_type=int)
+        return found
 
 
 def load_sentencepiece(path: Path, *, allow_special_tokens: bool = False) -> SentencePieceTokenizer:

@@ -1,5 +1,6 @@
 """The tokenizer beside published weights is the model's, and what transformers makes of it is what ours does."""
 
+import errno
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -14,10 +15,13 @@ from tokenizers import processors
 
 from megatron_aquila.checkpoint.layout import Chunk
 from megatron_aquila.checkpoint.llama import SpecialIds, llama_config, llama_tensors
+from megatron_aquila.checkpoint.published import open_weights
 from megatron_aquila.commands import convert
+from megatron_aquila.commands.convert_tokenizer import compare_ids, put_tokenizer
 from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_at
 from megatron_aquila.data.tokenizer_extension import extend, save_tokenizer
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
+from megatron_aquila.errors import DataError
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.plan.shape import ModelShape
 from tests.checkpoint.megatron_files import write_files
@@ -158,6 +162,40 @@ def test_a_publishers_tokenizer_that_is_read_otherwise_is_told_of(tmp_path: Path
     assert "the publisher's, and read otherwise here" in told(out)
     assert "through transformers the ids of '  indented' is" in told(out)
     assert "the publisher's, and read otherwise here" in (out / "README.md").read_text()
+
+
+def test_a_cut_copy_is_written_anew_and_a_failed_one_is_told_of(tmp_path: Path, pieces: Path, monkeypatch) -> None:
+    llama, folder = publish(tmp_path / "llama", bos=1), tmp_path / "out.tmp"
+    publishers_tokenizer(llama, pieces)
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "tokenizer.json.tmp").write_text("{")
+    reader = open_weights(llama)
+    put_tokenizer(None, reader, folder, max_length=48)
+    assert {path.name for path in folder.iterdir()} == {
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"
+    }  # fmt: skip
+    assert (folder / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+    def full(source: Path, path: Path) -> None:
+        path.write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(DataError, match=r"out.tmp/added_tokens.json: .* cannot be copied there: No space left"):
+        put_tokenizer(None, reader, folder, max_length=48)
+    assert (folder / "added_tokens.json").read_text() == "{}"
+
+
+def test_a_folder_that_transformers_loads_no_more_is_an_error(tmp_path: Path, pieces: Path) -> None:
+    pytest.importorskip("transformers", reason="the judge of the folder is transformers (extra hf)")
+    llama, ours = publish(tmp_path / "llama", bos=1), tokenizer_at(pieces)
+    publishers_tokenizer(llama, pieces)
+    broken = shutil.copytree(llama, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="transformers cannot load the tokenizer"):
+        compare_ids(ours, broken, SHAPE.vocab_size, source=llama)
+    assert "and read otherwise here" in compare_ids(ours, broken, SHAPE.vocab_size, source=broken)
 
 
 @pytest.fixture(scope="module")

@@ -566,6 +566,13 @@ def test_standard_input(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytes
     assert done.progress.seconds_left is None
 
 
+def test_a_cluster_has_another_standard_input(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for more in ({"input_format": "json-array"}, {"input_format": "text", "text_documents": "blank-line"}):
+        with pytest.raises(ConfigError, match=r"--engine ray: standard input that is not cut .* use --engine local"):
+            run([Path("-")], tmp_path / "out", tokenizer, engine="ray", **more)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_of_a_pipe_nothing_is_lost(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     """As of the shell's <(zcat ...): what the choice of an encoder would read of it is gone."""

@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from megatron_aquila.data.huggingface_tokenizer import check_huggingface_tokenizer, save_huggingface_tokenizer
 from megatron_aquila.data.sentencepiece_library import library_model
-from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer, load_sentencepiece
+from megatron_aquila.data.sentencepiece_tokenizer import SentencePieceTokenizer, load_sentencepiece, model_messages
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.data.tokenizer_training import train_tokenizer
 from megatron_aquila.errors import DataError
@@ -33,10 +33,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "symbols of its own": {"user_defined_symbols": ["sea", "<sep>", "sea of"]},
     "unigram with symbols": UNIGRAM | {"user_defined_symbols": ["sea", "<sep>"]},
     "no bytes": NO_BYTES,
+    "no bytes, with symbols": NO_BYTES | {"user_defined_symbols": ["sea"]},
+    "unigram without bytes": UNIGRAM | {"byte_fallback": False, "size": 45},
+    "a piece across the first place of bytes' names": UNIGRAM | {"user_defined_symbols": ["<0"]},
 }
 WORDS = (
     "the", " ", "  ", "sea", "sea of", "海上", "的", "\n", "\t", "x", "Ａ①", "stars of", "龘", "\u200b", "e\u0301",
-    "<sep>", "\u2581", "12", "</s>", "<x>", "<s>",
+    "<sep>", "\u2581", "12", "</s>", "<x>", "<s>", "<unk>", "<0x0A>", "<0", "unknown piece",
 )  # fmt: skip
 
 
@@ -68,6 +71,36 @@ def test_what_tokenizer_json_cannot_say(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     with pytest.raises(DataError, match=r"protobuf is not installed: pip install 'megatron_aquila\[spm\]'"):
         library_model(words)
+
+
+def test_as_many_special_tokens_as_a_text_may_have(tmp_path: Path) -> None:
+    plain = model(tmp_path)
+    ours = replace(plain, allow_special_tokens=True)
+    assert ours.encode("the</s>" * 5000) == [*plain.encode("the"), ours.eod] * 5000
+    without = replace(model(tmp_path, bos_id=-1, eos_id=-1), allow_special_tokens=True)
+    assert without.encode("the sea") == replace(without, allow_special_tokens=False).encode("the sea") != []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"treat_whitespace_as_suffix": True}, r"with spaces behind words \(treat_whitespace_as_suffix\)"),
+        ({"escape_whitespaces": False}, r"that keeps spaces as they are \(escape_whitespaces=False\)"),
+        ({"unused": True}, "with pieces of type UNUSED"),
+    ],
+)
+def test_settings_that_it_cannot_say(tmp_path: Path, settings: dict[str, bool], message: str) -> None:
+    plain = model(tmp_path)
+    pb2 = model_messages()
+    proto = pb2.ModelProto.FromString(plain.proto)
+    for name, value in settings.items():
+        if name == "unused":
+            proto.pieces[-1].type = pb2.ModelProto.SentencePiece.UNUSED
+        else:
+            spec = proto.normalizer_spec if name == "escape_whitespaces" else proto.trainer_spec
+            setattr(spec, name, value)
+    with pytest.raises(DataError, match=f"has no word for a SentencePiece model {message}"):
+        library_model(replace(plain, proto=proto.SerializeToString()))
 
 
 def test_transformers_reads_it_so(tmp_path: Path) -> None:
