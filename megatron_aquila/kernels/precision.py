@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WIDE_ELEMENTS = 2**28  # of a matrix that are widened at a time, 1 GiB in float32: a large model's head has more
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type to compute in for tensors of ``dtype``: float32 for anything shorter, float64 for float64."""
@@ -22,10 +24,17 @@ def multiplies_widened(x: Tensor) -> bool:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in the type of ``a``, summed in ``compute_dtype`` and rounded once. Leading dims of ``a`` are rows."""
-    if multiplies_widened(a):
-        wide = compute_dtype(a.dtype)
-        return (a.to(wide) @ b.to(wide)).to(a.dtype)
-    return a @ b
+    if not multiplies_widened(a):
+        return a @ b
+    wide = a.to(compute_dtype(a.dtype))
+    if b.numel() <= WIDE_ELEMENTS:
+        return (wide @ b.to(wide.dtype)).to(a.dtype)
+    columns = b.split_with_sizes(_even(b.shape[1], -(-b.numel() // WIDE_ELEMENTS)), dim=1)
+    return torch.cat([(wide @ some.to(wide.dtype)).to(a.dtype) for some in columns], dim=-1)
+
+
+def _even(total: int, count: int) -> list[int]:
+    return [total * (number + 1) // count - total * number // count for number in range(count)]
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -41,3 +41,12 @@ def test_matmul_of_bfloat16_on_a_cpu_rounds_once() -> None:
 def test_apply_is_for_functions_of_one_output() -> None:
     with pytest.raises(AssertionError, match="Pair returned tuple"):
         apply(Pair, torch.zeros(1))
+
+
+def test_a_wide_product_in_pieces_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small whole numbers, so that every order of sums gives the same."""
+    a, b = torch.randint(-4, 5, (2, 3, 8)).bfloat16(), torch.randint(-4, 5, (8, 7)).bfloat16()
+    whole = matmul(a, b)
+    monkeypatch.setattr("megatron_aquila.kernels.precision.WIDE_ELEMENTS", 20)
+    assert torch.equal(matmul(a, b), whole)
+    assert torch.equal(matmul(a, b.T.contiguous().T), whole)
