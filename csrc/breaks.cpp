@@ -15,10 +15,7 @@ int64_t insert_breaks(Span<const uint8_t> text, Span<const uint8_t> table, uint8
     }
     const uint32_t code = (lead & 0x0Fu) << 12 | (text[i + 1] & 0x3Fu) << 6 | (text[i + 2] & 0x3Fu);
     const bool han = is_han(code);
-    if (han && before != 0) {
-      const uint32_t bit = pair_bit(before, code);
-      if ((table[bit >> 3] >> (bit & 7) & 1) == 0) out[written++] = mark;
-    }
+    if (han && before != 0 && !holds_pair(table.data, before, code)) out[written++] = mark;
     out[written++] = lead;
     out[written++] = text[i + 1];
     out[written++] = text[i + 2];

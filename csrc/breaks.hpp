@@ -7,13 +7,19 @@
 
 namespace aquila {
 
-constexpr int kPairBits = 22;  // of the table of pairs: a bit for each hash
+// The table of pairs is a Bloom filter: two bits a pair, both in one line of 64 bytes, which memory gives at once.
+constexpr int kLineBits = 13;
+constexpr int64_t kTableBytes = int64_t{64} << kLineBits;
 
 inline bool is_han(uint32_t code) { return (code >= 0x4E00 && code <= 0x9FFF) || (code >= 0x3400 && code <= 0x4DBF); }
 
-// The place of a pair of code points in the table.
-inline uint32_t pair_bit(uint32_t left, uint32_t right) {
-  return ((left * 0x9E3779B1u) ^ (right * 0x85EBCA6Bu)) >> (32 - kPairBits);
+// Whether two Han characters are in the table; one pair in some hundreds is taken for one that is, and only costs a
+// cut.
+inline bool holds_pair(const uint8_t* table, uint32_t left, uint32_t right) {
+  const uint64_t hash = (uint64_t{left} << 16 | right) * 0x9E3779B97F4A7C15u;
+  const uint8_t* line = table + 64 * (hash >> (64 - kLineBits));
+  const uint32_t first = hash >> 40 & 511, second = hash >> 31 & 511;
+  return (line[first >> 3] >> (first & 7) & line[second >> 3] >> (second & 7) & 1) != 0;
 }
 
 // Copies UTF-8 to `out`, which holds twice as much, with `mark` between two Han characters whose pair is not in the

@@ -50,10 +50,11 @@ struct Writer {
   bool wide(uint32_t code, const uint8_t* from, int size) {
     const bool han = is_han(code);
     if (han && before != 0 && rules.table.size > 0) {
-      const uint32_t bit = pair_bit(before, code);
-      if ((rules.table[bit >> 3] >> (bit & 7) & 1) == 0) *at++ = rules.mark;
+      *at = rules.mark;
+      at += !holds_pair(rules.table.data, before, code);  // no branch: nobody can foretell a mark
     }
-    for (int i = 0; i < size; ++i) *at++ = from[i];
+    std::memcpy(at, from, static_cast<size_t>(size));
+    at += size;
     before = han ? code : 0;
     return true;
   }

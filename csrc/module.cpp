@@ -103,7 +103,7 @@ py::tuple build_exhaustive_blending_indices(const Array<int64_t>& sizes) {
 
 py::bytes insert_breaks(const py::bytes& text, const Array<uint8_t>& table, uint8_t mark) {
   const auto table_span = read(table);
-  if (table_span.size != int64_t{1} << (aquila::kPairBits - 3)) throw std::invalid_argument("a table of another size");
+  if (table_span.size != aquila::kTableBytes) throw std::invalid_argument("a table of another size");
   const std::string_view given = text;
   const aquila::Span<const uint8_t> from{reinterpret_cast<const uint8_t*>(given.data()),
                                          static_cast<int64_t>(given.size())};
@@ -120,7 +120,7 @@ py::tuple join_lines(const py::bytes& block, int64_t start, const py::bytes& key
                      std::array<int64_t, 2> longest_and_enough, std::array<uint8_t, 2> border_and_mark,
                      const Array<uint8_t>& table) {
   const auto table_span = read(table);
-  if (table_span.size != 0 && table_span.size != int64_t{1} << (aquila::kPairBits - 3))
+  if (table_span.size != 0 && table_span.size != aquila::kTableBytes)
     throw std::invalid_argument("a table of another size");
   const std::string_view given = block, named = key;
   if (start < 0 || start > static_cast<int64_t>(given.size())) throw std::invalid_argument("a start outside the block");

@@ -107,8 +107,9 @@ def insert_breaks(text: bytes, table: NDArray[np.uint8], mark: int) -> bytes:
         code = ord(character)
         is_han = 0x4E00 <= code <= 0x9FFF or 0x3400 <= code <= 0x4DBF
         if is_han and before:
-            bit = ((before * 0x9E3779B1 ^ code * 0x85EBCA6B) & 0xFFFFFFFF) >> 10
-            if not table[bit >> 3] >> (bit & 7) & 1:
+            hashed = (before << 16 | code) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+            places = [(hashed >> 51) * 512 + (hashed >> shift & 511) for shift in (40, 31)]
+            if not all(table[place >> 3] >> (place & 7) & 1 for place in places):
                 out.append(chr(mark))
         out.append(character)
         before = code if is_han else 0

@@ -31,7 +31,7 @@ from megatron_aquila.data.streams import LineNumbers
 from megatron_aquila.errors import DataError
 
 BATCH_BYTES: Final = 1 << 20  # of text, tokenized at once
-CHECKED_CHARACTERS: Final = 1 << 12  # of each piece, on which the fast encoder is held against the reference
+CHECKED_CHARACTERS: Final = 1 << 9  # of each piece, on which the fast encoder is held against the slow reference
 LONGEST_JOINED: Final = (
     1 << 24
 )  # bytes of a line that others than Python may look at: of few tokens enough for any index
