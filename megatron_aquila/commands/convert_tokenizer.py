@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron_aquila.checkpoint.folders import beside
 from megatron_aquila.checkpoint.llama import SpecialIds
 from megatron_aquila.checkpoint.published import CONFIG, SPECIAL_IDS
 from megatron_aquila.checkpoint.reader import TensorReader
@@ -54,8 +55,7 @@ def put_tokenizer(tokenizer: Tokenizer | None, reader: TensorReader, folder: Pat
     """Beside weights that were written: a publisher's files as they are, where they are of ``tokenizer``, or it is not
     known; else what transformers reads, written anew. Raises DataError where it cannot be.
     """
-    beside = tokenizer_beside(reader)
-    source = reader.folder if beside is None else beside
+    source = source_of(reader)
     if tokenizer is not None and not (is_published(tokenizer, source) and _is_of(tokenizer, source)):
         save_huggingface_tokenizer(tokenizer, folder, max_length=max_length)
         return
@@ -65,13 +65,13 @@ def put_tokenizer(tokenizer: Tokenizer | None, reader: TensorReader, folder: Pat
 
 def source_of(reader: TensorReader) -> Path:
     """The folder with the tokenizer's files of the weights that are read, where there are any."""
-    beside = tokenizer_beside(reader)
-    return reader.folder if beside is None else beside
+    folder = tokenizer_beside(reader)
+    return reader.folder if folder is None else folder
 
 
 def _copy(source: Path, path: Path) -> None:
     """Under a temporary name until it is whole; in place of what a killed run may have left."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = beside(path, "tmp")
     try:
         shutil.copyfile(source, temporary)
         os.replace(temporary, path)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Final
 
-from megatron_aquila.data.inputs import BY_LINES, Piece, Unpacked
+from megatron_aquila.data.inputs import BY_LINES, Piece, Unpacked, num_bytes
 from megatron_aquila.data.readers import file_chunks
 from megatron_aquila.data.records import Broken
 from megatron_aquila.data.streams import Compression, opened, whole_lines
@@ -27,7 +27,7 @@ class Corpus:
     @property
     def num_bytes(self) -> int:
         """Of the files as on disk."""
-        return sum(piece.num_bytes for piece in self.pieces)
+        return num_bytes(self.pieces)
 
     def parts(self, longest: int, after: tuple[int, int]) -> Iterator[Piece]:
         """All pieces in their order, some of them as blocks; those up to number and block ``after`` are left out.
@@ -45,7 +45,7 @@ class Corpus:
 
 def corpus_of(pieces: Sequence[Piece], block_bytes: int) -> Corpus:
     """To cut are pipes of lines, and of packed files of lines those that are more than a ``MANY``-th of all bytes."""
-    enough = max(sum(piece.num_bytes for piece in pieces) // MANY, block_bytes)
+    enough = max(num_bytes(pieces) // MANY, block_bytes)
     return Corpus(tuple(pieces), frozenset(piece.index for piece in pieces if _is_cut(piece, enough)), block_bytes)
 
 

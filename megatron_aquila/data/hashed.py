@@ -25,11 +25,15 @@ class HashedFile:
     def __init__(self, path: Path, size: int = 0) -> None:
         self.path, self.size, self._digest = path, size, hashlib.sha256()
         self._file: BinaryIO = path.open("r+b" if size > 0 else "wb")
-        self._file.truncate(size)
-        left = size
-        while left > 0 and (data := self._file.read(min(CHUNK, left))):
-            self._digest.update(data)
-            left -= len(data)
+        try:
+            self._file.truncate(size)
+            left = size
+            while left > 0 and (data := self._file.read(min(CHUNK, left))):
+                self._digest.update(data)
+                left -= len(data)
+        except OSError:
+            self.abandon()
+            raise
 
     def write(self, data: Any) -> None:
         """Append bytes or an array's memory."""
@@ -43,9 +47,11 @@ class HashedFile:
 
     def close(self) -> None:
         """Everything is on the disk then."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
 
     def abandon(self) -> None:
         """Let go of the file as it is."""

@@ -1,7 +1,7 @@
 """What there is to read: files, globs, folders and standard input as pieces that workers read alone."""
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -89,6 +89,11 @@ class Piece:
     lines_before: int | None
     block: int = 0
     unpacked: Unpacked | None = None
+
+
+def num_bytes(pieces: Iterable[Piece]) -> int:
+    """Of all pieces together, as on disk."""
+    return sum(piece.num_bytes for piece in pieces)
 
 
 def plan_pieces(

@@ -7,7 +7,8 @@ So the bytes depend on the corpus, the tokenizer and the options alone: not on w
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_aquila.data.blocks import Corpus, corpus_of
 from megatron_aquila.data.encoders import Backend, choose_encoder
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.indexed import token_dtype
-from megatron_aquila.data.inputs import InputFormat, Piece, TextDocuments, plan_pieces
+from megatron_aquila.data.inputs import InputFormat, Piece, TextDocuments, num_bytes, plan_pieces
 from megatron_aquila.data.manifest import Manifest, Origin, SourceFile, TokenizerFacts, package_versions
 from megatron_aquila.data.output import Output, document_prefix, final_paths, partial_folder
 from megatron_aquila.data.readers import line_of, read_piece
@@ -30,7 +31,7 @@ from megatron_aquila.errors import ConfigError, DataError, Problem
 
 Engine = Literal["local", "ray"]
 PIECES: Final = 256  # a corpus is cut into about so many,
-SMALLEST_PIECE, LARGEST_PIECE = 2 << 20, 32 << 20  # within these bounds in bytes;
+SMALLEST_PIECE, LARGEST_PIECE = 2 << 20, 32 << 20  # within these bounds in bytes
 LARGEST_BLOCK: Final = 8 << 20  # what is unpacked for others is held in memory
 SAMPLED_PIECES, SAMPLED_RECORDS, SAMPLED_CHARACTERS = 8, 64, 1 << 15  # what gigatoken must prove itself on
 
@@ -136,9 +137,9 @@ def preprocess(
     pieces = _share(planned, settings.shard)
     corpus = corpus_of(pieces, min(_piece_bytes(pieces), LARGEST_BLOCK))
     _check_engine(settings, corpus)
-    with kept_for_good():
-        pending_facts = beside(lambda: tokenizer_facts(tokenizer))
+    with kept_for_good(), beside(lambda: tokenizer_facts(tokenizer)) as facts_beside:
         chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
+        facts = facts_beside()
     say(f"tokenizer backend: {chosen.why}")
     if settings.deduplicate and settings.shard is not None:
         say("--deduplicate with --shard: equal documents are found within this part, not between parts")
@@ -153,7 +154,6 @@ def preprocess(
         limits=settings.limits,
         deduplicate=settings.deduplicate,
     )
-    facts = pending_facts()
     output = Output(
         settings.prefix,
         names=settings.names,
@@ -191,13 +191,14 @@ def _run(
             report(progress)
 
     lines = LineNumbers()
-    for shard in _shards(settings, writer, corpus, output.last, tell):
-        before = shard.lines_before
-        if before is None:
-            before = line_of(corpus.pieces[shard.index], 0, lines) if META in writer.streams else 0
-        kept = output.append(shard, before)
-        with lock:
-            progress.counts += kept.counts - shard.counts
+    with closing(_shards(settings, writer, corpus, output.last, tell)) as shards:
+        for shard in shards:
+            before = shard.lines_before
+            if before is None:
+                before = line_of(corpus.pieces[shard.index], 0, lines) if META in writer.streams else 0
+            kept = output.append(shard, before)
+            with lock:
+                progress.counts += kept.counts - shard.counts
     if output.counts.documents == 0 and settings.shard is None:
         why = _nothing_left(output)
         output.discard()
@@ -230,7 +231,7 @@ def _shards(
     corpus: Corpus,
     after: tuple[int, int],
     tell: Callable[[Step], None],
-) -> Iterator[Shard]:
+) -> Generator[Shard, None, None]:
     parts = corpus.parts(settings.read.max_document_bytes, after)
     if settings.engine == "ray":
         from megatron_aquila.data.ray_engine import ray_map
@@ -254,11 +255,7 @@ def _plan(settings: PreprocessSettings) -> list[Piece]:
 
 
 def _piece_bytes(pieces: Sequence[Piece]) -> int:
-    return min(max(_num_bytes(pieces) // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
-
-
-def _num_bytes(pieces: Sequence[Piece]) -> int:
-    return sum(piece.num_bytes for piece in pieces)
+    return min(max(num_bytes(pieces) // PIECES, SMALLEST_PIECE), LARGEST_PIECE)
 
 
 def _share(pieces: Sequence[Piece], shard: tuple[int, int] | None) -> list[Piece]:
@@ -266,7 +263,7 @@ def _share(pieces: Sequence[Piece], shard: tuple[int, int] | None) -> list[Piece
     if shard is None:
         return list(pieces)
     index, count = shard
-    total, before = _num_bytes(pieces), 0
+    total, before = num_bytes(pieces), 0
     mine: list[Piece] = []
     for piece in pieces:
         part = (2 * before + piece.num_bytes) * count // max(2 * total, 1)

@@ -1,7 +1,7 @@
 """The pieces of a corpus on an existing Ray cluster; its machines share the file system of the output."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ RETRIES: Final = 3  # of a piece whose worker or machine died
 AHEAD: Final = 2  # pieces under way per core of the cluster
 
 
-def ray_map(writer: ShardWriter, pieces: Iterable[Piece], *, tell: Tell) -> Iterator[Shard]:
+def ray_map(writer: ShardWriter, pieces: Iterable[Piece], *, tell: Tell) -> Generator[Shard, None, None]:
     """``writer`` of each piece as a Ray task; shards in their order, at most a few pieces a core under way.
 
     Joins the cluster of ``RAY_ADDRESS``, or the one of this machine, or starts one here. A task whose worker dies is

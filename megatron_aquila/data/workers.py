@@ -7,7 +7,7 @@ import queue
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -25,7 +25,7 @@ _DONE, _FAILED, _TOLD = range(3)
 
 def ordered_map(
     function: Callable[[Item, Tell], Result], items: Iterable[Item], *, workers: int, tell: Tell
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """``function`` of each item and ``tell``; with more than one worker, each is a process that gets it once.
 
     ``tell`` brings what the function has to say while it works; it is called in any thread, at once or not in order.
@@ -84,13 +84,15 @@ def kept_for_good() -> Iterator[None]:
             gc.enable()
 
 
-def beside(function: Callable[[], Result]) -> Callable[[], Result]:
-    """Start ``function`` in a process of its own; what is returned waits for its result.
+@contextmanager
+def beside(function: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
+    """``function`` at work in a process of its own, which ends with the block; what is given waits for its result.
 
     Where that fails, and where processes are not forked, it is called here instead.
     """
     if sys.platform != "linux":
-        return function
+        yield function
+        return
     context = multiprocessing.get_context("fork")
     pipe, remote = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(function, remote), daemon=True)
@@ -102,11 +104,13 @@ def beside(function: Callable[[], Result]) -> Callable[[], Result]:
             return cast(Result, pipe.recv())
         except EOFError:
             return function()
-        finally:
-            pipe.close()
-            process.join()
 
-    return result
+    try:
+        yield result
+    finally:
+        process.kill()
+        process.join()
+        pipe.close()
 
 
 def _send(function: Callable[[], object], pipe: "Connection[Any, Any]") -> None:

@@ -29,12 +29,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     wide = a.to(compute_dtype(a.dtype))
     if b.numel() <= WIDE_ELEMENTS:
         return (wide @ b.to(wide.dtype)).to(a.dtype)
-    columns = b.split_with_sizes(_even(b.shape[1], -(-b.numel() // WIDE_ELEMENTS)), dim=1)
+    columns = b.tensor_split(-(-b.numel() // WIDE_ELEMENTS), dim=1)
     return torch.cat([(wide @ some.to(wide.dtype)).to(a.dtype) for some in columns], dim=-1)
-
-
-def _even(total: int, count: int) -> list[int]:
-    return [total * (number + 1) // count - total * number // count for number in range(count)]
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -42,3 +42,15 @@ def test_of_a_failure_nothing_stays_open(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="closed file"):
         file.write(b"abc")
     file.abandon()
+
+
+def test_a_file_that_cannot_be_finished_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    file = HashedFile(tmp_path / "file")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.close()
+    with pytest.raises(ValueError, match="closed file"):
+        file.write(b"abc")

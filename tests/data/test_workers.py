@@ -1,6 +1,7 @@
 """Order, errors and deaths of the worker processes."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -138,15 +139,22 @@ def test_no_garbage_is_looked_for_in_what_is_kept_for_good() -> None:
 
 
 def test_beside_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert beside(lambda: "there" if os.getpid() != here else "here")() == "there"
+    with beside(lambda: "there" if os.getpid() != here else "here") as result:
+        assert result() == "there"
     monkeypatch.setattr(sys, "platform", "other")
-    assert beside(lambda: "there" if os.getpid() != here else "here")() == "here"
+    with beside(lambda: "there" if os.getpid() != here else "here") as result:
+        assert result() == "here"
 
 
 @pytest.mark.parametrize("end", [lambda: 1 / 0, lambda: os._exit(3)], ids=["raises", "dies"])
 def test_what_fails_beside_is_done_here(end: Callable[[], object]) -> None:
-    result = beside(lambda: "here" if os.getpid() == here else end())
-    assert result() == "here"
-    own = beside(lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        own()
+    with beside(lambda: "here" if os.getpid() == here else end()) as result:
+        assert result() == "here"
+    with beside(lambda: 1 / 0) as result, pytest.raises(ZeroDivisionError):
+        result()
+
+
+def test_what_is_beside_ends_with_an_error_here() -> None:
+    with pytest.raises(ZeroDivisionError), beside(lambda: time.sleep(600)):
+        1 / 0  # noqa: B018
+    assert multiprocessing.active_children() == []
