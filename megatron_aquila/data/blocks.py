@@ -52,7 +52,7 @@ def corpus_of(pieces: Sequence[Piece], block_bytes: int) -> Corpus:
 def _is_cut(piece: Piece, enough: int) -> bool:
     is_pipe = piece.num_bytes == 0
     is_large = piece.compression is not Compression.NONE and piece.num_bytes > enough
-    return piece.format in BY_LINES and (is_pipe or is_large)
+    return piece.format in BY_LINES and not piece.files and (is_pipe or is_large)
 
 
 def _blocks(piece: Piece, block_bytes: int, longest: int) -> Iterator[Piece]:

@@ -2,7 +2,7 @@
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Final, Literal
@@ -76,7 +76,8 @@ class Piece:
     ``start`` and ``stop`` are bytes of a plain file of lines, whose lines that begin there are the piece's; the row
     group of a parquet file and the one behind it; else the whole file. ``num_bytes`` is its share of the file on disk,
     0 for standard input. ``lines_before`` is how many records of the file lie before it, None where nobody counted.
-    ``unpacked`` is the piece itself, where it is but a ``block`` of what ``data.blocks`` cuts for many.
+    ``unpacked`` is the piece itself, where it is but a ``block`` of what ``data.blocks`` cuts for many. ``files`` are
+    pieces themselves, whole small files that are read one after the other; ``path`` is then the first one's.
     """
 
     path: Path
@@ -89,6 +90,12 @@ class Piece:
     lines_before: int | None
     block: int = 0
     unpacked: Unpacked | None = None
+    files: tuple["Piece", ...] = ()
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of all files that it lies in."""
+        return [piece.path for piece in self.files] or [self.path]
 
 
 def num_bytes(pieces: Iterable[Piece]) -> int:
@@ -107,7 +114,7 @@ def plan_pieces(
 
     An input is a file, a glob (``**`` goes down), a folder (all files below it; names that begin with ``.`` or ``_``
     are left out, as Hadoop's markers are) or ``-``, standard input, which is JSON lines unless said otherwise. The
-    pieces depend on the inputs and their sizes, not on who reads them.
+    pieces depend on the inputs and their sizes, not on who reads them: small files share one.
 
     Raises:
         DataError: an input cannot be read, matches nothing, or what it holds cannot be told from its name.
@@ -126,7 +133,33 @@ def plan_pieces(
             )
         for path, found in formats.items():
             pieces += _pieces(path, found, len(pieces), piece_bytes)
-    return pieces
+    return _gathered(pieces, piece_bytes)
+
+
+def _gathered(pieces: Sequence[Piece], piece_bytes: int) -> list[Piece]:
+    """Neighbours of one format that are whole files together, as long as they have no more than ``piece_bytes``."""
+    groups: list[list[Piece]] = []
+    before, size = None, 0
+    for piece in pieces:
+        kind = _format_of_whole(piece)
+        size += piece.num_bytes
+        if kind is None or kind is not before or size > piece_bytes:
+            groups.append([])
+            size = piece.num_bytes
+        groups[-1].append(piece)
+        before = kind
+    return [_together(index, files) for index, files in enumerate(groups)]
+
+
+def _format_of_whole(piece: Piece) -> Format | None:
+    """The format of a piece that is a file from its start, and may be read again; None of another."""
+    is_file = piece.path != STDIN and piece.path.is_file()
+    return piece.format if is_file and piece.format is not Format.PARQUET and piece.lines_before == 0 else None
+
+
+def _together(index: int, files: Sequence[Piece]) -> Piece:
+    first = replace(files[0], index=index)
+    return first if len(files) == 1 else replace(first, num_bytes=num_bytes(files), files=tuple(files))
 
 
 def _files(named: str) -> Iterator[Path]:

@@ -284,6 +284,11 @@ def _sample(pieces: Sequence[Piece], read: ReadOptions) -> Iterator[str]:
                 characters += sum(map(len, record.texts))
 
 
+def _paths(pieces: Sequence[Piece]) -> list[Path]:
+    """Of every file, once."""
+    return list(dict.fromkeys(path for piece in pieces for path in piece.paths))
+
+
 def _can_be_read_twice(path: Path) -> bool:
     """Standard input and pipes, as the shell's ``<(...)`` makes, give their bytes once."""
     return path != STDIN and path.is_file()
@@ -293,7 +298,7 @@ def _identity(
     settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, corpus: Corpus
 ) -> dict[str, Any]:
     """What decides the bytes, and the cuts."""
-    paths = list(dict.fromkeys(piece.path for piece in corpus.pieces))
+    paths = _paths(corpus.pieces)
     stats = [(str(path), path.stat()) for path in paths if path != STDIN]
     read = asdict(settings.read)
     return {
@@ -318,9 +323,7 @@ def _filters(settings: PreprocessSettings) -> dict[str, Any]:
 def _origin(
     settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, pieces: Sequence[Piece]
 ) -> Origin:
-    sizes: dict[Path, int] = {}
-    for piece in pieces:
-        sizes[piece.path] = 0 if piece.path == STDIN else piece.path.stat().st_size
+    sizes = {path: 0 if path == STDIN else path.stat().st_size for path in _paths(pieces)}
     return Origin(
         tokenizer=tokenizer,
         sources=tuple(SourceFile(path=str(path), size=size) for path, size in sizes.items()),
@@ -341,7 +344,7 @@ def _check_inputs(settings: PreprocessSettings, pieces: Sequence[Piece]) -> None
     """Refuse an input that the output would take the place of."""
     written = {path.resolve() for path in final_paths(settings.prefix, settings.names)}
     folder = partial_folder(settings.prefix).resolve()
-    for path in dict.fromkeys(piece.path for piece in pieces if piece.path != STDIN):
+    for path in _paths(pieces):
         found = path.resolve()
         if found in written or folder in found.parents:
             why = "this is a file of the output, too"

@@ -39,6 +39,7 @@ from megatron_aquila.data.streams import (
 from megatron_aquila.errors import DataError
 
 BLOCK_BYTES: Final = 1 << 20  # of lines that are joined at once
+MOST_ALONE: Final = 8  # lines of a block that are read alone, before all of its others are
 
 
 def read_piece(piece: Piece, options: ReadOptions, lines: LineNumbers | None = None) -> Iterator[Document | BadRecord]:
@@ -51,6 +52,10 @@ def read_piece(piece: Piece, options: ReadOptions, lines: LineNumbers | None = N
         DataError: the file cannot be opened or read, or the package that reads it is not installed. A file that is
             damaged within gives a BadRecord that ``ends_piece``.
     """
+    if piece.files:
+        for file in piece.files:
+            yield from read_piece(file, options, lines)
+        return
     path, number = piece.path, 0
     split, parser = READERS[piece.format]
     parse = parser(options)
@@ -71,22 +76,30 @@ def read_joined(
 ) -> Iterator[Joined | Document | BadRecord]:
     """``read_piece`` of JSON lines with their texts joined, but for lines that ``join`` leaves to be read as ever.
 
+    Each of these ends what is joined, and what is tokenized at once: of a block with many of them none is joined.
+
     Raises:
         DataError: as ``read_piece``.
     """
+    if piece.files:
+        for file in piece.files:
+            yield from read_joined(file, options, join, lines)
+        return
     assert piece.format is Format.JSON_LINES, f"{piece.path} is {piece.format}"
     parse, number = json_parser(options), 0
     try:
         with _chunks(piece) as chunks:
             for block, unended in whole_lines(chunks, BLOCK_BYTES, options.max_document_bytes):
-                start = 0
+                start = alone = 0
                 while start < len(block):
-                    joined, num_bytes, num_lines = join(block, start)
-                    if joined.documents > 0:
-                        yield joined
-                    start, number = start + num_bytes, number + num_lines
-                    if num_lines > 0:
-                        continue
+                    if alone < MOST_ALONE:
+                        joined, num_bytes, num_lines = join(block, start)
+                        if joined.documents > 0:
+                            yield joined
+                        start, number = start + num_bytes, number + num_lines
+                        if num_lines > 0:
+                            continue
+                    alone += 1
                     end = len(block) if unended else block.index(b"\n", start)
                     line, start, number = block[start:end], end + 1, number + 1
                     if line and not line.isspace():

@@ -314,7 +314,7 @@ def test_which_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write(tmp_path / "f.jsonl", data * 3)
 
     def cut(*names: str, **plan: Any) -> list[str]:
-        pieces = plan_pieces([str(path) for path in names], **plan)
+        pieces = plan_pieces([str(path) for path in names], piece_bytes=2000, **plan)
         made = corpus_of(pieces, 2000)
         return [piece.path.name for piece in pieces if piece.index in made.cut]
 

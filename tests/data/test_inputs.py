@@ -3,10 +3,14 @@
 import gzip
 import os
 import pickle
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_aquila.data.inputs import Format, plan_pieces
 from megatron_aquila.data.streams import Compression
@@ -22,9 +26,8 @@ def write(folder: Path, *names: str, data: bytes = LINE) -> None:
 
 
 def named(folder: Path, *inputs: str, **plan: Any) -> list[str]:
-    return [
-        str(piece.path.relative_to(folder)) for piece in plan_pieces([f"{folder}/{name}" for name in inputs], **plan)
-    ]
+    pieces = plan_pieces([f"{folder}/{name}" for name in inputs], **plan)
+    return [str(path.relative_to(folder)) for piece in pieces for path in piece.paths]
 
 
 def test_files_globs_and_folders_in_order(tmp_path: Path) -> None:
@@ -36,7 +39,27 @@ def test_files_globs_and_folders_in_order(tmp_path: Path) -> None:
     assert named(tmp_path, "*.jsonl", "b/*") == ["a.jsonl", "b/10.json", "b/2.jsonl"]
     assert named(tmp_path, "**/*.jsonl") == ["a.jsonl", "b/2.jsonl"]
     assert named(tmp_path, "b/_SUCCESS", input_format="jsonl") == ["b/_SUCCESS"], "who names it means it"
-    assert [piece.index for piece in plan_pieces([str(tmp_path), "-"])] == list(range(5))
+    pieces = plan_pieces([str(tmp_path), "-", str(tmp_path)], piece_bytes=20)
+    assert [piece.index for piece in pieces] == list(range(9)), "each of 14 bytes"
+
+
+@given(
+    sizes=st.lists(st.integers(0, 20), max_size=12), piece_bytes=st.integers(20, 60), texts=st.sets(st.integers(0, 11))
+)
+def test_small_files_share_a_piece(sizes: list[int], piece_bytes: int, texts: set[int]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        paths = [Path(name, f"{i}.{'txt' if i in texts else 'json'}") for i in range(len(sizes))]
+        for path, size in zip(paths, sizes, strict=True):
+            path.write_bytes(b"\n" * size)
+        pieces = plan_pieces([str(path) for path in paths], piece_bytes=piece_bytes)
+    assert [path for piece in pieces for path in piece.paths] == paths, "in their order, none lost"
+    for index, piece in enumerate(pieces):
+        each = [sizes[int(path.stem)] for path in piece.paths]
+        assert (piece.index, piece.num_bytes) == (index, sum(each))
+        assert len(each) == 1 or sum(each) <= piece_bytes
+        assert len({path.suffix for path in piece.paths}) == 1
+    for left, right in pairwise(pieces):
+        assert left.format is not right.format or left.num_bytes + sizes[int(right.path.stem)] > piece_bytes
 
 
 def test_formats_by_name_or_as_asked(tmp_path: Path) -> None:

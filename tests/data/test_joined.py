@@ -117,17 +117,33 @@ lines = st.one_of(
 )
 
 
-@given(lines=st.lists(lines, max_size=8), ended=st.booleans(), chunk=st.sampled_from([7, 64, 1 << 20]))
+@given(
+    lines=st.lists(lines, max_size=8),
+    ended=st.booleans(),
+    chunk=st.sampled_from([7, 64, 1 << 20]),
+    most_alone=st.sampled_from([1, 8]),
+)
 def test_whatever_the_lines(
-    tmp_path_factory: pytest.TempPathFactory, join: Join, lines: list[bytes], ended: bool, chunk: int
+    tmp_path_factory: pytest.TempPathFactory, join: Join, lines: list[bytes], ended: bool, chunk: int, most_alone: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "joined.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" * ended)
     expected = found(path, None)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "MOST_ALONE", most_alone)
         patch.setattr(streams, "CHUNK_BYTES", chunk)
         patch.setattr(readers, "BLOCK_BYTES", chunk)
         assert found(path, join) == expected
+
+
+def test_of_a_block_with_many_lines_for_python_none_is_joined(tmp_path: Path, join: Join) -> None:
+    """Each such line ends a batch: forty thousand batches of a line took ten times as long as forty of a thousand."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "b", "x": NaN}\n' * 1000)
+    (piece,) = plan_pieces([str(path)])
+    joined = [record for record in read_joined(piece, OPTIONS, join) if isinstance(record, Joined)]
+    assert [record.documents for record in joined] == [1] * readers.MOST_ALONE
+    assert found(path, join) == found(path, None)
 
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\1\2"))))

@@ -557,6 +557,34 @@ def test_shards_are_the_whole_cut(tmp_path: Path, tokenizer: Tokenizer, texts: l
     assert sorted(one.progress.counts.documents for one in done) == [0, 0, 1], "a shard may have nothing to do"
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_many_small_files_are_one_shard(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    """A shard of each takes milliseconds; what is said of a document still names its own file and line."""
+    texts = [f"document {number}" for number in range(40)]
+    (tmp_path / "in").mkdir()
+    for number, text in enumerate(texts):
+        if kind == "text":
+            (tmp_path / f"in/{number:02}.txt").write_text(text)
+        else:
+            write_jsonl(tmp_path / f"in/{number:02}.jsonl", [text])
+    (tmp_path / f"in/20.{'txt' if kind == 'text' else 'jsonl'}").write_bytes(b'{"text": "\xff"}\n')
+    keep = ReadOptions(keep_meta=("text",))
+    done = run([tmp_path / "in"], tmp_path / "out", tokenizer, read=keep, skip_bad_lines=True)
+    assert done.progress.counts.bad_records == 1
+    texts.pop(20)
+    run([write_jsonl(tmp_path / "all.jsonl", texts)], tmp_path / "one", tokenizer)
+    assert files(tmp_path / "out") == files(tmp_path / "one")
+    said = [json.loads(line) for line in Path(f"{tmp_path}/out.meta.jsonl").read_text().splitlines()]
+    assert [(Path(line["source"]).stem, line["line"]) for line in said] == [
+        (f"{number:02}", 1) for number in range(40) if number != 20
+    ]
+    (bad,) = Path(f"{tmp_path}/out.bad.jsonl").read_text().splitlines()
+    assert (Path(json.loads(bad)["file"]).stem, json.loads(bad)["line"]) == ("20", 1)
+    manifest = read_manifest(f"{tmp_path}/out_text_document")
+    assert manifest is not None
+    assert len(manifest.origin.sources) == 40
+
+
 def test_standard_input(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["a", "b"])
     with source.open() as file:
