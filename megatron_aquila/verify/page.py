@@ -66,7 +66,7 @@ def _zero(layout: Layout) -> str:
 
 
 def matrix_table(rows: Sequence[MatrixRow]) -> str:
-    """The matrix as Markdown, and a line that sums it up. A column for bits is there if they were compared in any row."""
+    """The matrix as Markdown, and a line that sums it up. Bits have a column where any row compared them."""
     with_bits = any(row.bits is not None for row in rows)
     header = (*HEADER, "worst error", *(["bits"] if with_bits else []), "verdict")
     cells = [

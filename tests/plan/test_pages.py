@@ -1,4 +1,4 @@
-"""The planner's figures on the pages docs/memory.md and docs/heterogeneous.md are what it says of the settings there."""
+"""The planner's figures in docs/memory.md and docs/heterogeneous.md are what it says of the settings there."""
 
 import re
 from itertools import pairwise
@@ -51,7 +51,7 @@ def gib(size: int, digits: int = 1) -> str:
 
 
 def recomputations() -> list[tuple[list[str], str]]:
-    """The rows of the table of recomputation, each with its flags; one that begins with a blank goes on from its kind."""
+    """The rows of the table of recomputation, each with its flags: with a blank before them, beside the kind above."""
     kind, found = "", []
     for row in rows_below(MEMORY, "## Activations"):
         flags = row[0].strip("`")
