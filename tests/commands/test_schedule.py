@@ -125,7 +125,7 @@ def test_a_run_gives_ranks_microbatches_schedule_and_stages(capsys: pytest.Captu
     assert even[2].startswith("schedule"), "times that are given need no FLOPs"
     assert float(even[3].split()[2]) == 3 * (12 + 1)
     rows = printed(capsys, "--preset", "aquila2-34b", "--compare", "--world-size", "512")[4:9]
-        assert [row.split()[0] for row in rows] == ["gpipe", "1f1b", "1f1b", "zb-h1", "zb-v"]
+    assert [row.split()[0] for row in rows] == ["gpipe", "1f1b", "1f1b", "zb-h1", "zb-v"]
 
 
 def test_errors_of_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
