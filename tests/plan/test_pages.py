@@ -112,6 +112,17 @@ def test_activations_on_the_host(row: list[str]) -> None:
     assert row[3:6] == [f"{activations / GIB:.1f}", gib(total), gib(host)]
 
 
+def test_long_samples() -> None:
+    page = (DOCS / "context-parallel.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^aquila pretrain (.*?) \.\.\.", page, re.MULTILINE)
+    assert [" --recompute full" in words for words in shown] == [False, True]
+    kept = shown[1].replace(" --recompute full", "")
+    first, second, third = (fullest(words, 512) for words in (*shown, kept))
+    assert f"the first takes {first} GiB" in page
+    assert f"The second takes {second};" in page
+    assert f"it would take {third}," in page
+
+
 def fullest(words: str, world: int, micro_batch: int | None = None) -> str:
     return gib(planned(words, world, micro_batch).peak().total)
 
