@@ -20,7 +20,7 @@ machine, the versions and the commit: `python -m benchmarks.NAME` with a section
 `ceilings`, `kernels`, `step` and `fp8` need a GPU and measure nothing without one. Figures of others, and of plans, are
 not on this page.
 
-On a GPU that is there for a short time, in this order; what has `--resume` goes on where it was cut short:
+With little GPU time, in this order; what has `--resume` goes on where it was cut short:
 
 ```bash
 python -m benchmarks.ceilings

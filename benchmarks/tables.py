@@ -252,9 +252,9 @@ fp8 a product may exceed that, which is in bf16. Packed documents halve in lengt
         "step": """\
 Whole steps, with data, clipping, AdamW and the report, against transformers' LlamaForCausalLM of the same shape with
 SDPA, fused AdamW and torch.compile, in one run; ours with the kernels a run chooses, and with those that torch.compile
-makes. Where the plan exceeds the GPU, our optimizer's states are narrow: 12 bytes a parameter, not 18. The loop's
-table holds the host's own time, that of clip and update, computed for a step of 262,144 tokens, and what the log adds
-to a step.""",
+makes. Where the plan exceeds the GPU, our optimizer's states are narrow: weights, gradients and states together take 12
+bytes a parameter, not 18. The loop's table holds the host's own time, that of clip and update, computed for a step of
+262,144 tokens, and what the log adds to a step.""",
         "fp8": """\
 The loss of a model of 219 million parameters in fp8 beside that in bf16, from the same weights on the same samples: the
 means of windows of steps. What fp8 gains at the 7B's sizes is measured by `step`.""",

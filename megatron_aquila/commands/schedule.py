@@ -16,7 +16,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.errors import ConfigError, Problem
 from megatron_aquila.pipeline.action import Action, Op
 from megatron_aquila.pipeline.checks import check
-from megatron_aquila.pipeline.draw import draw, draw_to_scale, legend, num_blocks, scale
+from megatron_aquila.pipeline.draw import LEGEND, draw, draw_to_scale, is_drawable, num_blocks, scale
 from megatron_aquila.pipeline.schedules import build_schedule, default_chunks
 from megatron_aquila.pipeline.simulate import Timeline, simulate
 from megatron_aquila.pipeline.svg import Panel, svg
@@ -34,7 +34,7 @@ flags of its settings may follow as for training: --pp 8 --global-batch 2048.
 
 Times are in any unit: those of one microbatch on one rank, all its chunks together."""
 HEADER = f"{'schedule':<12}{'chunks':>6}{'makespan':>10}{'bubble':>10}{'in span':>10}   peak activations per rank"
-MOST_BLOCKS = 6  # a picture that is longer is drawn to scale
+MOST_BLOCKS = 6  # of a picture with every name
 MOST_ACTIONS = 1_000_000  # some ten seconds
 
 
@@ -290,15 +290,17 @@ def table_row(case: Case, timeline: Timeline) -> str:
 
 
 def picture(timelines: Sequence[tuple[Case, Timeline]], width: int) -> str:
-    """One schedule with every action's name; several, and a long one, to scale."""
+    """One schedule with every action's name, or several to scale; of what is too long for that, how to see it."""
     drawn = [timeline for _, timeline in timelines]
     if len(drawn) == 1 and num_blocks(drawn[0], width) <= MOST_BLOCKS:
         return draw(drawn[0], width)
     column = scale(drawn, width)
-    parts = [legend(drawn, column)]
-    for case, timeline in timelines:
-        title = f"{case}\n" if len(drawn) > 1 else ""
-        parts.append(f"{title}{draw_to_scale(timeline, column)}")
+    shown = [(case, timeline) for case, timeline in timelines if len(drawn) > 1 and is_drawable(timeline, column)]
+    parts = [f"{case}\n{draw_to_scale(timeline, column)}" for case, timeline in shown]
+    if shown:
+        parts.insert(0, f"a character is {column:.4g} of time, {LEGEND}")
+    if left := [str(case) for case, _ in timelines if case not in [case for case, _ in shown]]:
+        parts.append(f"too long for this width: {'; '.join(left)}. --svg FILE draws it")
     return "\n\n".join(parts)
 
 

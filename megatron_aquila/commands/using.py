@@ -45,7 +45,7 @@ class ModelOptions:
     cp: int = 1
     """context-parallel degree: ranks that share the tokens of a row"""
     cp_method: ContextMethod = "ring"
-    """how the ranks of a row attend: keys and values go around, or tokens change places with heads"""
+    """ring attention (K/V sent peer to peer), or ulysses (all-to-all over heads)"""
     pp: int = 1
     """pipeline-parallel degree; start tp x cp x pp processes with torchrun"""
     precision: Literal["bf16", "fp16", "fp32", "fp64"] | None = None

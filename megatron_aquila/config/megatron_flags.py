@@ -36,7 +36,7 @@ class Sets:
 
 @dataclass(frozen=True, slots=True)
 class Always:
-    """Accepted: it is always so here, ``why`` says how. A flag with a value must have one of ``values``."""
+    """Accepted: it is always so here, ``why`` says how, or how far. A flag with a value must have one of ``values``."""
 
     why: str
     values: tuple[str, ...] = ()
@@ -223,7 +223,11 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         "--num-devices-per-node": Refused("torchrun says how many ranks a node has", "leave it out"),
         **_family(
             Always(_OVERLAP),
-            "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step --tp-comm-overlap",
+            "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step",
+        ),
+        "--tp-comm-overlap": Always(
+            "in part: collectives run beside products in a column-parallel layer's backward; the others over tp are "
+            "waited for"
         ),
         "--num-layers-per-virtual-pipeline-stage": Refused(
             "stages are counted, not their layers", "use --chunks, the stages on each rank", chunks

@@ -86,9 +86,7 @@ class ParallelConfig:
     pipeline: Count = setting(1, "pipeline-parallel degree", "--pp", "--pipeline-model-parallel-size")
     context: Count = setting(1, "context-parallel degree: ranks that share a sample", "--cp", "--context-parallel-size")
     context_method: ContextMethod = setting(
-        "ring",
-        "how the ranks of a sample attend: keys and values go around, or tokens change places with heads",
-        "--cp-method",
+        "ring", "ring attention (K/V sent peer to peer), or ulysses (all-to-all over heads)", "--cp-method"
     )
     data: Count | None = setting(None, "data-parallel degree; default what the world size leaves", "--dp")
     sequence: bool = setting(
@@ -116,13 +114,13 @@ class ParallelConfig:
     )
     zero: ZeroLevel = setting(
         1,
-        "what replicas share out among them: 1 masters and optimizer states, 2 also gradients, 3 also weights",
+        "ZeRO stage: shard over the replicas 1 masters and optimizer states, 2 + gradients, 3 + weights (as FSDP)",
         "--zero",
         "--zero-stage",
     )
     zero_group: Count | None = setting(
         None,
-        "how many neighbours among the dp x cp ranks share that out; the groups are copies of each other; default all",
+        "hybrid sharding (HSDP): --zero within groups of N neighbouring dp x cp ranks, replicas across; default all",
     )
     grad_reduce: Literal["fp32", "bf16"] = setting(
         "fp32",
@@ -217,11 +215,17 @@ class TrainConfig:
     """The batch, the length of the run and when it ends."""
 
     train_samples: Count = setting(1_000_000, "samples of the whole run")
-    micro_batch: Count = setting(1, "samples a rank computes at once", "--micro-batch", "--mbs", "--micro-batch-size")
+    micro_batch: Count = setting(1, "samples of a forward and backward", "--micro-batch", "--mbs", "--micro-batch-size")
     micro_batch_per_dp: tuple[Count, ...] = setting(
         (), "instead, samples that each replica computes at once, a number a dp rank, e.g. 2 2 1 1"
     )
-    global_batch: Count = setting(1, "samples of one step", "--global-batch", "--gbs", "--global-batch-size")
+    global_batch: Count = setting(
+        1,
+        "samples of a step; gradients accumulate over its microbatches",
+        "--global-batch",
+        "--gbs",
+        "--global-batch-size",
+    )
     rampup_batch: tuple[Count, Count, Whole] | None = setting(
         None, "start increment samples: the global batch grows from start", "--rampup-batch", "--rampup-batch-size"
     )
@@ -236,7 +240,7 @@ class TrainConfig:
     )
     recompute: Kind = setting(
         "none",
-        "what backward computes again instead of keeping it: nothing, the outputs of some modules, or whole layers",
+        "activation checkpointing: backward computes again nothing, the outputs of some modules, or whole layers",
         "--recompute",
         "--recompute-granularity",
     )

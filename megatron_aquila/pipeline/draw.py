@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from megatron_aquila.pipeline.action import Action, Op
+from megatron_aquila.pipeline.action import Action
 from megatron_aquila.pipeline.simulate import Timeline
 
+LEGEND = """a dot is waiting;
+an action is its capital letter, its microbatch where there is room, and small letters to its end"""
 _ROUNDING = 1 + 1e-9  # times are sums of floats
 
 
@@ -40,53 +42,25 @@ def num_blocks(timeline: Timeline, width: int) -> int:
 def draw_to_scale(timeline: Timeline, column: float) -> str:
     """``timeline`` as text at a scale, ``column`` of time a character, so that pictures of one scale can be compared.
 
-    A row is as long as the whole timeline. ``legend`` explains the characters.
+    A row is as long as the whole timeline. ``LEGEND`` explains the characters. ``is_drawable`` must hold.
     """
-    labels, row = _labels(timeline), _row_of_names if _has_names(timeline, column) else _row_of_kinds
-    return "\n".join(labels[rank] + "".join(row(timeline, rank, column)) for rank in timeline.schedule)
+    assert is_drawable(timeline, column), f"an action is shorter than {column}: it would not be seen"
+    labels = _labels(timeline)
+    return "\n".join(labels[rank] + "".join(_row(timeline, rank, column)) for rank in timeline.schedule)
 
 
-def legend(timelines: Sequence[Timeline], column: float) -> str:
-    """What the characters of ``draw_to_scale`` mean in the pictures of ``timelines``."""
-    named = [_has_names(timeline, column) for timeline in timelines]
-    words = [f"a character is {column:.4g} of time, a dot waiting"]
-    if any(named):
-        words.append(
-            "an action is its capital letter, its microbatch where there is room, and small letters to its end"
-        )
-    if not all(named):
-        words.append("where actions are shorter than a character, it is what takes over half of it, + if nothing does")
-    return ";\n".join(words)
-
-
-def _has_names(timeline: Timeline, column: float) -> bool:
-    """Whether every action is at least a character wide."""
+def is_drawable(timeline: Timeline, column: float) -> bool:
+    """Whether every action is at least a character wide at that scale."""
     return column <= _unit(timeline) * _ROUNDING
 
 
-def _row_of_names(timeline: Timeline, rank: int, column: float) -> list[str]:
+def _row(timeline: Timeline, rank: int, column: float) -> list[str]:
     """Every action, as wide as it lasts."""
     row, origin = ["."] * round(timeline.makespan / column), timeline.origin
     for action in timeline.schedule[rank]:
         first, last = (round((t[action] - origin) / column) for t in (timeline.start, timeline.end))
         name = f"{action.op}{action.microbatch}"
         row[first:last] = (name if len(name) <= last - first else action.op).ljust(last - first, action.op.lower())
-    return row
-
-
-def _row_of_kinds(timeline: Timeline, rank: int, column: float) -> list[str]:
-    """In each column the kind of action, or the waiting, that takes more than half of it."""
-    columns = math.ceil(timeline.makespan / column / _ROUNDING)
-    spent, origin = [dict.fromkeys(Op, 0.0) for _ in range(columns)], timeline.origin
-    for action in timeline.schedule[rank]:
-        start, end = (t[action] - origin for t in (timeline.start, timeline.end))
-        for at in range(int(start / column), min(columns, math.ceil(end / column))):
-            spent[at][action.op] += min(end, (at + 1) * column) - max(start, at * column)
-    half = column / 2 * _ROUNDING
-    row = []
-    for kinds in spent:
-        most = max(kinds, key=kinds.__getitem__)
-        row.append(most.value if kinds[most] > half else "." if column - sum(kinds.values()) > half else "+")
     return row
 
 

@@ -66,19 +66,26 @@ def _zero(layout: Layout) -> str:
 
 
 def matrix_table(rows: Sequence[MatrixRow]) -> str:
-    """The matrix as Markdown, and a line that sums it up."""
+    """The matrix as Markdown, and a line that sums it up. Bits have a column where any row compared them."""
+    with_bits = any(row.bits is not None for row in rows)
+    header = (*HEADER, "worst error", *(["bits"] if with_bits else []), "verdict")
     cells = [
         [
             *case_cells(row.case),
             f"{row.plain.worst.error:.1e}",
-            "–" if row.bits is None else "equal" if row.bits.holds else "DIFFER",
+            *([_bits(row)] if with_bits else []),
             "holds" if row.holds else f"FAILS at {next(one.first_wrong for one in row.rows if not one.holds)}",
         ]
         for row in rows
     ]
     failed = sum(not row.holds for row in rows)
     summary = f"{len(rows)} cases, {failed} failures, torch {torch.__version__}, bound {BOUND:g}."
-    return f"{markdown((*HEADER, 'worst error', 'bits', ''), cells)}\n\n{summary}"
+    return f"{markdown(header, cells)}\n\n{summary}"
+
+
+def _bits(row: MatrixRow) -> str:
+    """Whether they equal those of one process, where that is due."""
+    return "–" if row.bits is None else "equal" if row.bits.holds else "DIFFER"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

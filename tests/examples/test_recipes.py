@@ -15,7 +15,7 @@ from tests.pipeline.closed_forms import bubble_share, bubble_time
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAYOUTS = {
-    "aquila2_7b": [(96, []), (8, ["--tp", "2"]), (8, ["--tp", "4", "--pp", "2"])],
+    "aquila2_7b": [(96, []), (8, ["--zero", "2"]), (8, ["--tp", "2"]), (8, ["--tp", "4", "--pp", "2"])],
     "aquila2_34b": [(512, []), (128, [])],
 }
 
@@ -101,3 +101,23 @@ def test_the_commands_of_the_7b_are_accepted(monkeypatch):
         load_config(flags, world_size=8, to_train=True)
     with pytest.raises(ConfigError, match="continues published weights"):
         load_config([*commands[1], "--init-from-hf", "none"], world_size=8, to_train=True)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md", "examples/aquila2_7b/README.md"])
+def test_the_command_for_one_node_is_planned_as_the_page_says(page, monkeypatch):
+    """It fits the GPU, saves soon and in one copy, and validates on documents that are not trained on."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    text = Path(page).read_text(encoding="utf-8").replace("\\\n", " ")
+    command = next(line for line in text.splitlines() if line.startswith("torchrun --nproc-per-node 8"))
+    config = load_config(command.partition("pretrain_aquila.py ")[2].split(), world_size=8, to_train=True).config
+    derived = derive(config, 8)
+    memory = memory_plan(config, derived, run_schedule(config, derived)).peak()
+    assert f"{memory.total / 2**30:.1f} GiB" in text
+    assert memory.total < 0.7 * 80e9
+    tokens = config.train.global_batch * config.model.seq_len
+    assert round(config.checkpoint.save_interval * tokens / 1e6) == 105
+    assert round(config.train.train_samples * config.model.seq_len / 1e9) == 10
+    share = memory.master_weights + memory.optimizer_states + memory.weights / 8
+    assert share < config.checkpoint.save_staging_gib * 2**30
+    assert config.train.eval_iters > 0
+    assert config.data.split == "99,1,0"

@@ -1,5 +1,7 @@
+import pytest
+
 from megatron_aquila.pipeline.action import Action, Op
-from megatron_aquila.pipeline.draw import draw, draw_to_scale, legend, num_blocks, scale
+from megatron_aquila.pipeline.draw import draw, draw_to_scale, is_drawable, num_blocks, scale
 from megatron_aquila.pipeline.schedules import build_schedule
 from megatron_aquila.pipeline.simulate import simulate
 
@@ -49,17 +51,13 @@ def test_at_a_scale_equal_times_are_equally_long() -> None:
         "rank 1 | ..F0B0bbF1B1bbF2B2bb....",
     ]
     assert len(draw_to_scale(long, column).splitlines()[0]) == 9 + 42
-    assert "small letters" in legend([short], column)
-    assert "over half" not in legend([short], column)
 
 
-def test_what_is_shorter_than_a_character_shows_by_its_kind() -> None:
+def test_what_is_shorter_than_a_character_is_not_drawn() -> None:
     timeline = simulate(build_schedule("1f1b", 2, 3), costs)
-    # rank 0 is F F . . B B F B B . B B, rank 1 is . F B B F B B F B B . .
-    assert draw_to_scale(timeline, 2.0).splitlines() == ["rank 0 | F.B++B", "rank 1 | +B++B."]
-    assert draw_to_scale(timeline, 3.0).splitlines() == ["rank 0 | FBBB", "rank 1 | +BB."]
-    assert "over half" in legend([timeline], 2.0)
-    assert "small letters" not in legend([timeline], 2.0)
+    assert [is_drawable(timeline, column) for column in (0.5, 1.0, 2.0)] == [True, True, False]
+    with pytest.raises(AssertionError, match="shorter than 2"):
+        draw_to_scale(timeline, 2.0)
 
 
 def test_the_scale_is_a_whole_multiple_where_room_is_short() -> None:

@@ -9,7 +9,7 @@ import pytest
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.verify.compare import BOUND, Difference, Row, failed
 from megatron_aquila.verify.layout import Layout
-from megatron_aquila.verify.matrix import MatrixCase, MatrixRow, matrix_cases
+from megatron_aquila.verify.matrix import MatrixCase, MatrixRow, matrix_cases, twin_of
 from megatron_aquila.verify.page import HEADER, as_json, case_cells, markdown, matrix_table, put, write
 from tests.verify.mutants import mutants_table
 
@@ -30,23 +30,24 @@ def test_the_page_shows_the_matrix_of_this_code_without_a_failure() -> None:
     table = PAGE.partition("<!-- matrix: ")[2].partition("<!-- /matrix -->")[0]
     lines = [cells(line) for line in table.splitlines() if line.startswith("|")]
     header, _, *rows = lines
-    assert tuple(header[: len(HEADER)]) == HEADER
+    assert tuple(header) == (*HEADER, "worst error", "verdict"), "no case of this cover has bits to compare"
     assert [row[: len(HEADER)] for row in rows] == [case_cells(case) for case in matrix_cases()], (
         "run the command in the page again"
     )
-    for *_, error, bits, verdict in rows:
+    assert [twin_of(case.layout) for case in matrix_cases()] == [None] * len(rows)
+    for *_, error, verdict in rows:
         assert float(error) <= BOUND
-        assert bits in ("equal", "–")
         assert verdict == "holds"
     assert f"{len(rows)} cases, 0 failures" in table
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
-def test_other_pages_show_the_same_matrix(name: str) -> None:
-    def matrix(page: str) -> str:
-        return page.partition("<!-- matrix: ")[2].partition("<!-- /matrix -->")[0]
-
-    assert matrix((ROOT / name).read_text(encoding="utf-8")) == matrix(PAGE) != ""
+@pytest.mark.parametrize(("name", "told"), [("README.md", "{} combinations"), ("README_zh.md", "{} 种组合")])
+def test_the_readme_sums_the_matrix_up(name: str, told: str) -> None:
+    table = PAGE.partition("<!-- matrix: ")[2].partition("<!-- /matrix -->")[0]
+    errors = [cells(line)[-2] for line in table.splitlines() if line.startswith("|")][2:]
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert told.format(len(errors)) in page
+    assert f"{max(errors, key=float)}" in page
 
 
 def test_the_page_shows_the_mutants_of_this_code() -> None:
@@ -60,7 +61,9 @@ def test_a_matrix_row_says_what_fails() -> None:
     text = matrix_table([right, wrong, alone])
     lines = [cells(line) for line in text.splitlines() if line.startswith("| 1")]
     assert [line[-2:] for line in lines] == [["equal", "holds"], ["DIFFER", "FAILS at no run"], ["–", "holds"]]
+    assert cells(text.splitlines()[0])[-3:] == ["worst error", "bits", "verdict"]
     assert "3 cases, 1 failures" in text
+    assert cells(matrix_table([alone]).splitlines()[0])[-2:] == ["worst error", "verdict"]
 
 
 def test_a_table_is_put_in_its_place() -> None:
