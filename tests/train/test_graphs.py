@@ -303,6 +303,7 @@ def test_what_cuda_is_asked_for() -> None:
     assert ("graph", "thread_local") in calls
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_does_the_same() -> None:
     device, config = torch.device("cuda"), small(precision="bf16", device="cuda")
