@@ -54,11 +54,12 @@ def run(loaded: LoadedConfig, launch: Launch, stops: StopRequest) -> None:
     config = loaded.config
     derived = derive(config, launch.world_size)
     env.prepare_environment()
-    device = env.choose_device(config.train.device, launch)
+    backend = config.train.distributed_backend
+    device = env.choose_device(config.train.device, launch, backend)
     banner.check_memory(config, derived, device, rank=launch.rank)
     banner.check_peak(config, device)
     banner.check_graph(config, device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     log = Log(enabled=launch.rank == 0)
-    with env.process_group(device, launch, timeout) as attempt, banner.explain_out_of_memory(config, derived):
+    with env.process_group(device, launch, timeout, backend) as attempt, banner.explain_out_of_memory(config, derived):
         run.pretrain(loaded, derived, device, launch, log, attempt=attempt, stops=stops)

@@ -15,6 +15,9 @@ def check_cuda_graph(config: RunConfig, _world: int | None) -> Iterator[Problem]
         yield Problem("--cuda-graph", "", "the CPU launches no kernels", "leave it out, or use --device cuda")
     if parallel.pipeline > 1:
         yield Problem("--pp", parallel.pipeline, "messages between stages are not recorded", f"use 1, {leave}")
+    if train.distributed_backend == "gloo":
+        why = "what goes through the host's memory is not recorded"
+        yield Problem("--distributed-backend", "gloo", why, f"use nccl, {leave}")
     if parallel.zero > 1:
         why = "the memory of sharded gradients and weights comes and goes within a recorded step"
         yield Problem("--zero", parallel.zero, why, f"use 1, {leave}")

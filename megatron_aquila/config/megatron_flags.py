@@ -218,7 +218,6 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
         ),
         "--deterministic-mode": Refused("equal bits are promised on the CPU, on CUDA not yet", "leave it out"),
-        "--distributed-backend": Always("the backend follows from the device", ("nccl", "gloo")),
         "--no-global-file-system": Always("a missing index is noticed and built on each node"),
         "--num-devices-per-node": Refused("torchrun says how many ranks a node has", "leave it out"),
         **_family(

@@ -291,6 +291,11 @@ class TrainConfig:
         None, "save and stop once this file is there; it is removed then; default stop in the save folder"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute", "--device")
+    distributed_backend: Literal["nccl", "gloo"] = setting(
+        "nccl",
+        "between GPUs: nccl, or gloo through the host's memory, slow, for processes that share a GPU; CPUs take gloo",
+        "--distributed-backend",
+    )
     kernels: tuple[str, ...] = setting(
         (), "kernels chosen by hand, e.g. attention=sdpa_cudnn rms_norm=torch", "--kernels"
     )

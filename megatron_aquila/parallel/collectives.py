@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_aquila.kernels.precision import apply
 from megatron_aquila.parallel.context import Group
+from megatron_aquila.parallel.staging import Transfer, staged
 from megatron_aquila.parallel.trail import Tracked, Waitable, tracked
 
 # torch 2.13 deprecates the second names, torch 2.11 lacks the first.
@@ -53,7 +54,7 @@ class Pending:
 def all_reduce_(x: Tensor, group: Group, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
     """Replace ``x`` by its sum, maximum or minimum over the group, and return it. ``x`` must be contiguous."""
     if group.size > 1:
-        _launch("all_reduce", x, group, lambda: dist.all_reduce(x, op=_REDUCTIONS[op], group=group.handle))
+        _launch("all_reduce", x, x, group, lambda x, _: dist.all_reduce(x, op=_REDUCTIONS[op], group=group.handle))
     return x
 
 
@@ -71,8 +72,12 @@ def begin_all_reduce_(x: Tensor, group: Group, *, overlap: bool) -> Pending:
     """Begin to replace ``x`` by its sum over the group. ``x`` must be contiguous."""
     if group.size == 1:
         return Pending(x)
-    begin = partial(dist.all_reduce, x, group=group.handle, async_op=overlap)
-    return Pending(x, _launch("all_reduce", x, group, begin, overlap=overlap))
+
+    def begin(x: Tensor, _: Tensor) -> Waitable | None:
+        work: Waitable | None = dist.all_reduce(x, group=group.handle, async_op=overlap)
+        return work
+
+    return Pending(x, _launch("all_reduce", x, x, group, begin, overlap=overlap))
 
 
 def begin_all_gather(x: Tensor, group: Group, *, overlap: bool) -> Pending:
@@ -80,8 +85,8 @@ def begin_all_gather(x: Tensor, group: Group, *, overlap: bool) -> Pending:
     if group.size == 1:
         return Pending(x)
     gathered, x = x.new_empty((group.size * x.shape[0], *x.shape[1:])), x.contiguous()
-    begin = partial(_all_gather_single, gathered, x, group=group.handle, async_op=overlap)
-    return Pending(gathered, _launch("all_gather", x, group, begin, overlap=overlap), operand=x)
+    begin = partial(_all_gather_single, group=group.handle, async_op=overlap)
+    return Pending(gathered, _launch("all_gather", gathered, x, group, begin, overlap=overlap), operand=x)
 
 
 def begin_reduce_scatter(x: Tensor, group: Group, *, overlap: bool) -> Pending:
@@ -91,16 +96,16 @@ def begin_reduce_scatter(x: Tensor, group: Group, *, overlap: bool) -> Pending:
     rows, rest = divmod(x.shape[0], group.size)
     assert rest == 0, f"shape {tuple(x.shape)} does not split over the {group.size} ranks of {group.name}"
     out, x = x.new_empty((rows, *x.shape[1:])), x.contiguous()
-    begin = partial(_reduce_scatter_single, out, x, group=group.handle, async_op=overlap)
-    return Pending(out, _launch("reduce_scatter", x, group, begin, overlap=overlap), operand=x)
+    begin = partial(_reduce_scatter_single, group=group.handle, async_op=overlap)
+    return Pending(out, _launch("reduce_scatter", out, x, group, begin, overlap=overlap), operand=x)
 
 
 def begin_all_gather_flat_(out: Tensor, shard: Tensor, group: Group, *, overlap: bool) -> Pending:
     """Begin to fill the 1-D ``out`` with the ranks' ``shard``, in rank order, which may be this rank's piece of it."""
     _check_shards(out, shard, group)
     if group.size > 1:
-        begin = partial(_all_gather_single, out, shard, group=group.handle, async_op=overlap)
-        return Pending(out, _launch("all_gather", shard, group, begin, overlap=overlap), operand=shard)
+        begin = partial(_all_gather_single, group=group.handle, async_op=overlap)
+        return Pending(out, _launch("all_gather", out, shard, group, begin, overlap=overlap), operand=shard)
     if out.data_ptr() != shard.data_ptr():
         out.copy_(shard)
     return Pending(out)
@@ -135,13 +140,13 @@ def begin_reduce_scatter_flat_(
         if num_copies > 1:
             sent = sent.view(-1, num_copies, shard_out.numel()).transpose(0, 1).reshape(-1)
         received = torch.empty_like(sent)
-        begin = partial(dist.all_to_all_single, received, sent, group=group.handle, async_op=overlap)
-        work = _launch("all_to_all", sent, group, begin, overlap=overlap)
+        begin = partial(dist.all_to_all_single, group=group.handle, async_op=overlap)
+        work = _launch("all_to_all", received, sent, group, begin, overlap=overlap)
         terms = received.view(group.size, -1)
         return Pending(shard_out, work, operand=sent, finish=lambda: _sum_in_order(shard_out, terms))
     out = shard_out if sent is full else sent.new_empty(shard_out.shape)
-    begin = partial(_reduce_scatter_single, out, sent, group=group.handle, async_op=overlap)
-    work = _launch("reduce_scatter", sent, group, begin, overlap=overlap)
+    begin = partial(_reduce_scatter_single, group=group.handle, async_op=overlap)
+    work = _launch("reduce_scatter", out, sent, group, begin, overlap=overlap)
     return Pending(shard_out, work, operand=sent, finish=None if out is shard_out else lambda: _copy(shard_out, out))
 
 
@@ -151,15 +156,15 @@ def begin_pass_on(x: Tensor, group: Group, *, overlap: bool) -> Pending:
         return Pending(x)
     received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
     after, before = (group.ranks[(group.rank + step) % group.size] for step in (1, -1))
-    turn = ((dist.isend, x, after), (dist.irecv, received, before))
 
-    def begin() -> Waitable:
+    def begin(received: Tensor, x: Tensor) -> Waitable:
+        turn = ((dist.isend, x, after), (dist.irecv, received, before))
         if dist.get_backend(group.handle) == "nccl":  # one after the other, each would wait until its peer came to it
             return _All(dist.batch_isend_irecv([dist.P2POp(start, y, peer, group.handle) for start, y, peer in turn]))
         works = [start(y, peer, group=group.handle) for start, y, peer in turn]
         return _All([work for work in works if work is not None])
 
-    turning = Pending(received, _launch("pass_on", x, group, begin, overlap=True), operand=x)
+    turning = Pending(received, _launch("pass_on", received, x, group, begin, overlap=True), operand=x)
     if not overlap:
         turning.wait()
     return turning
@@ -183,15 +188,13 @@ def all_to_all(x: Tensor, group: Group) -> Tensor:
         return x
     assert x.shape[0] % group.size == 0, f"shape {tuple(x.shape)} does not split over {group.size} ranks"
     received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
-    _launch("all_to_all", x, group, lambda: dist.all_to_all_single(received, x, group=group.handle))
+    _launch("all_to_all", received, x, group, partial(dist.all_to_all_single, group=group.handle))
     return received
 
 
-def _launch(
-    op: str, x: Tensor, group: Group, begin: Callable[[], Waitable | None], *, overlap: bool = False
-) -> Tracked | None:
-    """Begin a collective of ``x`` and leave its crumb: what is to be waited for, or None where it is done."""
-    return tracked(group.trail, op, x, begin, waits=not overlap)
+def _launch(op: str, out: Tensor, x: Tensor, group: Group, begin: Transfer, *, overlap: bool = False) -> Tracked | None:
+    """Begin a collective of ``x`` and leave its crumb: what is to be waited for, or None where ``out`` is filled."""
+    return tracked(group.trail, op, x, lambda: staged(begin, group)(out, x), waits=not overlap)
 
 
 def _sum_in_order(out: Tensor, terms: Tensor) -> None:

@@ -19,6 +19,7 @@ class Group:
     """One communication group. Size 1 means that every collective through it is the identity.
 
     ``rank`` is this process's place in it, ``ranks`` are its members. ``trail`` is told of what it transfers.
+    ``through_host``: its backend cannot read the device's memory, see ``staging``.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Group:
     ranks: Ranks
     handle: dist.ProcessGroup | None
     trail: GroupTrail = field(default=SILENT, compare=False, repr=False)
+    through_host: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,9 @@ class ParallelContext:
             if len(mine) == 1:
                 return Group(name, 0, 1, mine, None)
             label = " ".join([name, *map(str, own)]) if isinstance(own, tuple) else name
-            return Group(name, mine.index(rank), len(mine), mine, handles[partition, own], trail.group(label, mine))
+            handle = handles[partition, own]
+            through_host = device.type == "cuda" and dist.get_backend(handle) == "gloo"
+            return Group(name, mine.index(rank), len(mine), mine, handle, trail.group(label, mine), through_host)
 
         # The world's own communicator would make what it agrees on wait for the weights that dp_cp still gathers.
         kinds = _links(grid.pp, turns_back=pp_turns_back)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_aquila.parallel.context import Group, ParallelContext
-from megatron_aquila.parallel.trail import Tracked, tracked
+from megatron_aquila.parallel.staging import staged
+from megatron_aquila.parallel.trail import Tracked, Waitable, tracked
 from megatron_aquila.pipeline.action import Op
 
 Message = tuple[Op, int, int]  # what it is, the stage it is for, the microbatch
@@ -78,7 +79,8 @@ class P2PWire:
             return
         link, x = self._ctx.pp_link(op, own, target), x.contiguous()
         ends = link.ranks[own], link.ranks[target]
-        work = self._launch("send", x, link, ends, lambda: dist.isend(x, ends[1], group=link.handle))
+        begin = staged(lambda _, x: dist.isend(x, ends[1], group=link.handle), link)
+        work = self._launch("send", x, link, ends, lambda: begin(x[:0], x))
         sending = self._sending.setdefault((op, target), deque())
         sending.append((work, x))
         if len(sending) > self._depth:
@@ -118,10 +120,11 @@ class P2PWire:
         link = self._ctx.pp_link(op, source, self._ctx.pp.rank)
         x = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         ends = link.ranks[source], self._ctx.rank
-        return self._launch("recv", x, link, ends, lambda: dist.irecv(x, ends[0], group=link.handle)), x
+        begin = staged(lambda x, _: dist.irecv(x, ends[0], group=link.handle), link)
+        return self._launch("recv", x, link, ends, lambda: begin(x, x[:0])), x
 
     def _launch(
-        self, op: str, x: Tensor, link: Group, ends: tuple[int, int], begin: Callable[[], dist.Work | None]
+        self, op: str, x: Tensor, link: Group, ends: tuple[int, int], begin: Callable[[], Waitable | None]
     ) -> Tracked:
         work = tracked(link.trail, op, x, begin, link=ends)
         assert work is not None, f"rank {self._ctx.rank} has a {op} through {link.name} but is not in it"

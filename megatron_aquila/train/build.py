@@ -152,7 +152,7 @@ def build_machine(
         lr=lr_schedule(config),
         scaling=loss_scaling(config),
         programs=plan.programs,
-        runner=step_runner(config.train, ctx.device, optimizer),
+        runner=step_runner(config.train, ctx, optimizer),
     )
 
 
@@ -271,10 +271,10 @@ def connect(
     wait_before_forward(stages, optimizer)
 
 
-def step_runner(train: TrainConfig, device: torch.device, optimizer: DistributedOptimizer) -> Runner:
+def step_runner(train: TrainConfig, ctx: ParallelContext, optimizer: DistributedOptimizer) -> Runner:
     """How steps are launched: recorded where that is asked for and the device is a GPU."""
-    if train.cuda_graph and device.type == "cuda":
-        return StepGraph(CudaCapture(device), settle=optimizer.settle)
+    if train.cuda_graph and ctx.device.type == "cuda":
+        return StepGraph(CudaCapture(ctx.device), settle=optimizer.settle, world=ctx.host_world)
     return at_once
 
 

@@ -15,6 +15,8 @@ from megatron_aquila.errors import AquilaError
 from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.rendezvous import agree_on_attempt
 
+Backend = Literal["nccl", "gloo"]  # of what travels between GPUs
+
 
 def prepare_environment() -> None:
     """Set what must stand before CUDA and NCCL start; what the user set stays.
@@ -27,30 +29,34 @@ def prepare_environment() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch) -> torch.device:
-    """The device this process computes on; ``auto`` takes a GPU where there is one.
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch, backend: Backend = "nccl") -> torch.device:
+    """The device this process computes on; ``auto`` takes a GPU where there is one, ``backend`` gloo one of others'.
 
     On the CPU several ranks share the cores: more threads than cores slow each other down thirtyfold. Raises
-    ``AquilaError`` where this rank has no GPU of its own.
+    ``AquilaError`` where this rank has no GPU, or with NCCL none of its own.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if kind == "cpu":
         share = (os.cpu_count() or 1) // launch.local_world_size
         torch.set_num_threads(max(1, min(torch.get_num_threads(), share)))
         return torch.device("cpu")
-    if torch.cuda.device_count() <= launch.local_rank:
+    num_devices = torch.cuda.device_count()
+    if num_devices == 0 or (num_devices <= launch.local_rank and backend == "nccl"):
+        or_share = ", --distributed-backend gloo to let several share one" if num_devices > 0 else ""
         raise AquilaError(
-            f"--device {wanted}: local rank {launch.local_rank} has no GPU: this node shows "
-            f"{torch.cuda.device_count()}; start as many processes a node as it has GPUs, or use --device cpu"
+            f"--device {wanted}: local rank {launch.local_rank} has no GPU: this node shows {num_devices}; start as "
+            f"many processes a node as it has GPUs{or_share}, or use --device cpu"
         )
-    device = torch.device("cuda", launch.local_rank)
+    device = torch.device("cuda", launch.local_rank % num_devices)
     torch.cuda.set_device(device)
     return device
 
 
 @contextmanager
-def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> Iterator[str]:
+def process_group(device: torch.device, launch: Launch, timeout: timedelta, backend: Backend = "nccl") -> Iterator[str]:
     """The default process group for the length of a run, nothing in a world of one; and the attempt's id.
+
+    Between CPUs it is gloo's, whatever the ``backend``.
 
     The store's keys carry the attempt's id: after a restart torchrun's store still holds the dead processes'
     addresses, and a rank that reads them never connects.
@@ -67,13 +73,14 @@ def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> I
         timeout=timeout,
     )
     attempt = agree_on_attempt(tcp, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    is_nccl = device.type == "cuda" and backend == "nccl"
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "nccl" if is_nccl else "gloo",
         store=dist.PrefixStore(f"attempt_{attempt}", tcp),  # type: ignore[attr-defined]  # as above
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+        device_id=device if is_nccl else None,
     )
     yield attempt
     dist.destroy_process_group()  # not after an error: with a dead neighbour it can wait for ever

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.parallel.batch import Batch
+from megatron_aquila.parallel.collectives import all_reduce_
+from megatron_aquila.parallel.context import Group
 from megatron_aquila.train.loss import LossSums
 
 Work = Callable[[Sequence[Batch], LossSums], None]  # makes the gradients and loss sums of a step's microbatches
@@ -68,10 +70,13 @@ class CudaCapture:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Waits for the device. What the work allocates stays the graph's; the next graph has the same memory."""
-        graph = torch.cuda.CUDAGraph()
-        # The threads that read data, write checkpoints and watch NCCL may go on with what a capture forbids.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._stream.device)
+        try:
+            # The threads that read data, write checkpoints and watch NCCL may go on with what a capture forbids.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
         return graph.replay
 
 
@@ -97,15 +102,23 @@ class StepGraph:
 
     One of another number of microbatches is recorded in its place, since batches grow and seldom shrink again; the old
     one goes after that, as both have the same memory. Before each step ``settle`` waits for what is under way on the
-    device, which no recording may wait for.
+    device, which no recording may wait for. ``world`` is every rank, on the host: none replays what another could not
+    record.
     """
 
-    def __init__(self, capture: Capture, *, settle: Callable[[], None], warm_up: int = WARM_UP) -> None:
-        self._capture, self._settle, self._cold = capture, settle, warm_up
+    def __init__(self, capture: Capture, *, settle: Callable[[], None], world: Group, warm_up: int = WARM_UP) -> None:
+        self._capture, self._settle, self._world, self._cold = capture, settle, world, warm_up
         self._recorded: Recorded | None = None
 
     def __call__(self, work: Work, batches: Sequence[Batch], sums: LossSums) -> None:
-        """Do the work of ``batches`` and add it to ``sums``, which are empty. Communicates as ``work``."""
+        """Do the work of ``batches`` and add it to ``sums``, which are empty.
+
+        Communicates as ``work``, and where it is recorded once more, by one all-reduce over ``world``.
+
+        Raises:
+            AquilaError: it cannot be recorded, here or on another rank.
+            torch.OutOfMemoryError: the device is full.
+        """
         self._settle()
         if self._cold > 0:
             self._cold -= 1
@@ -113,8 +126,26 @@ class StepGraph:
             return
         recorded = self._recorded
         if recorded is None or len(recorded.batches) != len(batches):
-            recorded = self._recorded = self._record(work, batches, sums)
+            recorded = self._recorded = self._record_everywhere(work, batches, sums)
         recorded.run(batches, sums)
+
+    def _record_everywhere(self, work: Work, batches: Sequence[Batch], sums: LossSums) -> Recorded:
+        failure: Exception | None = None
+        try:
+            recorded = self._record(work, batches, sums)
+        except (RuntimeError, AquilaError) as error:
+            failure = cause(error)
+        num_failed = all_reduce_(torch.tensor(float(failure is not None)), self._world).item()
+        if isinstance(failure, torch.OutOfMemoryError | AquilaError):
+            raise failure
+        if failure is not None:
+            why = str(failure).partition("\n")[0]
+            raise AquilaError(
+                f"--cuda-graph: a step of {len(batches)} microbatches cannot be recorded: {why}; leave it out"
+            ) from failure
+        if num_failed > 0:
+            raise AquilaError("--cuda-graph: another rank could not record its step; it says why")
+        return recorded
 
     def _record(self, work: Work, batches: Sequence[Batch], sums: LossSums) -> Recorded:
         own_batches, own_sums = deepcopy((batches, sums))
@@ -124,15 +155,13 @@ class StepGraph:
             own_sums.restart_()
             work(own_batches, own_sums)
 
-        try:
-            return Recorded(own_batches, own_sums, self._capture.record(step))
-        except (torch.OutOfMemoryError, AquilaError):
-            raise
-        except RuntimeError as error:
-            why = str(error).partition("\n")[0]
-            raise AquilaError(
-                f"--cuda-graph: a step of {len(batches)} microbatches cannot be recorded: {why}; leave it out"
-            ) from error
+        return Recorded(own_batches, own_sums, self._capture.record(step))
+
+
+def cause(error: Exception) -> Exception:
+    """What went wrong first: the end of a capture that has failed raises an error of its own over it."""
+    before = error.__context__
+    return cause(before) if isinstance(before, RuntimeError | AquilaError) else error
 
 
 def refill_(own: Batch, batch: Batch) -> None:

@@ -39,6 +39,10 @@ LEAVE = "or leave --cuda-graph out"
             f"leave it out, {LEAVE}",
         ),
         (
+            {"distributed_backend": "gloo"},
+            "--distributed-backend gloo: what goes through the host's memory is not recorded; use nccl, " + LEAVE,
+        ),
+        (
             {"position_embedding": "alibi"},
             "--position-embedding alibi: each layer copies its slopes from memory of the host that is given back; "
             f"use rope, {LEAVE}",

@@ -1,4 +1,5 @@
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +28,32 @@ def test_cuda_without_a_gpu_is_refused_with_a_way_out() -> None:
     with pytest.raises(AquilaError, match="--device cpu"):
         env.choose_device("cuda", Launch())
     assert env.choose_device("auto", Launch()) == torch.device("cpu")
+
+
+def test_processes_share_a_gpu_through_gloo_alone() -> None:
+    second = Launch(rank=1, local_rank=1, world_size=2, local_world_size=2)
+    with mock.patch.object(torch, "cuda") as cuda:
+        cuda.device_count.return_value = 1
+        assert env.choose_device("cuda", second, "gloo") == torch.device("cuda", 0)
+        with pytest.raises(AquilaError, match=r"shows 1; .* --distributed-backend gloo to let several share one"):
+            env.choose_device("cuda", second)
+        cuda.device_count.return_value = 0
+        with pytest.raises(AquilaError, match=r"shows 0; start as many processes a node as it has GPUs, or use"):
+            env.choose_device("cuda", second, "gloo")
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "asked"), [("cpu", "nccl", "gloo"), ("cuda:0", "nccl", "nccl"), ("cuda:0", "gloo", "gloo")]
+)
+def test_which_backend_carries(device: str, backend: env.Backend, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    where, launch = torch.device(device), Launch(rank=0, local_rank=0, world_size=2, local_world_size=2)
+    with mock.patch.object(env, "dist") as dist, mock.patch.object(env, "agree_on_attempt", return_value="a"):
+        with env.process_group(where, launch, timedelta(seconds=5), backend) as attempt:
+            assert attempt == "a"
+        ((given,), settings) = dist.init_process_group.call_args
+    assert (given, settings["device_id"]) == (asked, where if asked == "nccl" else None)
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.optim.distributed import DistributedOptimizer
 from megatron_aquila.parallel.batch import Batch
-from megatron_aquila.parallel.context import ParallelContext
+from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.train import build, graphs
 from megatron_aquila.train.build import step_runner
 from megatron_aquila.train.graphs import Capture, CudaCapture, StepGraph, at_once, refill_
@@ -60,7 +60,8 @@ def steps(
     machine = build_small(config)
     device = machine.ctx.device
     if warm_up is not None:
-        runner = StepGraph(capture(device), settle=machine.optimizer.settle, warm_up=warm_up)
+        settle, world = machine.optimizer.settle, machine.ctx.host_world
+        runner = StepGraph(capture(device), settle=settle, world=world, warm_up=warm_up)
         machine = replace(machine, runner=runner)
     left = []
     for step, size in enumerate(sizes):
@@ -127,8 +128,8 @@ def test_a_run_is_the_same_with_validations_checkpoints_and_a_ramp(tmp_path: Pat
     config = replace(config, checkpoint=replace(config.checkpoint, save=tmp_path / "recorded"))
     capture = CpuCapture()
 
-    def runner(train: TrainConfig, device: torch.device, optimizer: DistributedOptimizer) -> StepGraph:
-        return StepGraph(capture, settle=optimizer.settle, warm_up=2)
+    def runner(train: TrainConfig, ctx: ParallelContext, optimizer: DistributedOptimizer) -> StepGraph:
+        return StepGraph(capture, settle=optimizer.settle, world=ctx.host_world, warm_up=2)
 
     with mock.patch.object(build, "step_runner", runner):
         recorded = run(config)
@@ -210,14 +211,49 @@ def test_a_step_that_asks_the_host_is_refused(ask: str) -> None:
             steps(small(global_batch=2), warm_up=0, sizes=(1,))
 
 
-def test_memory_that_runs_out_is_told_as_such() -> None:
-    class Full(CpuCapture):
-        def record(self, work: Callable[[], None]) -> Callable[[], None]:
-            raise torch.OutOfMemoryError("tried to allocate")
+class Failing(CpuCapture):
+    """As ``torch.cuda.graph``, whose end raises an error of its own over the one that spoiled the capture."""
 
-    runner = StepGraph(Full(), settle=nothing, warm_up=0)
-    with pytest.raises(torch.OutOfMemoryError):
-        runner(nothing, [], LossSums(["a"], num_tokens=1, device=torch.device("cpu")))
+    def __init__(self, first: Exception) -> None:
+        super().__init__()
+        self._first = first
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        try:
+            raise self._first
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def record_once(capture: Capture, world: Group) -> None:
+    """Raises what recording a step of nothing does. Runs in a worker."""
+    runner = StepGraph(capture, settle=nothing, world=world, warm_up=0)
+    runner(nothing, [], LossSums(["a"], num_tokens=1, device=torch.device("cpu")))
+
+
+def test_what_spoiled_a_recording_is_told() -> None:
+    alone = ParallelContext.single().host_world
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
+        record_once(Failing(torch.OutOfMemoryError("tried to allocate")), alone)
+    with pytest.raises(AquilaError, match=r"cannot be recorded: not permitted; leave it out"):
+        record_once(Failing(RuntimeError("not permitted\nSearch for it")), alone)
+    with pytest.raises(AquilaError, match=r"^of ours$"):
+        record_once(Failing(AquilaError("of ours")), alone)
+
+
+def one_fails() -> str:
+    """What each of two ranks is told where one cannot record. Runs in a worker."""
+    world = build_small(small(parallel={"data": 2}, global_batch=8)).ctx.host_world
+    capture = Failing(RuntimeError("not permitted")) if world.rank == 1 else CpuCapture()
+    with pytest.raises(AquilaError) as raised:
+        record_once(capture, world)
+    return str(raised.value)
+
+
+def test_no_rank_replays_what_another_could_not_record(pool: Pools) -> None:
+    told = "--cuda-graph: another rank could not record its step; it says why"
+    failed = "--cuda-graph: a step of 0 microbatches cannot be recorded: not permitted; leave it out"
+    assert pool(2).run(one_fails) == [told, failed]
 
 
 def test_what_is_no_tensor_may_not_change() -> None:
@@ -231,10 +267,11 @@ def test_what_is_no_tensor_may_not_change() -> None:
 
 def test_only_a_gpu_records() -> None:
     config = replace(TrainConfig(), cuda_graph=True)
-    assert step_runner(config, torch.device("cpu"), mock.Mock()) is at_once
-    assert step_runner(TrainConfig(), torch.device("cuda"), mock.Mock()) is at_once
+    on_cpu, on_gpu = ParallelContext.single(), ParallelContext.single(torch.device("cuda"))
+    assert step_runner(config, on_cpu, mock.Mock()) is at_once
+    assert step_runner(TrainConfig(), on_gpu, mock.Mock()) is at_once
     with mock.patch.object(build, "CudaCapture", return_value=CpuCapture()):
-        assert isinstance(step_runner(config, torch.device("cuda"), mock.Mock()), StepGraph)
+        assert isinstance(step_runner(config, on_gpu, mock.Mock()), StepGraph)
 
 
 def test_what_cuda_is_asked_for() -> None:
@@ -250,6 +287,9 @@ def test_what_cuda_is_asked_for() -> None:
     cuda = mock.MagicMock()
     cuda.stream, cuda.graph = partial(within, "stream"), partial(within, "graph")
     cuda.current_stream.return_value.wait_stream = lambda _other: calls.append(("current waits", None))
+    cuda.set_stream = lambda stream: calls.append(
+        ("back", None) if stream is cuda.current_stream.return_value else stream
+    )
     cuda.Stream.return_value.wait_stream = lambda _other: calls.append(("own waits", None))
     with mock.patch.object(torch, "cuda", cuda):
         capture = CudaCapture(torch.device("cuda", 0))
@@ -258,11 +298,12 @@ def test_what_cuda_is_asked_for() -> None:
     assert replay is cuda.CUDAGraph.return_value.replay
     assert [name for name, _ in calls] == [
         *("own waits", "stream", "work", "end of stream", "current waits"),
-        *("graph", "work", "end of graph"),
+        *("graph", "work", "end of graph", "back"),
     ]
     assert ("graph", "thread_local") in calls
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_does_the_same() -> None:
     device, config = torch.device("cuda"), small(precision="bf16", device="cuda")
