@@ -122,20 +122,26 @@ def run_trace(argv: Sequence[str]) -> int:
         found = samples_of_document(opened.source, options["document"], prefix=options.get("prefix"))
         print(f"document {options['document']}: in {len(found)} samples of {len(opened.source)}")
         for sample in found[:SHOWN]:
-            print(f"  step {opened.step_of(sample)}, sample {sample}")
+            print(f"  {_place(opened, sample)}")
         if len(found) > SHOWN:
-            print(f"  and {len(found) - SHOWN} more, the last in step {opened.step_of(found[-1])}")
+            print(f"  and {len(found) - SHOWN} more, the last in {_place(opened, found[-1])}")
         return 0
     samples = opened.samples_of(options["step"]) if "step" in options else [options["sample"]]
     datasets = {dataset.prefix: dataset for dataset in opened.source.datasets}
     decode = None if opened.tokenizer is None else opened.tokenizer.decode
     for sample in samples:
         pieces = trace_sample(opened.source, sample)
-        print(f"step {opened.step_of(sample)}, sample {sample}: {len(pieces)} pieces")
+        print(f"{_place(opened, sample)}: {len(pieces)} pieces")
         for piece in pieces:
             origin = document_origin(datasets[piece.prefix], piece.document)
             print("  " + format_piece(piece, decode) + ("" if origin is None else f"\n    from {origin}"))
     return 0
+
+
+def _place(opened: "Traced", sample: int) -> str:
+    step = opened.step_of(sample)
+    told = f"step {'unknown' if step is None else step}, sample {sample}"
+    return f"{told} (left out, not trained on)" if opened.is_left_out(sample) else told
 
 
 def _open(argv: Sequence[str]) -> "tuple[Mapping[str, Any], Traced]":
