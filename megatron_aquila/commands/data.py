@@ -11,6 +11,7 @@ import tyro
 from megatron_aquila.commands.answers import option, prefix_of, run_inspect, run_stats
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.config.cli import load_config, with_config_flag
+from megatron_aquila.config.sources import sources_read
 from megatron_aquila.data.merge import merge
 from megatron_aquila.data.progress import lines
 from megatron_aquila.data.provenance import document_origin
@@ -21,7 +22,8 @@ from megatron_aquila.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from megatron_aquila.train.traced import Traced
 
-USAGE = """usage: aquila data verify PREFIX... [--deep]       are the files whole, and what their manifests say?
+USAGE = """usage: aquila data verify (PREFIX... | --config C) [--deep]
+                                                   are the files whole, and what their manifests say?
        aquila data inspect PREFIX... [FLAGS]       counts, lengths, documents; --picture FILE draws
        aquila data stats BLEND [FLAGS]             tokens by source and script, epochs under a budget
        aquila data merge OUT IN... [--overwrite]   several data sets into one
@@ -37,6 +39,8 @@ class VerifyOptions:
 
     prefixes: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Paths, with or without .bin or .idx."""
+    config: Path | None = None
+    """Instead, the settings of a run: all that it reads to train or to validate on."""
     deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Look at every token too: the largest is the manifest's, all are in its tokenizer's vocabulary."""
 
@@ -83,10 +87,16 @@ def run_verify(argv: Sequence[str]) -> int:
     Raises ConfigError where none is named: nothing would be wrong.
     """
     options = tyro.cli(VerifyOptions, args=argv, prog="aquila data verify", description=VerifyOptions.__doc__)
-    if len(options.prefixes) == 0:
-        raise ConfigError([Problem("verify", "", "no data set is named", "give the prefixes of .bin/.idx pairs")])
+    prefixes = list(map(prefix_of, options.prefixes))
+    if options.config is not None:
+        if prefixes:
+            raise ConfigError([Problem("--config", options.config, "prefixes are named too", "give one of the two")])
+        prefixes = sources_read(load_config(["--config", str(options.config)], prog="aquila data verify").config.data)
+    if len(prefixes) == 0:
+        way_out = "give the prefixes of .bin/.idx pairs, or the settings of a run with --config FILE"
+        raise ConfigError([Problem("verify", "", "no data set is named", way_out)])
     status = 0
-    for prefix in map(prefix_of, options.prefixes):
+    for prefix in prefixes:
         verdict = verify(prefix, deep=options.deep)
         print(f"{'FAILED' if verdict.problems else 'ok':<7}{prefix}: {verdict.found}")
         for problem in verdict.problems:

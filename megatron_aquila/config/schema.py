@@ -193,6 +193,9 @@ class DataConfig:
     drop_last_partial_validation_sequence: bool = setting(
         True, "what validation data has left after its last whole sample is not read, else filled up and read"
     )
+    verify_data: bool = setting(
+        False, "hash every byte that the run reads before its first step, against the manifests; else sizes are checked"
+    )
     cache_path: Path | None = setting(None, "folder of the built indices; default beside the data", "--data-cache-path")
     tokenizer_type: Literal["AquilaTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer"] = setting(
         "AquilaTokenizer", "how text became tokens; written into checkpoints and exports", "--tokenizer-type"

@@ -1,5 +1,6 @@
 """``aquila data``: what its commands print, and how they fail."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,24 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{a}.bin: its SHA-256 is" in why
     assert fine.startswith(f"ok     {b}")
     assert unchecked.strip().startswith("no manifest:")
+
+
+def test_verify_what_a_run_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = [write(tmp_path / name, 9) for name in ("a", "b", "c", "d")]
+    file = tmp_path / "run.yaml"
+    told = {"path": [".5", sets[0], ".5", sets[1]], "valid_path": [sets[2]], "valid_sets": {"held": sets[3]}}
+    file.write_text(json.dumps({"data": told}))
+    assert main(["verify", "--config", str(file), "--deep"]) == 0
+    found = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert found == [f"ok     {prefix}" for prefix in sets]
+    Path(f"{sets[3]}.bin").write_bytes(bytes(18))
+    assert main(["verify", "--config", str(file)]) == 1
+    assert f"FAILED {sets[3]}: 2 documents" in capsys.readouterr().out
+    assert main(["verify", sets[0], "--config", str(file)]) == 2
+    assert "prefixes are named too; give one of the two" in capsys.readouterr().err
+    file.write_text("{}")
+    assert main(["verify", "--config", str(file)]) == 2
+    assert "verify: no data set is named; give the prefixes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["verify", "verify --deep", "inspect", "stats", "merge", "merge out", "index"])
