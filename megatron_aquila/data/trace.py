@@ -57,10 +57,11 @@ def trace_sample(source: SampleSource, sample: int) -> list[Piece]:
 def samples_of_document(source: SampleSource, document: int, *, prefix: str | None = None) -> list[int]:
     """The samples, ascending, that hold a token of a document of the data set ``prefix``. Searches the whole index.
 
-    ``prefix`` may be the end of one, such as ``zh``; with a single data set it may be left out.
+    ``prefix`` may be the name of its files without the folder, such as ``zh_text_document``, what that begins with,
+    such as ``zh``, or another part of it; with a single data set it may be left out.
 
     Raises:
-        DataError: no such data set or document, or an end that several data sets share.
+        DataError: no such data set or document, or a part that several data sets share.
     """
     number = _find(source.names, prefix)
     dataset = source.datasets[number]
@@ -88,6 +89,7 @@ def _find(names: Sequence[str], prefix: str | None) -> int:
         raise DataError(f"the run blends {len(names)} data sets; name one with --prefix: {', '.join(names)}")
     found = [number for number, name in enumerate(names) if name == prefix]
     found = found or [number for number, name in enumerate(names) if Path(name).name == Path(prefix).name]
+    found = found or [number for number, name in enumerate(names) if Path(name).name.startswith(f"{prefix}_")]
     found = found or [number for number, name in enumerate(names) if prefix in Path(name).name]
     if len(found) != 1:
         why = "no data set" if not found else f"{len(found)} data sets"
