@@ -1,7 +1,7 @@
 """``aquila data inspect`` and ``stats``: what data sets hold, and how often a run reads them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from itertools import takewhile
 from pathlib import Path
@@ -61,9 +61,8 @@ def run_inspect(argv: Sequence[str]) -> int:
     loaded = load_config(with_data_flag(argv), prog="aquila data inspect", options=InspectOptions)
     options, config = loaded.options, loaded.config
     picture = options.get("picture")
-    if picture is not None and picture.suffix not in PICTURES:
-        way_out = f"end it in {', '.join(PICTURES)}"
-        raise ConfigError([Problem("--picture", picture, "the end of its name does not say what to draw", way_out)])
+    if problems := list(_problems(options)):
+        raise ConfigError(problems)
     prefixes = sources(*(path for _, path in _blends(config.data)))
     tokenizer = _tokenizer(config.data, prefixes)
     drawn = {}
@@ -113,6 +112,19 @@ def with_data_flag(argv: Sequence[str]) -> list[str]:
     words = list(takewhile(lambda word: not word.startswith("-"), argv))
     named = [word if number(word) is not None else prefix_of(word) for word in words]
     return [*(["--data-path"] if named else []), *named, *argv[len(words) :]]
+
+
+def _problems(options: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the flags of ``inspect``."""
+    for name in ("samples", "longest"):
+        if options.get(name, 0) < 0:
+            yield Problem(f"--{name}", options[name], "no documents are so few", "use 0 or more")
+    picture = options.get("picture")
+    if picture is not None and picture.suffix not in PICTURES:
+        way_out = f"end it in {', '.join(PICTURES)}"
+        yield Problem("--picture", picture, "the end of its name does not say what to draw", way_out)
+    if picture is not None and not picture.parent.is_dir():
+        yield Problem("--picture", picture, f"{picture.parent} is no folder", "make it, or choose another")
 
 
 def _blends(data: DataConfig) -> list[tuple[int, tuple[str, ...]]]:

@@ -126,6 +126,14 @@ def test_index_and_trace_of_settings(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows[5] == "  step 2, sample 5"
 
 
+def test_an_index_that_lacks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, cache = write(tmp_path / "a", 90), tmp_path / "cache"
+    assert main(["index", *settings(path, cache)]) == 0
+    next(cache.glob("*/shuffle_index.npy")).unlink()
+    assert main(["trace", *settings(path, cache), "--step", "1"]) == 2
+    assert "shuffle_index.npy'); delete the folder to build it again" in capsys.readouterr().err
+
+
 def test_texts_are_shown(tmp_path: Path, aquila_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = {"vocab_file": "vocab.json", "merge_file": "merges.txt", "special_tokens_file": "special_tokens.txt"}
     files = {name: aquila_tokenizer_dir / file for name, file in names.items()}
