@@ -15,7 +15,7 @@ from megatron_aquila.config.sources import sources_read
 from megatron_aquila.data.merge import merge
 from megatron_aquila.data.progress import lines
 from megatron_aquila.data.provenance import document_origin
-from megatron_aquila.data.trace import format_piece, samples_of_document, trace_sample
+from megatron_aquila.data.trace import WIDTH, format_piece, samples_of_document, trace_sample
 from megatron_aquila.data.verify import verify
 from megatron_aquila.errors import ConfigError, Problem
 
@@ -28,7 +28,8 @@ USAGE = """usage: aquila data verify (PREFIX... | --config C) [--deep]
        aquila data stats BLEND [FLAGS]             tokens by source and script, epochs under a budget
        aquila data merge OUT IN... [--overwrite]   several data sets into one
        aquila data index CONFIG [FLAGS]            build the indices of a run before it starts
-       aquila data trace (--run DIR | --config C [FLAGS]) (--step N | --sample I | --document D [--prefix P])
+       aquila data trace (--run DIR | --config C [FLAGS])
+                         (--step N [--full] | --sample I [--full] | --document D [--prefix P])
                                                    what a step or a sample reads; when a document is read"""
 SHOWN = 20  # samples of a document that are listed
 
@@ -65,6 +66,7 @@ class TraceOptions(TypedDict, total=False):
     sample: Annotated[int, option("sample", "what this sample was cut from; the first is 0")]
     document: Annotated[int, option("document", "which steps and samples read this document; the first is 0")]
     prefix: Annotated[str, option("prefix", "data set of --document, or a part of its name")]
+    full: Annotated[bool, option("full", f"show texts whole, not {WIDTH} characters of each")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,12 +141,13 @@ def run_trace(argv: Sequence[str]) -> int:
     samples = opened.samples_of(options["step"]) if "step" in options else [options["sample"]]
     datasets = {dataset.prefix: dataset for dataset in opened.source.datasets}
     decode = None if opened.tokenizer is None else opened.tokenizer.decode
+    width = None if options.get("full", False) else WIDTH
     for sample in samples:
         pieces = trace_sample(opened.source, sample)
         print(f"{_place(opened, sample)}: {len(pieces)} pieces")
         for piece in pieces:
             origin = document_origin(datasets[piece.prefix], piece.document)
-            print("  " + format_piece(piece, decode) + ("" if origin is None else f"\n    from {origin}"))
+            print("  " + format_piece(piece, decode, width=width) + ("" if origin is None else f"\n    from {origin}"))
     return 0
 
 

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
+from typing import Final
 
 import numpy as np
 
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.errors import DataError
+
+WIDTH: Final = 160  # characters of a text that are shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,11 +76,16 @@ def samples_of_document(source: SampleSource, document: int, *, prefix: str | No
     return np.unique(np.concatenate(found)).tolist() if found else []
 
 
-def format_piece(piece: Piece, decode: Callable[[Sequence[int]], str] | None, *, width: int = 160) -> str:
-    """Two lines: where the piece lies, and its text, or its ids without a tokenizer, cut in the middle to ``width``."""
+def format_piece(piece: Piece, decode: Callable[[Sequence[int]], str] | None, *, width: int | None = WIDTH) -> str:
+    """Where the piece lies, and its text below, or its ids without a tokenizer.
+
+    To ``width`` characters the text is one line, cut in the middle; with ``None`` it is whole, its own lines kept.
+    """
     (start, stop), (first, end) = piece.tokens, piece.bytes
     place = f"{piece.prefix}: document {piece.document}, tokens {start} to {stop}, bytes {first} to {end}"
     text = " ".join(map(str, piece.ids)) if decode is None else decode(piece.ids)
+    if width is None:
+        return f"{place}\n{indent(text, '    ')}"
     text = " ".join(text.split())
     half = (width - 5) // 2
     return f"{place}\n    {text if len(text) <= width else f'{text[:half]} ... {text[-half:]}'}"

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_aquila.commands import preprocess
 from megatron_aquila.commands.answers import with_data_flag
 from megatron_aquila.commands.data import main
+from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 
 TEXTS = {"en": ["one two", "three", "one two"], "zh": ["春眠不觉晓", "处处闻啼鸟 12"]}
@@ -57,6 +59,18 @@ def test_inspect(folder: Path, tokenizer: list[str], tmp_path: Path, capsys: pyt
     assert len(re.findall(r"^document \d+: \d+ tokens.*\n  [\d ]+$", printed.out, re.MULTILINE)) == 2
     assert main(["inspect", sets[1], "--document", "1"]) == 0
     assert "document 1: " in capsys.readouterr().out
+
+
+def test_a_document_is_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with IndexedDatasetWriter(tmp_path / "long", np.uint16) as writer:
+        writer.add_documents(np.arange(300), np.array([300]))
+    asked = ["inspect", f"{tmp_path}/long", "--document", "0"]
+    assert main(asked) == 0
+    assert "document 0: 300 tokens, the first 200\n  0 1 2" in capsys.readouterr().out
+    assert main([*asked, "--full"]) == 0
+    shown = capsys.readouterr().out
+    assert "document 0: 300 tokens\n  0 1 2" in shown
+    assert shown.endswith(" 298 299\n")
 
 
 def test_stats(folder: Path, tokenizer: list[str], capsys: pytest.CaptureFixture[str]) -> None:

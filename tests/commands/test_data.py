@@ -126,6 +126,18 @@ def test_index_and_trace_of_settings(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows[5] == "  step 2, sample 5"
 
 
+def test_texts_are_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--seq-len", "400", "--vocab-size", "900"]
+    words = ["trace", *settings(write(tmp_path / "a", 900), tmp_path / "cache"), *sizes, "--sample", "0"]
+    assert main(words) == 0
+    assert " ... " in capsys.readouterr().out
+    assert main([*words, "--full"]) == 0
+    shown = capsys.readouterr().out
+    ids = [line.split() for line in shown.splitlines() if not line.strip().startswith(("step", str(tmp_path)))]
+    assert sum(map(len, ids)) == 401, "the label of the last token is shown too"
+    assert " ... " not in shown
+
+
 def test_an_index_that_lacks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, cache = write(tmp_path / "a", 90), tmp_path / "cache"
     assert main(["index", *settings(path, cache)]) == 0

@@ -130,6 +130,7 @@ def test_a_piece_in_words() -> None:
     piece = Piece(prefix="zh", document=3, sequence=4, tokens=(1, 3), bytes=(12, 20), ids=(7, 8))
     assert format_piece(piece, None) == "zh: document 3, tokens 1 to 3, bytes 12 to 20\n    7 8"
     assert format_piece(piece, lambda ids: f"one\n{len(ids)}").endswith("\n    one 2")
+    assert format_piece(piece, lambda _: "a\n" * 99 + "b", width=None).endswith("    a\n" * 99 + "    b")
     assert format_piece(piece, lambda _: "a" * 20 + "b" * 20, width=25).endswith("\n    aaaaaaaaaa ... bbbbbbbbbb")
 
 
