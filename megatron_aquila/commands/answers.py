@@ -1,7 +1,7 @@
 """``aquila data inspect`` and ``stats``: what data sets hold, and how often a run reads them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from itertools import takewhile
 from pathlib import Path
@@ -15,7 +15,14 @@ from megatron_aquila.config.sources import number, sources, split_of, training_b
 from megatron_aquila.data.blend import open_library, shares_of
 from megatron_aquila.data.course import Phase, expected_readings, legs_of
 from megatron_aquila.data.indexed import IndexedDataset
-from megatron_aquila.data.inspect import excerpt, pick_documents, read_scripts, source_stats, summarize
+from megatron_aquila.data.inspect import (
+    SHOWN_TOKENS,
+    excerpt,
+    pick_documents,
+    read_scripts,
+    source_stats,
+    summarize,
+)
 from megatron_aquila.data.manifest import check_fingerprint
 from megatron_aquila.data.provenance import document_origin
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
@@ -38,6 +45,7 @@ class InspectOptions(TypedDict, total=False):
     samples: Annotated[int, option("samples", f"documents of each set that are shown, drawn by --seed; {SAMPLES}")]
     longest: Annotated[int, option("longest", f"how many of the longest documents are named; {LONGEST}")]
     document: Annotated[int, option("document", "show this document instead; the first is 0")]
+    full: Annotated[bool, option("full", f"show documents whole, not their first {SHOWN_TOKENS} tokens")]
     picture: Annotated[Path, option("picture", "draw the lengths of documents into a .png, .svg or .pdf")]
 
 
@@ -61,9 +69,8 @@ def run_inspect(argv: Sequence[str]) -> int:
     loaded = load_config(with_data_flag(argv), prog="aquila data inspect", options=InspectOptions)
     options, config = loaded.options, loaded.config
     picture = options.get("picture")
-    if picture is not None and picture.suffix not in PICTURES:
-        way_out = f"end it in {', '.join(PICTURES)}"
-        raise ConfigError([Problem("--picture", picture, "the end of its name does not say what to draw", way_out)])
+    if problems := list(_problems(options)):
+        raise ConfigError(problems)
     prefixes = sources(*(path for _, path in _blends(config.data)))
     tokenizer = _tokenizer(config.data, prefixes)
     drawn = {}
@@ -73,7 +80,7 @@ def run_inspect(argv: Sequence[str]) -> int:
         print("\n".join(summary.lines()))
         picked = pick_documents(dataset, options.get("samples", SAMPLES), seed=config.seed)
         for document in [options["document"]] if "document" in options else picked:
-            _show(dataset, document, tokenizer)
+            _show(dataset, document, tokenizer, tokens=None if options.get("full", False) else SHOWN_TOKENS)
         drawn[prefix] = [astuple(found) for found in summary.bins]
     if picture is not None:
         plot_lengths(drawn, picture, title="lengths of documents")
@@ -115,6 +122,19 @@ def with_data_flag(argv: Sequence[str]) -> list[str]:
     return [*(["--data-path"] if named else []), *named, *argv[len(words) :]]
 
 
+def _problems(options: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the flags of ``inspect``."""
+    for name in ("samples", "longest"):
+        if options.get(name, 0) < 0:
+            yield Problem(f"--{name}", options[name], "no documents are so few", "use 0 or more")
+    picture = options.get("picture")
+    if picture is not None and picture.suffix not in PICTURES:
+        way_out = f"end it in {', '.join(PICTURES)}"
+        yield Problem("--picture", picture, "the end of its name does not say what to draw", way_out)
+    if picture is not None and not picture.parent.is_dir():
+        yield Problem("--picture", picture, f"{picture.parent} is no folder", "make it, or choose another")
+
+
 def _blends(data: DataConfig) -> list[tuple[int, tuple[str, ...]]]:
     blends = training_blends(data)
     if not blends[0][1]:
@@ -139,8 +159,8 @@ def _tokenizer(data: DataConfig, prefixes: Sequence[str]) -> Tokenizer | None:
     return tokenizer
 
 
-def _show(dataset: IndexedDataset, document: int, tokenizer: Tokenizer | None) -> None:
-    found, origin = excerpt(dataset, document, tokenizer), document_origin(dataset, document)
+def _show(dataset: IndexedDataset, document: int, tokenizer: Tokenizer | None, *, tokens: int | None) -> None:
+    found, origin = excerpt(dataset, document, tokenizer, tokens=tokens), document_origin(dataset, document)
     whence = "" if origin is None else f", from {origin}"
     cut = "" if found.shown_tokens == found.num_tokens else f", the first {found.shown_tokens}"
     print(f"document {document}: {found.num_tokens:,} tokens{cut}{whence}\n  {found.text}")

@@ -11,22 +11,25 @@ import tyro
 from megatron_aquila.commands.answers import option, prefix_of, run_inspect, run_stats
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.config.cli import load_config, with_config_flag
+from megatron_aquila.config.sources import sources_read
 from megatron_aquila.data.merge import merge
 from megatron_aquila.data.progress import lines
 from megatron_aquila.data.provenance import document_origin
-from megatron_aquila.data.trace import format_piece, samples_of_document, trace_sample
+from megatron_aquila.data.trace import WIDTH, format_piece, samples_of_document, trace_sample
 from megatron_aquila.data.verify import verify
 from megatron_aquila.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from megatron_aquila.train.traced import Traced
 
-USAGE = """usage: aquila data verify PREFIX... [--deep]       are the files whole, and what their manifests say?
+USAGE = """usage: aquila data verify (PREFIX... | --config C) [--deep]
+                                                   are the files whole, and what their manifests say?
        aquila data inspect PREFIX... [FLAGS]       counts, lengths, documents; --picture FILE draws
        aquila data stats BLEND [FLAGS]             tokens by source and script, epochs under a budget
        aquila data merge OUT IN... [--overwrite]   several data sets into one
        aquila data index CONFIG [FLAGS]            build the indices of a run before it starts
-       aquila data trace (--run DIR | --config C [FLAGS]) (--step N | --sample I | --document D [--prefix P])
+       aquila data trace (--run DIR | --config C [FLAGS])
+                         (--step N [--full] | --sample I [--full] | --document D [--prefix P])
                                                    what a step or a sample reads; when a document is read"""
 SHOWN = 20  # samples of a document that are listed
 
@@ -37,6 +40,8 @@ class VerifyOptions:
 
     prefixes: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Paths, with or without .bin or .idx."""
+    config: Path | None = None
+    """Instead, the settings of a run: all that it reads to train or to validate on."""
     deep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Look at every token too: the largest is the manifest's, all are in its tokenizer's vocabulary."""
 
@@ -61,6 +66,7 @@ class TraceOptions(TypedDict, total=False):
     sample: Annotated[int, option("sample", "what this sample was cut from; the first is 0")]
     document: Annotated[int, option("document", "which steps and samples read this document; the first is 0")]
     prefix: Annotated[str, option("prefix", "data set of --document, or a part of its name")]
+    full: Annotated[bool, option("full", f"show texts whole, not {WIDTH} characters of each")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,10 +89,16 @@ def run_verify(argv: Sequence[str]) -> int:
     Raises ConfigError where none is named: nothing would be wrong.
     """
     options = tyro.cli(VerifyOptions, args=argv, prog="aquila data verify", description=VerifyOptions.__doc__)
-    if len(options.prefixes) == 0:
-        raise ConfigError([Problem("verify", "", "no data set is named", "give the prefixes of .bin/.idx pairs")])
+    prefixes = list(map(prefix_of, options.prefixes))
+    if options.config is not None:
+        if prefixes:
+            raise ConfigError([Problem("--config", options.config, "prefixes are named too", "give one of the two")])
+        prefixes = sources_read(load_config(["--config", str(options.config)], prog="aquila data verify").config.data)
+    if len(prefixes) == 0:
+        way_out = "give the prefixes of .bin/.idx pairs, or the settings of a run with --config FILE"
+        raise ConfigError([Problem("verify", "", "no data set is named", way_out)])
     status = 0
-    for prefix in map(prefix_of, options.prefixes):
+    for prefix in prefixes:
         verdict = verify(prefix, deep=options.deep)
         print(f"{'FAILED' if verdict.problems else 'ok':<7}{prefix}: {verdict.found}")
         for problem in verdict.problems:
@@ -122,20 +134,27 @@ def run_trace(argv: Sequence[str]) -> int:
         found = samples_of_document(opened.source, options["document"], prefix=options.get("prefix"))
         print(f"document {options['document']}: in {len(found)} samples of {len(opened.source)}")
         for sample in found[:SHOWN]:
-            print(f"  step {opened.step_of(sample)}, sample {sample}")
+            print(f"  {_place(opened, sample)}")
         if len(found) > SHOWN:
-            print(f"  and {len(found) - SHOWN} more, the last in step {opened.step_of(found[-1])}")
+            print(f"  and {len(found) - SHOWN} more, the last in {_place(opened, found[-1])}")
         return 0
     samples = opened.samples_of(options["step"]) if "step" in options else [options["sample"]]
     datasets = {dataset.prefix: dataset for dataset in opened.source.datasets}
     decode = None if opened.tokenizer is None else opened.tokenizer.decode
+    width = None if options.get("full", False) else WIDTH
     for sample in samples:
         pieces = trace_sample(opened.source, sample)
-        print(f"step {opened.step_of(sample)}, sample {sample}: {len(pieces)} pieces")
+        print(f"{_place(opened, sample)}: {len(pieces)} pieces")
         for piece in pieces:
             origin = document_origin(datasets[piece.prefix], piece.document)
-            print("  " + format_piece(piece, decode) + ("" if origin is None else f"\n    from {origin}"))
+            print("  " + format_piece(piece, decode, width=width) + ("" if origin is None else f"\n    from {origin}"))
     return 0
+
+
+def _place(opened: "Traced", sample: int) -> str:
+    step = opened.step_of(sample)
+    told = f"step {'unknown' if step is None else step}, sample {sample}"
+    return f"{told} (left out, not trained on)" if opened.is_left_out(sample) else told
 
 
 def _open(argv: Sequence[str]) -> "tuple[Mapping[str, Any], Traced]":

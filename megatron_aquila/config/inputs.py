@@ -8,7 +8,8 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 
 from megatron_aquila.config.presets import CONTINUATIONS
-from megatron_aquila.config.schema import AUTO, DataConfig, RunConfig
+from megatron_aquila.config.saving import AUTO
+from megatron_aquila.config.schema import DataConfig, RunConfig
 from megatron_aquila.config.settings import spell
 from megatron_aquila.config.sources import is_split_by_path, number, prefixes_of, sources, training_blends, valid_sets
 from megatron_aquila.errors import Problem

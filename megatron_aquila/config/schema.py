@@ -13,6 +13,7 @@ from annotated_types import Ge, Le, Lt
 from megatron_aquila.config.fields import Count, NotNegative, Positive, Whole, setting
 from megatron_aquila.config.observe import ObserveConfig
 from megatron_aquila.config.optim import OptimConfig
+from megatron_aquila.config.saving import CheckpointConfig
 from megatron_aquila.plan.recompute import Kind, Method
 from megatron_aquila.plan.sequence import ContextMethod
 from megatron_aquila.plan.shape import NormOrder, PositionEmbedding, Precision, RopeScaling
@@ -191,6 +192,9 @@ class DataConfig:
     drop_last_partial_validation_sequence: bool = setting(
         True, "what validation data has left after its last whole sample is not read, else filled up and read"
     )
+    verify_data: bool = setting(
+        False, "hash every byte that the run reads before its first step, against the manifests; else sizes are checked"
+    )
     cache_path: Path | None = setting(None, "folder of the built indices; default beside the data", "--data-cache-path")
     tokenizer_type: Literal["AquilaTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer"] = setting(
         "AquilaTokenizer", "how text became tokens; written into checkpoints and exports", "--tokenizer-type"
@@ -323,67 +327,6 @@ class TrainConfig:
     spike_threshold: Positive = setting(
         10.0, "a spike is this many robust standard deviations above the median of the window"
     )
-
-
-AUTO = Path("auto")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """What is kept of the run and what it starts from."""
-
-    save: Path | None = setting(None, "folder the checkpoints are written to", "--save")
-    load: Path | None = setting(
-        None, "folder (or one step of it) to resume from; it must exist. The word auto is --resume", "--load"
-    )
-    resume: bool = setting(
-        False,
-        "continue from the --save folder where it holds a checkpoint, else start as the other settings say",
-        "--resume",
-    )
-    save_interval: Count = setting(1000, "steps between checkpoints", "--save-interval")
-    rampup_save_interval: Count | None = setting(None, "steps between checkpoints while the batch ramps up")
-    async_save: bool = setting(
-        True, "train on while a checkpoint is written from a copy in host memory", "--async-save"
-    )
-    save_staging_gib: Positive = setting(4.0, "largest size of that copy on each rank; beyond it, training waits")
-    keep: Count | None = setting(None, "checkpoints kept, the newest; default all", "--keep", "--most-recent-k")
-    keep_every: Count | None = setting(None, "with --keep: checkpoints whose step is a multiple of this stay for ever")
-    export_hf_every: Count | None = setting(None, "steps between checkpoints also published as SAVE/hf/step_N")
-    ephemeral_save_interval: Count | None = setting(
-        None,
-        "steps between checkpoints on the nodes' own disks, of which the newest is kept",
-        "--ephemeral-save-interval",
-        "--non-persistent-save-interval",
-    )
-    ephemeral_save_dir: str | None = setting(
-        None,
-        "their folder, a local disk or /dev/shm; $VARIABLES are filled in on each rank",
-        "--ephemeral-save-dir",
-        "--non-persistent-local-ckpt-dir",
-    )
-    on_corrupt: Literal["fallback", "stop"] = setting(
-        "fallback", "where the newest checkpoint of a folder is damaged: the last good one before it, or none"
-    )
-    init_from_hf: Path | None = setting(None, "published or converted weights to start from", "--init-from-hf")
-    load_optim: bool = setting(True, "also load the optimizer and the position in the data", "--load-optim")
-    override_data: bool = setting(
-        False, "resume although data sets, weights, split or tokenizer differ from the checkpoint's", "--override-data"
-    )
-    override_rope: bool = setting(
-        False, "start from weights that were trained with other rotary positions: to reach longer samples"
-    )
-    override_lr_schedule: bool = setting(
-        False,
-        "resume although the learning-rate schedule differs from the checkpoint's",
-        "--override-lr-schedule",
-        "--override-opt-param-scheduler",
-    )
-
-    @property
-    def resumes_own(self) -> bool:
-        """Whether the run goes on from what its own folder holds, if anything: ``--resume``, ``--load auto``."""
-        return self.resume or self.load == AUTO
 
 
 @dataclass(frozen=True, kw_only=True)

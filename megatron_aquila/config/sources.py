@@ -20,6 +20,11 @@ def training_blends(data: DataConfig) -> list[tuple[int, tuple[str, ...]]]:
     return [(0, data.train_path or data.path), *((phase.from_samples, phase.path) for phase in data.phases)]
 
 
+def sources_read(data: DataConfig) -> list[str]:
+    """The prefixes that a run reads, to train or to validate on, each once."""
+    return sources(*(path for _, path in training_blends(data)), data.valid_path, *valid_sets(data).values())
+
+
 def split_of(data: DataConfig) -> str:
     """How the training data is split: all of it is trained on where a part is named by a path of its own."""
     return "1" if is_split_by_path(data) else data.split

@@ -70,8 +70,9 @@ class Blend:
             yield "dataset_index", dataset
             yield "dataset_sample_index", sample
 
-        built = cache.arrays(key, build, name=f"blend of {len(parts)} data sets")
-        self.dataset_index, self.dataset_sample_index = built["dataset_index"], built["dataset_sample_index"]
+        names = ("dataset_index", "dataset_sample_index")
+        built = cache.arrays(key, build, name=f"blend of {len(parts)} data sets", wanted=names)
+        self.dataset_index, self.dataset_sample_index = (built[name] for name in names)
 
     def _check_supply(self, dataset_index: NDArray[np.int16]) -> None:
         """The indices never ask a part for a sample it does not have."""

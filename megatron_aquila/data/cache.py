@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
@@ -47,16 +47,16 @@ class IndexCache:
     report: Report = ignore
 
     def arrays(
-        self, key: Mapping[str, object], make: Callable[[Report], Arrays], *, name: str
+        self, key: Mapping[str, object], make: Callable[[Report], Arrays], *, name: str, wanted: Collection[str]
     ) -> Mapping[str, NDArray[Any]]:
-        """The arrays that ``make`` gives for ``key``, memory-mapped; built and published first where they are missing.
+        """The arrays ``wanted``, which ``make`` gives for ``key``, memory-mapped; built and published where missing.
 
         ``key`` names everything the values depend on, by content: data that was moved finds its index, data that was
         written again does not. Two builders at once are harmless: the values are the same, and the second finds the
         first's folder. ``name`` is for people.
 
         Raises:
-            DataError: the folder cannot be written or read, or nobody built the arrays in time.
+            DataError: the folder cannot be written or read, or lacks an array; or nobody built them in time.
         """
         description = json.dumps({"format": FORMAT, **key}, sort_keys=True, indent=1)
         entry = self.folder / hashlib.sha256(description.encode()).hexdigest()[:32]
@@ -70,7 +70,7 @@ class IndexCache:
                     "is --data-cache-path the same folder for every process of this node?"
                 )
             time.sleep(POLL_SECONDS)
-        return _load(entry)
+        return _load(entry, wanted)
 
     def _publish(self, entry: Path, arrays: Arrays, description: str) -> None:
         try:
@@ -108,10 +108,9 @@ def _save(file: BinaryIO, values: NDArray[Any] | Blocks) -> None:
         file.write(np.ascontiguousarray(rows, dtype=values.dtype).data)
 
 
-def _load(entry: Path) -> Mapping[str, NDArray[Any]]:
+def _load(entry: Path, wanted: Collection[str]) -> Mapping[str, NDArray[Any]]:
     try:
-        files = sorted(entry.glob("*.npy"))
-        return {path.stem: np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for path in files}
+        return {name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in wanted}
     except (OSError, ValueError) as error:
         raise DataError(f"{entry}: this index cannot be read ({error}); delete the folder to build it again") from error
 

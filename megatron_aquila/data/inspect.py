@@ -125,9 +125,9 @@ class Excerpt:
 
 
 def excerpt(
-    dataset: IndexedDataset, document: int, tokenizer: Tokenizer | None, *, tokens: int = SHOWN_TOKENS
+    dataset: IndexedDataset, document: int, tokenizer: Tokenizer | None, *, tokens: int | None = SHOWN_TOKENS
 ) -> Excerpt:
-    """Decode the beginning of a document; without a tokenizer its text is its ids.
+    """Decode the first ``tokens`` of a document, or all of it; without a tokenizer its text is its ids.
 
     Raises:
         DataError: no such document.
@@ -137,10 +137,11 @@ def excerpt(
         raise DataError(f"{dataset.prefix}: document {document}: it has {len(bounds) - 1}, from 0 on")
     ids: list[int] = []
     sequences = range(int(bounds[document]), int(bounds[document + 1]))
-    for sequence in sequences:
-        if len(ids) < tokens:
-            ids += dataset[sequence][: tokens - len(ids)].tolist()
     total = int(dataset.sequence_lengths[sequences.start : sequences.stop].sum(dtype=np.int64))
+    wanted = total if tokens is None else tokens
+    for sequence in sequences:
+        if len(ids) < wanted:
+            ids += dataset[sequence][: wanted - len(ids)].tolist()
     text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
     return Excerpt(document, total, len(ids), text)
 

@@ -221,7 +221,10 @@ class PackedSamples:
             )
         self.num_epochs, self._padding = packing.num_epochs(self.epoch_tokens), packing.padding(self.epoch_tokens)
         built = cache.arrays(
-            self._key(), lambda report: packing.build(lengths, report), name=f"{dataset.prefix} ({split})"
+            self._key(),
+            lambda report: packing.build(lengths, report),
+            name=f"{dataset.prefix} ({split})",
+            wanted=("document_index", "sample_index", "shuffle_index"),
         )
         self.document_index = built["document_index"]
         self.sample_index = built["sample_index"]

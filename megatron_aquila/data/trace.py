@@ -3,11 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
+from typing import Final
 
 import numpy as np
 
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.errors import DataError
+
+WIDTH: Final = 160  # characters of a text that are shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +61,11 @@ def trace_sample(source: SampleSource, sample: int) -> list[Piece]:
 def samples_of_document(source: SampleSource, document: int, *, prefix: str | None = None) -> list[int]:
     """The samples, ascending, that hold a token of a document of the data set ``prefix``. Searches the whole index.
 
-    ``prefix`` may be the end of one, such as ``zh``; with a single data set it may be left out.
+    ``prefix`` may be the name of its files without the folder, such as ``zh_text_document``, what that begins with,
+    such as ``zh``, or another part of it; with a single data set it may be left out.
 
     Raises:
-        DataError: no such data set or document, or an end that several data sets share.
+        DataError: no such data set or document, or a part that several data sets share.
     """
     number = _find(source.names, prefix)
     dataset = source.datasets[number]
@@ -71,11 +76,16 @@ def samples_of_document(source: SampleSource, document: int, *, prefix: str | No
     return np.unique(np.concatenate(found)).tolist() if found else []
 
 
-def format_piece(piece: Piece, decode: Callable[[Sequence[int]], str] | None, *, width: int = 160) -> str:
-    """Two lines: where the piece lies, and its text, or its ids without a tokenizer, cut in the middle to ``width``."""
+def format_piece(piece: Piece, decode: Callable[[Sequence[int]], str] | None, *, width: int | None = WIDTH) -> str:
+    """Where the piece lies, and its text below, or its ids without a tokenizer.
+
+    To ``width`` characters the text is one line, cut in the middle; with ``None`` it is whole, its own lines kept.
+    """
     (start, stop), (first, end) = piece.tokens, piece.bytes
     place = f"{piece.prefix}: document {piece.document}, tokens {start} to {stop}, bytes {first} to {end}"
     text = " ".join(map(str, piece.ids)) if decode is None else decode(piece.ids)
+    if width is None:
+        return f"{place}\n{indent(text, '    ')}"
     text = " ".join(text.split())
     half = (width - 5) // 2
     return f"{place}\n    {text if len(text) <= width else f'{text[:half]} ... {text[-half:]}'}"
@@ -88,6 +98,7 @@ def _find(names: Sequence[str], prefix: str | None) -> int:
         raise DataError(f"the run blends {len(names)} data sets; name one with --prefix: {', '.join(names)}")
     found = [number for number, name in enumerate(names) if name == prefix]
     found = found or [number for number, name in enumerate(names) if Path(name).name == Path(prefix).name]
+    found = found or [number for number, name in enumerate(names) if Path(name).name.startswith(f"{prefix}_")]
     found = found or [number for number, name in enumerate(names) if prefix in Path(name).name]
     if len(found) != 1:
         why = "no data set" if not found else f"{len(found)} data sets"

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.manifest import manifest_path, read_manifest
+from megatron_aquila.data.progress import Report, counting, ignore
 from megatron_aquila.errors import DataError
 
 BLOCK: Final = 1 << 24  # bytes hashed, or tokens looked at, between two reports
@@ -47,6 +48,21 @@ def verify(prefix: str, *, deep: bool = False, report: Callable[[int], None] = l
     )
     unchecked = without_manifest([prefix])
     return Verdict(prefix=prefix, found=found, problems=tuple(problems), unchecked=unchecked)
+
+
+def verify_all(prefixes: Sequence[str], report: Report = ignore) -> str:
+    """``verify`` each data set that has a manifest; what was found, in a line.
+
+    Raises:
+        DataError: what is wrong, of every set; or a manifest cannot be read.
+    """
+    manifests = {prefix: manifest for prefix in prefixes if (manifest := read_manifest(prefix)) is not None}
+    size = sum(file.size for known in manifests.values() for file in (known.contents.bin, known.contents.idx))
+    hashed = counting(report, "bytes of data hashed", size)
+    problems = [problem for prefix in manifests for problem in verify(prefix, report=hashed).problems]
+    if problems:
+        raise DataError("\n".join(problems))
+    return f"hashed {size:,} bytes: {len(manifests)} of {len(prefixes)} data sets are what their manifests say"
 
 
 def without_manifest(prefixes: Sequence[str]) -> str | None:

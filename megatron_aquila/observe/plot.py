@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def plot_log(
     The file appears whole or not at all.
 
     Raises:
-        DataError: matplotlib is not installed.
+        DataError: matplotlib is not installed, or the file cannot be written.
     """
     figure = _figure((9, 8), title)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
@@ -49,7 +50,7 @@ def plot_lengths(sets: Mapping[str, Sequence[Bin]], path: Path, *, title: str) -
     at all.
 
     Raises:
-        DataError: matplotlib is not installed.
+        DataError: matplotlib is not installed, or the file cannot be written.
     """
     shown = sorted(sets.items(), key=lambda item: -sum(tokens for *_, tokens in item[1]))[:SETS]
     figure = _figure((9, 7), title if len(shown) == len(sets) else f"{title}: the {SETS} largest of {len(sets)} sets")
@@ -80,7 +81,7 @@ def plot_positions(
     .svg or .pdf; the file appears whole or not at all.
 
     Raises:
-        DataError: matplotlib is not installed.
+        DataError: matplotlib is not installed, or the file cannot be written.
     """
     figure = _figure((9, 8), title)
     axes = figure.subplots(2, 1, sharex=True)
@@ -114,5 +115,10 @@ def _figure(size: tuple[float, float], title: str) -> Any:
 
 def _save(figure: Any, path: Path, form: str) -> None:
     beside = path.with_name(path.name + ".tmp")
-    figure.savefig(beside, format=form, dpi=120)
-    os.replace(beside, path)
+    try:
+        figure.savefig(beside, format=form, dpi=120)
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error

@@ -3,7 +3,11 @@
 And its samples as they are dealt to the replicas, in their order, in rounds: a microbatch of each replica.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
+
+Batches: TypeAlias = tuple[tuple[int, int, int], ...]  # (steps before, samples before, samples of each step from there)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +74,15 @@ class BatchPlan:
             first=sum(self.micro_batches[:dp_rank]),
             round_size=sum(self.micro_batches),
         )
+
+    def batches_from(self, step: int, consumed_samples: int) -> Iterator[tuple[int, int, int]]:
+        """``Batches`` from the step before which ``step`` others took ``consumed_samples``; the last is for ever."""
+        size = 0
+        while size != self.global_batch:
+            if self.global_batch_at(consumed_samples) != size:
+                size = self.global_batch_at(consumed_samples)
+                yield step, consumed_samples, size
+            step, consumed_samples = step + 1, consumed_samples + size
 
     def end_of_run(self, consumed_samples: int, target: int) -> int:
         """Samples consumed when at least ``target`` are, in whole batches, starting from ``consumed_samples``."""

@@ -1,14 +1,16 @@
 """The run's data: sample indices of the blend, and loaders over them."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from threading import Event
+from typing import Any, Final
 
 from megatron_aquila.checkpoint.agree import agreed, together
 from megatron_aquila.config.derive import Derived
 from megatron_aquila.config.schema import DataConfig, RunConfig
-from megatron_aquila.config.sources import epoch_limits, sources, split_of, training_blends, valid_sets
+from megatron_aquila.config.sources import epoch_limits, sources, sources_read, split_of, training_blends, valid_sets
 from megatron_aquila.data.blend import Share, alone, describe_data, open_library, shares_of
 from megatron_aquila.data.course import Phase, build_course, describe_course
 from megatron_aquila.data.documents import DocumentRules
@@ -20,12 +22,14 @@ from megatron_aquila.data.progress import Report, ignore, lines
 from megatron_aquila.data.samples import SampleSource
 from megatron_aquila.data.segments import SegmentedSource
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
-from megatron_aquila.data.verify import check_largest_token
-from megatron_aquila.errors import ConfigError, Problem
+from megatron_aquila.data.verify import check_largest_token, verify_all
+from megatron_aquila.errors import ConfigError, DataError, Problem
 from megatron_aquila.parallel.batch import Batch
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.build import context_pieces, host_batch
 from megatron_aquila.train.launcher import Launch
+
+HASHING_SECONDS: Final = 20.0  # between two words from rank 0 that it still hashes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +125,7 @@ def identify(config: RunConfig) -> Identity:
     """
     data = config.data
     blends = training_blends(data)
-    prefixes = sources(*(path for _, path in blends), data.valid_path, *valid_sets(data).values())
+    prefixes = sources_read(data)
     tokenizer, eod = read_fingerprint(prefixes), data.eod_token_id
     if (found := named_tokenizer(data)) is not None:
         if found.vocab_size != config.model.vocab_size:
@@ -256,6 +260,34 @@ def build_sources(
     )
 
 
+def hash_data(config: RunConfig, ctx: ParallelContext) -> None:
+    """Rank 0 hashes all that the run reads, and says so. Raises on every rank where a byte is not what it was.
+
+    Collective, every ``HASHING_SECONDS``: none of them takes so long that the others take rank 0 for dead.
+    """
+    given_up = Event()
+
+    def report(what: str, done: int, total: int) -> None:
+        if given_up.is_set():
+            raise DataError(f"given up after {done:,} of {total:,} bytes")
+        say(what, done, total)
+
+    say, prefixes = lines(print), sources_read(config.data)
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(verify_all, prefixes, report) if ctx.rank == 0 else None
+
+        def line() -> str | None:
+            return None if hashed is None or not wait([hashed], HASHING_SECONDS).done else hashed.result()
+
+        try:
+            while (found := together(line, ctx.world)[0]) is None:
+                pass
+        finally:
+            given_up.set()
+    if ctx.rank == 0:
+        print(found)
+
+
 def build_corpus(
     config: RunConfig,
     derived: Derived,
@@ -271,6 +303,8 @@ def build_corpus(
 
     ``segments`` as in ``build_sources``; ``identity`` is rank 0's, which has read the tokenizer.
     """
+    if config.data.verify_data:
+        hash_data(config, ctx)
     documents, opened = shared_rules(identity, ctx), dict[str, IndexedDataset]()
     pieces = context_pieces(config.parallel, derived.shape, ctx.cp)
 

@@ -17,7 +17,8 @@ from megatron_aquila.checkpoint.parts import ALONE, PART, Refusal, agree_on_part
 from megatron_aquila.checkpoint.shares import Shares
 from megatron_aquila.checkpoint.staging import Staging
 from megatron_aquila.checkpoint.store import CheckpointReader, Save
-from megatron_aquila.config.schema import CheckpointConfig, RunConfig
+from megatron_aquila.config.saving import CheckpointConfig
+from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.observe.ledger import LEDGER_NAME, Event, read_ledger
 from megatron_aquila.parallel.collectives import all_reduce_, gather_objects

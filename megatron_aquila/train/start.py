@@ -11,7 +11,8 @@ from megatron_aquila.checkpoint.folders import LATEST, holds_run
 from megatron_aquila.checkpoint.parts import PART
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.derive import Derived
-from megatron_aquila.config.schema import AUTO, CheckpointConfig, RunConfig
+from megatron_aquila.config.saving import AUTO, CheckpointConfig
+from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.config.skips import left_out
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.optim.lr import LrSchedule

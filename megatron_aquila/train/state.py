@@ -9,6 +9,7 @@ from typing import Any
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.observe.ledger import Ranges, joined
 from megatron_aquila.optim.scaler import LossScale
+from megatron_aquila.plan.batches import Batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class TrainState:
     ``recent`` are the figures of the last steps, from which it is told what is a spike. ``run`` is the ledger's name of
     the run, ``parent`` that of the last durable checkpoint that it has made or went on from, ``parent_digest`` the
     digest of the state in it, hence of all that went before. Where a checkpoint is made ``upcoming`` is set, and
-    ``taken``, the ranges that steps took since ``parent``.
+    ``taken``, the ranges that steps took since ``parent``. ``batches`` tells which step read what, whatever the
+    settings were: an entry where the global batch became another.
     """
 
     seed: int
@@ -63,14 +65,18 @@ class TrainState:
     parent_digest: str | None = None
     taken: Ranges = ()
     upcoming: Upcoming | None = None
+    batches: Batches = ()
 
     def moved_on(self, *, samples: int, tokens: int) -> "TrainState":
         """The state once a step over the next ``samples`` samples is launched."""
+        is_another = not self.batches or self.batches[-1][2] != samples
+        another = ((self.step, self.consumed_samples, samples),) if is_another else ()
         return replace(
             self,
             step=self.step + 1,
             consumed_samples=self.consumed_samples + samples,
             consumed_tokens=self.consumed_tokens + tokens,
+            batches=(*self.batches, *another),
         )
 
     def settled(self, samples: tuple[int, int], *, applied: bool, loss_scale: LossScale) -> "TrainState":
@@ -112,6 +118,7 @@ class TrainState:
             "parent_digest": None,
             "taken": [],
             "upcoming": None,
+            "batches": [],
             **values,
         }
         if set(values) != fields:
@@ -123,6 +130,7 @@ class TrainState:
             "index_segments": tuple(values["index_segments"]),
             "skipped_samples": tuple((start, stop) for start, stop in values["skipped_samples"]),
             "taken": tuple((start, stop) for start, stop in values["taken"]),
+            "batches": tuple((step, sample, size) for step, sample, size in values["batches"]),
             "loss_scale": LossScale(**values["loss_scale"]),
             "upcoming": None if values["upcoming"] is None else Upcoming(**values["upcoming"]),
             "recent": tuple(Figures(**figures) for figures in values["recent"]),

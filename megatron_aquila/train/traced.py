@@ -1,19 +1,24 @@
 """The data of a run that is looked at from outside: by its settings, or by what its checkpoints say."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
 from megatron_aquila.checkpoint.folders import find_checkpoint
 from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.config.schema import DataConfig, ModelConfig, Phase, RunConfig, TrainConfig
+from megatron_aquila.config.skips import left_out
 from megatron_aquila.config.sources import number, split_of, training_blends
 from megatron_aquila.data.progress import Report, ignore
 from megatron_aquila.data.segments import SegmentedSource
 from megatron_aquila.data.tokenizer import Tokenizer
 from megatron_aquila.errors import CheckpointError, DataError
-from megatron_aquila.plan.batches import BatchPlan
+from megatron_aquila.observe.ledger import LEDGER_NAME, Ranges, read_ledger
+from megatron_aquila.observe.lineage import left_out_after
+from megatron_aquila.plan.batches import Batches, BatchPlan
 from megatron_aquila.train.corpus import build_sources, first_segments, identify, named_tokenizer
 from megatron_aquila.train.state import TrainState
 
@@ -26,28 +31,42 @@ RULES: Final = {  # flags, and the fields of DocumentRules that hold them
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traced:
-    """What a run reads and when. ``tokenizer`` is ``None`` where the settings name none."""
+    """What a run reads and when.
+
+    ``batches`` begin at the first step of which it is known what it read. ``skipped`` are the half-open ranges of
+    samples that are not trained on, ascending. ``tokenizer`` is ``None`` where the settings name none.
+    """
 
     source: SegmentedSource
-    batches: BatchPlan
+    batches: Batches
+    skipped: Ranges
     tokenizer: Tokenizer | None
 
     def samples_of(self, step: int) -> range:
-        """The samples of a step; the log's first is 1. Raises ``DataError`` where the run has no such step."""
-        first = 0
-        for _ in range(step - 1):
-            first += self.batches.global_batch_at(first)
-        stop = first + self.batches.global_batch_at(first)
-        if step < 1 or stop > len(self.source):
+        """The samples of a step; the log's first is 1. Raises ``DataError`` where there is none, or it is not known."""
+        place = bisect_right(self.batches, step - 1, key=itemgetter(0)) - 1
+        if place < 0 < step:
+            raise DataError(
+                f"--step {step}: it is not known what the first {self.batches[0][0]} steps read: their batches were "
+                "others, and checkpoints did not keep them then; ask for a --sample or a --document"
+            )
+        before, first, size = self.batches[max(place, 0)]
+        start = first + (step - 1 - before) * size
+        if step < 1 or start + size > len(self.source):
             raise DataError(f"--step {step}: the run's index of {len(self.source)} samples has no such step")
-        return range(first, stop)
+        return range(start, start + size)
 
-    def step_of(self, sample: int) -> int:
-        """The step that reads a sample; the log's first is 1."""
-        step, stop = 1, self.batches.global_batch_at(0)
-        while stop <= sample:
-            step, stop = step + 1, stop + self.batches.global_batch_at(stop)
-        return step
+    def step_of(self, sample: int) -> int | None:
+        """The step that reads a sample; the log's first is 1. ``None`` where it is not known."""
+        place = bisect_right(self.batches, sample, key=itemgetter(1)) - 1
+        if place < 0:
+            return None
+        before, first, size = self.batches[place]
+        return before + (sample - first) // size + 1
+
+    def is_left_out(self, sample: int) -> bool:
+        """Whether the run does not train on a sample."""
+        return any(start <= sample < stop for start, stop in self.skipped)
 
 
 def batch_plan(config: RunConfig) -> BatchPlan:
@@ -61,10 +80,9 @@ def trace_config(config: RunConfig, *, report: Report = ignore) -> Traced:
     Raises:
         ConfigError, DataError: as for a run.
     """
-    batches = batch_plan(config)
-    segments = first_segments(config, batches.end_of_run(0, config.train.train_samples))
+    segments = first_segments(config, batch_plan(config).end_of_run(0, config.train.train_samples))
     identify(config)
-    return _open(config, segments, report)
+    return _open(config, TrainState(seed=config.seed, index_segments=segments).without(left_out(config.train)), report)
 
 
 def trace_run(folder: Path, *, report: Report = ignore) -> Traced:
@@ -72,7 +90,7 @@ def trace_run(folder: Path, *, report: Report = ignore) -> Traced:
 
     Raises:
         CheckpointError: there is no checkpoint, or it does not say what the run read.
-        DataError: the data is no longer there, or no longer what the run read.
+        DataError: the data is no longer there, or no longer what the run read; or the run's ledger is damaged.
     """
     checkpoint = find_checkpoint(folder)
     saved: Mapping[str, Any] = CheckpointReader(checkpoint).state
@@ -82,13 +100,25 @@ def trace_run(folder: Path, *, report: Report = ignore) -> Traced:
     different = identify(config).differences(saved["data"])
     if different:
         raise DataError(f"{checkpoint}: the data is not what the run read: {'; '.join(different)}")
-    traced = _open(config, state.index_segments, report)
-    if state.step > 0 and traced.samples_of(state.step).stop != state.consumed_samples:
-        raise CheckpointError(
-            f"{checkpoint}: step {state.step} stands at {state.consumed_samples} samples, which the run's batches of "
-            f"{config.train.global_batch} do not give: they were changed on the way; which step reads what is unknown"
-        )
-    return traced
+    if (checkpoint.parent / LEDGER_NAME).exists():  # of a rewind since, which the next checkpoint will know of
+        state = state.without(left_out_after(read_ledger(checkpoint.parent), checkpoint.name))
+    return _open(config, state, report)
+
+
+def batches_of(plan: BatchPlan, state: TrainState) -> Batches:
+    """What steps took as ``state`` has it, and what is to come as ``plan`` has it.
+
+    Checkpoints of before they were kept do not know what their steps took: it is the plan's, if with it the run stands
+    where it stood, and else what is before is left out.
+    """
+    ahead = tuple(plan.batches_from(state.step, state.consumed_samples))
+    kept = (*state.batches, *ahead)
+    step, sample, _ = kept[0]
+    planned = tuple(one for one in plan.batches_from(0, 0) if one[0] < step)
+    if planned:
+        before, first, size = planned[-1]
+        kept = (*planned, *kept) if first + (step - before) * size == sample else kept
+    return kept
 
 
 def reads(config: RunConfig) -> dict[str, Any]:
@@ -143,6 +173,11 @@ def _config(saved: Mapping[str, Any]) -> RunConfig:
     )
 
 
-def _open(config: RunConfig, segments: tuple[int, ...], report: Report) -> Traced:
-    sources = build_sources(config, segments=segments, build=True, report=report)
-    return Traced(source=sources.train, batches=batch_plan(config), tokenizer=named_tokenizer(config.data))
+def _open(config: RunConfig, state: TrainState, report: Report) -> Traced:
+    sources = build_sources(config, segments=state.index_segments, build=True, report=report)
+    return Traced(
+        source=sources.train,
+        batches=batches_of(batch_plan(config), state),
+        skipped=state.skipped_samples,
+        tokenizer=named_tokenizer(config.data),
+    )

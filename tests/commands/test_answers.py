@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_aquila.commands import preprocess
 from megatron_aquila.commands.answers import with_data_flag
 from megatron_aquila.commands.data import main
+from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 
 TEXTS = {"en": ["one two", "three", "one two"], "zh": ["春眠不觉晓", "处处闻啼鸟 12"]}
@@ -59,6 +61,18 @@ def test_inspect(folder: Path, tokenizer: list[str], tmp_path: Path, capsys: pyt
     assert "document 1: " in capsys.readouterr().out
 
 
+def test_a_document_is_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with IndexedDatasetWriter(tmp_path / "long", np.uint16) as writer:
+        writer.add_documents(np.arange(300), np.array([300]))
+    asked = ["inspect", f"{tmp_path}/long", "--document", "0"]
+    assert main(asked) == 0
+    assert "document 0: 300 tokens, the first 200\n  0 1 2" in capsys.readouterr().out
+    assert main([*asked, "--full"]) == 0
+    shown = capsys.readouterr().out
+    assert "document 0: 300 tokens\n  0 1 2" in shown
+    assert shown.endswith(" 298 299\n")
+
+
 def test_stats(folder: Path, tokenizer: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     sets = [f"{folder}/en_text_document", f"{folder}/zh_text_document"]
     arguments = ["0.25", sets[0], "0.75", sets[1], "--seq-len", "4", "--split", "1", *tokenizer]
@@ -84,6 +98,9 @@ def test_stats(folder: Path, tokenizer: list[str], capsys: pytest.CaptureFixture
         ("inspect", "--data-path: no data set is named; give prefixes"),
         ("stats", "--data-path: no data set is named; give prefixes"),
         ("inspect SET --picture p.gif", "--picture p.gif: the end of its name does not say what to draw; end it in"),
+        ("inspect SET --picture nowhere/p.png", "--picture nowhere/p.png: nowhere is no folder; make it, or choose"),
+        ("inspect SET --samples -1", "--samples -1: no documents are so few; use 0 or more"),
+        ("inspect SET --longest -1", "--longest -1: no documents are so few; use 0 or more"),
         ("inspect SET --document 7", "document 7: it has 2, from 0 on"),
         ("inspect nowhere", "nowhere.idx: cannot be read"),
         ("stats SET --tokens 0", "--tokens 0: nothing is read; use 1 or more"),

@@ -9,14 +9,8 @@ from megatron_aquila.config.check import RULES, check
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.observe import ObserveConfig
 from megatron_aquila.config.optim import OptimConfig
-from megatron_aquila.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_aquila.config.saving import CheckpointConfig
+from megatron_aquila.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.config.settings import all_settings
 
 SECTIONS = {

@@ -2,7 +2,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_aquila.config.checkpoints import check_ephemeral, check_exports
-from megatron_aquila.config.schema import CheckpointConfig, RunConfig
+from megatron_aquila.config.saving import CheckpointConfig
+from megatron_aquila.config.schema import RunConfig
 
 
 def problems(**checkpoint: object) -> list[str]:

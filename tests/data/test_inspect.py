@@ -82,6 +82,8 @@ def test_texts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     short = excerpt(dataset, 0, tokenizer, tokens=1)
     assert (short.num_tokens, short.shown_tokens) == (len(tokenizer.encode(texts[0])), 1)
     assert texts[0].startswith(short.text)
+    whole = excerpt(write(tmp_path / "long", [[150, 0, 150, 7]]), 0, None, tokens=None)
+    assert (whole.num_tokens, whole.shown_tokens, len(whole.text.split())) == (307, 307, 307)
     with pytest.raises(DataError, match="document 3: it has 3, from 0 on"):
         excerpt(dataset, 3, tokenizer)
     assert excerpt(dataset, 0, None, tokens=2).text == " ".join(map(str, tokenizer.encode(texts[0])[:2]))

@@ -104,6 +104,18 @@ def test_blends_and_segments(tmp_path: Path) -> None:
             samples_of_document(blend, 0, prefix=prefix)
 
 
+def test_a_data_set_is_found_by_what_its_name_begins_with(tmp_path: Path) -> None:
+    """As ``en``, which is a part of ``document`` too."""
+    names = ("zh_text_document", "en_text_document", "code_en_text_document")
+    paths = [write(tmp_path / name, [[9 * number + 9]]) for number, name in enumerate(names)]
+    source = source_of([word for path in paths for word in ("1", path)], tmp_path, 9)
+    for prefix, number in (("en", 1), ("zh", 0), ("code", 2), ("en_text", 1), ("zh_text_document", 0), ("code_en", 2)):
+        asked = samples_of_document(source, 0, prefix=prefix)
+        assert asked == samples_of_document(source, 0, prefix=paths[number]), prefix
+    with pytest.raises(DataError, match="--prefix document: 3 data sets of this name"):
+        samples_of_document(source, 0, prefix="document")
+
+
 def test_what_there_is_not(tmp_path: Path) -> None:
     source = source_of([write(tmp_path / "data", [[9], [9]])], tmp_path, 3)
     for sample in (-1, 3):
@@ -118,6 +130,7 @@ def test_a_piece_in_words() -> None:
     piece = Piece(prefix="zh", document=3, sequence=4, tokens=(1, 3), bytes=(12, 20), ids=(7, 8))
     assert format_piece(piece, None) == "zh: document 3, tokens 1 to 3, bytes 12 to 20\n    7 8"
     assert format_piece(piece, lambda ids: f"one\n{len(ids)}").endswith("\n    one 2")
+    assert format_piece(piece, lambda _: "a\n" * 99 + "b", width=None).endswith("    a\n" * 99 + "    b")
     assert format_piece(piece, lambda _: "a" * 20 + "b" * 20, width=25).endswith("\n    aaaaaaaaaa ... bbbbbbbbbb")
 
 

@@ -18,7 +18,7 @@ from megatron_aquila.data.manifest import (
     remove_manifest,
     write_manifest,
 )
-from megatron_aquila.data.verify import check_largest_token, hash_file, verify, without_manifest
+from megatron_aquila.data.verify import check_largest_token, hash_file, verify, verify_all, without_manifest
 from megatron_aquila.errors import DataError
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -162,6 +162,20 @@ def test_what_verify_says(tmp_path: Path) -> None:
     assert verdict.unchecked.startswith(f"no manifest: {tmp_path}/data; whether the bytes are those")
     (problem,) = verify(str(tmp_path / "nowhere")).problems
     assert problem == f"{tmp_path}/nowhere.idx: cannot be read: No such file or directory"
+
+
+def test_all_that_a_run_reads_at_once(tmp_path: Path) -> None:
+    prefixes = [str(tmp_path / name) for name in ("one", "bare", "two")]
+    sizes = [sum(map(len, write(Path(prefix)).values())) for prefix in prefixes]
+    remove_manifest(prefixes[1])
+    total, seen = sizes[0] + sizes[2], list[tuple[int, int]]()
+    line = verify_all(prefixes, lambda what, done, total: seen.append((done, total)))
+    assert line == f"hashed {total:,} bytes: 2 of 3 data sets are what their manifests say"
+    assert seen[-1] == (total, total)
+    for prefix in prefixes:
+        Path(f"{prefix}.bin").write_bytes(bytes(14))
+    with pytest.raises(DataError, match=r"one.bin: its SHA-256 is .*\n.*two.bin: its SHA-256 is"):
+        verify_all(prefixes)
 
 
 def test_every_token_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,13 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         plot_lengths({}, tmp_path / "x.png", title="")
 
 
+def test_a_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(DataError, match=r"x.png: cannot be written: Is a directory"):
+        plot_lengths({"a": [(1, 1, 2, 2)]}, tmp_path / "x.png", title="")
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.png"]
+
+
 def test_perplexity_by_position_is_drawn(tmp_path):
     curves = {
         name: [{"first": 8 * n, "last": 8 * n + 7, "perplexity": 300.0 + 50 * n * k} for n in range(2)]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,3 +80,18 @@ def test_a_run_ends_with_a_whole_batch(batch: int, start: int, samples: int, tar
     assert plan.end_of_run(0, target) == consumed
     assert plan.num_steps(target) == steps
     assert plan.end_of_run(consumed, target) == consumed
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 6), st.integers(0, 300), st.integers(0, 40))
+def test_runs_of_equal_batches_are_the_steps(start, increment, increments, samples, step):
+    plan = BatchPlan(global_batch=start + increment * increments, micro_batches=(1,), ramp=(start, increment, samples))
+    borders = [0]
+    for _ in range(500):
+        borders.append(borders[-1] + plan.global_batch_at(borders[-1]))
+    found = list(plan.batches_from(step, borders[step]))
+    assert found[0][:2] == (step, borders[step])
+    assert found[-1][2] == plan.global_batch
+    assert all(one[2] < other[2] for one, other in pairwise(found))
+    for number in range(step, 500):
+        before, first, size = [one for one in found if one[0] <= number][-1]
+        assert first + (number - before) * size == borders[number]

@@ -12,14 +12,8 @@ import torch
 from megatron_aquila.checkpoint.agree import agreed
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.optim import OptimConfig
-from megatron_aquila.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_aquila.config.saving import CheckpointConfig
+from megatron_aquila.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.observe import breadcrumbs
 from megatron_aquila.observe.report import StepReport

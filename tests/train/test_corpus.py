@@ -1,16 +1,26 @@
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_aquila.checkpoint.agree import together
+from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.data.manifest import TokenizerFacts, read_manifest, remove_manifest, write_manifest
-from megatron_aquila.errors import CheckpointError, ConfigError, DataError
-from megatron_aquila.train.corpus import document_rules, identify
+from megatron_aquila.data.progress import Report
+from megatron_aquila.errors import CheckpointError, CommunicationError, ConfigError, DataError
+from megatron_aquila.parallel.context import Group, ParallelContext
+from megatron_aquila.train import corpus
+from megatron_aquila.train.build import create_context
+from megatron_aquila.train.corpus import document_rules, hash_data, identify
 from megatron_aquila.train.traced import trace_run
-from tests.train.runs import run, tiny_config, write_corpus
+from tests.train.runs import Recorder, run, split, tiny_config, write_corpus
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused_with_the_right_size(
@@ -80,6 +90,76 @@ def test_tokens_outside_the_vocabulary_stop_the_run_with_data_set_and_sample(tmp
         remove_manifest(tmp_path / name)
     with pytest.raises(DataError, match=r"(threes|fives): token \d+ in sample \d+ is outside the vocabulary of 40"):
         run(replace(config, model=replace(config.model, vocab_size=40)))
+
+
+def test_bytes_are_hashed_before_the_first_step_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, train_samples=16)
+    config = replace(config, checkpoint=replace(config.checkpoint, save=None))
+    asked = replace(config, data=replace(config.data, verify_data=True))
+    assert len(run(asked).reports) == 2
+    assert "2 of 2 data sets are what their manifests say" in capsys.readouterr().out
+    file = tmp_path / "fives.bin"
+    file.write_bytes(bytes(file.stat().st_size))
+    recorder = Recorder()
+    with pytest.raises(CheckpointError, match=r"fives.bin: its SHA-256 is .*: bytes were changed"):
+        run(asked, recorder=recorder)
+    assert recorder.reports == []
+    assert len(run(config).reports) == 2, "sizes alone are looked at otherwise"
+
+
+def hash_on_two(config: RunConfig, seconds: float) -> tuple[str, int]:
+    """What a failure of rank 0 after ``seconds`` is on this rank, and how often the ranks spoke until then."""
+    ctx = create_context(config, derive(config, 2), torch.device("cpu"))
+    spoken = 0
+
+    def fails(prefixes: Sequence[str], report: Report) -> str:
+        time.sleep(seconds)
+        raise DataError("a byte is another")
+
+    def counted(action: Callable[[], object], group: Group) -> list[Any]:
+        nonlocal spoken
+        spoken += 1
+        return together(action, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "HASHING_SECONDS", 0.01)
+        patch.setattr(corpus, "verify_all", fails)
+        patch.setattr(corpus, "together", counted)
+        with pytest.raises(CheckpointError) as raised:
+            hash_data(config, ctx)
+    return str(raised.value), spoken
+
+
+def test_ranks_hear_of_each_other_while_one_hashes(tmp_path: Path, pool: Any) -> None:
+    one, two = pool(2).run(hash_on_two, split(tiny_config(tmp_path)), 0.3)
+    assert one == two
+    assert one[0] == "a byte is another (rank 0)"
+    assert one[1] > 2
+
+
+def test_hashing_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    def endless(prefixes: Sequence[str], report: Report) -> str:
+        deadline = time.monotonic() + 60
+        try:
+            while time.monotonic() < deadline:
+                report("", 7, 9)
+                time.sleep(0.01)
+        except DataError as error:
+            ended.append(str(error))
+        return ""
+
+    def lost(action: object, group: object) -> None:
+        raise CommunicationError("a rank is gone")
+
+    monkeypatch.setattr(corpus, "together", lost)
+    monkeypatch.setattr(corpus, "verify_all", endless)
+    with pytest.raises(CommunicationError, match="a rank is gone"):
+        hash_data(tiny_config(tmp_path), ParallelContext.single())
+    assert ended == ["given up after 7 of 9 bytes"]
 
 
 def test_a_run_without_validation_documents_trains(tmp_path: Path) -> None:

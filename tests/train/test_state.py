@@ -22,17 +22,25 @@ def test_a_step_consumes_its_samples_and_a_skipped_one_does_not_count_for_adam()
     assert state.loss_scale == LossScale(8.0)
 
 
+def test_where_the_batch_becomes_another_is_kept() -> None:
+    state = TrainState(seed=1, index_segments=(100,))
+    for samples in (2, 2, 4, 4, 4, 2):
+        state = state.moved_on(samples=samples, tokens=1)
+    assert state.batches == ((0, 0, 2), (2, 4, 4), (5, 16, 2))
+
+
 def test_json_round_trip_is_exact() -> None:
     state = TrainState(
         seed=1, index_segments=(100, 20), skipped_samples=((8, 16),), step=3, loss_scale=LossScale(0.1, 7, -1)
-    )
+    ).moved_on(samples=4, tokens=9)
     assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
-def test_a_checkpoint_older_than_the_loss_scale_still_loads() -> None:
+def test_a_checkpoint_older_than_some_fields_still_loads() -> None:
     state = TrainState(seed=1, index_segments=(100,), step=3)
     values = state.to_json()
-    del values["loss_scale"]
+    for name in ("loss_scale", "recent", "run", "parent", "parent_digest", "taken", "upcoming", "batches"):
+        del values[name]
     assert TrainState.from_json(values) == state
 
 

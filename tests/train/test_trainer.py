@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_aquila.config.schema import CheckpointConfig, RunConfig, TrainConfig
+from megatron_aquila.config.saving import CheckpointConfig
+from megatron_aquila.config.schema import RunConfig, TrainConfig
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.optim.clip import Clip
 from megatron_aquila.train import faults, stops, trainer
