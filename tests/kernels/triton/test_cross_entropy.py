@@ -5,11 +5,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_aquila.kernels.cross_entropy import (
+    cross_entropy,
     softmax_gradient_,
     softmax_gradient_triton_,
     softmax_statistics,
     softmax_statistics_triton,
 )
+from megatron_aquila.parallel.max_logit import Top
 from tests.kernels.triton.common import DEVICE, DTYPES, EPS32, draw, unit, worst
 
 Z = 0.25  # of the max-z loss
@@ -107,6 +109,19 @@ def test_rows_that_lie_apart_and_rows_of_one_column() -> None:
     assert not torch.equal(wide[::2, :42], kept[::2, :42])
 
 
+def test_rows_further_away_than_an_int32_counts() -> None:
+    """4 GiB that are asked for and hardly touched."""
+    apart = torch.empty(2**31 + 40, dtype=torch.float16, device=DEVICE).as_strided((3, 40), (2**30, 1))
+    logits = draw(3, 40, dtype=torch.float16)
+    apart.copy_(logits)
+    columns, is_mine = labels_of(logits, 37)
+    found = [softmax_statistics_triton(x, columns, is_mine, num_real=37, with_top=True) for x in (apart, logits)]
+    assert torch.equal(*found)
+    for x in (apart, logits):
+        softmax_gradient_triton_(x, columns, is_mine, found[0][0], draw(3).fill_(1), num_real=37)
+    assert torch.equal(apart, logits)
+
+
 @pytest.mark.parametrize("has_top", [False, True])
 def test_extreme_logits(has_top: bool) -> None:
     """Equal, very large and very small ones, columns that are masked by -inf; of a row of those nothing is a number."""
@@ -119,7 +134,6 @@ def test_extreme_logits(has_top: bool) -> None:
     logits[5, 4096:] = -torch.inf
     logits[6] *= 1e4
     logits[7, 4999] = 3e4
-    assert held(logits, 5000, has_top) <= 1
     for dtype in DTYPES:
         assert held(logits.to(dtype), 5000, has_top) <= 1
 
@@ -146,6 +160,35 @@ def test_a_rank_without_real_columns_adds_nothing() -> None:
     assert torch.equal(ours, softmax_statistics(logits, *label, num_real=0, with_top=True))
     softmax_gradient_triton_(logits, *label, nothing, nothing + 1, num_real=0)
     assert (logits == 0).all()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_ranks_that_split_the_columns_make_the_whole_loss(num_ranks: int) -> None:
+    """With 4 the last has nothing but padding. Every label is on one rank, and a largest logit may be on two."""
+    num_real, rows = 70, torch.arange(12, device=DEVICE)
+    logits, labels, weights = 3 * draw(12, 96), rows * 997 % num_real, draw(12)
+    logits[0, [3, 69]] = 20
+    logits[:, num_real:] = 1e3
+    leaf = logits.double().requires_grad_()
+    real = leaf[:, :num_real]
+    loss = cross_entropy(leaf, labels, vocab_size=num_real)
+    z_loss = Z * real.amax(-1).square()
+    (expected,) = torch.autograd.grad(((loss + z_loss) * weights.double()).sum(), leaf)
+
+    size = 96 // num_ranks
+    columns = [labels - rank * size for rank in range(num_ranks)]
+    counts = [min(max(num_real - rank * size, 0), size) for rank in range(num_ranks)]
+    shards = [shard.clone() for shard in logits.split(size, dim=1)]
+    mine = [(column >= 0) & (column < count) for column, count in zip(columns, counts, strict=True)]
+    ranks = [*zip(shards, [c.where(m, 0) for c, m in zip(columns, mine, strict=True)], mine, counts, strict=True)]
+    found = [softmax_statistics_triton(*of_rank, num_real=count, with_top=True) for *of_rank, count in ranks]
+    log_sums, own, *tops = torch.stack(found, dim=1)
+    log_sum, top = log_sums.logsumexp(0), Top.of_ranks(*tops)
+    torch.testing.assert_close(log_sum - own.sum(0), loss.detach().float(), rtol=1e-6, atol=1e-6)
+    of_top = (top.logit, 2 * Z * top.logit / top.count)
+    for *of_rank, count in ranks:
+        softmax_gradient_triton_(*of_rank, log_sum, weights, num_real=count, top=of_top)
+    torch.testing.assert_close(torch.cat(shards, dim=1), expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_ties_share_the_largest_logits_gradient() -> None:
