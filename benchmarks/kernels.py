@@ -15,6 +15,7 @@ from benchmarks.block_cases import BLOCK_CASES
 from benchmarks.case import Case, Cases, Kernel, Make, Size, Work
 from benchmarks.common import GpuOptions, Record, Run, find_device, in_turns, options_of, result_file, spread
 from benchmarks.liger import LIGER
+from benchmarks.loss_cases import LOSS_CASES
 from benchmarks.product_cases import PRODUCT_CASES
 from benchmarks.shapes import MODELS, TINY_MODELS, model_config
 from benchmarks.update_cases import UPDATE_CASES
@@ -23,7 +24,7 @@ from megatron_aquila.errors import ConfigError
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.self_check import Sizes
 
-CASES: Cases = MappingProxyType({**BLOCK_CASES, **PRODUCT_CASES, **UPDATE_CASES})
+CASES: Cases = MappingProxyType({**BLOCK_CASES, **LOSS_CASES, **PRODUCT_CASES, **UPDATE_CASES})
 
 
 @dataclass(frozen=True, kw_only=True)

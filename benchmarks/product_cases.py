@@ -1,54 +1,16 @@
-"""The kernels' cases of matrix products: the loss with its projection, weight gradients in float32, and fp8."""
+"""The kernels' cases of matrix products: weight gradients in float32, and fp8."""
 
 from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import Case, Cases, Make, Size, Work, draw
-from benchmarks.liger import liger_linear_cross_entropy
-from megatron_aquila.kernels.cross_entropy import cross_entropy
+from benchmarks.case import Case, Cases, Size, Work, draw
 from megatron_aquila.kernels.products import NATIVE, fp8_products
 from megatron_aquila.kernels.weight_gradient import (
     accumulate_weight_gradient_,
     accumulate_weight_gradient_reference_,
 )
-from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.parallel.placement import Placement
-from megatron_aquila.parallel.vocab_loss import linear_vocab_parallel_cross_entropy
-
-MOST_TOKENS = 2**13  # of the loss: its reference holds their logits in float64
-
-
-def _linear_cross_entropy(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
-    """The mean loss and its gradients, which ours computes in forward: both directions are one."""
-    shape = size.shape
-    tokens = min(size.seq_len * size.batch, MOST_TOKENS)
-    x = draw(device, dtype, tokens, shape.hidden_size)
-    weight = draw(device, dtype, shape.padded_vocab_size, shape.hidden_size) / shape.hidden_size**0.5
-    labels = torch.randint(shape.vocab_size, (tokens,), device=device)
-    tp = ParallelContext.single(device).tp
-    placement = Placement(tp=tp, sequence_parallel=False, dtype=dtype, device=device)
-    weights = torch.full((tokens, 1), 1 / tokens, device=device)
-
-    def own(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        loss_SB = linear_vocab_parallel_cross_entropy(
-            x.unsqueeze(1), weight, labels.unsqueeze(1), weights, placement=placement, vocab_size=shape.vocab_size
-        )
-        return (loss_SB * weights).sum()
-
-    kernels: dict[str, Make] = {"own, in chunks": lambda: own, "liger-kernel": liger_linear_cross_entropy}
-    kernels["torch's linear_cross_entropy"] = lambda: F.linear_cross_entropy  # from 2.13 on
-    return Case(
-        op="linear_cross_entropy",
-        reference=lambda x, weight, labels: cross_entropy(x @ weight.T, labels, vocab_size=shape.vocab_size).mean(),
-        inputs=(x, weight),
-        call=lambda kernel, x, weight: (kernel(x, weight, labels),),
-        both=Work(6 * tokens * shape.vocab_size * shape.hidden_size, "TFLOP/s"),
-        kernels=kernels,
-        gradients=(torch.ones((), device=device),),
-    )
 
 
 def _operands(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Work]:
@@ -106,7 +68,6 @@ def _product(name: str, operands: tuple[Tensor, Tensor], work: Work) -> Case:
 
 PRODUCT_CASES: Cases = MappingProxyType(
     {
-        "linear_cross_entropy": _linear_cross_entropy,
         "weight_gradient": _weight_gradient,
         "products, output": _output,
         "products, grad_x": _grad_x,

@@ -28,6 +28,12 @@ from megatron_aquila.kernels.attention_blocks import SCORE_BLOCKS
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, attention_preferences, why_attention_refused
 from megatron_aquila.kernels.blocks import BLOCKS_CPU, BLOCKS_EFFICIENT, BLOCKS_FLASH, BLOCKS_REFERENCE
 from megatron_aquila.kernels.compiled import compiled
+from megatron_aquila.kernels.cross_entropy import (
+    softmax_gradient_,
+    softmax_gradient_triton_,
+    softmax_statistics,
+    softmax_statistics_triton,
+)
 from megatron_aquila.kernels.ops import Kernels
 from megatron_aquila.kernels.rms_norm import (
     add_rms_norm,
@@ -83,6 +89,8 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyTy
             "blocks_efficient": BLOCKS_EFFICIENT,
             "blocks_reference": BLOCKS_REFERENCE,
         },
+        "softmax_statistics": {"own": softmax_statistics, "triton": softmax_statistics_triton},
+        "softmax_gradient": {"own": softmax_gradient_, "triton": softmax_gradient_triton_},
         "adamw": {
             "own": adamw_,
             "native": adamw_native_,
@@ -322,6 +330,8 @@ def _preferences(device: torch.device, sizes: Sizes) -> dict[str, dict[str, str]
             "rope_qkv": only,
             "swiglu": lean,
             "attention": attention,
+            "softmax_statistics": only,
+            "softmax_gradient": only,
             "adamw": {**native, **own} if device.type == "cpu" else own,
         }
     triton = {"triton": "one pass over memory, and it agrees with its reference on this device"}
@@ -332,5 +342,7 @@ def _preferences(device: torch.device, sizes: Sizes) -> dict[str, dict[str, str]
         "rope_qkv": {**triton, **only},
         "swiglu": {**triton, **lean},
         "attention": attention,
+        "softmax_statistics": {**triton, **only},
+        "softmax_gradient": {**triton, **only},
         "adamw": {**triton, "apex": "NVIDIA apex is installed", "torch_fused": "one pass over memory"},
     }

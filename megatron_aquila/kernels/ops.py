@@ -64,6 +64,34 @@ class ScoredAttention(Protocol):
         ...
 
 
+class SoftmaxStatistics(Protocol):
+    """The signature of ``softmax_statistics``."""
+
+    def __call__(
+        self, logits_RV: Tensor, columns_R: Tensor, is_mine_R: Tensor, *, num_real: int, with_top: bool = False
+    ) -> Tensor:
+        """Two or four numbers of each row, from which ranks that split the columns make a loss."""
+        ...
+
+
+class SoftmaxGradient(Protocol):
+    """The signature of ``softmax_gradient_``."""
+
+    def __call__(
+        self,
+        logits_RV: Tensor,
+        columns_R: Tensor,
+        is_mine_R: Tensor,
+        log_sum_R: Tensor,
+        weights_R: Tensor,
+        *,
+        num_real: int,
+        top: tuple[Tensor, Tensor] | tuple[()] = (),
+    ) -> None:
+        """The loss's gradient in the place of the logits."""
+        ...
+
+
 class AdamWUpdate(Protocol):
     """The signature of ``adamw_``."""
 
@@ -98,5 +126,7 @@ class Kernels:
     rope_qkv: RopeQkv
     swiglu: Callable[[Tensor], Tensor]
     attention: CausalAttention
+    softmax_statistics: SoftmaxStatistics
+    softmax_gradient: SoftmaxGradient
     adamw: AdamWUpdate
     reasons: Mapping[str, str]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_aquila.kernels.adamw import adamw_
 from megatron_aquila.kernels.attention import causal_attention_reference
+from megatron_aquila.kernels.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron_aquila.kernels.documents import Documents
 from megatron_aquila.kernels.precision import compute_dtype
 from megatron_aquila.kernels.remainder import join, split
@@ -147,6 +148,47 @@ def _attention(sizes: Sizes, draw: _Draw) -> Trial:
     return Trial(causal_attention_reference, inputs, call, roundings=8 if sizes.by_blocks else 4, sums=1024, whole=True)
 
 
+def _logits(draw: _Draw) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
+    """Logits, sharp enough for each to count, their labels, every third on another rank, and how many are no padding.
+
+    Columns of several blocks, and no multiple of one; in some rows the last that is real is the largest, or ties.
+    """
+    num_real = 8999
+    logits = 2 * draw(math.prod(draw.tokens), num_real + 9)
+    logits[::2, num_real - 1] = 10
+    logits[::4, 5] = 10
+    logits[:, num_real:] = 60
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    is_mine = rows % 3 > 0
+    return logits, ((rows * 997 % num_real).where(is_mine, 0), is_mine), num_real
+
+
+def _softmax_statistics(sizes: Sizes, draw: _Draw) -> Trial:
+    """These stay in float32 whatever the logits are in: no rounding to the type of the inputs is allowed."""
+    logits, labels, num_real = _logits(draw)
+
+    def call(kernel: Callable[..., Tensor], logits: Tensor) -> Mapping[str, Tensor]:
+        found = kernel(logits.detach(), *labels, num_real=num_real, with_top=True)
+        names = ("the logarithm of the sum", "the label's logit", "the largest logit", "the count of the largest")
+        return dict(zip(names, found, strict=True))
+
+    return Trial(softmax_statistics, {"logits": logits}, call, roundings=0, sums=64)
+
+
+def _softmax_gradient(sizes: Sizes, draw: _Draw) -> Trial:
+    logits, labels, num_real = _logits(draw)
+
+    def call(kernel: Callable[..., None], logits: Tensor, weights: Tensor) -> Mapping[str, Tensor]:
+        place, wide = logits.detach().clone(), compute_dtype(logits.dtype)
+        log_sum, _, top, count = softmax_statistics(place, *labels, num_real=num_real, with_top=True)
+        of_rows = (log_sum, weights.detach().to(wide))
+        kernel(place, *labels, *of_rows, num_real=num_real, top=(top, top / 8 / count))
+        return {"the gradient of logits": place}
+
+    inputs = {"logits": logits, "weights": 1 + draw(logits.shape[0])}
+    return Trial(softmax_gradient_, inputs, call, sums=64)
+
+
 def _adamw(sizes: Sizes, draw: _Draw) -> Trial:
     settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -197,6 +239,8 @@ TRIALS: Mapping[str, Callable[[Sizes, _Draw], Trial]] = MappingProxyType(
         "rope_qkv": _rope_qkv,
         "swiglu": _swiglu,
         "attention": _attention,
+        "softmax_statistics": _softmax_statistics,
+        "softmax_gradient": _softmax_gradient,
         "adamw": _adamw,
     }
 )

@@ -162,6 +162,8 @@ class Head(nn.Module):
             chunk_tokens=loss_chunk_tokens,
             unit_rows=shape.norm_head,
             max_z_loss=shape.max_z_loss,
+            statistics=kernels.softmax_statistics,
+            gradient=kernels.softmax_gradient,
         )
 
     def logits(self, x: Tensor) -> Tensor:

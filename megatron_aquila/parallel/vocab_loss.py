@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_aquila.kernels.cross_entropy import softmax_gradient_, softmax_statistics, top_statistics
+from megatron_aquila.kernels.cross_entropy import softmax_gradient_, softmax_statistics
+from megatron_aquila.kernels.ops import SoftmaxGradient, SoftmaxStatistics
 from megatron_aquila.kernels.precision import apply, matmul
 from megatron_aquila.kernels.products import NATIVE
 from megatron_aquila.kernels.unit_rows import UnitRowProducts, through_unit_rows_
@@ -24,7 +25,7 @@ from megatron_aquila.parallel.layers import ColumnParallelLinear
 from megatron_aquila.parallel.max_logit import Top, vocab_parallel_max
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.parallel.vocab import local_columns, num_real_columns, vocab_parallel_cross_entropy
-from megatron_aquila.plan.loss_chunks import loss_chunk_tokens, wide_rows
+from megatron_aquila.plan.loss_chunks import loss_chunk_tokens
 
 OTHER_WEIGHTS = "the loss was differentiated with other weights of its tokens than forward was told"
 
@@ -34,7 +35,8 @@ class VocabParallelOutput(ColumnParallelLinear):
 
     ``chunk_tokens``: of how many tokens logits exist at once; None as many as ``plan.loss_chunks`` says, 0 all of them,
     which are then kept from forward to backward. ``unit_rows``: every row is used at length 1. ``max_z_loss``: what a
-    token's largest logit squared is multiplied with, beside its loss.
+    token's largest logit squared is multiplied with, beside its loss. ``statistics`` and ``gradient``: the kernels that
+    make a loss of a chunk's logits.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class VocabParallelOutput(ColumnParallelLinear):
         chunk_tokens: int | None = None,
         unit_rows: bool = False,
         max_z_loss: float = 0.0,
+        statistics: SoftmaxStatistics = softmax_statistics,
+        gradient: SoftmaxGradient = softmax_gradient_,
     ) -> None:
         # Logits are what the loss is taken of: their product stays in the type of the activations.
         super().__init__(hidden_size, padded_vocab_size, placement=replace(placement, products=NATIVE))
@@ -54,6 +58,7 @@ class VocabParallelOutput(ColumnParallelLinear):
             self.placement = replace(placement, products=UnitRowProducts(self.weight))
         self.vocab_size, self.chunk_tokens = vocab_size, chunk_tokens
         self.unit_rows, self.max_z_loss = unit_rows, max_z_loss
+        self.statistics, self.gradient = statistics, gradient
 
     def forward(self, x: Tensor, labels_SB: Tensor | None = None, token_weights_SB: Tensor | None = None) -> Tensor:
         """x_StBH | x_SBH -> loss_SB in nats, equal on all tp ranks; without labels logits_SBVt.
@@ -77,6 +82,8 @@ class VocabParallelOutput(ColumnParallelLinear):
             chunk_tokens=self.chunk_tokens,
             unit_rows=self.unit_rows,
             max_z_loss=self.max_z_loss,
+            statistics=self.statistics,
+            gradient=self.gradient,
         )
 
     def _loss_of_all(self, logits_SBVt: Tensor, labels_SB: Tensor) -> Tensor:
@@ -99,6 +106,8 @@ def linear_vocab_parallel_cross_entropy(
     chunk_tokens: int | None = None,
     unit_rows: bool = False,
     max_z_loss: float = 0.0,
+    statistics: SoftmaxStatistics = softmax_statistics,
+    gradient: SoftmaxGradient = softmax_gradient_,
 ) -> Tensor:
     """``-log softmax(x @ weight.T)[label]`` of each token in nats: ``loss_SB`` in ``compute_dtype``.
 
@@ -113,7 +122,7 @@ def linear_vocab_parallel_cross_entropy(
     max-z loss of four; where something is differentiated a reduce-scatter of x's gradient, S -> St, under sequence
     parallel, else its all-reduce. Backward: local.
     """
-    vocabulary = _Vocabulary(placement.tp, vocab_size, unit_rows, max_z_loss)
+    vocabulary = _Vocabulary(placement.tp, vocab_size, unit_rows, max_z_loss, statistics, gradient)
     if token_weights_SB is None or not torch.is_grad_enabled():
         x_SBH = all_gather(x, placement.tp) if placement.sequence_parallel else x
         chunks = zip(*_in_chunks(chunk_tokens, weight, x_SBH, labels_SB), strict=True)
@@ -130,6 +139,8 @@ class _Vocabulary:
     vocab_size: int
     unit_rows: bool
     max_z_loss: float
+    statistics: SoftmaxStatistics
+    gradient: SoftmaxGradient
 
     def used(self, weight: Tensor) -> Tensor:
         """The weight as it is multiplied with."""
@@ -228,14 +239,13 @@ def _loss_and_gradients_(
     num_real = num_real_columns(used.shape[0], tp, vocabulary.vocab_size)
     columns_R, is_mine_R = local_columns(labels_R, used.shape[0], num_real, tp)
     top = found.top
-    softmax_gradient_(
+    vocabulary.gradient(
         logits_RV,
         columns_R,
         is_mine_R,
         found.log_sum_R,
         token_weights_R,
         num_real=num_real,
-        wide_rows=wide_rows(logits_RV.shape[1]),
         top=() if top is None else (top.logit, 2 * vocabulary.max_z_loss * top.logit / top.count),
     )
     grad_x_RH.copy_(matmul(logits_RV, used))
@@ -248,11 +258,7 @@ def _statistics(logits_RV: Tensor, labels_R: Tensor, vocabulary: _Vocabulary) ->
     tp, has_top = vocabulary.tp, vocabulary.max_z_loss > 0
     num_real = num_real_columns(logits_RV.shape[1], tp, vocabulary.vocab_size)
     columns_R, is_mine_R = local_columns(labels_R, logits_RV.shape[1], num_real, tp)
-    mine = softmax_statistics(
-        logits_RV, columns_R, is_mine_R, num_real=num_real, wide_rows=wide_rows(logits_RV.shape[1])
-    )
-    if has_top:
-        mine = torch.cat((mine, top_statistics(logits_RV, num_real=num_real)))
+    mine = vocabulary.statistics(logits_RV, columns_R, is_mine_R, num_real=num_real, with_top=has_top)
     log_sums, labels, *tops = all_gather(mine, tp).view(tp.size, 4 if has_top else 2, -1).unbind(1)
     top = Top.of_ranks(*tops) if has_top else None
     return _Statistics(log_sums.logsumexp(0), labels.sum(0), top)

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from megatron_aquila.kernels.cross_entropy import cross_entropy, softmax_gradient_, softmax_statistics
+from megatron_aquila.kernels.cross_entropy import (
+    WIDE_ELEMENTS,
+    cross_entropy,
+    softmax_gradient_,
+    softmax_statistics,
+)
+from megatron_aquila.plan import loss_chunks
 
 
 def test_equals_torch_and_leaves_padding_out() -> None:
@@ -18,25 +24,29 @@ def test_computes_in_float32_or_wider() -> None:
     assert cross_entropy(logits.double(), labels, vocab_size=13).dtype is torch.float64
 
 
-@pytest.mark.parametrize("wide_rows", [1, 3, 10])
-def test_statistics_and_gradient_do_not_depend_on_how_much_is_wide_at_once(wide_rows: int) -> None:
+def test_what_is_wide_at_once_is_planned() -> None:
+    assert WIDE_ELEMENTS == loss_chunks.WIDE_ELEMENTS
+
+
+@pytest.mark.parametrize("wide", [1, 3 * 16, 10 * 16])
+def test_statistics_and_gradient_do_not_depend_on_how_much_is_wide_at_once(wide: int) -> None:
     logits, labels, weights = torch.randn(7, 16, dtype=torch.float64), torch.randint(13, (7,)), torch.rand(7).double()
     logits[:, 13:] = 1e4
     is_mine = torch.ones(7, dtype=torch.bool)
     leaf = logits.clone().requires_grad_()
     loss = cross_entropy(leaf, labels, vocab_size=13)
     (expected,) = torch.autograd.grad((loss * weights).sum(), leaf)
-    log_sum, label = softmax_statistics(logits, labels, is_mine, num_real=13, wide_rows=wide_rows)
+    log_sum, label = softmax_statistics(logits, labels, is_mine, num_real=13, wide_elements=wide)
     assert torch.allclose(log_sum - label, loss, rtol=0, atol=1e-13)
-    softmax_gradient_(logits, labels, is_mine, log_sum, weights, num_real=13, wide_rows=wide_rows)
+    softmax_gradient_(logits, labels, is_mine, log_sum, weights, num_real=13, wide_elements=wide)
     assert torch.allclose(logits, expected, rtol=0, atol=1e-14)
     assert (logits[:, 13:] == 0).all()
 
 
 def test_a_rank_without_real_columns_adds_nothing() -> None:
     logits, labels, none = torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
-    log_sum, label = softmax_statistics(logits, labels, none, num_real=0, wide_rows=2)
+    log_sum, label = softmax_statistics(logits, labels, none, num_real=0)
     assert (log_sum == -torch.inf).all()
     assert (label == 0).all()
-    softmax_gradient_(logits, labels, none, log_sum, torch.ones(3), num_real=0, wide_rows=2)
+    softmax_gradient_(logits, labels, none, log_sum, torch.ones(3), num_real=0)
     assert (logits == 0).all()

@@ -1,7 +1,8 @@
-"""How often a block goes over memory beside its products and its attention, counted from a trace without data."""
+"""How often a block and the loss go over memory beside products and attention, counted from a trace without data."""
 
 import inspect
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -20,9 +21,9 @@ from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.verify.dry import META, flash_attention
 from tests.plan.shapes import AQUILA_7B
 
-triton_rms_norm, triton_rope, triton_swiglu = (
+triton_rms_norm, triton_rope, triton_swiglu, triton_cross_entropy = (
     pytest.importorskip(f"megatron_aquila.kernels.triton.{name}", reason="Triton is not installed")
-    for name in ("rms_norm", "rope", "swiglu")
+    for name in ("rms_norm", "rope", "swiglu", "cross_entropy")
 )
 
 TOKENS, HIDDEN = 2048, AQUILA_7B.hidden_size
@@ -35,6 +36,8 @@ READS = {
     (triton_rope, "_rotate"): "x cos sin",
     (triton_swiglu, "_forward"): "gate_up",
     (triton_swiglu, "_backward"): "gate_up grad",
+    (triton_cross_entropy, "_statistics"): "logits columns is_mine",
+    (triton_cross_entropy, "_gradient"): "logits columns is_mine log_sum weights",
 }
 WRITES = {
     (triton_rms_norm, "_forward"): "y inverse_rms; total",
@@ -42,6 +45,8 @@ WRITES = {
     (triton_rope, "_rotate"): "out",
     (triton_swiglu, "_forward"): "out",
     (triton_swiglu, "_backward"): "grad_gate_up",
+    (triton_cross_entropy, "_statistics"): "out",
+    (triton_cross_entropy, "_gradient"): "logits",
 }
 
 
@@ -66,6 +71,14 @@ class Passes(TorchDispatchMode):
             self.num_bytes += sum(num_bytes(leaf) for leaf in tree_iter(touched) if isinstance(leaf, Tensor))
         return out
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Ops and launches inside are counted."""
+        with self, ExitStack() as stack:
+            for module, name in READS:
+                stack.enter_context(mock.patch.object(module, name, self.launches(module, name)))
+            yield
+
     def launches(self, module: Any, name: str) -> Any:
         """In place of the Triton kernel ``module.name``: counts, and runs nothing."""
         names = list(inspect.signature(getattr(module, name).fn).parameters)
@@ -87,9 +100,8 @@ def of_a_block(kernels: Kernels) -> tuple[int, float]:
     block = Block(AQUILA_7B, placement=placement, kernels=replace(kernels, attention=flash_attention))
     x = torch.empty(TOKENS, 1, HIDDEN, dtype=torch.bfloat16, device=META, requires_grad=True)
     cos = torch.empty(TOKENS, 1, AQUILA_7B.head_dim, device=META)
-    with Passes() as passes, ExitStack() as stack:
-        for module, name in READS:
-            stack.enter_context(mock.patch.object(module, name, passes.launches(module, name)))
+    passes = Passes()
+    with passes.counting():
         block(x, cos, cos, None).backward(torch.empty_like(x))
     return passes.num_kernels, passes.num_bytes / (TOKENS * HIDDEN * 2)
 
@@ -124,3 +136,19 @@ def test_fused_passes_are_those_of_the_formula() -> None:
     ffn = AQUILA_7B.ffn_size / HIDDEN
     expected = 6 + 7 + 6 + 10 + 8 * ffn
     assert expected < of_a_block(replace(OURS, **FUSED))[1] < 1.01 * expected
+
+
+@pytest.mark.parametrize(("name", "num_kernels", "num_bytes"), [("own", 259, 56), ("triton", 2, 6)])
+def test_the_loss_goes_over_a_chunks_logits_so_often(name: str, num_kernels: int, num_bytes: float) -> None:
+    """The 7B's 4,096 tokens in bf16, beside the products: kernels, and bytes read and written of each logit.
+
+    What docs/log.md says. Of our own, logsumexp counts as one kernel that reads once, and it is several.
+    """
+    rows, columns = 4096, AQUILA_7B.padded_vocab_size
+    logits = torch.empty(rows, columns, dtype=torch.bfloat16, device=META)
+    labels = (torch.empty(rows, dtype=torch.int64, device=META), torch.empty(rows, dtype=torch.bool, device=META))
+    weights, num_real, passes = torch.empty(rows, device=META), AQUILA_7B.vocab_size, Passes()
+    with passes.counting():
+        log_sum, _ = IMPLEMENTATIONS["softmax_statistics"][name](logits, *labels, num_real=num_real)
+        IMPLEMENTATIONS["softmax_gradient"][name](logits, *labels, log_sum, weights, num_real=num_real)
+    assert (passes.num_kernels, round(passes.num_bytes / logits.numel(), 1)) == (num_kernels, num_bytes)

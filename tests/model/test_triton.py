@@ -1,4 +1,4 @@
-"""The model on our Triton kernels, interpreted on a CPU: q, k and v in place, a sum and its norm in one pass."""
+"""The model on our Triton kernels, interpreted on a CPU: q, k, v, logits in place, a sum and its norm in one pass."""
 
 import gc
 from collections import Counter
@@ -21,7 +21,7 @@ from tests.model.test_recompute import CONFIG, WIDE, gradients, kept_of_two_laye
 pytest.importorskip("triton", reason="Triton is not installed: pip install '.[kernels]'")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here, and the model is on the CPU")
 
-OPS = ("rms_norm", "add_rms_norm", "rope_qkv", "swiglu")
+OPS = ("rms_norm", "add_rms_norm", "rope_qkv", "swiglu", "softmax_statistics", "softmax_gradient")
 SMALL = replace(
     CONFIG,
     model=replace(CONFIG.model, num_layers=2, seq_len=4),
@@ -75,7 +75,8 @@ def test_every_op_of_the_model_runs_and_gives_the_gradients_of_our_own() -> None
         expected = gradients(SMALL)
         with on_triton(calls):
             found = gradients(SMALL)
-    assert calls == {"rms_norm": 2 * 3, "add_rms_norm": 2 * 2, "rope_qkv": 2 * 2, "swiglu": 2 * 2}
+    of_blocks = {"rms_norm": 2 * 3, "add_rms_norm": 2 * 2, "rope_qkv": 2 * 2, "swiglu": 2 * 2}
+    assert calls == of_blocks | {"softmax_statistics": 2, "softmax_gradient": 2}
     assert 0 < largest_error(found, expected) < BOUND, "another kernel has other roundings, and no more"
 
 

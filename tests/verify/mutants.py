@@ -1066,15 +1066,18 @@ def max_z_loss_tp_times() -> Any:
     model=BAICHUAN_7B,
 )
 def max_z_gradient_of_the_own_largest() -> Any:
-    from megatron_aquila.parallel import vocab_loss
+    right = build.choose_kernels
 
-    right = vocab_loss.softmax_gradient_
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        kernels = right(*args, **kwargs)
 
-    def wrong(logits: torch.Tensor, *args: Any, top: Any, num_real: int, **settings: Any) -> None:
-        own = logits[:, :num_real].amax(-1)
-        right(logits, *args, top=(own, top[1]), num_real=num_real, **settings)
+        def wrong(logits: torch.Tensor, *args: Any, top: Any, num_real: int) -> None:
+            own = logits[:, :num_real].amax(-1)
+            kernels.softmax_gradient(logits, *args, top=(own, top[1]), num_real=num_real)
 
-    return patched(vocab_loss, "softmax_gradient_", wrong)
+        return replace(kernels, softmax_gradient=wrong)
+
+    return patched(build, "choose_kernels", choose)
 
 
 @mutant(

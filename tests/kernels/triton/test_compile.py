@@ -14,13 +14,14 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_aquila.kernels.triton import adamw, rms_norm, rope, swiglu
+from megatron_aquila.kernels.triton import adamw, cross_entropy, rms_norm, rope, swiglu
 from megatron_aquila.kernels.triton.launch import block_of, num_warps
 
 FLOATS = {"eps", "lr", "decay", "add1", "beta2", "add2"}
 FLOAT32 = {"inverse_rms", "grad_weight_parts", "cos", "sin"}
+ROWS = dict.fromkeys(("out", "log_sum", "weights", "top", "top_grad"), "*fp32") | {"columns": "*i64", "is_mine": "*i1"}
 SCALARS = {"step": "*i64", "factor": "*fp64", "applies": "*i1"}
-NUMBERS = FLOATS | {"num_rows", "num_heads", "num_samples", "size"}
+NUMBERS = FLOATS | {"num_rows", "num_heads", "num_samples", "size", "num_columns", "num_real"}
 
 def compiled(name, kernel, warps, pointers={}, **constants):
     def kind(argument):
@@ -34,7 +35,7 @@ def compiled(name, kernel, warps, pointers={}, **constants):
     names = kernel.arg_names
     signature = {argument: kind(argument) for argument in names}
     by_16 = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(names)
-             if signature[argument] != "constexpr" and argument not in NUMBERS - {"size"}}
+             if signature[argument] != "constexpr" and argument not in NUMBERS - {"size", "num_columns"}}
     source = ASTSource(fn=kernel, signature=signature, attrs=by_16,
                        constexprs={(names.index(k),): v for k, v in constants.items()})
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -47,6 +48,9 @@ for interleaved in (False, True):
     compiled("rope", rope._rotate, 8, HALF=64, BLOCK=64, HEADS=32, BACK=interleaved, INTERLEAVED=interleaved)
 compiled("swiglu", swiglu._forward, 4, SIZE=11008, BLOCK=2048)
 compiled("swiglu_backward", swiglu._backward, 4, SIZE=11008, BLOCK=2048)
+for top in (False, True):
+    compiled("statistics", cross_entropy._statistics, 8, pointers=ROWS, TOP=top, BLOCK=cross_entropy.BLOCK)
+    compiled("gradient", cross_entropy._gradient, 8, pointers=ROWS, TOP=top, BLOCK=cross_entropy.BLOCK)
 wide = dict(param="*fp32", grad="*fp32", exp_avg="*fp32", exp_avg_sq="*fp32", other="*bf16", **SCALARS)
 narrow = dict(wide, param="*i16", exp_avg="*bf16", exp_avg_sq="*bf16", other="*i16")
 for other, pointers in (("nothing", wide), ("publish", wide), ("remainder", narrow)):
@@ -61,10 +65,12 @@ def test_memory_is_read_16_bytes_a_thread_and_ahead_of_time(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, *_ in lines] == [
-        "norm", "norm_backward", "rope", "rope", "swiglu", "swiglu_backward", *["adamw"] * 3,
+        "norm", "norm_backward", "rope", "rope", "swiglu", "swiglu_backward",
+        *["statistics", "gradient"] * 2, *["adamw"] * 3,
     ]  # fmt: skip
     for name, *instructions in lines:
-        assert {"st.global.v4.b32"} <= set(instructions), f"{name}: {instructions}"
+        # statistics store a number a row
+        assert name == "statistics" or "st.global.v4.b32" in instructions, f"{name}: {instructions}"
         ahead = any(word.startswith("cp.async.cg") for word in instructions)
         assert ahead == (name == "norm_backward"), f"{name}: {instructions}"
         assert ahead or "ld.global.v4.b32" in instructions, f"{name}: {instructions}"

@@ -3,6 +3,12 @@
 import pytest
 import torch
 
+from megatron_aquila.kernels.cross_entropy import (
+    softmax_gradient_,
+    softmax_gradient_triton_,
+    softmax_statistics,
+    softmax_statistics_triton,
+)
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.rms_norm import rms_norm_reference, rms_norm_triton
 from megatron_aquila.kernels.self_check import Sizes, why_refused
@@ -34,3 +40,20 @@ def test_more_elements_than_an_int32_counts() -> None:
     y = rms_norm_triton(x, weight, eps=1e-5, order="aquila")
     last = rms_norm_reference(x[-3:], weight, eps=1e-5, order="aquila")
     torch.testing.assert_close(y[-3:], last, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8192, 100096), (8192, 25024), (2**31 // 100096 + 5, 100096)])
+def test_the_loss_of_a_7bs_chunk(rows: int, columns: int) -> None:
+    """Of one rank, of one of four, and of more logits than an int32 counts; the last rows against the reference."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    logits = torch.randn(rows, columns, device=CUDA, dtype=torch.bfloat16)
+    labels = torch.randint(columns - 88, (rows,), device=CUDA), torch.ones(rows, dtype=torch.bool, device=CUDA)
+    last, last_labels = logits[-3:].clone(), (labels[0][-3:], labels[1][-3:])
+    found = softmax_statistics_triton(logits, *labels, num_real=columns - 88, with_top=True)
+    expected = softmax_statistics(last, *last_labels, num_real=columns - 88, with_top=True)
+    torch.testing.assert_close(found[:, -3:], expected, rtol=1e-5, atol=0)
+    weights = torch.rand(rows, device=CUDA)
+    softmax_gradient_triton_(logits, *labels, found[0], weights, num_real=columns - 88)
+    softmax_gradient_(last, *last_labels, expected[0], weights[-3:], num_real=columns - 88)
+    torch.testing.assert_close(logits[-3:], last, rtol=2**-7, atol=0)

@@ -42,6 +42,16 @@ MUTANTS = {
     "moments of the wrong sign": ("adamw", "adamw", "mean.to(exp_avg.dtype.element_ty)", "(-mean).to(exp_avg.dtype.element_ty)"),
     "what is not finite is applied": ("adamw", "adamw", "if tl.load(applies):", "if size > 0:"),
     "the tail of a flat tensor": ("adamw", "adamw", "inside = at < size", "inside = at < size // BLOCK * BLOCK"),
+    "the sum is not scaled anew": ("cross_entropy", "softmax_statistics", "total * tl.exp(largest - shift)", "total"),
+    "padding in the sum": ("cross_entropy", "softmax_statistics", "tl.where(is_real, value, float(\"-inf\"))", "value"),
+    "the last real column is left out of the sum": ("cross_entropy", "softmax_statistics", "column < num_real", "column < num_real - 1"),
+    "only the last block is counted": ("cross_entropy", "softmax_statistics", "count, 0.0) + here", "0.0, 0.0) + here"),
+    "another rank's label": ("cross_entropy", "softmax_statistics", "tl.load(columns + row), mask=mine, other=0.0)", "tl.load(columns + row))"),
+    "the first block alone has a gradient": ("cross_entropy", "softmax_gradient", "tl.range(0, num_columns, BLOCK)", "tl.range(0, BLOCK, BLOCK)"),
+    "another rank's label in the gradient": ("cross_entropy", "softmax_gradient", "tl.load(columns + row), -1)", "tl.load(columns + row), 0)"),
+    "a gradient of padding": ("cross_entropy", "softmax_gradient", "tl.where(column < num_real, grad * weight, 0.0)", "grad * weight"),
+    "softmax is not weighted": ("cross_entropy", "softmax_gradient", "grad = tl.exp(value - log) - (column == label).to(tl.float32)", "grad = tl.exp(value - log) / weight - (column == label).to(tl.float32)"),
+    "the largest has no loss of its own": ("cross_entropy", "softmax_gradient", "        if TOP:\n            grad +=", "        if TOP:\n            grad + "),
     "does not compile": ("swiglu", "swiglu", "sigmoid = tl.sigmoid(gate)", "sigmoid = tl.no_such_function(gate)"),
 }  # fmt: skip
 # ruff: noqa: E501  (the table of mutants)
@@ -66,7 +76,7 @@ def mutated(folder: Path, name: str, right: str, wrong: str) -> ModuleType:
 
 def put_in(monkeypatch: pytest.MonkeyPatch, mutant: ModuleType, name: str) -> None:
     module = importlib.import_module(f"megatron_aquila.kernels.triton.{name}")
-    for attribute in ("RmsNorm", "AddRmsNorm", "SwiGLU", "RopeQkv", "update_"):
+    for attribute in ("RmsNorm", "AddRmsNorm", "SwiGLU", "RopeQkv", "statistics", "gradient_", "update_"):
         if hasattr(module, attribute):
             monkeypatch.setattr(module, attribute, getattr(mutant, attribute))
 
