@@ -16,18 +16,22 @@ from megatron_aquila.plan.flops import peak_flops
 from megatron_aquila.train.bubble import run_bubble, run_schedule
 
 
-def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapping[str, str]) -> None:
-    """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory, and the kernels.
+def print_banner(log: Log, loaded: LoadedConfig, derived: Derived) -> None:
+    """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory.
 
-    ``kernels``: which of those that are chosen from, and why.
+    Known before anything is built, as the kernels are not.
     """
     changed = setting_rows(loaded, changed_only=True)
     log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
     order, bubble = run_schedule(loaded.config, derived), run_bubble(loaded.config, derived)
     log.section("what follows", dict(derived_rows(loaded.config, derived, order, bubble=bubble)))
-    log.section("kernels", {**kernels, **set_kernels(loaded.config), "sample indices": INDEX_BUILDER})
     if loaded.config.checkpoint.save is None:
         log.line("no --save folder is set: nothing of this run will be kept")
+
+
+def print_kernels(log: Log, config: RunConfig, chosen: Mapping[str, str]) -> None:
+    """Print which kernels run. ``chosen``: those that were tried and chosen from, and why."""
+    log.section("kernels", {**chosen, **set_kernels(config), "sample indices": INDEX_BUILDER})
 
 
 def set_kernels(config: RunConfig) -> dict[str, str]:

@@ -117,11 +117,13 @@ class Corpus:
 def identify(config: RunConfig) -> Identity:
     """What the run reads, from the headers of its data and its tokenizer's files. Local.
 
-    Raises ``ConfigError`` or ``DataError`` where the tokenizer does not fit the model or the data.
+    Raises ``ConfigError`` or ``DataError`` where a file is missing or the tokenizer does not fit the model or the data.
     """
     data = config.data
-    blends = training_blends(data)
-    prefixes = sources(*(path for _, path in blends), data.valid_path, *valid_sets(data).values())
+    blends, held_out = training_blends(data), (data.valid_path, *valid_sets(data).values())
+    prefixes = sources(*(path for _, path in blends), *held_out)
+    for prefix in sources(*held_out) if valid_samples(config) > 0 else ():
+        IndexedDataset(prefix)  # those that are trained on are opened below, to be described
     tokenizer, eod = read_fingerprint(prefixes), data.eod_token_id
     if (found := named_tokenizer(data)) is not None:
         if found.vocab_size != config.model.vocab_size:

@@ -31,7 +31,8 @@ def test_the_first_lines_say_what_differs_and_what_is_planned() -> None:
         "model.num_layers": "file a:3",
     }
     loaded = LoadedConfig(CONFIG, sources)
-    banner.print_banner(Log(stream=stream), loaded, derive(CONFIG, 8), {"attention": "sdpa: why not"})
+    banner.print_banner(Log(stream=stream), loaded, derive(CONFIG, 8))
+    banner.print_kernels(Log(stream=stream), CONFIG, {"attention": "sdpa: why not"})
     text = stream.getvalue()
     for expected in ("2  (flag --tp)", "6  (file a:3)", "8 = tp 2 x cp 1 x dp 2 x pp 2", "sdpa: why not", "bubble"):
         assert expected in text
