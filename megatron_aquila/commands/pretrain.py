@@ -55,7 +55,7 @@ def run(loaded: LoadedConfig, launch: Launch, stops: StopRequest) -> None:
     derived = derive(config, launch.world_size)
     env.prepare_environment()
     device = env.choose_device(config.train.device, launch)
-    banner.check_memory(config, derived, device, rank=launch.rank)
+    banner.check_memory(config, derived, device, launch)
     banner.check_peak(config, device)
     banner.check_graph(config, device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
