@@ -27,8 +27,8 @@ def print_banner(log: Log, loaded: LoadedConfig, derived: Derived) -> None:
     """
     changed = setting_rows(loaded, changed_only=True)
     log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
-    order, bubble = run_schedule(loaded.config, derived), run_bubble(loaded.config, derived)
-    log.section("what follows", dict(derived_rows(loaded.config, derived, order, bubble=bubble)))
+    order = run_schedule(loaded.config, derived)
+    log.section("what follows", dict(derived_rows(loaded.config, derived, order, bubble=run_bubble(derived, order))))
     if loaded.config.checkpoint.save is None:
         log.line("no --save folder is set: nothing of this run will be kept")
 
