@@ -45,6 +45,7 @@ setup(
         "torch>=2.11",
         "numpy",
         "pydantic>=2",
+        "annotated-types",
         "tyro",
         "pyyaml",
         "rich",

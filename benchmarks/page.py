@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -41,7 +42,8 @@ after: where it is above the benchmark's own threads, other work ran beside it, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the page; returns the exit status."""
-    assert not (sys.argv[1:] if argv is None else argv), "the page has no options"
+    about = "Write docs/benchmarks.md from the files in benchmarks/results; there are no options."
+    ArgumentParser(prog="python -m benchmarks.page", description=about).parse_args(argv)
     write(PAGE, page(results(RESULTS)))
     print(f"{PAGE.relative_to(ROOT)} is written")
     return 0

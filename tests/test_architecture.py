@@ -4,6 +4,7 @@ The rules are functions of source text, so that each is also shown to catch its 
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,10 +38,7 @@ MAY_IMPORT |= {"generate": BELOW | {"train"}, "commands": BELOW | ABOVE, "__main
 TOUCHES_DISTRIBUTED = {
     "parallel/context.py",
     "parallel/collectives.py",
-    "parallel/overlap.py",
     "pipeline/wire.py",
-    "optim/buckets.py",
-    "checkpoint/store.py",
     "train/env.py",
     "verify/dry.py",
     "verify/pool.py",
@@ -64,6 +62,9 @@ PICKLES = {
     "verify/pool.py": "messages between a process and its own children; never a file",
     "checkpoint/pickles.py": "the error of torch.load(weights_only=True); nothing is unpickled",
 }
+
+OPTIONAL = ("data/fast_json.py", "kernels/triton/*.py")  # doors to packages that need not be there
+DISTRIBUTIONS = {"yaml": "pyyaml", "annotated_types": "annotated-types"}  # module -> what is installed
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -92,13 +93,17 @@ def ours(names: set[str], relative: str) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith(f"{NAME}.")} - {own}
 
 
+def talks(names: set[str]) -> bool:
+    """Whether ``torch.distributed`` is among imported names."""
+    return any(name == "torch.distributed" or name.startswith("torch.distributed.") for name in names)
+
+
 def forbidden_imports(relative: str, source: str) -> list[str]:
     names = imported(ast.parse(source))
     room = relative.split("/")[0].removesuffix(".py")
     allowed = MAY_IMPORT.get(room, set()) | {"errors", "__version__"}
     wrong = [f"{relative} imports {name}" for name in sorted(ours(names, relative) - allowed)]
-    talks = any(name == "torch.distributed" or name.startswith("torch.distributed.") for name in names)
-    if talks and relative not in TOUCHES_DISTRIBUTED:
+    if talks(names) and relative not in TOUCHES_DISTRIBUTED:
         wrong.append(f"{relative} imports torch.distributed")
     return wrong
 
@@ -192,6 +197,12 @@ def test_imports_go_down_the_house(relative):
     assert not forbidden_imports(relative, SOURCES[relative])
 
 
+def test_those_that_may_talk_do():
+    assert {
+        relative for relative, source in SOURCES.items() if talks(imported(ast.parse(source)))
+    } == TOUCHES_DISTRIBUTED
+
+
 @pytest.mark.parametrize("relative", SOURCES | SCRIPTS)
 def test_forbidden_code(relative):
     assert not forbidden_code(relative, (SOURCES | SCRIPTS)[relative])
@@ -238,6 +249,24 @@ def test_pure_files_reach_no_torch():
     for relative in files(*WITHOUT_TORCH):
         reached = {name.split(".")[0] for name in closure(module_name(relative), graph)}
         assert "torch" not in reached, f"importing {relative} imports torch"
+
+
+def test_what_is_imported_from_outside_is_required():
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (required,) = (
+        ast.literal_eval(word.value)
+        for word in ast.walk(setup)
+        if isinstance(word, ast.keyword) and word.arg == "install_requires"
+    )
+    found = {
+        name.split(".")[0]: relative
+        for relative, source in SOURCES.items()
+        for name in imported(ast.parse(source), at_import_time=True)
+        if not any(Path(relative).match(door) for door in OPTIONAL)
+    }
+    outside = {name: relative for name, relative in found.items() if name not in {*sys.stdlib_module_names, NAME}}
+    named = {re.split("[<>=]", word)[0] for word in required}
+    assert {name: where for name, where in outside.items() if DISTRIBUTIONS.get(name, name) not in named} == {}
 
 
 def test_importing_the_package_imports_no_torch():

@@ -47,6 +47,14 @@ def part_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
     ]
 
 
+def part_steps(folder: Path) -> list[int]:
+    """The steps of which a rank's ``folder`` holds its part; none where it cannot be read."""
+    try:
+        return complete_steps(folder)
+    except OSError:
+        return []
+
+
 def agree_on_parts(
     folder: Path, shares: Shares, world: Group, problem: Callable[[CheckpointReader], str | None]
 ) -> tuple[Path | None, list[Refusal]]:
@@ -94,12 +102,8 @@ def _offers(
     folder: Path, shares: Shares, problem: Callable[[CheckpointReader], str | None]
 ) -> list[tuple[int, str, str | None]]:
     """Step and save of each part in the folder, and what is wrong with it."""
-    try:
-        steps = complete_steps(folder)
-    except OSError:
-        return []
     offers: list[tuple[int, str, str | None]] = []
-    for step in steps:
+    for step in part_steps(folder):
         save: Any = ""
         try:
             reader = CheckpointReader(step_folder(folder, step))

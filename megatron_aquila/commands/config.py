@@ -53,8 +53,8 @@ def _show(argv: Sequence[str]) -> int:
     derived = derive(loaded.config, world_size)
     title = "what follows" if world_size is not None else "what follows, on the fewest ranks"
     _print_rows("settings", ("setting", "value", "from"), setting_rows(loaded))
-    order, bubble = run_schedule(loaded.config, derived), run_bubble(loaded.config, derived)
-    _print_rows(title, ("", ""), derived_rows(loaded.config, derived, order, bubble=bubble))
+    order = run_schedule(loaded.config, derived)
+    _print_rows(title, ("", ""), derived_rows(loaded.config, derived, order, bubble=run_bubble(derived, order)))
     busiest, traffic = traffic_rows(loaded.config, derived, order)
     if traffic:
         title = f"communication of a step, pipeline rank {busiest}: calls, their bytes, and what leaves the rank"

@@ -56,7 +56,7 @@ def run(loaded: LoadedConfig, launch: Launch, stops: StopRequest) -> None:
     env.prepare_environment()
     backend = config.train.distributed_backend
     device = env.choose_device(config.train.device, launch, backend)
-    banner.check_memory(config, derived, device, rank=launch.rank)
+    banner.check_memory(config, derived, device, launch)
     banner.check_peak(config, device)
     banner.check_graph(config, device)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)

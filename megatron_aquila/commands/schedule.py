@@ -14,13 +14,13 @@ from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.config.cli import load_config, with_config_flag
 from megatron_aquila.config.derive import derive
 from megatron_aquila.errors import ConfigError, Problem
-from megatron_aquila.pipeline.action import Action, Op
+from megatron_aquila.pipeline.action import Op
 from megatron_aquila.pipeline.checks import check
 from megatron_aquila.pipeline.draw import LEGEND, draw, draw_to_scale, is_drawable, num_blocks, scale
 from megatron_aquila.pipeline.schedules import build_schedule, default_chunks
-from megatron_aquila.pipeline.simulate import Timeline, simulate
+from megatron_aquila.pipeline.simulate import Timeline, simulate, stage_costs
 from megatron_aquila.pipeline.svg import Panel, svg
-from megatron_aquila.plan.stages import ScheduleName, rank_flops, stage_flops
+from megatron_aquila.plan.stages import ScheduleName, of_mean, rank_flops, stage_flops
 
 NAMES: tuple[ScheduleName, ...] = ("gpipe", "1f1b", "zb-h1", "zb-v")
 USAGE = """Simulate pipeline schedules: bubble, activations held, and the picture.
@@ -207,11 +207,6 @@ def with_run(options: ScheduleOptions, settings: Sequence[str]) -> tuple[Schedul
     return replace(options, pp=grid.pp, microbatches=microbatches, schedule=name, chunks=chunks), about
 
 
-def of_mean(values: Sequence[int]) -> tuple[float, ...]:
-    """Each value as a multiple of their mean."""
-    return tuple(value * len(values) / sum(values) for value in values)
-
-
 def wrong_sizes(options: ScheduleOptions) -> list[Problem]:
     """Sizes that are missing or do not go together."""
     problems = []
@@ -276,10 +271,7 @@ def timed(case: Case) -> Timeline:
     by_stage = len(case.shares) == stages
     share = [case.shares[stage if by_stage else rank_of[stage]] for stage in range(stages)]
 
-    def cost(action: Action) -> float:
-        return case.times[action.op] * share[action.stage] / case.chunks
-
-    return simulate(schedule, cost, case.hop)
+    return simulate(schedule, stage_costs(case.times, share, chunks=case.chunks), case.hop)
 
 
 def table_row(case: Case, timeline: Timeline) -> str:

@@ -10,7 +10,7 @@ from megatron_aquila.config.settings import all_settings, spell, value_of
 from megatron_aquila.plan.flops import flops_per_token, num_params
 from megatron_aquila.plan.memory import Memory
 from megatron_aquila.plan.offload import HostMemory
-from megatron_aquila.plan.stages import idle_share
+from megatron_aquila.plan.stages import Bubble, idle_share
 from megatron_aquila.plan.work import Order
 
 GIB, MIB = 2**30, 2**20
@@ -27,11 +27,11 @@ def setting_rows(loaded: LoadedConfig, *, changed_only: bool = False) -> list[tu
     return rows
 
 
-def derived_rows(config: RunConfig, derived: Derived, order: Order, *, bubble: float) -> list[tuple[str, str]]:
+def derived_rows(config: RunConfig, derived: Derived, order: Order, *, bubble: Bubble) -> list[tuple[str, str]]:
     """``(what, words)``: layout, sizes, FLOPs, batch, stages, bubble and memory that follow from the settings.
 
-    ``bubble`` is the share of a step that ranks wait; the pipeline's simulator knows it. ``order`` of the step's work
-    is what its schedule says; the memory follows from it.
+    ``bubble`` is what the pipeline's simulator says. ``order`` of the step's work is what its schedule says; the memory
+    follows from it.
     """
     grid, shape = derived.grid, derived.shape
     tokens = config.train.train_samples * shape.seq_len
@@ -136,10 +136,11 @@ def _stages(derived: Derived) -> str:
     return "; ".join(parts)
 
 
-def _bubble(config: RunConfig, derived: Derived, bubble: float) -> str:
+def _bubble(config: RunConfig, derived: Derived, bubble: Bubble) -> str:
     stages, microbatches = derived.stages, full_microbatches(derived)
     name = config.parallel.schedule + (f" in {stages.chunks} chunks a rank" if stages.chunks > 1 else "")
-    return f"{100 * bubble:.2f} % of a step, {name} with {microbatches} microbatches on equal stages"
+    equal = f" ({100 * bubble.equal:.2f} % if all stages were equal)" if stages.num_ranks > 1 else ""
+    return f"{100 * bubble.own:.2f} % of a step{equal}, {name} with {microbatches} microbatches"
 
 
 def memory_words(memory: Memory | HostMemory) -> str:

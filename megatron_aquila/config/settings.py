@@ -1,5 +1,6 @@
 """The fields of ``RunConfig`` as one flat table: dotted name, flags, type and default of every setting."""
 
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_aquila.config.schema import Phase, RunConfig
 
@@ -176,13 +177,21 @@ def _bare(kind: Any) -> Any:
 
 
 def _describe(kind: Any) -> str:
-    """A scalar type in words, its lower bound included."""
+    """A scalar type in words, its bounds included."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    words = _WORDS[_bare(kind)]
-    for bound in typing.get_args(kind)[1:]:
-        if isinstance(bound, Ge):
-            words += f" of at least {bound.ge}"
-        elif isinstance(bound, Gt):
-            words += f" above {bound.gt}"
+    words: str = _WORDS[_bare(kind)]
+    least: Any = None
+    for bound in typing.get_args(kind)[1:]:  # the lower one comes first
+        match bound:
+            case Ge(ge=least):
+                words += f" of at least {least}"
+            case Gt(gt=most):
+                words += f" above {most}"
+            case Le(le=most):
+                words = words.replace(f"of at least {least}", f"from {least} to {most}")
+            case Lt(lt=math.inf):
+                words = f"finite {words}"
+            case Lt(lt=most):
+                words += f" and below {most}"
     return words

@@ -1,6 +1,6 @@
 """A schedule run on paper: when each action starts, how long ranks idle, what they hold. The engine without tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_aquila.pipeline.action import Action, Op, Schedule
@@ -61,6 +61,14 @@ class Timeline:
     def peak_microbatches(self, rank: int) -> float:
         """``peak_in_flight`` in microbatches of all of ``rank``'s stages together."""
         return self.peak_in_flight(rank) / len({action.stage for action in self.schedule[rank]})
+
+
+def stage_costs(times: Mapping[Op, float], shares: Sequence[float], *, chunks: int) -> Callable[[Action], float]:
+    """Costs for ``simulate``: ``times`` of all ``chunks`` of a rank together, where its stages' ``shares`` are 1.
+
+    ``shares``: how much of the times each stage takes.
+    """
+    return lambda action: times[action.op] * shares[action.stage] / chunks
 
 
 def simulate(schedule: Schedule, cost: Callable[[Action], float], hop: float = 0.0) -> Timeline:

@@ -102,6 +102,19 @@ def rank_flops(shape: ModelShape, plan: StagePlan) -> tuple[int, ...]:
     return tuple(sum(flops[stage] for stage in plan.stages_of(rank)) for rank in range(plan.num_ranks))
 
 
+def of_mean(values: Sequence[int]) -> tuple[float, ...]:
+    """Each value as a multiple of their mean."""
+    return tuple(value * len(values) / sum(values) for value in values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bubble:
+    """Share of a step, up to its barrier, that ranks wait: with the run's own stages, and if all were ``equal``."""
+
+    own: float
+    equal: float
+
+
 def idle_share(shape: ModelShape, plan: StagePlan) -> float:
     """Share of the steady state that the ranks wait for the most loaded one: ``1 - mean / max`` of their FLOPs."""
     flops = rank_flops(shape, plan)

@@ -1,33 +1,41 @@
 """The first lines of a run: what differs from the defaults, what is planned, which kernels run and why."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from megatron_aquila.config.cli import LoadedConfig
 from megatron_aquila.config.derive import Derived, memory_plan
-from megatron_aquila.config.describe import derived_rows, memory_words, setting_rows
+from megatron_aquila.config.describe import GIB, derived_rows, memory_words, setting_rows
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.data.native import INDEX_BUILDER
 from megatron_aquila.errors import AquilaError, ConfigError, Problem
 from megatron_aquila.observe.log import Log
 from megatron_aquila.plan.flops import peak_flops
 from megatron_aquila.train.bubble import run_bubble, run_schedule
+from megatron_aquila.train.env import machine_memory
+from megatron_aquila.train.launcher import Launch
 
 
-def print_banner(log: Log, loaded: LoadedConfig, derived: Derived, kernels: Mapping[str, str]) -> None:
-    """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory, and the kernels.
+def print_banner(log: Log, loaded: LoadedConfig, derived: Derived) -> None:
+    """Print the settings that differ from the defaults, grid, stages, batch, bubble and memory.
 
-    ``kernels``: which of those that are chosen from, and why.
+    Known before anything is built, as the kernels are not.
     """
     changed = setting_rows(loaded, changed_only=True)
     log.section("settings that differ from the defaults", {name: f"{value}  ({why})" for name, value, why in changed})
-    order, bubble = run_schedule(loaded.config, derived), run_bubble(loaded.config, derived)
-    log.section("what follows", dict(derived_rows(loaded.config, derived, order, bubble=bubble)))
-    log.section("kernels", {**kernels, **set_kernels(loaded.config), "sample indices": INDEX_BUILDER})
+    order = run_schedule(loaded.config, derived)
+    log.section("what follows", dict(derived_rows(loaded.config, derived, order, bubble=run_bubble(derived, order))))
     if loaded.config.checkpoint.save is None:
         log.line("no --save folder is set: nothing of this run will be kept")
+
+
+def print_kernels(log: Log, config: RunConfig, chosen: Mapping[str, str]) -> None:
+    """Print which kernels run. ``chosen``: those that were tried and chosen from, and why."""
+    log.section("kernels", {**chosen, **set_kernels(config), "sample indices": INDEX_BUILDER})
 
 
 def set_kernels(config: RunConfig) -> dict[str, str]:
@@ -46,21 +54,35 @@ def set_kernels(config: RunConfig) -> dict[str, str]:
     }
 
 
-def check_memory(config: RunConfig, derived: Derived, device: torch.device, *, rank: int) -> None:
-    """Raise ``ConfigError`` where the plan of this rank needs more than its whole device has, before it is allocated.
+def check_memory(config: RunConfig, derived: Derived, device: torch.device, launch: Launch) -> None:
+    """Raise ``ConfigError`` where the plan needs more than there is, before it is allocated.
 
-    Each rank asks for itself: stages, micro-batches and devices may differ.
+    A GPU must hold its rank's plan; a machine that computes on its CPU, those of all its processes. Each rank asks for
+    itself: stages, micro-batches and devices may differ.
     """
-    if device.type != "cuda":
+    has_gpu, first = device.type == "cuda", launch.rank - launch.local_rank
+    ranks = [launch.rank] if has_gpu else range(first, first + launch.local_world_size)
+    total = torch.cuda.get_device_properties(device).total_memory if has_gpu else machine_memory()
+    places = [derived.grid.coords(rank) for rank in ranks]
+    alike = Counter((place["pp"], derived.batches.micro_batch_of(place["dp"])) for place in places)
+    order = run_schedule(config, derived)
+
+    def needs(pp_rank: int, micro_batch: int) -> tuple[int, str]:
+        plan = memory_plan(config, derived, order, micro_batch=micro_batch)
+        memory = plan.of_rank(pp_rank)
+        beside = 0 if has_gpu else replace(plan, pinned=False).host_of_rank(pp_rank).total
+        return memory.total + beside, memory_words(memory)
+
+    found = {place: needs(*place) for place in alike}
+    needed = sum(count * found[place][0] for place, count in alike.items())
+    if needed <= total:
         return
-    total = torch.cuda.get_device_properties(device).total_memory
-    place = derived.grid.coords(rank)
-    micro_batch = derived.batches.micro_batch_of(place["dp"])
-    plan = memory_plan(config, derived, run_schedule(config, derived), micro_batch=micro_batch)
-    memory = plan.of_rank(place["pp"])
-    if memory.total > total:
-        why = f"the plan needs more than the GPU's {total / 2**30:.1f} GiB: {memory_words(memory)}"
-        raise ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config))])
+    _, fullest = max(found.values())
+    told = fullest if len(ranks) == 1 else f"{needed / GIB:.1f} GiB for {len(ranks)} processes, the fullest {fullest}"
+    why = f"the plan needs more than {'the GPU' if has_gpu else 'this machine'}'s {total / GIB:.1f} GiB: {told}"
+    error = ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config, has_gpu=has_gpu))])
+    error.is_shared = len(ranks) == launch.world_size
+    raise error
 
 
 def check_graph(config: RunConfig, device: torch.device) -> None:
@@ -97,8 +119,8 @@ def explain_out_of_memory(config: RunConfig, derived: Derived) -> Iterator[None]
         ) from error
 
 
-def ways_to_save(config: RunConfig) -> str:
-    """Which settings lower the memory of a rank, nearest first."""
+def ways_to_save(config: RunConfig, *, has_gpu: bool = True) -> str:
+    """Which settings lower the memory of a rank, nearest first. Without a GPU nothing can leave its memory."""
     ways = []
     if config.train.micro_batch_per_dp:
         ways.append("lower this replica's number in --micro-batch-per-dp")
@@ -111,9 +133,9 @@ def ways_to_save(config: RunConfig) -> str:
     elif config.train.recompute == "selective":
         ways.append("use --recompute full")
     ways += narrower_states(config)
-    if config.train.offload_activations == 0:
+    if has_gpu and config.train.offload_activations == 0:
         ways.append("use --offload-activations")
-    if config.optim.offload_optimizer < 1:
+    if has_gpu and config.optim.offload_optimizer < 1:
         ways.append("use --offload-optimizer 1")
     if config.parallel.zero < 3:
         ways.append(f"raise --zero (now {config.parallel.zero}) where there are several replicas")

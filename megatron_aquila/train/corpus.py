@@ -121,11 +121,13 @@ class Corpus:
 def identify(config: RunConfig) -> Identity:
     """What the run reads, from the headers of its data and its tokenizer's files. Local.
 
-    Raises ``ConfigError`` or ``DataError`` where the tokenizer does not fit the model or the data.
+    Raises ``ConfigError`` or ``DataError`` where a file is missing or the tokenizer does not fit the model or the data.
     """
     data = config.data
-    blends = training_blends(data)
-    prefixes = sources_read(data)
+    blends, prefixes = training_blends(data), sources_read(data)
+    held_out = (data.valid_path, *valid_sets(data).values()) if valid_samples(config) > 0 else ()
+    for prefix in sources(*held_out):
+        IndexedDataset(prefix)  # those that are trained on are opened below, to be described
     tokenizer, eod = read_fingerprint(prefixes), data.eod_token_id
     if (found := named_tokenizer(data)) is not None:
         if found.vocab_size != config.model.vocab_size:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -91,3 +92,27 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes that the processes of this machine may hold together: all its memory, or what its container is given.
+
+    ``root`` is that of the file system, in which Linux tells of containers.
+    """
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_container_limits(root)])
+
+
+def _container_limits(root: Path) -> Iterator[int]:
+    """The limits of the control groups that this process is in, from its own to the outermost that can be seen."""
+    told = root / "proc/self/cgroup"
+    for line in told.read_text().splitlines() if told.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / "sys/fs/cgroup" / controllers  # the older kind has a tree for each controller
+        group = base / path.lstrip("/")
+        for folder in (group, *(above for above in group.parents if above.is_relative_to(base))):
+            file = folder / ("memory.limit_in_bytes" if controllers else "memory.max")
+            limit = file.read_text().strip() if file.is_file() else ""
+            if limit.isdecimal():  # "max" is none
+                yield int(limit)

@@ -13,7 +13,7 @@ from megatron_aquila.checkpoint.agree import agreed, together
 from megatron_aquila.checkpoint.choose import candidates
 from megatron_aquila.checkpoint.folders import MANIFEST, holds_run
 from megatron_aquila.checkpoint.manifest import Manifest
-from megatron_aquila.checkpoint.parts import ALONE, PART, Refusal, agree_on_parts, part_chunks, remove_parts
+from megatron_aquila.checkpoint.parts import ALONE, PART, Refusal, agree_on_parts, part_chunks, part_steps, remove_parts
 from megatron_aquila.checkpoint.shares import Shares
 from megatron_aquila.checkpoint.staging import Staging
 from megatron_aquila.checkpoint.store import CheckpointReader, Save
@@ -22,6 +22,7 @@ from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import CheckpointError
 from megatron_aquila.observe.ledger import LEDGER_NAME, Event, read_ledger
 from megatron_aquila.parallel.collectives import all_reduce_, gather_objects
+from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Identity
 from megatron_aquila.train.report import ledger_folder
@@ -161,17 +162,23 @@ def rank_folder(settings: CheckpointConfig, rank: int) -> Path:
     return Path(root) / f"{save.name}-{crc32(str(save).encode()):08x}" / f"rank_{rank:05d}"
 
 
+def any_parts(settings: CheckpointConfig, ctx: ParallelContext) -> bool:
+    """Whether a rank has parts of ephemeral checkpoints that the run may go on from, whole or not. Collective.
+
+    Not where the run does not go on from its own folder. Raises ``CheckpointError`` on every rank as ``rank_folder``.
+    """
+    if settings.ephemeral_save_dir is None or not settings.resumes_own or not settings.load_optim:
+        return False
+    return any(together(lambda: bool(part_steps(rank_folder(settings, ctx.rank))), ctx.host_world))
+
+
 def find_parts(machine: Machine, warn: Callable[[str], None]) -> Path | None:
     """This rank's part of the newest ephemeral checkpoint that follows the run's last durable one. Collective.
 
-    None where there is none, or one is refused, of which ``warn`` is told; and where the run does not go on from its
-    own folder. Raises ``CheckpointError`` on every rank as ``rank_folder``.
+    None where there is none, or one is refused, of which ``warn`` is told. To be asked where there are ``any_parts``.
     """
     config, ctx = machine.config, machine.ctx
-    settings = config.checkpoint
-    if settings.ephemeral_save_dir is None or not settings.resumes_own or not settings.load_optim:
-        return None
-    folder = agreed(lambda: rank_folder(settings, ctx.rank), ctx.host_world)
+    folder = rank_folder(config.checkpoint, ctx.rank)
     (last, *_) = together(lambda: _last_durable(config) if ctx.rank == 0 else None, ctx.host_world)
     shares = Shares.agree(part_chunks(owned_chunks(machine)), ALONE)
     found, refused = agree_on_parts(folder, shares, ctx.host_world, lambda reader: _problem(reader, last, config))

@@ -178,6 +178,16 @@ def emptied_weights(machine: Machine) -> list[tuple[FlatRange, Tensor]]:
     return kept
 
 
+def check_published(config: RunConfig, shape: ModelShape, start: Start) -> None:
+    """Raise ``CheckpointError`` where the run starts from a Hugging Face folder that is not there or of another model.
+
+    Reads its headers. Local.
+    """
+    folder = config.checkpoint.init_from_hf
+    if folder is not None and start.checkpoint is None:
+        open_published(folder, shape, same_positions=not config.checkpoint.override_rope)
+
+
 def open_published(folder: Path, shape: ModelShape, *, same_positions: bool = True) -> TensorReader:
     """A Hugging Face folder of a model of ``shape``. Raises ``CheckpointError`` naming every size that differs."""
     reader = open_weights(folder, position_embedding=shape.position_embedding)

@@ -1,6 +1,6 @@
 """A run from its settings to its last checkpoint: what is found, built, loaded, in this order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,15 @@ from megatron_aquila.data.verify import without_manifest
 from megatron_aquila.observe.breadcrumbs import Recorder
 from megatron_aquila.observe.log import Log
 from megatron_aquila.parallel.context import ParallelContext
-from megatron_aquila.train.banner import print_banner
+from megatron_aquila.train.banner import print_banner, print_kernels
 from megatron_aquila.train.build import Machine, build_machine, create_context
 from megatron_aquila.train.corpus import Corpus, build_corpus, identify
-from megatron_aquila.train.ephemeral import find_parts
+from megatron_aquila.train.ephemeral import any_parts, find_parts
 from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.presence import presence
 from megatron_aquila.train.record import named, start_event, unrecorded, without_rewound
 from megatron_aquila.train.report import open_reporter
-from megatron_aquila.train.resume import load_weights
+from megatron_aquila.train.resume import check_published, load_weights
 from megatron_aquila.train.start import Start, checkpoint_name, find_start, resolve_checkpoint
 from megatron_aquila.train.state import TrainState
 from megatron_aquila.train.stops import StopRequest
@@ -51,30 +51,33 @@ class Prepared:
         return self.start.checkpoint if self.start.with_optimizer else None
 
 
-def prepare(
-    config: RunConfig,
-    derived: Derived,
-    ctx: ParallelContext,
-    launch: Launch,
-    log: Log,
-    *,
-    announce: Callable[[Machine], None] = lambda machine: None,
-) -> Prepared:
+def prepare(config: RunConfig, derived: Derived, ctx: ParallelContext, launch: Launch, log: Log) -> Prepared:
     """Find where the run starts, build it, open its data and load it. Collective.
 
-    What fails on one rank fails on all, with one text. ``announce`` is called before anything takes long.
+    What is cheap to find wrong, a file that is not there or is of another model, is found before anything is built.
+    What fails on one rank fails on all, with one text.
     """
     bad: list[tuple[str, str]] = []
-    machine = build_machine(config, derived, ctx)
-    announce(machine)
-    part = find_parts(machine, log.line)
-    checkpoint = part
-    if part is None:
+
+    def durable() -> Start:
         checkpoint = resolve_checkpoint(
             config.checkpoint, ctx.world, log.line, lambda folder, reason: bad.append((checkpoint_name(folder), reason))
         )
+        start = begin(checkpoint)
+        agreed(lambda: check_published(config, derived.shape, start) if ctx.rank == 0 else None, ctx.world)
+        return start
+
+    def begin(checkpoint: Path | None, *, is_part: bool = False) -> Start:
+        return agreed(lambda: find_start(config, derived, checkpoint, identity, is_part=is_part), ctx.world)
+
     identity = agreed(lambda: identify(config) if ctx.rank == 0 else None, ctx.world)
-    start = agreed(lambda: find_start(config, derived, checkpoint, identity, is_part=part is not None), ctx.world)
+    # What a rank owns, and so whether a part on its disk is whole, is known once the machine is built.
+    start = None if any_parts(config.checkpoint, ctx) else durable()
+    machine = build_machine(config, derived, ctx)
+    print_kernels(log, config, machine.kernels.reasons)
+    if start is None:
+        part = find_parts(machine, log.line)
+        start = durable() if part is None else begin(part, is_part=True)
     start = without_rewound(start, config, ctx)
     segments = start.state.index_segments
     corpus = build_corpus(config, derived, ctx, launch, segments=segments, identity=identity)
@@ -112,11 +115,8 @@ def train_in_folder(
 ) -> TrainState:
     """Train to the end of the run. Collective. What fails on one rank before training fails on all, with one text."""
     config = loaded.config
-
-    def announce(machine: Machine) -> None:
-        print_banner(log, loaded, derived, machine.kernels.reasons)
-
-    run = prepare(config, derived, ctx, launch, log, announce=announce)
+    print_banner(log, loaded, derived)
+    run = prepare(config, derived, ctx, launch, log)
     state = named(run.start.state, config, ctx)
     try:
         with open_reporter(run.machine, log) as reporter:

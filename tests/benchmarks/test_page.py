@@ -113,3 +113,13 @@ def test_the_command_writes_the_page(monkeypatch, tmp_path, capsys):
     assert main([]) == 0
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
     assert "page.md is written" in capsys.readouterr().out
+
+
+def test_the_command_has_help_and_no_options(capsys):
+    for words, status in ((["--help"], 0), (["docs/benchmarks.md"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == status
+    told = capsys.readouterr()
+    assert "Write docs/benchmarks.md" in told.out
+    assert "unrecognized arguments" in told.err

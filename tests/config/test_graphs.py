@@ -8,6 +8,7 @@ from megatron_aquila.config.derive import derive
 from megatron_aquila.config.describe import derived_rows
 from megatron_aquila.config.schema import RunConfig
 from megatron_aquila.errors import ConfigError
+from megatron_aquila.plan.stages import Bubble
 from megatron_aquila.train.bubble import run_schedule
 from tests.config.test_check import problems, run
 
@@ -77,7 +78,7 @@ def test_megatrons_spellings() -> None:
 def test_the_first_lines_of_a_run_say_so() -> None:
     def rows(config: RunConfig) -> dict[str, str]:
         derived = derive(config, 1)
-        return dict(derived_rows(config, derived, run_schedule(config, derived), bubble=0.0))
+        return dict(derived_rows(config, derived, run_schedule(config, derived), bubble=Bubble(own=0.0, equal=0.0)))
 
     assert rows(run(cuda_graph=True))["launches"].startswith(
         "forward, backward and reduction of a step as one CUDA graph"

@@ -28,7 +28,10 @@ def test_defaults_are_those_of_the_schema():
     [
         ("parallel.tensor", "a whole number of at least 1"),
         ("parallel.data", "a whole number of at least 1"),
-        ("optim.lr", "a number above 0"),
+        ("parallel.zero", "a whole number from 1 to 3"),
+        ("optim.lr", "a finite number above 0"),
+        ("optim.beta1", "a number of at least 0 and below 1"),
+        ("optim.offload_optimizer", "a number from 0 to 1"),
         ("optim.lr_decay", "one of cosine, linear, constant, wsd"),
         ("parallel.stage_layers", "a list, each a whole number of at least 0"),
         ("train.rampup_batch", "3 values, each a whole number of at least 1"),

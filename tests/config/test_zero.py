@@ -10,6 +10,7 @@ from megatron_aquila.config.describe import derived_rows, traffic_rows
 from megatron_aquila.config.elastic import worlds
 from megatron_aquila.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.plan.stages import Bubble
 from megatron_aquila.train.banner import ways_to_save
 from megatron_aquila.train.bubble import run_schedule
 
@@ -76,7 +77,7 @@ def test_an_elastic_run_keeps_whole_groups() -> None:
 def test_groups_are_told() -> None:
     derived = derive(CONFIG, 16)
     order = run_schedule(CONFIG, derived)
-    rows = dict(derived_rows(CONFIG, derived, order, bubble=0.0))
+    rows = dict(derived_rows(CONFIG, derived, order, bubble=Bubble(own=0.0, equal=0.0)))
     assert "dp 8 x pp 1, ZeRO-3 in 2 groups of 4" in rows["ranks"]
     told = {row[0]: row[1:3] for row in traffic_rows(CONFIG, derived, order)[1]}
     assert told["gradients"] == ("reduce-scatter", "shards 4")

@@ -9,9 +9,9 @@ import pytest
 from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive, memory_plan
 from megatron_aquila.errors import ConfigError
+from megatron_aquila.pipeline.schedules import build_schedule
 from megatron_aquila.plan.flops import flops_per_token, num_params
-from megatron_aquila.train.bubble import run_schedule
-from tests.pipeline.closed_forms import bubble_share, bubble_time
+from megatron_aquila.train.bubble import run_bubble, run_schedule
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAYOUTS = {
@@ -43,21 +43,21 @@ def test_each_layout_of_the_table_is_as_planned(recipe, layout):
     page = (EXAMPLES / recipe / "README.md").read_text()
     name = f"| {grid.world_size} | tp {grid.tp} x pp {grid.pp} x dp {grid.dp}"
     (row,) = [line for line in page.splitlines() if line.startswith(name)]
-    memory = memory_plan(config, derived, run_schedule(config, derived)).peak().total
+    order = run_schedule(config, derived)
+    memory = memory_plan(config, derived, order).peak().total
     assert f"| {memory / 2**30:.1f} GiB |" in row
     assert f"| {' '.join(str(len(layers)) for layers in derived.stages.layers)} |" in row
-    microbatches = derived.batch_at(config.train.train_samples)[1]
-    idle = bubble_time("1f1b", num_ranks=grid.pp, forward=1, backward=1, weight=1)
-    share = bubble_share(idle, num_microbatches=microbatches, stage=3)
-    assert ("none |" if grid.pp == 1 else f"{100 * share:.2f} % |") in row
+    bubble = run_bubble(derived, order)
+    assert ("none |" if grid.pp == 1 else f"| {100 * bubble.own:.2f} % | {100 * bubble.equal:.2f} % |") in row
 
 
 def test_the_first_steps_of_the_34b_have_one_microbatch():
-    _, derived = resolve("aquila2_34b", 512, [])
+    config, derived = resolve("aquila2_34b", 512, [])
     assert derived.batch_at(0) == (32, 1)
-    idle = bubble_time("1f1b", num_ranks=4, forward=1, backward=1, weight=1)
-    page = (EXAMPLES / "aquila2_34b" / "README.md").read_text()
-    assert f"{100 * bubble_share(idle, num_microbatches=1, stage=3):.2f} %" in page
+    bubble = run_bubble(derived, build_schedule(config.parallel.schedule, 4, 1, 1))
+    page = " ".join((EXAMPLES / "aquila2_34b" / "README.md").read_text().split())
+    assert bubble.own == pytest.approx(bubble.equal)
+    assert f"a bubble of {100 * bubble.own:.2f} %, whatever the stages" in page
 
 
 @pytest.mark.parametrize("recipe", LAYOUTS)

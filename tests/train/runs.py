@@ -118,7 +118,7 @@ def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None
     trail = breadcrumbs.Recorder(rank=launch.rank, world=launch.world_size)
     ctx = build.create_context(config, derived, torch.device(config.train.device), trail)
     machine = build.build_machine(config, derived, ctx)
-    part = ephemeral.find_parts(machine, recorder.note)
+    part = ephemeral.find_parts(machine, recorder.note) if ephemeral.any_parts(config.checkpoint, ctx) else None
     checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world) if part is None else part
     identity = corpus.identify(config) if ctx.rank == 0 else None
     is_part = part is not None

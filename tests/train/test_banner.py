@@ -16,6 +16,7 @@ from megatron_aquila.observe.log import Log
 from megatron_aquila.plan.recompute import Kind
 from megatron_aquila.train import banner
 from megatron_aquila.train.bubble import run_schedule
+from megatron_aquila.train.launcher import Launch
 
 CONFIG = RunConfig(
     model=ModelConfig(num_layers=6, hidden_size=64, num_heads=4),
@@ -31,7 +32,8 @@ def test_the_first_lines_say_what_differs_and_what_is_planned() -> None:
         "model.num_layers": "file a:3",
     }
     loaded = LoadedConfig(CONFIG, sources)
-    banner.print_banner(Log(stream=stream), loaded, derive(CONFIG, 8), {"attention": "sdpa: why not"})
+    banner.print_banner(Log(stream=stream), loaded, derive(CONFIG, 8))
+    banner.print_kernels(Log(stream=stream), CONFIG, {"attention": "sdpa: why not"})
     text = stream.getvalue()
     for expected in ("2  (flag --tp)", "6  (file a:3)", "8 = tp 2 x cp 1 x dp 2 x pp 2", "sdpa: why not", "bubble"):
         assert expected in text
@@ -55,8 +57,37 @@ def test_kernels_that_are_set_and_not_chosen_are_told_of() -> None:
     assert "autograd" in apart["weight_gradient"]
 
 
-def test_memory_is_only_checked_on_a_gpu() -> None:
-    banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cpu"), rank=0)
+def test_a_machine_must_hold_the_plans_of_all_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    derived = derive(CONFIG, 8)
+    plan = memory_plan(CONFIG, derived, run_schedule(CONFIG, derived))
+    needs = [plan.of_rank(derived.grid.coords(rank)["pp"]).total for rank in range(8)]
+    assert len(set(needs)) == 2
+    cpu = torch.device("cpu")
+    for first, count in ((0, 8), (0, 4), (4, 4)):  # all on one machine, or on two
+        total = sum(needs[first : first + count])
+        launch = Launch(rank=first + 1, local_rank=1, world_size=8, local_world_size=count)
+        monkeypatch.setattr(banner, "machine_memory", lambda total=total: total)
+        banner.check_memory(CONFIG, derived, cpu, launch)
+        monkeypatch.setattr(banner, "machine_memory", lambda total=total: total - 1)
+        told = rf"more than this machine's .* GiB for {count} processes, the fullest .*: weights .*; turn on --sp"
+        with pytest.raises(ConfigError, match=told) as refused:
+            banner.check_memory(CONFIG, derived, cpu, launch)
+        assert refused.value.is_shared == (count == 8), "one machine's trouble is not every rank's"
+        assert "offload" not in str(refused.value)
+
+
+def test_what_leaves_a_cpu_stays_in_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, parallel=ParallelConfig(), train=TrainConfig(global_batch=8, offload_activations=6))
+    config = replace(config, optim=replace(config.optim, offload_optimizer=1.0))
+    derived = derive(config, 1)
+    plan = replace(memory_plan(config, derived, run_schedule(config, derived)), pinned=False)
+    assert plan.host_of_rank(0).total > 0
+    total = plan.of_rank(0).total + plan.host_of_rank(0).total
+    monkeypatch.setattr(banner, "machine_memory", lambda: total)
+    banner.check_memory(config, derived, torch.device("cpu"), Launch())
+    monkeypatch.setattr(banner, "machine_memory", lambda: total - 1)
+    with pytest.raises(ConfigError, match="the plan needs more than this machine's"):
+        banner.check_memory(config, derived, torch.device("cpu"), Launch())
 
 
 def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +100,7 @@ def test_a_plan_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypa
     shared = r"raise --zero \(now 1\) where there are several replicas, raise --tp \(now 2\)"
     told = rf"turn on --sp, turn on --recompute selective, or full, {narrower}, {host}, {shared}"
     with pytest.raises(ConfigError, match=told):
-        banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0), rank=0)
+        banner.check_memory(CONFIG, derive(CONFIG, 8), torch.device("cuda", 0), Launch())
 
 
 def test_each_rank_s_own_stages_and_micro_batch_must_fit_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,10 +116,10 @@ def test_each_rank_s_own_stages_and_micro_batch_must_fit_its_own_device(monkeypa
     assert len(set(needs.values())) == 4, "a stage and a micro-batch each"
     for rank, need in needs.items():
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, need=need: Mock(total_memory=need))
-        banner.check_memory(config, derived, torch.device("cuda", 0), rank=rank)
+        banner.check_memory(config, derived, torch.device("cuda", 0), Launch(rank=rank, world_size=8))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, need=need: Mock(total_memory=need - 1))
         with pytest.raises(ConfigError, match="lower this replica's number in --micro-batch-per-dp, turn on --sp"):
-            banner.check_memory(config, derived, torch.device("cuda", 0), rank=rank)
+            banner.check_memory(config, derived, torch.device("cuda", 0), Launch(rank=rank, world_size=8))
 
 
 @pytest.mark.parametrize(

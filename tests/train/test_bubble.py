@@ -1,10 +1,14 @@
-"""The bubble that a run prints is that of its own schedule, at its own number of microbatches."""
+"""The bubble that a run prints is that of its own schedule and stages, at its own number of microbatches."""
+
+import re
 
 import pytest
 
+from megatron_aquila.commands import schedule
+from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.derive import derive
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_aquila.train.bubble import run_bubble
+from megatron_aquila.train.bubble import run_bubble, run_schedule
 
 
 @pytest.mark.parametrize(
@@ -24,4 +28,19 @@ def test_it_is_the_simulators(schedule, chunks, microbatches, percent):
         parallel=ParallelConfig(pipeline=4, schedule=schedule, chunks=chunks),
         train=TrainConfig(global_batch=microbatches),
     )
-    assert 100 * run_bubble(config, derive(config, 4)) == pytest.approx(percent, abs=0.005)
+    assert 100 * bubble_of(config, 4).equal == pytest.approx(percent, abs=0.005)
+
+
+def bubble_of(config, world_size):
+    derived = derive(config, world_size)
+    return run_bubble(derived, run_schedule(config, derived))
+
+
+@pytest.mark.parametrize("flags", [[], ["--chunks", "2"], ["--schedule", "zb-v"]])
+def test_that_of_the_run_s_own_stages_is_what_the_schedule_s_command_says(flags, capsys):
+    words = ["--preset", "aquila2-34b", *flags]
+    assert schedule.main([*words, "--world-size", "512"]) == 0
+    (row,) = re.findall(r"^\S+ +\d+ +\S+ +(\d+\.\d\d) % ", capsys.readouterr().out, re.MULTILINE)
+    bubble = bubble_of(load_config(words, world_size=512).config, 512)
+    assert f"{100 * bubble.own:.2f}" == row
+    assert bubble.own > bubble.equal, "the head weighs something"

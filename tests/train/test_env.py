@@ -1,4 +1,6 @@
+import os
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -72,3 +74,22 @@ def test_memory_is_that_of_this_process() -> None:
 def test_an_error_of_one_rank_is_not_taken_for_one_of_all() -> None:
     """Only what every rank raises may be printed by one alone."""
     assert not AquilaError("one GPU too few").is_shared
+
+
+def test_a_container_s_limit_is_the_machine_s_memory(tmp_path: Path) -> None:
+    whole = env.machine_memory(tmp_path)
+    assert whole == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    told, groups = tmp_path / "proc/self/cgroup", tmp_path / "sys/fs/cgroup"
+    told.parent.mkdir(parents=True)
+    (groups / "slice/job").mkdir(parents=True)
+    (groups / "memory/docker").mkdir(parents=True)
+    told.write_text("0::/slice/job\n")
+    (groups / "slice/job/memory.max").write_text("max\n")
+    assert env.machine_memory(tmp_path) == whole
+    (groups / "slice/memory.max").write_text("4096\n")
+    assert env.machine_memory(tmp_path) == 4096
+    told.write_text("9:cpu:/elsewhere\n4:memory:/docker/of_another_namespace\n")
+    (groups / "memory/memory.limit_in_bytes").write_text("8192\n")
+    assert env.machine_memory(tmp_path) == 8192
+    (groups / "memory/memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert env.machine_memory(tmp_path) == whole

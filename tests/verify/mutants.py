@@ -5,8 +5,8 @@
 
 import itertools
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -1220,6 +1220,14 @@ def mutants_table() -> str:
     return markdown(("bug", "layout", "caught by the row", "first wrong tensor"), rows)
 
 
-if __name__ == "__main__":
-    page = Path(sys.argv[1])
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the table into a page."""
+    about = "Write the table of bugs, and which checks must find each, where the page keeps its place."
+    parser = ArgumentParser(prog="python -m tests.verify.mutants", description=about)
+    parser.add_argument("page", type=Path, metavar="PAGE", help="docs/parity.md")
+    page = parser.parse_args(argv).page
     write(page, put(page.read_text(encoding="utf-8"), "mutants", mutants_table()))
+
+
+if __name__ == "__main__":
+    main()

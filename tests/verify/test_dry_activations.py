@@ -10,6 +10,7 @@ from megatron_aquila.config.derive import derive, full_microbatches, memory_plan
 from megatron_aquila.config.describe import derived_rows, traffic_rows
 from megatron_aquila.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_aquila.model.offload import HostActivations
+from megatron_aquila.plan.stages import Bubble
 from megatron_aquila.train.bubble import run_schedule
 from megatron_aquila.train.build import Machine
 from megatron_aquila.verify.dry import StorageTracker, dry_batch, dry_machine, dry_step, fake_world
@@ -98,7 +99,7 @@ def test_bytes_on_both_sides_and_between_them_are_what_the_plan_says(case: str) 
 def test_the_plan_tells_of_the_host() -> None:
     config = run_config(2)
     derived = derive(config, 1)
-    rows = dict(derived_rows(config, derived, run_schedule(config, derived), bubble=0.0))
+    rows = dict(derived_rows(config, derived, run_schedule(config, derived), bubble=Bubble(own=0.0, equal=0.0)))
     assert "activations" in rows["host memory, pp rank 0"]
     found = traffic_rows(config, derived, run_schedule(config, derived))[1]
     assert [row[:3] for row in found if row[2] == "host 1"] == [
@@ -106,5 +107,5 @@ def test_the_plan_tells_of_the_host() -> None:
         ("activations", "from host", "host 1"),
     ]
     plain, order = run_config(0), run_schedule(config, derived)
-    assert not any("host" in name for name, _ in derived_rows(plain, derived, order, bubble=0.0))
+    assert not any("host" in name for name, _ in derived_rows(plain, derived, order, bubble=Bubble(own=0.0, equal=0.0)))
     assert memory_plan(plain, derived, order).host_of_rank(0).total == 0

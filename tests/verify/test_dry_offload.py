@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_aquila.config.derive import derive, memory_plan, traffic_plan
 from megatron_aquila.config.describe import derived_rows, traffic_rows
 from megatron_aquila.config.schema import RunConfig
+from megatron_aquila.plan.stages import Bubble
 from megatron_aquila.train.bubble import run_schedule
 from megatron_aquila.verify.dry import StorageTracker, dry_machine, fake_world
 from tests.verify.test_dry import COUNT, recipe
@@ -96,12 +97,12 @@ def test_the_plan_tells_of_the_host() -> None:
     config = offloaded(1.0)
     derived = derive(config, WORLD)
     order = run_schedule(config, derived)
-    rows = dict(derived_rows(config, derived, order, bubble=0.0))
+    rows = dict(derived_rows(config, derived, order, bubble=Bubble(own=0.0, equal=0.0)))
     assert "master weights" not in rows["memory, pp rank 0"]
     assert "optimizer states" not in rows["memory, pp rank 0"]
     assert "optimizer states" in rows["host memory, pp rank 0"]
     kinds = [row[1] for row in traffic_rows(config, derived, order)[1] if row[2] == "host 1"]
     assert kinds == ["to host", "from host"]
     plain = offloaded(0.0)
-    assert not any("host" in name for name, _ in derived_rows(plain, derived, order, bubble=0.0))
+    assert not any("host" in name for name, _ in derived_rows(plain, derived, order, bubble=Bubble(own=0.0, equal=0.0)))
     assert memory_plan(plain, derived, order).host_of_rank(0).total == 0

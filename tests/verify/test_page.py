@@ -11,6 +11,7 @@ from megatron_aquila.verify.compare import BOUND, Difference, Row, failed
 from megatron_aquila.verify.layout import Layout
 from megatron_aquila.verify.matrix import MatrixCase, MatrixRow, matrix_cases, twin_of
 from megatron_aquila.verify.page import HEADER, as_json, case_cells, markdown, matrix_table, put, write
+from tests.verify import mutants
 from tests.verify.mutants import mutants_table
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +95,13 @@ def test_what_a_program_reads_is_strict_json() -> None:
 
 def test_markdown() -> None:
     assert markdown(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_table_of_bugs_is_put_in_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.replace(mutants_table(), "old"), encoding="utf-8")
+    mutants.main([str(page)])
+    assert page.read_text(encoding="utf-8") == PAGE
+    with pytest.raises(SystemExit, match="0"):
+        mutants.main(["--help"])
+    assert "docs/parity.md" in capsys.readouterr().out
