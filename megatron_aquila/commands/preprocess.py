@@ -17,7 +17,8 @@ from megatron_aquila.data.encoders import Backend
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.inputs import InputFormat, TextDocuments
 from megatron_aquila.data.output import document_prefix
-from megatron_aquila.data.preprocess import Done, Engine, PreprocessSettings, Progress, preprocess
+from megatron_aquila.data.preprocess import Done, Progress, preprocess
+from megatron_aquila.data.preprocess_settings import Engine, PreprocessSettings
 from megatron_aquila.data.records import MAX_DOCUMENT_BYTES, ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
 from megatron_aquila.data.workers import kept_for_good

@@ -12,15 +12,15 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from megatron_aquila.data.blocks import Corpus, corpus_of
-from megatron_aquila.data.encoders import Backend, choose_encoder
-from megatron_aquila.data.filters import LengthLimits
+from megatron_aquila.data.encoders import choose_encoder
 from megatron_aquila.data.indexed import token_dtype
-from megatron_aquila.data.inputs import InputFormat, Piece, TextDocuments, num_bytes, plan_pieces
+from megatron_aquila.data.inputs import Piece, num_bytes, plan_pieces
 from megatron_aquila.data.manifest import Manifest, Origin, SourceFile, TokenizerFacts, package_versions
 from megatron_aquila.data.output import Output, document_prefix, final_paths, partial_folder
+from megatron_aquila.data.preprocess_settings import PreprocessSettings, check_settings
 from megatron_aquila.data.readers import line_of, read_piece
 from megatron_aquila.data.records import BadRecord, ReadOptions
 from megatron_aquila.data.shards import BAD, META, Counts, Shard, ShardWriter, Step
@@ -29,49 +29,10 @@ from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
 from megatron_aquila.data.workers import beside, kept_for_good, ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
-Engine = Literal["local", "ray"]
 PIECES: Final = 256  # a corpus is cut into about so many,
 SMALLEST_PIECE, LARGEST_PIECE = 2 << 20, 32 << 20  # within these bounds in bytes
 LARGEST_BLOCK: Final = 8 << 20  # what is unpacked for others is held in memory
 SAMPLED_PIECES, SAMPLED_RECORDS, SAMPLED_CHARACTERS = 8, 64, 1 << 15  # what gigatoken must prove itself on
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreprocessSettings:
-    """What to tokenize, how and to where; ``data.inputs`` and ``data.records`` say what can be read.
-
-    ``shard`` is ``(i, n)``: only the i-th (from 0) of n parts of the corpus, into ``PREFIX_shard<i>of<n>``; joined in
-    their order they are the whole. ``engine`` ``ray`` gives the pieces to a Ray cluster instead of ``workers``
-    processes of this machine. ``limits`` and ``deduplicate`` leave documents out before they are tokens; of documents
-    whose texts are equal the first of this output is kept.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    read: ReadOptions = field(default_factory=ReadOptions)
-    input_format: InputFormat = "auto"
-    text_documents: TextDocuments = "file"
-    append_eod: bool = False
-    skip_bad_lines: bool = False
-    limits: LengthLimits = field(default_factory=LengthLimits)
-    deduplicate: bool = False
-    backend: Backend = "auto"
-    workers: int = 1
-    engine: Engine = "local"
-    shard: tuple[int, int] | None = None
-    overwrite: bool = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The keys that make data sets; of a template, ``text``."""
-        return self.read.keys if self.read.template is None else ("text",)
-
-    @property
-    def prefix(self) -> str:
-        """Of this shard's data sets."""
-        if self.shard is None:
-            return self.output_prefix
-        return f"{self.output_prefix}_shard{self.shard[0]:05d}of{self.shard[1]:05d}"
 
 
 @dataclass(slots=True)
@@ -131,7 +92,7 @@ def preprocess(
         DataError: a file cannot be read or written, a line is bad and ``skip_bad_lines`` is not set, there is no
             document left at all, or a worker died.
     """
-    _check(settings, tokenizer)
+    check_settings(settings, tokenizer)
     planned = _plan(settings)
     _check_inputs(settings, planned)
     pieces = _share(planned, settings.shard)
@@ -352,24 +313,3 @@ def _check_engine(settings: PreprocessSettings, corpus: Corpus) -> None:
     if settings.engine == "ray" and _is_read_here(corpus):
         why = "standard input that is not cut by lines is read by one process, and a worker of the cluster has another"
         raise ConfigError([Problem("--engine", "ray", why, "use --engine local, or give a file")])
-
-
-def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
-    problems = settings.limits.problems()
-    keys = settings.read.keys
-    if len(keys) == 0 or len(set(keys)) < len(keys):
-        problems.append(Problem("--json-keys", " ".join(keys), "each key makes a data set", "name each key once"))
-    if settings.read.template is not None and keys != ("text",):
-        why = "the texts are the --text-template's, which makes one data set of the name text"
-        problems.append(Problem("--json-keys", " ".join(keys), why, "give one of the two"))
-    if settings.workers < 1:
-        problems.append(Problem("--workers", settings.workers, "somebody has to work", "use 1 or more"))
-    if settings.append_eod and tokenizer.eod is None:
-        why = "the tokenizer has no end-of-document token"
-        problems.append(Problem("--append-eod", "", why, "name an eos_token in tokenizer_config.json"))
-    if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
-        index, count = settings.shard
-        why = f"shards are numbered from 0 to {max(count - 1, 0)}"
-        problems.append(Problem("--shard", f"{index}/{count}", why, "use I/N with 0 <= I < N"))
-    if problems:
-        raise ConfigError(problems)

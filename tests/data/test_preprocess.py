@@ -24,7 +24,8 @@ from megatron_aquila.data.encoders import Encoded, ReferenceEncoder
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.manifest import read_manifest
-from megatron_aquila.data.preprocess import Done, PreprocessSettings, Progress, preprocess
+from megatron_aquila.data.preprocess import Done, Progress, preprocess
+from megatron_aquila.data.preprocess_settings import PreprocessSettings
 from megatron_aquila.data.records import ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, DataError

@@ -15,7 +15,8 @@ import pytest
 from megatron_aquila.data import ray_engine
 from megatron_aquila.data.encoders import ReferenceEncoder
 from megatron_aquila.data.filters import LengthLimits
-from megatron_aquila.data.preprocess import PreprocessSettings, preprocess
+from megatron_aquila.data.preprocess import preprocess
+from megatron_aquila.data.preprocess_settings import PreprocessSettings
 from megatron_aquila.data.records import ReadOptions
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.errors import DataError
@@ -27,7 +28,8 @@ import ray
 from megatron_aquila.data import preprocess as module
 from megatron_aquila.data.encoders import ReferenceEncoder
 from megatron_aquila.data.filters import LengthLimits
-from megatron_aquila.data.preprocess import PreprocessSettings, preprocess
+from megatron_aquila.data.preprocess import preprocess
+from megatron_aquila.data.preprocess_settings import PreprocessSettings
 from megatron_aquila.data.records import ReadOptions
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.errors import DataError
