@@ -4,10 +4,11 @@ The corpus is cut into pieces; workers make a shard of tokens of each; shards ar
 So the bytes depend on the corpus, the tokenizer and the options alone: not on workers, machines, cuts or restarts.
 """
 
+import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -102,6 +103,8 @@ def preprocess(
         chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
         facts = facts_beside()
     say(f"tokenizer backend: {chosen.why}")
+    deciding = _deciding(settings, facts, tokenizer.allow_special_tokens)
+    whole = None if settings.shard is None else _digest(planned, deciding)
     if settings.deduplicate and settings.shard is not None:
         say("--deduplicate with --shard: equal documents are found within this part, not between parts")
     writer = ShardWriter(
@@ -120,11 +123,11 @@ def preprocess(
         names=settings.names,
         streams=writer.streams,
         dtype=writer.dtype,
-        plan=_identity(settings, facts, tokenizer.allow_special_tokens, corpus),
+        plan=_identity(settings, deciding, whole, corpus),
         overwrite=settings.overwrite,
     )
     try:
-        origin = _origin(settings, facts, tokenizer.allow_special_tokens, pieces)
+        origin = _origin(settings, facts, tokenizer.allow_special_tokens, whole, pieces)
         return _run(settings, writer, output, corpus, origin, report, say)
     finally:
         output.close()
@@ -250,25 +253,42 @@ def _can_be_read_twice(path: Path) -> bool:
     return path != STDIN and path.is_file()
 
 
+def _deciding(settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool) -> dict[str, Any]:
+    """What decides the bytes, beside the files."""
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "allow_special_tokens": allow_special_tokens,
+        "append_eod": settings.append_eod,
+        "format": [settings.input_format, settings.text_documents],
+        "reading": asdict(settings.read),
+        "filters": _filters(settings),
+    }
+
+
+def _digest(planned: Sequence[Piece], deciding: Mapping[str, Any]) -> str:
+    """Of the whole corpus that parts are cut from: SHA-256 of what decides the bytes and where the cuts are.
+
+    Of a file its name and size: machines may have it below other folders, and a copy of it another time.
+    """
+    files = [[path.name, size] for path, size in _sizes(planned).items()]
+    told = json.dumps({**deciding, "files": files, "pieces": len(planned)}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
 def _identity(
-    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, corpus: Corpus
+    settings: PreprocessSettings, deciding: Mapping[str, Any], whole: str | None, corpus: Corpus
 ) -> dict[str, Any]:
-    """What decides the bytes, and the cuts."""
+    """What decides the bytes, and the cuts; ``whole`` is the corpus that the part is cut from."""
     paths = list(dict.fromkeys(piece.path for piece in corpus.pieces))
     stats = [(str(path), path.stat()) for path in paths if path != STDIN]
-    read = asdict(settings.read)
     return {
         "is_resumable": all(map(_can_be_read_twice, paths)),
         "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         "pieces": len(corpus.pieces),
         "blocks": [sorted(corpus.cut), corpus.block_bytes],
-        "tokenizer": tokenizer.fingerprint,
-        "allow_special_tokens": allow_special_tokens,
-        "append_eod": settings.append_eod,
-        "format": [settings.input_format, settings.text_documents],
-        "reading": read,
-        "filters": _filters(settings),
+        **deciding,
         "shard": settings.shard,
+        "corpus": whole,
     }
 
 
@@ -276,15 +296,22 @@ def _filters(settings: PreprocessSettings) -> dict[str, Any]:
     return {**asdict(settings.limits), "deduplicate": settings.deduplicate}
 
 
+def _sizes(pieces: Sequence[Piece]) -> dict[Path, int]:
+    """The files, in their order, with their bytes on disk; 0 of standard input."""
+    paths = dict.fromkeys(piece.path for piece in pieces)
+    return {path: 0 if path == STDIN else path.stat().st_size for path in paths}
+
+
 def _origin(
-    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, pieces: Sequence[Piece]
+    settings: PreprocessSettings,
+    tokenizer: TokenizerFacts,
+    allow_special_tokens: bool,
+    whole: str | None,
+    pieces: Sequence[Piece],
 ) -> Origin:
-    sizes: dict[Path, int] = {}
-    for piece in pieces:
-        sizes[piece.path] = 0 if piece.path == STDIN else piece.path.stat().st_size
     return Origin(
         tokenizer=tokenizer,
-        sources=tuple(SourceFile(path=str(path), size=size) for path, size in sizes.items()),
+        sources=tuple(SourceFile(path=str(path), size=size) for path, size in _sizes(pieces).items()),
         options={
             "append_eod": settings.append_eod,
             "allow_special_tokens": allow_special_tokens,
@@ -293,6 +320,7 @@ def _origin(
             **_filters(settings),
             "provenance": f"{Path(settings.prefix).name}.{META}" if settings.read.keep_meta else None,
             "shard": settings.shard,
+            **({} if whole is None else {"corpus": whole}),
         },
         versions=package_versions("numpy", "tokenizers"),
     )

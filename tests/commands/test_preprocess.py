@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_shards_and_fields(folder: Path, tmp_path: Path) -> None:
 def test_parts_end_with_the_command_that_joins_them(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = flags(folder, *["a.jsonl"] * 3)
+    for name in "abc":
+        shutil.copy(folder / "a.jsonl", tmp_path / f"{name}.jsonl")
+    inputs = flags(folder, *(str(tmp_path / f"{name}.jsonl") for name in "abc"))
     assert preprocess.main([*inputs, "--output-prefix", str(tmp_path / "whole")]) == 0
     assert "merge" not in capsys.readouterr().out
     told = set()
@@ -124,6 +127,35 @@ def test_parts_end_with_the_command_that_joins_them(
     for ending in (".bin", ".idx"):
         files = [tmp_path / f"{name}_text_document{ending}" for name in ("whole", "my out")]
         assert files[0].read_bytes() == files[1].read_bytes()
+    assert data.main([*words[:2], words[2], words[4], "--overwrite"]) == 2
+    assert "its corpus has 3 parts, and 1/3 is missing; make it first" in capsys.readouterr().err
+
+
+def test_parts_cut_from_two_corpora_are_not_joined(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Part 0 is made, a file is added to the folder, part 1 is made: what lies between them is in neither."""
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    corpus.mkdir()
+    for name in "ac":
+        (corpus / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    shutil.copytree(corpus, elsewhere)
+    (corpus / "b.jsonl").write_text('{"text": "b"}\n')
+    parts = [str(tmp_path / f"out_shard0000{index}of00002_text_document") for index in range(2)]
+    merging = ["merge", str(tmp_path / "out"), *parts]
+    for part, made_of in (("0/2", elsewhere), ("1/2", corpus)):
+        prefix = ["--output-prefix", str(tmp_path / "out"), "--shard", part]
+        assert preprocess.main([*flags(folder, str(made_of)), *prefix]) == 0
+    capsys.readouterr()
+    assert data.main(merging) == 2
+    assert f"{parts[1]}: part 1/2, but of another corpus, or made with other options" in capsys.readouterr().err
+    again = [*flags(folder, str(elsewhere)), "--output-prefix", str(tmp_path / "out"), "--shard", "1/2", "--overwrite"]
+    assert preprocess.main([*again, "--min-chars", "1"]) == 0
+    assert data.main(merging) == 2, "other options"
+    (corpus / "b.jsonl").unlink()
+    again[again.index(str(elsewhere))] = str(corpus)
+    assert preprocess.main(again) == 0
+    assert data.main(merging) == 0, "the same files, below another folder"
 
 
 def test_keys_beside_a_template(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

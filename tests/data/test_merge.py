@@ -228,3 +228,40 @@ def test_damage_is_not_given_a_manifest_that_vouches_for_it(tmp_path: Path, end:
     assert not list(tmp_path.glob("out*"))
     Path(f"{b}.manifest.json").unlink()
     merge([a, b], out)
+
+
+def part(prefix: Path, index: int, count: int, corpus: str | None = "one") -> str:
+    """A data set of one document that says it is a part of a corpus."""
+    said = {} if corpus is None else {"corpus": corpus}
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_sequence([index])
+        writer.end_document()
+        writer.origin = replace(Origin.unknown(), options={"shard": [index, count], **said})
+    return str(prefix)
+
+
+def test_parts_are_all_of_one_corpus_in_their_order(tmp_path: Path) -> None:
+    zero, one, two = (part(tmp_path / f"p{index}", index, 3) for index in range(3))
+    other, of_two, old = (
+        part(tmp_path / "o", 1, 3, "other"),
+        part(tmp_path / "t", 1, 2),
+        part(tmp_path / "a", 1, 3, None),
+    )
+    whole, out = write(tmp_path / "w", 7), str(tmp_path / "out")
+    for parts, message in (
+        ([zero, two], r"p0: its corpus has 3 parts, and 1/3 is missing; make it first"),
+        ([one], r"p1: its corpus has 3 parts, and 0/3, 2/3 is missing"),
+        ([part(tmp_path / "many", 0, 9)], r"and 1/9, 2/9, 3/9 and 5 more is missing"),
+        ([zero, two, one], r"p1: part 1/3 comes after .*p2, part 2; give each part once, in their order"),
+        ([zero, one, one, two], r"p1: part 1/3 comes after .*p1, part 1; give each"),
+        ([zero, other, two], r"o: part 1/3, but of another corpus, or made with other options, than .*p0, part 0/3"),
+        ([old, zero, other, two], r"o: part 1/3, but of another corpus"),
+        ([zero, of_two, one, two], r"t: part 1/2, but of another corpus"),
+    ):
+        with pytest.raises(DataError, match=message):
+            merge(parts, out)
+        assert not list(tmp_path.glob("out*"))
+    for parts in ([zero, one, two], [zero, old, two]):
+        merge([whole, *parts, whole], out, overwrite=True)
+        assert IndexedDataset(out).tokens.tolist() == [7, 0, 1, 2, 7]
+    merge([out, out], str(tmp_path / "twice"))

@@ -542,6 +542,21 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, tokenizer: Tok
 
 
 @pytest.mark.usefixtures("_small_pieces")
+def test_a_part_goes_on_only_with_the_corpus_it_was_cut_from(
+    tmp_path: Path, tokenizer: Tokenizer, texts: list[str]
+) -> None:
+    """Although its own files are the same."""
+    first, second = (write_jsonl(tmp_path / f"{name}.jsonl", texts) for name in ("a", "renamed"))
+    mine = write_jsonl(tmp_path / "b.jsonl", [*texts * 2, None])
+    with pytest.raises(DataError, match="is null"):
+        run([first, mine], tmp_path / "out", tokenizer, shard=(1, 2))
+    with pytest.raises(ConfigError, match="holds an unfinished run with other corpus; give the same settings"):
+        run([second, mine], tmp_path / "out", tokenizer, shard=(1, 2))
+    with pytest.raises(DataError, match="is null"):
+        run([first, mine], tmp_path / "out", tokenizer, shard=(1, 2))
+
+
+@pytest.mark.usefixtures("_small_pieces")
 def test_shards_are_the_whole_cut(tmp_path: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
     sources = [write_jsonl(tmp_path / "a.jsonl", texts * 4), write_jsonl(tmp_path / "b.jsonl", texts)]
     run(sources, tmp_path / "out", tokenizer, backend="tokenizers")
