@@ -5,8 +5,9 @@ then a line for each shard that was appended. A killed run is continued from the
 """
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +54,23 @@ def final_paths(prefix: str, names: Sequence[str]) -> list[Path]:
     prefixes = [document_prefix(prefix, name) for name in names]
     pairs = [Path(f"{each}.{end}") for each in prefixes for end in ("bin", "idx")]
     return [*pairs, *beside_paths(prefix).values(), *map(manifest_path, prefixes)]
+
+
+def is_output_of(prefix: str) -> Callable[[Path], bool]:
+    """Whether a path is what runs with this ``--output-prefix`` write, or lies in it; of ``--shard``'s parts, too."""
+    folder, name = Path(prefix).parent.resolve(), re.escape(Path(prefix).name)
+    beside = "|".join(map(re.escape, ("partial", META, BAD)))
+    written = re.compile(
+        rf"{name}(_shard\d+of\d+)?(\.({beside})|_.+_document\.(bin|idx|manifest\.json)(\.\d+\.tmp)?)", re.DOTALL
+    )
+
+    def is_output(path: Path) -> bool:
+        return any(
+            written.fullmatch(part) is not None and Path(*path.parts[:depth]).resolve() == folder
+            for depth, part in enumerate(path.parts)
+        )
+
+    return is_output
 
 
 class Output:

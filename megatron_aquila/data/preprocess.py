@@ -20,7 +20,7 @@ from megatron_aquila.data.encoders import choose_encoder
 from megatron_aquila.data.indexed import token_dtype
 from megatron_aquila.data.inputs import Piece, num_bytes, plan_pieces
 from megatron_aquila.data.manifest import Manifest, Origin, SourceFile, TokenizerFacts, package_versions
-from megatron_aquila.data.output import Output, document_prefix, final_paths, partial_folder
+from megatron_aquila.data.output import Output, document_prefix, final_paths, is_output_of, partial_folder
 from megatron_aquila.data.preprocess_settings import PreprocessSettings, check_settings
 from megatron_aquila.data.readers import line_of, read_piece
 from megatron_aquila.data.records import BadRecord, ReadOptions
@@ -213,7 +213,11 @@ def _is_read_here(corpus: Corpus) -> bool:
 
 def _plan(settings: PreprocessSettings) -> list[Piece]:
     """Pieces of a size that depends on the corpus only."""
-    kinds: dict[str, Any] = {"input_format": settings.input_format, "text_documents": settings.text_documents}
+    kinds: dict[str, Any] = {
+        "input_format": settings.input_format,
+        "text_documents": settings.text_documents,
+        "leave_out": is_output_of(settings.output_prefix),
+    }
     size = _piece_bytes(plan_pieces(settings.inputs, piece_bytes=1 << 62, **kinds))
     return plan_pieces(settings.inputs, piece_bytes=size, **kinds)
 

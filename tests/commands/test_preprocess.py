@@ -158,6 +158,40 @@ def test_parts_cut_from_two_corpora_are_not_joined(
     assert data.main(merging) == 0, "the same files, below another folder"
 
 
+@pytest.mark.parametrize("inputs", ["", "**/*.jsonl", "*"])
+def test_an_output_within_an_input_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inputs: str
+) -> None:
+    """What the command writes there is not read: when it goes on, begins anew, or another part is at work."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 9)
+    (tmp_path / "in").mkdir()
+    bad = tmp_path / ("b.jsonl" if inputs == "*" else "in/b.jsonl")
+    bad.write_text('{"text": 4}\n')
+    source, prefix = f"{tmp_path}/{inputs}", ["--output-prefix", f"{tmp_path}/in/../out"]
+    arguments = [*flags(folder, source), *prefix, "--keep-meta", "text"]
+    assert preprocess.main([*arguments, "--on-bad-line", "stop"]) == 2
+    assert f"{bad}:1: 'text' is not a string" in capsys.readouterr().err
+    left = tmp_path / "out.partial"
+    assert left.exists()
+    for part in ("0/2", "1/2", "1/2"):
+        assert preprocess.main([*arguments, "--shard", part, "--on-bad-line", "skip", "--overwrite"]) == 0
+    for more in ([], ["--overwrite"]):
+        assert preprocess.main([*arguments, "--on-bad-line", "skip", *more]) == 0
+        assert not left.exists()
+        manifest = IndexedDataset(tmp_path / "out_text_document").manifest
+        assert manifest is not None
+        assert [Path(said.path).name for said in manifest.origin.sources] == ["a.jsonl", "b.jsonl"]
+    assert preprocess.main([*flags(folder, f"{tmp_path}/out.bad.jsonl"), *prefix, "--overwrite"]) == 2
+    assert "out.bad.jsonl: this is a file of the output, too" in capsys.readouterr().err
+
+
+def test_a_file_in_two_inputs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*flags(folder, "a.jsonl", "[ax].jsonl"), "--output-prefix", str(tmp_path / "out")]
+    assert preprocess.main(arguments) == 2
+    assert f"--input {folder}/a.jsonl: the same file is read for --input" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_keys_beside_a_template(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--text-template", "{title}"]
     arguments.insert(arguments.index("--json-keys") + 2, "content")
@@ -166,7 +200,8 @@ def test_keys_beside_a_template(folder: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_what_is_left_out_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs = flags(folder, "a.jsonl", "b.jsonl", "a.jsonl")
+    again = shutil.copy(folder / "a.jsonl", tmp_path)
+    inputs = flags(folder, "a.jsonl", "b.jsonl", again)
     arguments = [*inputs, "--output-prefix", str(tmp_path / "out"), "--on-bad-line", "skip", "--keep-meta", "text"]
     arguments += ["--deduplicate", "--min-chars", "1", "--max-chars", "3"]
     assert preprocess.main(arguments) == 0
@@ -234,5 +269,6 @@ def test_a_bar_in_a_terminal(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert preprocess.main([*flags(folder, "a.jsonl", "a.jsonl"), "--output-prefix", str(tmp_path / "out")]) == 0
+    again = shutil.copy(folder / "a.jsonl", tmp_path)
+    assert preprocess.main([*flags(folder, "a.jsonl", again), "--output-prefix", str(tmp_path / "out")]) == 0
     assert "6 documents" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_aquila.data.inputs import Format, plan_pieces
 from megatron_aquila.data.streams import Compression
-from megatron_aquila.errors import DataError
+from megatron_aquila.errors import ConfigError, DataError
 
 LINE = b'{"text": "a"}\n'
 
@@ -119,3 +119,35 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(DataError, match="in: cannot be read: Permission denied"):
         named(tmp_path, "in")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "twice", "first"),
+    [
+        (("in", "in/b.jsonl"), "in/b.jsonl", "in"),
+        (("in/*.jsonl", "in/./"), "in/a.jsonl", r"in/\*.jsonl"),
+        (("in/b.jsonl", "elsewhere/../in/b.jsonl"), "elsewhere/../in/b.jsonl", "in/b.jsonl"),
+        (("linked",), "linked/z.jsonl", "linked"),
+        (("in", "linked/a.jsonl"), "linked/a.jsonl", "in"),
+    ],
+)
+def test_no_file_is_read_twice(tmp_path: Path, inputs: tuple[str, ...], twice: str, first: str) -> None:
+    write(tmp_path, "in/a.jsonl", "in/b.jsonl", "elsewhere/a.jsonl", "linked/y.jsonl")
+    (tmp_path / "linked/a.jsonl").symlink_to(tmp_path / "in/a.jsonl")
+    (tmp_path / "linked/z.jsonl").symlink_to("y.jsonl")
+    with pytest.raises(ConfigError, match=rf"--input .*/{twice}: the same file is read for --input .*/{first}, and"):
+        named(tmp_path, *inputs)
+    assert named(tmp_path, "in", "elsewhere") == ["in/a.jsonl", "in/b.jsonl", "elsewhere/a.jsonl"], "a twin is no link"
+
+
+def test_standard_input_is_there_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--input -: the same file is read for --input -, and"):
+        plan_pieces(["-", "-"])
+
+
+def test_what_is_not_meant(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "ours/b.jsonl", "ours.jsonl")
+    skipped = {"leave_out": lambda path: path.name.startswith("ours")}
+    assert named(tmp_path, ".", **skipped) == ["a.jsonl"]
+    assert named(tmp_path, "*.jsonl", **skipped) == ["a.jsonl"]
+    assert named(tmp_path, "ours.jsonl", **skipped) == ["ours.jsonl"], "who names it means it"
