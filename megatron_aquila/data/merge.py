@@ -1,7 +1,7 @@
 """Several data sets into one: index arithmetic and a copy of bytes; no token is looked at twice or decoded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -53,9 +53,8 @@ def merge(
     try:
         for dataset in inputs:
             writer.add_dataset(dataset, report)
-        writer.origin = _origin(inputs, meta)
-        if meta is not None:
-            join_provenance(inputs, writer.beside(META))
+        lines = None if meta is None else join_provenance(inputs, writer.beside(META))
+        writer.origin = replace(_origin(inputs, meta), provenance=lines)
         manifest = writer.close()
     except BaseException:
         writer.discard()

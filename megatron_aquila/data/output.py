@@ -289,7 +289,9 @@ class Output:
             bin=tokens,
             idx=index.facts(),
         )
-        return Manifest(contents=contents, origin=origin)
+        lines = self._files.get(META)
+        said = None if lines is None or lines.size == 0 else lines.facts()
+        return Manifest(contents=contents, origin=replace(origin, provenance=said))
 
     def _add(self, shard: Shard) -> None:
         self.num_shards, self.last = self.num_shards + 1, shard.place

@@ -104,6 +104,27 @@ def test_shards_and_fields(folder: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_one_keys_lines_are_not_anothers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both keys' data sets have PREFIX.meta.jsonl, and the other one's corpus is written over it."""
+    for name, key in {"a": "text", "longer": "title"}.items():
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"{key}": "{name}", "u": 1}}\n' * 3)
+    common = ["--output-prefix", str(tmp_path / "out"), "--keep-meta", "u", "--overwrite"]
+    text, title = (str(tmp_path / f"out_{key}_document") for key in ("text", "title"))
+    assert preprocess.main([*flags(folder, f"{tmp_path}/a.jsonl"), *common]) == 0
+    capsys.readouterr()
+    assert data.main(["inspect", text, "--document", "1"]) == 0
+    assert f"from {tmp_path}/a.jsonl:2, u 1" in capsys.readouterr().out
+    arguments = flags(folder, f"{tmp_path}/longer.jsonl")
+    arguments[arguments.index("--json-keys") + 1] = "title"
+    assert preprocess.main([*arguments, *common]) == 0
+    capsys.readouterr()
+    assert data.main(["inspect", text, "--document", "1"]) == 0
+    assert f"from an unknown place: {tmp_path}/out.meta.jsonl was replaced" in capsys.readouterr().out
+    assert data.main(["verify", title]) == 0
+    assert data.main(["verify", text]) == 1
+    assert f"{tmp_path}/out.meta.jsonl: its SHA-256 is" in "".join(capsys.readouterr())
+
+
 def test_parts_end_with_the_command_that_joins_them(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Merging is Megatron-LM's byte for byte, and what cannot be one data set is refused."""
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron_aquila.data.manifest import Origin, SourceFile, TokenizerFacts, read_manifest
+from megatron_aquila.data.manifest import FileFacts, Origin, SourceFile, TokenizerFacts, read_manifest
 from megatron_aquila.data.merge import merge
 from megatron_aquila.data.provenance import document_origin, join_provenance, provenance_line
 from megatron_aquila.data.verify import verify
@@ -94,6 +95,10 @@ def test_where_documents_came_from(tmp_path: Path) -> None:
     (tmp_path / "other.meta.jsonl").touch()
     with pytest.raises(DataError, match=r"other.meta.jsonl: it exists; give --overwrite"):
         merge([a], str(tmp_path / "other"))
+    assert merged.manifest is not None
+    lines = Path(f"{out}.meta.jsonl").read_bytes()
+    facts = FileFacts(size=len(lines), sha256=hashlib.sha256(lines).hexdigest())
+    assert merged.manifest.origin.provenance == facts
     merge([a], out, overwrite=True)
     assert document_origin(IndexedDataset(out), 1) == "a.jsonl:5"
     (tmp_path / "b.meta.jsonl").unlink()
