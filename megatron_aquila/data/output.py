@@ -113,9 +113,16 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self.folder)
             try:
-                self._open(streams, self._resume(overwrite=overwrite))
+                last = self._resume(overwrite=overwrite)
             except BaseException:
+                if self._journal.path.stat().st_size == 0:  # else what lies there is an unfinished run's
+                    self.discard()
                 self._journal.close()
+                raise
+            try:
+                self._open(streams, last)
+            except BaseException:
+                self.close()
                 raise
         except OSError as error:
             raise DataError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
@@ -134,7 +141,7 @@ class Output:
         said = story.manifests if goes_on else None
         self._manifests = None if said is None else {name: manifest_of(each) for name, each in said.items()}
         if self._manifests is None:
-            self._refuse_existing(overwrite=overwrite, begun=len(begun) > 0)
+            self._refuse_existing(overwrite=overwrite)
         if not goes_on:
             self._begin()
             return None
@@ -155,12 +162,10 @@ class Output:
                 return Story()
             raise
 
-    def _refuse_existing(self, *, overwrite: bool, begun: bool) -> None:
+    def _refuse_existing(self, *, overwrite: bool) -> None:
         """Also of a run that was begun when nothing was there; its folder stays."""
         existing = [path for path in final_paths(self.prefix, self.names) if path.exists()]
         if existing and not overwrite:
-            if not begun:
-                shutil.rmtree(self.folder)
             why = f"{existing[0]} is there already"
             way_out = "give --overwrite to replace it when the new one is whole, or another prefix"
             raise ConfigError([Problem("--output-prefix", self.prefix, why, way_out)])

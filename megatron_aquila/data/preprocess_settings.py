@@ -61,6 +61,15 @@ def check_settings(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     keys = settings.read.keys
     if len(keys) == 0 or len(set(keys)) < len(keys):
         problems.append(Problem("--json-keys", " ".join(keys), "each key makes a data set", "name each key once"))
+    for key in keys:
+        if "/" in key:
+            why = "the key is a part of its data set's name, in which / would part folders"
+            problems.append(
+                Problem("--json-keys", key, why, f"use --text-template '{{{key}}}', which makes text of it")
+            )
+    if settings.read.max_document_bytes < 1:
+        why = "no record is as short as that"
+        problems.append(Problem("--max-document-bytes", settings.read.max_document_bytes, why, "use 1 or more"))
     if settings.read.template is not None and keys != ("text",):
         why = "the texts are the --text-template's, which makes one data set of the name text"
         problems.append(Problem("--json-keys", " ".join(keys), why, "give one of the two"))

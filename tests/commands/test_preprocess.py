@@ -85,6 +85,35 @@ def test_an_interval_of_nothing_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("most", ["0", "-1"])
+def test_records_of_no_bytes_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], most: str
+) -> None:
+    arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--max-document-bytes", most]
+    assert preprocess.main(arguments) == 2
+    assert f"--max-document-bytes {most}: no record is as short as that; use 1 or more" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_is_no_name_of_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, prefix = tmp_path / "in.jsonl", ["--output-prefix", str(tmp_path / "out")]
+    source.write_text('{"a/b": "a"}\n')
+    arguments = flags(folder, str(source))
+    assert preprocess.main([*arguments, *prefix, "--text-template", "{a/b}"]) == 0
+    capsys.readouterr()
+    arguments[arguments.index("--json-keys") + 1] = "a/b"
+    assert preprocess.main([*arguments, *prefix]) == 2
+    assert "--json-keys a/b: the key is a part of its data set's name" in capsys.readouterr().err
+    arguments[arguments.index("--json-keys") + 1] = "k" * 250  # longer than a name may be
+    source.write_text(f'{{"{"k" * 250}": "a"}}\n')
+    for _ in range(2):
+        assert preprocess.main([*arguments, "--output-prefix", str(tmp_path / "again")]) == 2
+        assert "cannot be written: File name too long" in capsys.readouterr().err
+        assert not (tmp_path / "again.partial").exists(), "nothing was begun that could go on"
+    arguments = flags(folder, "a.jsonl")
+    assert preprocess.main([*arguments, "--output-prefix", str(tmp_path / "again")]) == 0, "with other settings"
+
+
 @pytest.mark.parametrize("shard", ["1", "a/b", "-1/2", "3/3"])
 def test_a_shard_that_is_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shard: str) -> None:
     arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--shard", shard]
