@@ -13,6 +13,7 @@ import tyro
 
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.commands.flag_types import NO_WORDS, OptionalNumber, OptionalPath, OptionalText, Words, WordTuple
+from megatron_aquila.commands.megatron_preprocess import without_megatrons
 from megatron_aquila.data.encoders import Backend
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.inputs import InputFormat, TextDocuments
@@ -89,9 +90,9 @@ class PreprocessOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = tyro.cli(PreprocessOptions, args=argv, prog="aquila preprocess", description=PreprocessOptions.__doc__)
     with exit_code() as code:
-        run(options)
+        words = without_megatrons(sys.argv[1:] if argv is None else argv)
+        run(tyro.cli(PreprocessOptions, args=words, prog="aquila preprocess", description=PreprocessOptions.__doc__))
     return code.value
 
 
