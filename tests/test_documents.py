@@ -12,6 +12,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from megatron_aquila.__main__ import COMMANDS, main
+from megatron_aquila.commands.megatron_preprocess import MEANINGS
 from megatron_aquila.config.cli import load_config
 from megatron_aquila.config.migrate import known_flags
 
@@ -138,7 +139,9 @@ def unknown(text: str) -> list[str]:
 def all_flags() -> frozenset[str]:
     """Every flag of any command, Megatron's and torchrun's among them."""
     paths = [(name, *sub) for name in COMMANDS for sub in [(), *((word,) for word in GROUPS.get(name, "").split())]]
-    return frozenset({*known_flags(), *torchrun_flags(), *ELSEWHERE}).union(*(flags_of(*path) for path in paths))
+    return frozenset({*known_flags(), *MEANINGS, *torchrun_flags(), *ELSEWHERE}).union(
+        *(flags_of(*path) for path in paths)
+    )
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=name_of)

@@ -13,11 +13,13 @@ import tyro
 
 from megatron_aquila.commands.failure import exit_code
 from megatron_aquila.commands.flag_types import NO_WORDS, OptionalNumber, OptionalPath, OptionalText, Words, WordTuple
+from megatron_aquila.commands.megatron_preprocess import without_megatrons
 from megatron_aquila.data.encoders import Backend
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.inputs import InputFormat, TextDocuments
 from megatron_aquila.data.output import document_prefix
-from megatron_aquila.data.preprocess import Done, Engine, PreprocessSettings, Progress, preprocess
+from megatron_aquila.data.preprocess import Done, Progress, preprocess
+from megatron_aquila.data.preprocess_settings import Engine, PreprocessSettings
 from megatron_aquila.data.records import MAX_DOCUMENT_BYTES, ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
 from megatron_aquila.data.workers import kept_for_good
@@ -88,9 +90,9 @@ class PreprocessOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    options = tyro.cli(PreprocessOptions, args=argv, prog="aquila preprocess", description=PreprocessOptions.__doc__)
     with exit_code() as code:
-        run(options)
+        words = without_megatrons(sys.argv[1:] if argv is None else argv)
+        run(tyro.cli(PreprocessOptions, args=words, prog="aquila preprocess", description=PreprocessOptions.__doc__))
     return code.value
 
 

@@ -11,7 +11,8 @@ Printed by `aquila config from-megatron`; a test keeps this copy current.
 
 The flags of a Megatron-LM or FlagScale script can be passed as they are. Each is a setting here, is accepted because it
 is always so here, or is refused with what to use instead; all refusals are printed at once. Underscores are as good as
-hyphens. `aquila config show FLAGS` prints what a script comes to.
+hyphens. `aquila config show FLAGS` prints what a script comes to. Those of `preprocess_data.py` are in
+[data.md](data.md#flags-of-preprocess_datapy).
 
 The presets `aquila2-7b-continue`, `aquila2-34b` and `aquila2-70b` are FlagScale's published scripts; `aquila2-7b` is
 the 7B from scratch.

@@ -1,7 +1,7 @@
 """What there is to read: files, globs, folders and standard input as pieces that workers read alone."""
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron_aquila.data.streams import (
     unpacked,
     without_mark,
 )
-from megatron_aquila.errors import DataError
+from megatron_aquila.errors import ConfigError, DataError, Problem
 
 PIECE_BYTES: Final = 32 << 20
 InputFormat = Literal["auto", "jsonl", "json-array", "parquet", "text"]
@@ -109,20 +109,25 @@ def plan_pieces(
     piece_bytes: int = PIECE_BYTES,
     input_format: InputFormat = "auto",
     text_documents: TextDocuments = "file",
+    leave_out: Callable[[Path], bool] = lambda _: False,
 ) -> list[Piece]:
     """Every input as pieces, in the order of the inputs, of the sorted names in them, and of the file.
 
     An input is a file, a glob (``**`` goes down), a folder (all files below it; names that begin with ``.`` or ``_``
     are left out, as Hadoop's markers are) or ``-``, standard input, which is JSON lines unless said otherwise. The
-    pieces depend on the inputs and their sizes, not on who reads them: small files share one.
+    pieces depend on the inputs and their sizes, not on who reads them: small files share one. Of a folder or a glob,
+    ``leave_out`` says which files and folders are not meant, as those that the reader writes there.
 
     Raises:
+        ConfigError: two inputs, or two names in them, are one file.
         DataError: an input cannot be read, matches nothing, or what it holds cannot be told from its name.
     """
     assert piece_bytes > 0, f"pieces of {piece_bytes} bytes"
     pieces: list[Piece] = []
+    read: dict[Path, str] = {}
     for named in inputs:
-        paths = list(_files(named))
+        paths = list(_files(named, leave_out))
+        _refuse_twice(named, paths, read)
         if not paths:
             raise DataError(f"{named}: no file is there; names that begin with . or _ are left out unless named")
         formats = {path: _format(path, input_format, text_documents) for path in paths}
@@ -162,25 +167,38 @@ def _together(index: int, files: Sequence[Piece]) -> Piece:
     return first if len(files) == 1 else replace(first, num_bytes=num_bytes(files), files=tuple(files))
 
 
-def _files(named: str) -> Iterator[Path]:
+def _refuse_twice(named: str, paths: Sequence[Path], read: dict[Path, str]) -> None:
+    """Add the files of an input to those that are ``read``, by the input that names them; none is there twice."""
+    folders = {folder: folder.resolve() for folder in {path.parent for path in paths}}  # once: there may be many files
+    for path in paths:
+        found = path.resolve() if path.is_symlink() else folders[path.parent] / path.name
+        if found in read:
+            why = f"the same file is read for --input {read[found]}, and its documents would be there twice"
+            raise ConfigError([Problem("--input", path, why, "name it once, or choose by globs that share no file")])
+        read[found] = named
+
+
+def _files(named: str, leave_out: Callable[[Path], bool]) -> Iterator[Path]:
     path = Path(named)
     if path.is_dir():
-        yield from _below(path)
+        yield from _below(path, leave_out)
     elif path == STDIN or path.exists():  # a pipe, too, as the shell's <(...) makes
         yield path
     elif glob.has_magic(named):
         found = map(Path, sorted(glob.glob(named, recursive=True)))
         marked = path.name.startswith("_")
-        yield from (match for match in found if match.is_file() and (marked or not match.name.startswith("_")))
+        meant = (match for match in found if marked or not match.name.startswith("_"))
+        yield from (match for match in meant if match.is_file() and not leave_out(match))
     else:
         with opened(path):  # says why it is not there
             pass
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _below(folder: Path, leave_out: Callable[[Path], bool]) -> Iterator[Path]:
     """All files under a folder, through links, too; those that lie in it come before those of its folders."""
     try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "_")))
+        found = (entry for entry in folder.iterdir() if not entry.name.startswith((".", "_")))
+        entries = sorted(entry for entry in found if not leave_out(entry))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
     yield from (entry for entry in entries if not entry.is_dir())
@@ -188,7 +206,7 @@ def _below(folder: Path) -> Iterator[Path]:
         if entry.is_dir():
             if entry.is_symlink() and entry.resolve() in [folder.resolve(), *folder.resolve().parents]:
                 raise DataError(f"{entry}: leads back to {entry.resolve()}, which it lies in; remove the link")
-            yield from _below(entry)
+            yield from _below(entry, leave_out)
 
 
 def compression_of(path: Path) -> Compression:

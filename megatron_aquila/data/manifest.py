@@ -7,10 +7,12 @@ Format 1, one JSON object::
                   "bin": {"size": 24, "sha256": "..."}, "idx": {"size": 98, "sha256": "..."}},
      "origin": {"tokenizer": {"kind": "AquilaTokenizer", "vocab_size": 100008, "fingerprint": "..."},
                 "sources": [{"path": "zh.jsonl", "size": 1234}],
-                "options": {"append_eod": true}, "versions": {"megatron_aquila": "...", "numpy": "..."}}}
+                "options": {"append_eod": true}, "versions": {"megatron_aquila": "...", "numpy": "..."},
+                "provenance": {"size": 56, "sha256": "..."}}}
 
-Sizes are in bytes, hashes are SHA-256 in hex, ``largest_token`` and ``tokenizer`` may be null. It is written last,
-under a temporary name first: where it stands, the files it speaks of are whole. Data sets of other programs have none.
+Sizes are in bytes, hashes are SHA-256 in hex, ``largest_token``, ``tokenizer`` and ``provenance`` may be null. It is
+written last, under a temporary name first: where it stands, the files it speaks of are whole. Data sets of other
+programs have none.
 """
 
 import importlib
@@ -88,12 +90,17 @@ class SourceFile(_Exact):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin(_Exact):
-    """What made a data set, as its writer was told; ``options`` are plain JSON values."""
+    """What made a data set, as its writer was told; ``options`` are plain JSON values.
+
+    ``provenance`` is what the file that ``options`` name under that word must be: it may be shared by the data sets of
+    several keys, and replaced without one of them. Manifests of earlier versions do not say it.
+    """
 
     tokenizer: TokenizerFacts | None
     sources: tuple[SourceFile, ...]
     options: dict[str, Any]
     versions: dict[str, str]
+    provenance: FileFacts | None = None
 
     @classmethod
     def unknown(cls) -> Self:

@@ -1,8 +1,10 @@
 """Several data sets into one: index arithmetic and a copy of bytes; no token is looked at twice or decoded."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.manifest import Manifest, Origin, TokenizerFacts, package_versions
@@ -10,6 +12,8 @@ from megatron_aquila.data.provenance import join_provenance, provenance_path
 from megatron_aquila.data.shards import META
 from megatron_aquila.data.verify import verify
 from megatron_aquila.errors import DataError
+
+NAMED: Final = 3  # missing parts that an error names
 
 
 def merge(
@@ -31,13 +35,16 @@ def merge(
 
     Raises:
         DataError: no data set, one that is damaged, data sets of other dtypes, of other tokenizers, or some with modes
-            only; the output is an input, or exists and ``overwrite`` is not set. Nothing is left of the output then.
+            only; parts of a corpus (``aquila preprocess --shard``) that are not all of one corpus, each once and in
+            their order; the output is an input, or exists and ``overwrite`` is not set. Nothing is left of the output
+            then.
     """
     if len(prefixes) == 0:
         raise DataError(f"{output}: nothing to merge; give the prefixes of .bin/.idx pairs")
     inputs = [IndexedDataset(prefix) for prefix in prefixes]
     origins = [provenance_path(dataset) for dataset in inputs]
     meta = Path(f"{output}.{META}") if None not in origins else None
+    _check_parts(inputs)
     _check(inputs, output, meta, overwrite)
     for prefix in dict.fromkeys(prefixes):
         if problems := verify(prefix).problems:
@@ -46,9 +53,8 @@ def merge(
     try:
         for dataset in inputs:
             writer.add_dataset(dataset, report)
-        writer.origin = _origin(inputs, meta)
-        if meta is not None:
-            join_provenance(inputs, writer.beside(META))
+        lines = None if meta is None else join_provenance(inputs, writer.beside(META))
+        writer.origin = replace(_origin(inputs, meta), provenance=lines)
         manifest = writer.close()
     except BaseException:
         writer.discard()
@@ -57,6 +63,50 @@ def merge(
     if 0 < len(silent) < len(inputs):
         say(f"where documents came from is not merged: {', '.join(silent)} does not say it")
     return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The ``index``-th of ``count`` parts of a corpus, whose digest is None in manifests that do not say it."""
+
+    prefix: str
+    index: int
+    count: int
+    corpus: str | None
+
+
+def _check_parts(inputs: Sequence[IndexedDataset]) -> None:
+    """Data sets that say they are parts of a corpus are all of them, in their order; others may lie around them."""
+    parts = [part for part in map(_part, inputs) if part is not None]
+    if not parts:
+        return
+    first = next((part for part in parts if part.corpus is not None), parts[0])
+    for part in parts:
+        if part.count != first.count or part.corpus not in (None, first.corpus):
+            raise DataError(
+                f"{part.prefix}: part {part.index}/{part.count}, but of another corpus, or made with other options, "
+                f"than {first.prefix}, part {first.index}/{first.count}: documents would be missing or twice; make the "
+                "parts of one corpus with the same inputs and options, and merge each corpus by itself"
+            )
+    there = {part.index for part in parts}
+    missing = [f"{index}/{first.count}" for index in range(first.count) if index not in there]
+    if missing:
+        named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        raise DataError(f"{first.prefix}: its corpus has {first.count} parts, and {named} is missing; make it first")
+    for before, part in pairwise(parts):
+        if part.index <= before.index:
+            raise DataError(
+                f"{part.prefix}: part {part.index}/{part.count} comes after {before.prefix}, part {before.index}; give "
+                "each part once, in their order"
+            )
+
+
+def _part(dataset: IndexedDataset) -> _Part | None:
+    options = {} if dataset.manifest is None else dataset.manifest.origin.options
+    match options.get("shard"):
+        case [int(index), int(count)]:
+            return _Part(dataset.prefix, index, count, options.get("corpus"))
+    return None
 
 
 def _check(inputs: Sequence[IndexedDataset], output: str, meta: Path | None, overwrite: bool) -> None:

@@ -5,8 +5,9 @@ then a line for each shard that was appended. A killed run is continued from the
 """
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +56,23 @@ def final_paths(prefix: str, names: Sequence[str]) -> list[Path]:
     return [*pairs, *beside_paths(prefix).values(), *map(manifest_path, prefixes)]
 
 
+def is_output_of(prefix: str) -> Callable[[Path], bool]:
+    """Whether a path is what runs with this ``--output-prefix`` write, or lies in it; of ``--shard``'s parts, too."""
+    folder, name = Path(prefix).parent.resolve(), re.escape(Path(prefix).name)
+    beside = "|".join(map(re.escape, ("partial", META, BAD)))
+    written = re.compile(
+        rf"{name}(_shard\d+of\d+)?(\.({beside})|_.+_document\.(bin|idx|manifest\.json)(\.\d+\.tmp)?)", re.DOTALL
+    )
+
+    def is_output(path: Path) -> bool:
+        return any(
+            written.fullmatch(part) is not None and Path(*path.parts[:depth]).resolve() == folder
+            for depth, part in enumerate(path.parts)
+        )
+
+    return is_output
+
+
 class Output:
     """The growing data sets of ``prefix`` and the journal of what is in them.
 
@@ -95,9 +113,16 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self.folder)
             try:
-                self._open(streams, self._resume(overwrite=overwrite))
+                last = self._resume(overwrite=overwrite)
             except BaseException:
+                if self._journal.path.stat().st_size == 0:  # else what lies there is an unfinished run's
+                    self.discard()
                 self._journal.close()
+                raise
+            try:
+                self._open(streams, last)
+            except BaseException:
+                self.close()
                 raise
         except OSError as error:
             raise DataError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
@@ -116,7 +141,7 @@ class Output:
         said = story.manifests if goes_on else None
         self._manifests = None if said is None else {name: manifest_of(each) for name, each in said.items()}
         if self._manifests is None:
-            self._refuse_existing(overwrite=overwrite, begun=len(begun) > 0)
+            self._refuse_existing(overwrite=overwrite)
         if not goes_on:
             self._begin()
             return None
@@ -137,12 +162,10 @@ class Output:
                 return Story()
             raise
 
-    def _refuse_existing(self, *, overwrite: bool, begun: bool) -> None:
+    def _refuse_existing(self, *, overwrite: bool) -> None:
         """Also of a run that was begun when nothing was there; its folder stays."""
         existing = [path for path in final_paths(self.prefix, self.names) if path.exists()]
         if existing and not overwrite:
-            if not begun:
-                shutil.rmtree(self.folder)
             why = f"{existing[0]} is there already"
             way_out = "give --overwrite to replace it when the new one is whole, or another prefix"
             raise ConfigError([Problem("--output-prefix", self.prefix, why, way_out)])
@@ -271,7 +294,9 @@ class Output:
             bin=tokens,
             idx=index.facts(),
         )
-        return Manifest(contents=contents, origin=origin)
+        lines = self._files.get(META)
+        said = None if lines is None or lines.size == 0 else lines.facts()
+        return Manifest(contents=contents, origin=replace(origin, provenance=said))
 
     def _add(self, shard: Shard) -> None:
         self.num_shards, self.last = self.num_shards + 1, shard.place

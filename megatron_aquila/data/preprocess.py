@@ -4,23 +4,24 @@ The corpus is cut into pieces; workers make a shard of tokens of each; shards ar
 So the bytes depend on the corpus, the tokenizer and the options alone: not on workers, machines, cuts or restarts.
 """
 
+import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from megatron_aquila.data.blocks import Corpus, corpus_of
-from megatron_aquila.data.encoders import Backend, choose_encoder
-from megatron_aquila.data.filters import LengthLimits
+from megatron_aquila.data.encoders import choose_encoder
 from megatron_aquila.data.indexed import token_dtype
-from megatron_aquila.data.inputs import InputFormat, Piece, TextDocuments, num_bytes, plan_pieces
+from megatron_aquila.data.inputs import Piece, num_bytes, plan_pieces
 from megatron_aquila.data.manifest import Manifest, Origin, SourceFile, TokenizerFacts, package_versions
-from megatron_aquila.data.output import Output, document_prefix, final_paths, partial_folder
+from megatron_aquila.data.output import Output, document_prefix, final_paths, is_output_of, partial_folder
+from megatron_aquila.data.preprocess_settings import PreprocessSettings, check_settings
 from megatron_aquila.data.readers import line_of, read_piece
 from megatron_aquila.data.records import BadRecord, ReadOptions
 from megatron_aquila.data.shards import BAD, META, Counts, Shard, ShardWriter, Step
@@ -29,49 +30,10 @@ from megatron_aquila.data.tokenizer import Tokenizer, tokenizer_facts
 from megatron_aquila.data.workers import beside, kept_for_good, ordered_map
 from megatron_aquila.errors import ConfigError, DataError, Problem
 
-Engine = Literal["local", "ray"]
 PIECES: Final = 256  # a corpus is cut into about so many,
 SMALLEST_PIECE, LARGEST_PIECE = 2 << 20, 32 << 20  # within these bounds in bytes
 LARGEST_BLOCK: Final = 8 << 20  # what is unpacked for others is held in memory
 SAMPLED_PIECES, SAMPLED_RECORDS, SAMPLED_CHARACTERS = 8, 64, 1 << 15  # what gigatoken must prove itself on
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreprocessSettings:
-    """What to tokenize, how and to where; ``data.inputs`` and ``data.records`` say what can be read.
-
-    ``shard`` is ``(i, n)``: only the i-th (from 0) of n parts of the corpus, into ``PREFIX_shard<i>of<n>``; joined in
-    their order they are the whole. ``engine`` ``ray`` gives the pieces to a Ray cluster instead of ``workers``
-    processes of this machine. ``limits`` and ``deduplicate`` leave documents out before they are tokens; of documents
-    whose texts are equal the first of this output is kept.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    read: ReadOptions = field(default_factory=ReadOptions)
-    input_format: InputFormat = "auto"
-    text_documents: TextDocuments = "file"
-    append_eod: bool = False
-    skip_bad_lines: bool = False
-    limits: LengthLimits = field(default_factory=LengthLimits)
-    deduplicate: bool = False
-    backend: Backend = "auto"
-    workers: int = 1
-    engine: Engine = "local"
-    shard: tuple[int, int] | None = None
-    overwrite: bool = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The keys that make data sets; of a template, ``text``."""
-        return self.read.keys if self.read.template is None else ("text",)
-
-    @property
-    def prefix(self) -> str:
-        """Of this shard's data sets."""
-        if self.shard is None:
-            return self.output_prefix
-        return f"{self.output_prefix}_shard{self.shard[0]:05d}of{self.shard[1]:05d}"
 
 
 @dataclass(slots=True)
@@ -131,7 +93,7 @@ def preprocess(
         DataError: a file cannot be read or written, a line is bad and ``skip_bad_lines`` is not set, there is no
             document left at all, or a worker died.
     """
-    _check(settings, tokenizer)
+    check_settings(settings, tokenizer)
     planned = _plan(settings)
     _check_inputs(settings, planned)
     pieces = _share(planned, settings.shard)
@@ -141,6 +103,8 @@ def preprocess(
         chosen = choose_encoder(settings.backend, tokenizer, lambda: list(_sample(pieces, settings.read)))
         facts = facts_beside()
     say(f"tokenizer backend: {chosen.why}")
+    deciding = _deciding(settings, facts, tokenizer.allow_special_tokens)
+    whole = None if settings.shard is None else _digest(planned, deciding)
     if settings.deduplicate and settings.shard is not None:
         say("--deduplicate with --shard: equal documents are found within this part, not between parts")
     writer = ShardWriter(
@@ -159,11 +123,11 @@ def preprocess(
         names=settings.names,
         streams=writer.streams,
         dtype=writer.dtype,
-        plan=_identity(settings, facts, tokenizer.allow_special_tokens, corpus),
+        plan=_identity(settings, deciding, whole, corpus),
         overwrite=settings.overwrite,
     )
     try:
-        origin = _origin(settings, facts, tokenizer.allow_special_tokens, pieces)
+        origin = _origin(settings, facts, tokenizer.allow_special_tokens, whole, pieces)
         return _run(settings, writer, output, corpus, origin, report, say)
     finally:
         output.close()
@@ -249,7 +213,11 @@ def _is_read_here(corpus: Corpus) -> bool:
 
 def _plan(settings: PreprocessSettings) -> list[Piece]:
     """Pieces of a size that depends on the corpus only."""
-    kinds: dict[str, Any] = {"input_format": settings.input_format, "text_documents": settings.text_documents}
+    kinds: dict[str, Any] = {
+        "input_format": settings.input_format,
+        "text_documents": settings.text_documents,
+        "leave_out": is_output_of(settings.output_prefix),
+    }
     size = _piece_bytes(plan_pieces(settings.inputs, piece_bytes=1 << 62, **kinds))
     return plan_pieces(settings.inputs, piece_bytes=size, **kinds)
 
@@ -294,25 +262,42 @@ def _can_be_read_twice(path: Path) -> bool:
     return path != STDIN and path.is_file()
 
 
+def _deciding(settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool) -> dict[str, Any]:
+    """What decides the bytes, beside the files."""
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "allow_special_tokens": allow_special_tokens,
+        "append_eod": settings.append_eod,
+        "format": [settings.input_format, settings.text_documents],
+        "reading": asdict(settings.read),
+        "filters": _filters(settings),
+    }
+
+
+def _digest(planned: Sequence[Piece], deciding: Mapping[str, Any]) -> str:
+    """Of the whole corpus that parts are cut from: SHA-256 of what decides the bytes and where the cuts are.
+
+    Of a file its name and size: machines may have it below other folders, and a copy of it another time.
+    """
+    files = [[path.name, size] for path, size in _sizes(planned).items()]
+    told = json.dumps({**deciding, "files": files, "pieces": len(planned)}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
 def _identity(
-    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, corpus: Corpus
+    settings: PreprocessSettings, deciding: Mapping[str, Any], whole: str | None, corpus: Corpus
 ) -> dict[str, Any]:
-    """What decides the bytes, and the cuts."""
+    """What decides the bytes, and the cuts; ``whole`` is the corpus that the part is cut from."""
     paths = _paths(corpus.pieces)
     stats = [(str(path), path.stat()) for path in paths if path != STDIN]
-    read = asdict(settings.read)
     return {
         "is_resumable": all(map(_can_be_read_twice, paths)),
         "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         "pieces": len(corpus.pieces),
         "blocks": [sorted(corpus.cut), corpus.block_bytes],
-        "tokenizer": tokenizer.fingerprint,
-        "allow_special_tokens": allow_special_tokens,
-        "append_eod": settings.append_eod,
-        "format": [settings.input_format, settings.text_documents],
-        "reading": read,
-        "filters": _filters(settings),
+        **deciding,
         "shard": settings.shard,
+        "corpus": whole,
     }
 
 
@@ -320,13 +305,21 @@ def _filters(settings: PreprocessSettings) -> dict[str, Any]:
     return {**asdict(settings.limits), "deduplicate": settings.deduplicate}
 
 
+def _sizes(pieces: Sequence[Piece]) -> dict[Path, int]:
+    """The files, in their order, with their bytes on disk; 0 of standard input."""
+    return {path: 0 if path == STDIN else path.stat().st_size for path in _paths(pieces)}
+
+
 def _origin(
-    settings: PreprocessSettings, tokenizer: TokenizerFacts, allow_special_tokens: bool, pieces: Sequence[Piece]
+    settings: PreprocessSettings,
+    tokenizer: TokenizerFacts,
+    allow_special_tokens: bool,
+    whole: str | None,
+    pieces: Sequence[Piece],
 ) -> Origin:
-    sizes = {path: 0 if path == STDIN else path.stat().st_size for path in _paths(pieces)}
     return Origin(
         tokenizer=tokenizer,
-        sources=tuple(SourceFile(path=str(path), size=size) for path, size in sizes.items()),
+        sources=tuple(SourceFile(path=str(path), size=size) for path, size in _sizes(pieces).items()),
         options={
             "append_eod": settings.append_eod,
             "allow_special_tokens": allow_special_tokens,
@@ -335,6 +328,7 @@ def _origin(
             **_filters(settings),
             "provenance": f"{Path(settings.prefix).name}.{META}" if settings.read.keep_meta else None,
             "shard": settings.shard,
+            **({} if whole is None else {"corpus": whole}),
         },
         versions=package_versions("numpy", "tokenizers"),
     )
@@ -355,24 +349,3 @@ def _check_engine(settings: PreprocessSettings, corpus: Corpus) -> None:
     if settings.engine == "ray" and _is_read_here(corpus):
         why = "standard input that is not cut by lines is read by one process, and a worker of the cluster has another"
         raise ConfigError([Problem("--engine", "ray", why, "use --engine local, or give a file")])
-
-
-def _check(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
-    problems = settings.limits.problems()
-    keys = settings.read.keys
-    if len(keys) == 0 or len(set(keys)) < len(keys):
-        problems.append(Problem("--json-keys", " ".join(keys), "each key makes a data set", "name each key once"))
-    if settings.read.template is not None and keys != ("text",):
-        why = "the texts are the --text-template's, which makes one data set of the name text"
-        problems.append(Problem("--json-keys", " ".join(keys), why, "give one of the two"))
-    if settings.workers < 1:
-        problems.append(Problem("--workers", settings.workers, "somebody has to work", "use 1 or more"))
-    if settings.append_eod and tokenizer.eod is None:
-        why = "the tokenizer has no end-of-document token"
-        problems.append(Problem("--append-eod", "", why, "name an eos_token in tokenizer_config.json"))
-    if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
-        index, count = settings.shard
-        why = f"shards are numbered from 0 to {max(count - 1, 0)}"
-        problems.append(Problem("--shard", f"{index}/{count}", why, "use I/N with 0 <= I < N"))
-    if problems:
-        raise ConfigError(problems)

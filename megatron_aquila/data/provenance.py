@@ -1,16 +1,19 @@
 """Where each document of a data set came from: PREFIX.meta.jsonl, a line a document, in the order of their numbers."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from megatron_aquila.data.hashed import HashedFile
 from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.manifest import FileFacts
 from megatron_aquila.errors import DataError
 
 WAY_OUT: Final = "remove it to merge without"
+LINES: Final = 1 << 12  # that are written at once
 HEAD: Final = re.compile(rb'\{"document": \d+, "line": (\d+), ')
 
 
@@ -37,27 +40,38 @@ def renumbered(lines: Iterable[bytes], first: int, lines_before: int = 0) -> Ite
         yield b'{"document": %d, "line": %d, %b' % (number, int(head[1]) + lines_before, said[head.end() :])
 
 
-def provenance_path(dataset: IndexedDataset) -> Path | None:
-    """The file that the data set's manifest names; None where it names none, or it is not there."""
+def named_provenance(dataset: IndexedDataset) -> Path | None:
+    """The file under the name that the data set's manifest gives; None where it gives none, or no file is there."""
     name = None if dataset.manifest is None else dataset.manifest.origin.options.get("provenance")
     path = None if name is None else Path(dataset.prefix).with_name(str(name))
     return None if path is None or not path.exists() else path
 
 
-def join_provenance(datasets: Sequence[IndexedDataset], path: Path) -> None:
+def provenance_path(dataset: IndexedDataset) -> Path | None:
+    """``named_provenance`` where it has the size that the manifest says, so that it is not another data set's."""
+    path, said = named_provenance(dataset), provenance_facts(dataset)
+    return None if path is None or (said is not None and path.stat().st_size != said.size) else path
+
+
+def provenance_facts(dataset: IndexedDataset) -> FileFacts | None:
+    """What the file must be; None where the data set's manifest does not say it."""
+    return None if dataset.manifest is None else dataset.manifest.origin.provenance
+
+
+def join_provenance(datasets: Sequence[IndexedDataset], path: Path) -> FileFacts:
     """Write what the files of all data sets say to ``path`` on the disk, documents numbered as they lie end to end.
+
+    Returns the size and the hash of what was written.
 
     Raises:
         DataError: a data set has no such file, or one that is not a line a document; or one cannot be read or written.
     """
-    first = 0
     try:
-        with path.open("wb") as joined:
-            for dataset in datasets:
-                joined.writelines(renumbered(_lines_of(dataset), first))
-                first += len(dataset.document_indices) - 1
-            joined.flush()
-            os.fsync(joined.fileno())
+        with HashedFile(path) as joined:
+            lines = renumbered(chain.from_iterable(map(_lines_of, datasets)), 0)
+            while block := b"".join(islice(lines, LINES)):
+                joined.write(block)
+        return joined.facts()
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror}") from error
 
@@ -80,10 +94,14 @@ def _lines_of(dataset: IndexedDataset) -> Iterator[bytes]:
 def document_origin(dataset: IndexedDataset, document: int) -> str | None:
     """Where a document came from, in words; None where the data set's manifest names no such file, or it is not there.
 
+    That file may be another data set's by now, which is said instead.
+
     Raises:
         DataError: as ``find_provenance``.
     """
     path = provenance_path(dataset)
+    if path is None and (other := named_provenance(dataset)) is not None:
+        return f"an unknown place: {other} was replaced by another data set's"
     found = None if path is None else find_provenance(path, document)
     if found is None:
         return None

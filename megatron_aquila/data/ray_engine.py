@@ -1,7 +1,10 @@
 """The pieces of a corpus on an existing Ray cluster; its machines share the file system of the output."""
 
+import os
+import socket
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import chdir, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -19,23 +22,23 @@ def ray_map(writer: ShardWriter, pieces: Iterable[Piece], *, tell: Tell) -> Gene
     """``writer`` of each piece as a Ray task; shards in their order, at most a few pieces a core under way.
 
     Joins the cluster of ``RAY_ADDRESS``, or the one of this machine, or starts one here. A task whose worker dies is
-    tried again by Ray; a shard appears whole or not at all, so that a retry makes the same bytes.
+    tried again by Ray; a shard appears whole or not at all, so that a retry makes the same bytes. Relative paths begin
+    in this process's working folder, wherever the workers were started.
 
     Raises:
-        DataError: ray is not installed, a task failed, or a machine writes its shards elsewhere.
+        DataError: ray is not installed, no cluster can be joined, a task failed, or a machine writes its shards
+            elsewhere.
     """
-    ray = _ray()
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)
+    ray = _joined(_ray())
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_write)
-    shared = ray.put(writer)
+    shared, folder = ray.put(writer), Path.cwd()
     limit = AHEAD * max(int(ray.cluster_resources().get("CPU", 1)), 1)
     waiting = iter(pieces)
     pending: deque[tuple[Path, Any]] = deque()
     try:
         while True:
             for piece in islice(waiting, limit - len(pending)):
-                pending.append((piece.path, task.remote(shared, piece)))
+                pending.append((piece.path, task.remote(shared, piece, folder)))
             if not pending:
                 return
             ray.wait([reference for _, reference in pending], num_returns=1)
@@ -50,8 +53,30 @@ def ray_map(writer: ShardWriter, pieces: Iterable[Piece], *, tell: Tell) -> Gene
             ray.cancel(reference, force=True)
 
 
-def _write(writer: ShardWriter, piece: Piece) -> Shard:
-    return writer(piece, lambda _: None)
+def _joined(ray: Any) -> Any:
+    if not ray.is_initialized():
+        try:
+            ray.init(log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            address = os.environ.get("RAY_ADDRESS")
+            where = "none can be started here" if address is None else f"none answers at RAY_ADDRESS={address}"
+            raise DataError(
+                f"--engine ray: no Ray cluster: {where}: {error}; start one (ray start --head), say it by RAY_ADDRESS, "
+                "or use --engine local"
+            ) from error
+    return ray
+
+
+def _write(writer: ShardWriter, piece: Piece, folder: Path) -> Shard:
+    """On a worker: the piece, whose path is as it was given to the process that works in ``folder``."""
+    relative = [path for path in piece.paths if not path.is_absolute()]
+    if not folder.is_dir() and piece.unpacked is None and relative:
+        raise DataError(
+            f"{relative[0]}: a relative path of {folder}, which is not there on {socket.gethostname()}; name the "
+            "inputs by absolute paths, on a disk that all machines share"
+        )
+    with chdir(folder) if folder.is_dir() else nullcontext():
+        return writer(piece, lambda _: None)
 
 
 def _raise_failed(ray: Any, pending: Sequence[tuple[Path, Any]]) -> None:

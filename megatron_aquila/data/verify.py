@@ -11,6 +11,7 @@ import numpy as np
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.manifest import manifest_path, read_manifest
 from megatron_aquila.data.progress import Report, counting, ignore
+from megatron_aquila.data.provenance import named_provenance, provenance_facts
 from megatron_aquila.errors import DataError
 
 BLOCK: Final = 1 << 24  # bytes hashed, or tokens looked at, between two reports
@@ -28,7 +29,7 @@ class Verdict:
 
 
 def verify(prefix: str, *, deep: bool = False, report: Callable[[int], None] = lambda _: None) -> Verdict:
-    """Open the data set, and hash both its files where a manifest says what the hashes must be.
+    """Open the data set, and hash its files where a manifest says what the hashes must be.
 
     Args:
         prefix: of the data set.
@@ -109,8 +110,12 @@ def hash_file(path: Path, report: Callable[[int], None] = lambda _: None) -> str
 def _wrong_hashes(dataset: IndexedDataset, report: Callable[[int], None]) -> list[str]:
     assert dataset.manifest is not None, f"{dataset.prefix}: no hashes to compare with"
     said = dataset.manifest.contents
+    files = [(dataset.bin_path, said.bin), (dataset.idx_path, said.idx)]
+    beside, lines = named_provenance(dataset), provenance_facts(dataset)
+    if beside is not None and lines is not None:
+        files.append((beside, lines))
     problems = []
-    for path, facts in ((dataset.bin_path, said.bin), (dataset.idx_path, said.idx)):
+    for path, facts in files:
         found = hash_file(path, report)
         if found != facts.sha256:
             problems.append(

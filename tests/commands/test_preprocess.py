@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,35 @@ def test_an_interval_of_nothing_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("most", ["0", "-1"])
+def test_records_of_no_bytes_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], most: str
+) -> None:
+    arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--max-document-bytes", most]
+    assert preprocess.main(arguments) == 2
+    assert f"--max-document-bytes {most}: no record is as short as that; use 1 or more" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_is_no_name_of_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, prefix = tmp_path / "in.jsonl", ["--output-prefix", str(tmp_path / "out")]
+    source.write_text('{"a/b": "a"}\n')
+    arguments = flags(folder, str(source))
+    assert preprocess.main([*arguments, *prefix, "--text-template", "{a/b}"]) == 0
+    capsys.readouterr()
+    arguments[arguments.index("--json-keys") + 1] = "a/b"
+    assert preprocess.main([*arguments, *prefix]) == 2
+    assert "--json-keys a/b: the key is a part of its data set's name" in capsys.readouterr().err
+    arguments[arguments.index("--json-keys") + 1] = "k" * 250  # longer than a name may be
+    source.write_text(f'{{"{"k" * 250}": "a"}}\n')
+    for _ in range(2):
+        assert preprocess.main([*arguments, "--output-prefix", str(tmp_path / "again")]) == 2
+        assert "cannot be written: File name too long" in capsys.readouterr().err
+        assert not (tmp_path / "again.partial").exists(), "nothing was begun that could go on"
+    arguments = flags(folder, "a.jsonl")
+    assert preprocess.main([*arguments, "--output-prefix", str(tmp_path / "again")]) == 0, "with other settings"
+
+
 @pytest.mark.parametrize("shard", ["1", "a/b", "-1/2", "3/3"])
 def test_a_shard_that_is_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shard: str) -> None:
     arguments = [*flags(folder, "a.jsonl"), "--output-prefix", str(tmp_path / "out"), "--shard", shard]
@@ -103,10 +133,33 @@ def test_shards_and_fields(folder: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_one_keys_lines_are_not_anothers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both keys' data sets have PREFIX.meta.jsonl, and the other one's corpus is written over it."""
+    for name, key in {"a": "text", "longer": "title"}.items():
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"{key}": "{name}", "u": 1}}\n' * 3)
+    common = ["--output-prefix", str(tmp_path / "out"), "--keep-meta", "u", "--overwrite"]
+    text, title = (str(tmp_path / f"out_{key}_document") for key in ("text", "title"))
+    assert preprocess.main([*flags(folder, f"{tmp_path}/a.jsonl"), *common]) == 0
+    capsys.readouterr()
+    assert data.main(["inspect", text, "--document", "1"]) == 0
+    assert f"from {tmp_path}/a.jsonl:2, u 1" in capsys.readouterr().out
+    arguments = flags(folder, f"{tmp_path}/longer.jsonl")
+    arguments[arguments.index("--json-keys") + 1] = "title"
+    assert preprocess.main([*arguments, *common]) == 0
+    capsys.readouterr()
+    assert data.main(["inspect", text, "--document", "1"]) == 0
+    assert f"from an unknown place: {tmp_path}/out.meta.jsonl was replaced" in capsys.readouterr().out
+    assert data.main(["verify", title]) == 0
+    assert data.main(["verify", text]) == 1
+    assert f"{tmp_path}/out.meta.jsonl: its SHA-256 is" in "".join(capsys.readouterr())
+
+
 def test_parts_end_with_the_command_that_joins_them(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs = flags(folder, *["a.jsonl"] * 3)
+    for name in "abc":
+        shutil.copy(folder / "a.jsonl", tmp_path / f"{name}.jsonl")
+    inputs = flags(folder, *(str(tmp_path / f"{name}.jsonl") for name in "abc"))
     assert preprocess.main([*inputs, "--output-prefix", str(tmp_path / "whole")]) == 0
     assert "merge" not in capsys.readouterr().out
     told = set()
@@ -124,6 +177,69 @@ def test_parts_end_with_the_command_that_joins_them(
     for ending in (".bin", ".idx"):
         files = [tmp_path / f"{name}_text_document{ending}" for name in ("whole", "my out")]
         assert files[0].read_bytes() == files[1].read_bytes()
+    assert data.main([*words[:2], words[2], words[4], "--overwrite"]) == 2
+    assert "its corpus has 3 parts, and 1/3 is missing; make it first" in capsys.readouterr().err
+
+
+def test_parts_cut_from_two_corpora_are_not_joined(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Part 0 is made, a file is added to the folder, part 1 is made: what lies between them is in neither."""
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    corpus.mkdir()
+    for name in "ac":
+        (corpus / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    shutil.copytree(corpus, elsewhere)
+    (corpus / "b.jsonl").write_text('{"text": "b"}\n')
+    parts = [str(tmp_path / f"out_shard0000{index}of00002_text_document") for index in range(2)]
+    merging = ["merge", str(tmp_path / "out"), *parts]
+    for part, made_of in (("0/2", elsewhere), ("1/2", corpus)):
+        prefix = ["--output-prefix", str(tmp_path / "out"), "--shard", part]
+        assert preprocess.main([*flags(folder, str(made_of)), *prefix]) == 0
+    capsys.readouterr()
+    assert data.main(merging) == 2
+    assert f"{parts[1]}: part 1/2, but of another corpus, or made with other options" in capsys.readouterr().err
+    again = [*flags(folder, str(elsewhere)), "--output-prefix", str(tmp_path / "out"), "--shard", "1/2", "--overwrite"]
+    assert preprocess.main([*again, "--min-chars", "1"]) == 0
+    assert data.main(merging) == 2, "other options"
+    (corpus / "b.jsonl").unlink()
+    again[again.index(str(elsewhere))] = str(corpus)
+    assert preprocess.main(again) == 0
+    assert data.main(merging) == 0, "the same files, below another folder"
+
+
+@pytest.mark.parametrize("inputs", ["", "**/*.jsonl", "*"])
+def test_an_output_within_an_input_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inputs: str
+) -> None:
+    """What the command writes there is not read: when it goes on, begins anew, or another part is at work."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 9)
+    (tmp_path / "in").mkdir()
+    bad = tmp_path / ("b.jsonl" if inputs == "*" else "in/b.jsonl")
+    bad.write_text('{"text": 4}\n')
+    source, prefix = f"{tmp_path}/{inputs}", ["--output-prefix", f"{tmp_path}/in/../out"]
+    arguments = [*flags(folder, source), *prefix, "--keep-meta", "text"]
+    assert preprocess.main([*arguments, "--on-bad-line", "stop"]) == 2
+    assert f"{bad}:1: 'text' is not a string" in capsys.readouterr().err
+    left = tmp_path / "out.partial"
+    assert left.exists()
+    for part in ("0/2", "1/2", "1/2"):
+        assert preprocess.main([*arguments, "--shard", part, "--on-bad-line", "skip", "--overwrite"]) == 0
+    for more in ([], ["--overwrite"]):
+        assert preprocess.main([*arguments, "--on-bad-line", "skip", *more]) == 0
+        assert not left.exists()
+        manifest = IndexedDataset(tmp_path / "out_text_document").manifest
+        assert manifest is not None
+        assert [Path(said.path).name for said in manifest.origin.sources] == ["a.jsonl", "b.jsonl"]
+    assert preprocess.main([*flags(folder, f"{tmp_path}/out.bad.jsonl"), *prefix, "--overwrite"]) == 2
+    assert "out.bad.jsonl: this is a file of the output, too" in capsys.readouterr().err
+
+
+def test_a_file_in_two_inputs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*flags(folder, "a.jsonl", "[ax].jsonl"), "--output-prefix", str(tmp_path / "out")]
+    assert preprocess.main(arguments) == 2
+    assert f"--input {folder}/a.jsonl: the same file is read for --input" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_keys_beside_a_template(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +250,8 @@ def test_keys_beside_a_template(folder: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_what_is_left_out_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs = flags(folder, "a.jsonl", "b.jsonl", "a.jsonl")
+    again = shutil.copy(folder / "a.jsonl", tmp_path)
+    inputs = flags(folder, "a.jsonl", "b.jsonl", again)
     arguments = [*inputs, "--output-prefix", str(tmp_path / "out"), "--on-bad-line", "skip", "--keep-meta", "text"]
     arguments += ["--deduplicate", "--min-chars", "1", "--max-chars", "3"]
     assert preprocess.main(arguments) == 0
@@ -202,5 +319,6 @@ def test_a_bar_in_a_terminal(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert preprocess.main([*flags(folder, "a.jsonl", "a.jsonl"), "--output-prefix", str(tmp_path / "out")]) == 0
+    again = shutil.copy(folder / "a.jsonl", tmp_path)
+    assert preprocess.main([*flags(folder, "a.jsonl", again), "--output-prefix", str(tmp_path / "out")]) == 0
     assert "6 documents" in capsys.readouterr().out

@@ -24,7 +24,8 @@ from megatron_aquila.data.encoders import Encoded, ReferenceEncoder
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.inputs import Piece, plan_pieces
 from megatron_aquila.data.output import Output
-from megatron_aquila.data.preprocess import Done, PreprocessSettings, Progress, preprocess
+from megatron_aquila.data.preprocess import Done, Progress, preprocess
+from megatron_aquila.data.preprocess_settings import PreprocessSettings
 from megatron_aquila.data.records import ReadOptions
 from megatron_aquila.data.shards import Shard, ShardWriter
 from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_aquila.data.inputs import Format, plan_pieces
 from megatron_aquila.data.streams import Compression
-from megatron_aquila.errors import DataError
+from megatron_aquila.errors import ConfigError, DataError
 
 LINE = b'{"text": "a"}\n'
 
@@ -39,8 +39,8 @@ def test_files_globs_and_folders_in_order(tmp_path: Path) -> None:
     assert named(tmp_path, "*.jsonl", "b/*") == ["a.jsonl", "b/10.json", "b/2.jsonl"]
     assert named(tmp_path, "**/*.jsonl") == ["a.jsonl", "b/2.jsonl"]
     assert named(tmp_path, "b/_SUCCESS", input_format="jsonl") == ["b/_SUCCESS"], "who names it means it"
-    pieces = plan_pieces([str(tmp_path), "-", str(tmp_path)], piece_bytes=20)
-    assert [piece.index for piece in pieces] == list(range(9)), "each of 14 bytes"
+    pieces = plan_pieces([str(tmp_path), "-"], piece_bytes=20)
+    assert [piece.index for piece in pieces] == list(range(5)), "each of 14 bytes"
 
 
 @given(
@@ -142,3 +142,35 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(DataError, match="in: cannot be read: Permission denied"):
         named(tmp_path, "in")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "twice", "first"),
+    [
+        (("in", "in/b.jsonl"), "in/b.jsonl", "in"),
+        (("in/*.jsonl", "in/./"), "in/a.jsonl", r"in/\*.jsonl"),
+        (("in/b.jsonl", "elsewhere/../in/b.jsonl"), "elsewhere/../in/b.jsonl", "in/b.jsonl"),
+        (("linked",), "linked/z.jsonl", "linked"),
+        (("in", "linked/a.jsonl"), "linked/a.jsonl", "in"),
+    ],
+)
+def test_no_file_is_read_twice(tmp_path: Path, inputs: tuple[str, ...], twice: str, first: str) -> None:
+    write(tmp_path, "in/a.jsonl", "in/b.jsonl", "elsewhere/a.jsonl", "linked/y.jsonl")
+    (tmp_path / "linked/a.jsonl").symlink_to(tmp_path / "in/a.jsonl")
+    (tmp_path / "linked/z.jsonl").symlink_to("y.jsonl")
+    with pytest.raises(ConfigError, match=rf"--input .*/{twice}: the same file is read for --input .*/{first}, and"):
+        named(tmp_path, *inputs)
+    assert named(tmp_path, "in", "elsewhere") == ["in/a.jsonl", "in/b.jsonl", "elsewhere/a.jsonl"], "a twin is no link"
+
+
+def test_standard_input_is_there_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--input -: the same file is read for --input -, and"):
+        plan_pieces(["-", "-"])
+
+
+def test_what_is_not_meant(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "ours/b.jsonl", "ours.jsonl")
+    skipped = {"leave_out": lambda path: path.name.startswith("ours")}
+    assert named(tmp_path, ".", **skipped) == ["a.jsonl"]
+    assert named(tmp_path, "*.jsonl", **skipped) == ["a.jsonl"]
+    assert named(tmp_path, "ours.jsonl", **skipped) == ["ours.jsonl"], "who names it means it"

@@ -71,8 +71,17 @@ def test_what_it_says(tmp_path: Path, tokenizer: Tokenizer) -> None:
             "sources": [{"path": "in.jsonl", "size": 70}],
             "options": {"append_eod": False},
             "versions": said["origin"]["versions"],
+            "provenance": None,
         },
     }
+
+
+def test_of_earlier_versions_nothing_is_missing(tmp_path: Path) -> None:
+    written, path = write(tmp_path / "data"), manifest_path(tmp_path / "data")
+    said = json.loads(path.read_text())
+    del said["origin"]["provenance"]
+    path.write_text(json.dumps(said))
+    assert read_manifest(tmp_path / "data") == written
     assert said["origin"]["versions"]["megatron_aquila"] == __version__
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx", "data.manifest.json"]
 
@@ -124,6 +133,7 @@ WRONG: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "tokenizer": (("origin", "tokenizer"), {"kind": "x"}, "origin.tokenizer.vocab_size: Field required"),
     "sources": (("origin", "sources"), [{"path": 1, "size": 1}], "origin.sources.0.path: Input should be a valid str"),
     "versions": (("origin", "versions"), None, "origin.versions: Input should be an object"),
+    "lines": (("origin", "provenance"), {"size": 1}, "origin.provenance.sha256: Field required"),
 }
 
 
@@ -140,7 +150,7 @@ def test_every_field_is_checked(tmp_path: Path, kind: str) -> None:
     path.write_text(json.dumps(body))
     with pytest.raises(DataError, match=rf"data.manifest.json: {message}.*; remove it to go without"):
         read_manifest(tmp_path / "data")
-    if name != "more":
+    if name not in ("more", "provenance"):
         del inner[name]
         path.write_text(json.dumps(body))
         with pytest.raises(DataError, match=rf"{name}: Field required"):

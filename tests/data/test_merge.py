@@ -1,6 +1,7 @@
 """Merging is Megatron-LM's byte for byte, and what cannot be one data set is refused."""
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron_aquila.data.manifest import Origin, SourceFile, TokenizerFacts, read_manifest
+from megatron_aquila.data.manifest import FileFacts, Origin, SourceFile, TokenizerFacts, read_manifest
 from megatron_aquila.data.merge import merge
 from megatron_aquila.data.provenance import document_origin, join_provenance, provenance_line
 from megatron_aquila.data.verify import verify
@@ -94,6 +95,10 @@ def test_where_documents_came_from(tmp_path: Path) -> None:
     (tmp_path / "other.meta.jsonl").touch()
     with pytest.raises(DataError, match=r"other.meta.jsonl: it exists; give --overwrite"):
         merge([a], str(tmp_path / "other"))
+    assert merged.manifest is not None
+    lines = Path(f"{out}.meta.jsonl").read_bytes()
+    facts = FileFacts(size=len(lines), sha256=hashlib.sha256(lines).hexdigest())
+    assert merged.manifest.origin.provenance == facts
     merge([a], out, overwrite=True)
     assert document_origin(IndexedDataset(out), 1) == "a.jsonl:5"
     (tmp_path / "b.meta.jsonl").unlink()
@@ -228,3 +233,40 @@ def test_damage_is_not_given_a_manifest_that_vouches_for_it(tmp_path: Path, end:
     assert not list(tmp_path.glob("out*"))
     Path(f"{b}.manifest.json").unlink()
     merge([a, b], out)
+
+
+def part(prefix: Path, index: int, count: int, corpus: str | None = "one") -> str:
+    """A data set of one document that says it is a part of a corpus."""
+    said = {} if corpus is None else {"corpus": corpus}
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_sequence([index])
+        writer.end_document()
+        writer.origin = replace(Origin.unknown(), options={"shard": [index, count], **said})
+    return str(prefix)
+
+
+def test_parts_are_all_of_one_corpus_in_their_order(tmp_path: Path) -> None:
+    zero, one, two = (part(tmp_path / f"p{index}", index, 3) for index in range(3))
+    other, of_two, old = (
+        part(tmp_path / "o", 1, 3, "other"),
+        part(tmp_path / "t", 1, 2),
+        part(tmp_path / "a", 1, 3, None),
+    )
+    whole, out = write(tmp_path / "w", 7), str(tmp_path / "out")
+    for parts, message in (
+        ([zero, two], r"p0: its corpus has 3 parts, and 1/3 is missing; make it first"),
+        ([one], r"p1: its corpus has 3 parts, and 0/3, 2/3 is missing"),
+        ([part(tmp_path / "many", 0, 9)], r"and 1/9, 2/9, 3/9 and 5 more is missing"),
+        ([zero, two, one], r"p1: part 1/3 comes after .*p2, part 2; give each part once, in their order"),
+        ([zero, one, one, two], r"p1: part 1/3 comes after .*p1, part 1; give each"),
+        ([zero, other, two], r"o: part 1/3, but of another corpus, or made with other options, than .*p0, part 0/3"),
+        ([old, zero, other, two], r"o: part 1/3, but of another corpus"),
+        ([zero, of_two, one, two], r"t: part 1/2, but of another corpus"),
+    ):
+        with pytest.raises(DataError, match=message):
+            merge(parts, out)
+        assert not list(tmp_path.glob("out*"))
+    for parts in ([zero, one, two], [zero, old, two]):
+        merge([whole, *parts, whole], out, overwrite=True)
+        assert IndexedDataset(out).tokens.tolist() == [7, 0, 1, 2, 7]
+    merge([out, out], str(tmp_path / "twice"))

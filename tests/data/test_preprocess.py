@@ -24,7 +24,8 @@ from megatron_aquila.data.encoders import Encoded, ReferenceEncoder
 from megatron_aquila.data.filters import LengthLimits
 from megatron_aquila.data.indexed import IndexedDataset
 from megatron_aquila.data.manifest import read_manifest
-from megatron_aquila.data.preprocess import Done, PreprocessSettings, Progress, preprocess
+from megatron_aquila.data.preprocess import Done, Progress, preprocess
+from megatron_aquila.data.preprocess_settings import PreprocessSettings
 from megatron_aquila.data.records import ReadOptions, parse_template
 from megatron_aquila.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_aquila.errors import ConfigError, DataError
@@ -538,6 +539,21 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, tokenizer: Tok
         run([source], tmp_path / "out", tokenizer)
     run([source], tmp_path / "out", tokenizer, overwrite=True)
     assert IndexedDataset(tmp_path / "out_text_document").document_indices[-1] > 0
+
+
+@pytest.mark.usefixtures("_small_pieces")
+def test_a_part_goes_on_only_with_the_corpus_it_was_cut_from(
+    tmp_path: Path, tokenizer: Tokenizer, texts: list[str]
+) -> None:
+    """Although its own files are the same."""
+    first, second = (write_jsonl(tmp_path / f"{name}.jsonl", texts) for name in ("a", "renamed"))
+    mine = write_jsonl(tmp_path / "b.jsonl", [*texts * 2, None])
+    with pytest.raises(DataError, match="is null"):
+        run([first, mine], tmp_path / "out", tokenizer, shard=(1, 2))
+    with pytest.raises(ConfigError, match="holds an unfinished run with other corpus; give the same settings"):
+        run([second, mine], tmp_path / "out", tokenizer, shard=(1, 2))
+    with pytest.raises(DataError, match="is null"):
+        run([first, mine], tmp_path / "out", tokenizer, shard=(1, 2))
 
 
 @pytest.mark.usefixtures("_small_pieces")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron_aquila.data.manifest import read_manifest, write_manifest
+from megatron_aquila.data.manifest import FileFacts, Origin, read_manifest, write_manifest
 from megatron_aquila.data.provenance import document_origin, find_provenance, provenance_line, renumbered
+from megatron_aquila.data.verify import hash_file, verify
 from megatron_aquila.errors import DataError
 
 
@@ -85,3 +86,28 @@ def test_the_origin_of_a_document(tmp_path: Path) -> None:
     path.write_bytes(b"oops\n")
     with pytest.raises(DataError, match="begins no line of provenance"):
         document_origin(dataset, 1)
+
+
+def test_lines_of_another_data_set_are_not_believed(tmp_path: Path) -> None:
+    """Their file has the name that the manifest says, but neither the size nor the hash."""
+    prefix, path = tmp_path / "out_text_document", tmp_path / "out.meta.jsonl"
+    facts = []
+    for line in (7, 8, 10):
+        path.write_bytes(provenance_line(0, source="a.jsonl", line=line, meta={}))
+        facts.append(FileFacts(size=path.stat().st_size, sha256=hash_file(path)))
+    for said, origin, problems in (
+        (facts[2], "a.jsonl:10", 0),
+        (facts[1], f"an unknown place: {path} was replaced by another data set's", 1),
+        (replace(facts[0], size=facts[2].size), "a.jsonl:10", 1),
+        (None, "a.jsonl:10", 0),
+    ):
+        with IndexedDatasetWriter(prefix, np.uint16) as writer:
+            writer.add_documents(np.arange(1), np.array([1]))
+            writer.origin = replace(Origin.unknown(), options={"provenance": path.name}, provenance=said)
+        assert document_origin(IndexedDataset(prefix), 0) == origin
+        found = verify(str(prefix)).problems
+        assert len(found) == problems
+        assert all(problem.startswith(f"{path}: its SHA-256 is {facts[2].sha256[:12]}") for problem in found)
+    path.unlink()
+    assert document_origin(IndexedDataset(prefix), 0) is None
+    assert verify(str(prefix)).problems == ()

@@ -5,17 +5,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from megatron_aquila.commands.preprocess import main as command
 from megatron_aquila.data import ray_engine
 from megatron_aquila.data.encoders import ReferenceEncoder
 from megatron_aquila.data.filters import LengthLimits
-from megatron_aquila.data.preprocess import PreprocessSettings, preprocess
+from megatron_aquila.data.preprocess import preprocess
+from megatron_aquila.data.preprocess_settings import PreprocessSettings
 from megatron_aquila.data.records import ReadOptions
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.errors import DataError
@@ -27,7 +30,8 @@ import ray
 from megatron_aquila.data import preprocess as module
 from megatron_aquila.data.encoders import ReferenceEncoder
 from megatron_aquila.data.filters import LengthLimits
-from megatron_aquila.data.preprocess import PreprocessSettings, preprocess
+from megatron_aquila.data.preprocess import preprocess
+from megatron_aquila.data.preprocess_settings import PreprocessSettings
 from megatron_aquila.data.records import ReadOptions
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.errors import DataError
@@ -48,7 +52,9 @@ class Dies(ReferenceEncoder):  # once, so that Ray tries again
 
 module.choose_encoder = lambda *_: type("Choice", (), {"encoder": Dies(tokenizer), "why": "it dies"})
 few = {"deduplicate": True, "limits": LengthLimits(min_chars=5, max_chars=2000), "read": ReadOptions(keep_meta=("id",))}
-for path, end, more in ((source, "", {}), (bad, "bad", {}), (source, "few", few), (packed, "packed", {})):
+os.chdir(Path(source).parent)  # the workers were started elsewhere
+runs = [(source, "", {}), (bad, "bad", {}), (source, "few", few), (packed, "packed", {})]
+for path, end, more in (*runs, (Path(source).name, "relative", {})):
     settings = PreprocessSettings(inputs=(path,), output_prefix=prefix + end, engine="ray", append_eod=True, **more)
     try:
         done = preprocess(settings, tokenizer, report=lambda _: None, say=lambda _: None)
@@ -78,12 +84,13 @@ def test_rays_bytes_are_one_processs(tmp_path: Path, tokenizer_files: dict[str, 
         read=ReadOptions(keep_meta=("id",)),
     )
     _, kept = (preprocess(each, tokenizer, report=lambda _: None, say=lambda _: None) for each in (settings, few))
-    command = [sys.executable, "-c", SCRIPT, str(source), str(packed), str(bad), str(tmp_path / "ray"), str(model)]
+    script = [sys.executable, "-c", SCRIPT, str(source), str(packed), str(bad), str(tmp_path / "ray"), str(model)]
     patient = os.environ | {"RAY_raylet_start_wait_time_s": "300"}  # a busy machine is slow to start a node
-    told = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=patient)
+    told = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False, env=patient)
     assert told.returncode == 0, told.stderr
-    count, error, few_count, packed_count = [line for line in told.stdout.splitlines() if "(raylet)" not in line]
-    assert count == packed_count == str(len(texts) * 3)
+    printed = [line for line in told.stdout.splitlines() if "(raylet)" not in line]
+    count, error, few_count, packed_count, relative_count = printed
+    assert count == packed_count == relative_count == str(len(texts) * 3)
     assert error.startswith(f"{bad}:1: 'text' is not a string but a int; mend the line")
     assert (tmp_path / "ray.died").exists()
     left_out = kept.progress.counts
@@ -94,7 +101,126 @@ def test_rays_bytes_are_one_processs(tmp_path: Path, tokenizer_files: dict[str, 
     for end in (*ends, "few.meta.jsonl"):
         assert (tmp_path / f"ray{end}").read_bytes() == (tmp_path / f"one{end}").read_bytes()
     for end in ends[:2]:
-        assert (tmp_path / f"raypacked{end}").read_bytes() == (tmp_path / f"one{end}").read_bytes()
+        for more in ("packed", "relative"):
+            assert (tmp_path / f"ray{more}{end}").read_bytes() == (tmp_path / f"one{end}").read_bytes()
+
+
+class Task:
+    """Of a cluster that was started in ``folder``: done at once, there."""
+
+    def __init__(self, function: Callable[..., object], folder: Path) -> None:
+        self.function, self.folder = function, folder
+
+    def remote(self, *arguments: object) -> Callable[[], object]:
+        def done() -> object:
+            with chdir(self.folder):
+                return self.function(*arguments)
+
+        return done
+
+
+class RayTaskError(Exception):
+    """As Ray wraps what a task raised."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+
+
+class StubRay(ModuleType):
+    """What the engine asks of Ray, by one worker in this process; references are functions that do the work."""
+
+    exceptions = SimpleNamespace(RayTaskError=RayTaskError, RayError=RayTaskError)
+
+    def __init__(self, folder: Path, refused: Exception | None = None) -> None:
+        super().__init__("ray")
+        self.folder, self.refused = folder, refused
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **_: object) -> None:
+        if self.refused is not None:
+            raise self.refused
+
+    def remote(self, **_: object) -> Callable[[Callable[..., object]], Task]:
+        return lambda function: Task(function, self.folder)
+
+    def put(self, value: object) -> object:
+        return value
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 1.0}
+
+    def wait(self, references: list[object], **_: object) -> tuple[list[object], list[object]]:
+        return references, []
+
+    def get(self, reference: Callable[[], object]) -> object:
+        try:
+            return reference()
+        except DataError as error:
+            raise RayTaskError(error) from error
+
+    def cancel(self, reference: object, *, force: bool) -> None:
+        pass
+
+
+def preprocessed(tokenizer_files: dict[str, Path], source: str, prefix: str, *more: str) -> int:
+    arguments = ["--input", source, "--output-prefix", prefix, "--tokenizer-backend", "tokenizers", "--append-eod"]
+    model = str(tokenizer_files["tokenizer_model"])
+    return command([*arguments, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", model, *more])
+
+
+def test_relative_inputs_are_the_commands_not_the_clusters(
+    tmp_path: Path, tokenizer_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "cluster").mkdir()
+    for name in "ab":
+        (tmp_path / f"in/{name}.jsonl").write_text(f'{{"text": "text {name}"}}\n' * 9)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", StubRay(tmp_path / "cluster"))
+    for engine in ("local", "ray"):
+        assert preprocessed(tokenizer_files, "in", f"out/{engine}", "--keep-meta", "text", "--engine", engine) == 0
+    for end in ("_text_document.bin", "_text_document.idx", ".meta.jsonl"):
+        assert (tmp_path / f"out/ray{end}").read_bytes() == (tmp_path / f"out/local{end}").read_bytes()
+    assert list((tmp_path / "cluster").iterdir()) == []
+
+
+def test_a_machine_without_the_commands_folder(
+    tmp_path: Path,
+    tokenizer_files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Absolute paths do not need it."""
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", StubRay(tmp_path))
+    monkeypatch.setattr(ray_engine.Path, "cwd", lambda: Path("/nowhere/home"))
+    assert preprocessed(tokenizer_files, "in.jsonl", f"{tmp_path}/out", "--engine", "ray") == 2
+    assert "error: in.jsonl: a relative path of /nowhere/home, which is not there on " in capsys.readouterr().err
+    assert preprocessed(tokenizer_files, f"{tmp_path}/in.jsonl", f"{tmp_path}/out", "--engine", "ray") == 0
+
+
+@pytest.mark.parametrize("address", ["10.0.0.9:6379", None])
+def test_no_cluster(
+    tmp_path: Path,
+    tokenizer_files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    address: str | None,
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    where = "none can be started here"
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        where = f"none answers at RAY_ADDRESS={address}"
+    for refused in (ConnectionError("no answer"), RuntimeError("no answer"), ValueError("no answer")):
+        monkeypatch.setitem(sys.modules, "ray", StubRay(tmp_path, refused))
+        assert preprocessed(tokenizer_files, f"{tmp_path}/in.jsonl", f"{tmp_path}/out", "--engine", "ray") == 2
+        assert f"error: --engine ray: no Ray cluster: {where}: no answer; start one" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:

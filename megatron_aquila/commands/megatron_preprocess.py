@@ -1,0 +1,139 @@
+"""Flags of Megatron-LM's ``preprocess_data.py`` that ``aquila preprocess`` has no use for, and what becomes of them.
+
+One table serves the command and ``docs/data.md``. Flags that the command has under the same name need no row.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+
+from megatron_aquila.errors import Problem, refuse
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Nothing has to be done for it, ``why`` says how so; where there are ``values``, only for these."""
+
+    why: str
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """The command's own ``flag``, which takes the same value."""
+
+    flag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Not offered: why, and what to do."""
+
+    why: str
+    way_out: str
+
+
+Meaning = Accepted | Renamed | Refused
+
+_NO_TRIALS = Refused(
+    "no trial runs are made", "leave it out: --workers is one a core, and the output is the same for any"
+)
+_NO_TIKTOKEN = Refused(
+    "tiktoken's files are not read", "use --tokenizer-type HuggingFaceTokenizer and a tokenizer.json of the same tokens"
+)
+_NO_MORE_TOKENS = Refused(
+    "special tokens are those of the tokenizer's files", "leave it out; `aquila tokenizer extend` adds tokens"
+)
+_ONLY_EOD = "no special token is added but by --append-eod"
+_NOT_PADDED = Accepted("ids are the tokenizer's own: a run pads its embedding, no data set")
+_FILES_SAY = Refused("the tokenizer's files say it", "leave it out; use --tokenizer-type and --tokenizer-model")
+_NULL = Refused("there is no tokenizer without text", "leave it out, and name the tokenizer of the text")
+
+MEANINGS: Mapping[str, Meaning] = MappingProxyType(
+    {
+        "--tokenizer-path": Renamed("--tokenizer-model"),
+        "--partitions": Accepted("workers share the whole corpus, and its documents are one data set in their order"),
+        "--keep-sequential-samples": Accepted("documents are always in the order of the corpus"),
+        "--chunk-size": Accepted("the corpus is cut by its size, and the output does not depend on the cuts"),
+        "--dataset-impl": Accepted("mmap's is the one format", ("mmap",)),
+        "--keep-newlines": Accepted("text is kept as it is"),
+        "--lang": Accepted("documents are not split, so that no language's rules are needed"),
+        "--vocab-size": _NOT_PADDED,
+        "--padded-vocab-size": _NOT_PADDED,
+        "--make-vocab-size-divisible-by": _NOT_PADDED,
+        "--vocab-extra-ids": Accepted("no ids are added to the tokenizer's", ("0",)),
+        "--extra-vocab-size": Accepted("no ids are added to the tokenizer's", ("0",)),
+        "--tokenizer-hf-no-include-special-tokens": Accepted(_ONLY_EOD),
+        "--use-gigatoken": Accepted("it is taken where it gives the same ids: --tokenizer-backend"),
+        "--split-sentences": Refused(
+            "a document is one sequence: sentences of their own are for BERT and T5",
+            "leave it out, or split before and give one a line with --input-format text --text-documents line",
+        ),
+        "--find-optimal-num-workers": _NO_TRIALS,
+        "--workers-to-check": _NO_TRIALS,
+        "--max-documents": _NO_TRIALS,
+        "--performance-dir": _NO_TRIALS,
+        "--tiktoken-pattern": _NO_TIKTOKEN,
+        "--tiktoken-num-special-tokens": _NO_TIKTOKEN,
+        "--tiktoken-special-tokens": _NO_TIKTOKEN,
+        "--tokenizer-special-tokens": _NO_MORE_TOKENS,
+        "--special-tokens": _NO_MORE_TOKENS,
+        "--tokenizer-hf-include-special-tokens": Refused(_ONLY_EOD, "leave it out"),
+        "--tokenizer-hf-no-use-fast": Refused("a tokenizer.json is a fast tokenizer's", "leave it out"),
+        "--tokenizer-metadata": _FILES_SAY,
+        "--tokenizer-sentencepiece-legacy": _FILES_SAY,
+        "--trust-remote-code": Refused("code that comes with a tokenizer is not run", "give its tokenizer.json"),
+        "--null-tokenizer-eod-id": _NULL,
+        "--null-tokenizer-pad-id": _NULL,
+    }
+)
+
+
+def without_megatrons(words: Sequence[str]) -> list[str]:
+    """``words`` of a command line without the flags that are accepted, and with the command's names of the others.
+
+    Raises:
+        ConfigError: with every flag that is refused.
+    """
+    kept: list[str] = []
+    problems = []
+    for flag, values in _flags(words):
+        meaning = MEANINGS.get(flag.replace("_", "-"))
+        match meaning:
+            case None:
+                kept += [flag, *values]
+            case Renamed(name):
+                kept += [name, *values]
+            case Accepted(why, allowed) if allowed and tuple(values) not in [(value,) for value in allowed]:
+                problems.append(Problem(flag, " ".join(values), why, f"use {' or '.join(allowed)} or leave it out"))
+            case Refused(why, way_out):
+                problems.append(Problem(flag, " ".join(values), why, way_out))
+    refuse(problems)
+    return kept
+
+
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Each flag with the words up to the next; a word before the first stands where a flag would."""
+    starts = [index for index, word in enumerate(words) if index == 0 or word.startswith("--")]
+    for start, stop in pairwise([*starts, len(words)]):
+        flag, is_joined, value = words[start].partition("=")
+        if is_joined and flag.replace("_", "-") in MEANINGS:
+            yield flag, [value, *words[start + 1 : stop]]
+        else:
+            yield words[start], words[start + 1 : stop]
+
+
+def table() -> str:
+    """The rows of ``docs/data.md``."""
+    return "\n".join(f"| `{flag}` | {_told(meaning)} |" for flag, meaning in MEANINGS.items())
+
+
+def _told(meaning: Meaning) -> str:
+    match meaning:
+        case Renamed(flag):
+            return f"is `{flag}`"
+        case Accepted(why, values):
+            return f"accepted{''.join(f' as {value}' for value in values)}: {why}"
+        case Refused(why, way_out):
+            return f"refused: {why}; {way_out}"
