@@ -142,7 +142,7 @@ def fill_(machine: Machine) -> None:
 
 
 def llama(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' LlamaForCausalLM of the same sizes; its attention is torch's, causal by a flag and not by a mask."""
+    """transformers' LlamaForCausalLM of the same sizes. Its attention is torch's, causal by a flag without a mask."""
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
