@@ -32,7 +32,9 @@ GEMM, NCCL = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "ncclDevKernel_AllRedu
         ("attention", ["void flash_fwd_kernel<Flash_fwd_kernel_traits>", "aten::_scaled_dot_product_flash_attention"]),
         ("communication", [NCCL, "c10d::_reduce_scatter_base_", "gloo:all_gather", "nccl:send_recv"]),
         ("optimizer", ["aten::_fused_adamw_", "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>"]),
-        ("memory-bound", ["_forward", "Memcpy HtoD", "void at::native::vectorized_elementwise_kernel", "aten::mul"]),
+        ("optimizer", ["adamw_update"]),
+        ("memory-bound", ["rms_norm_forward", "swiglu_backward", "rope_rotate", "triton_red_fused_add_0"]),
+        ("memory-bound", ["Memcpy HtoD", "void at::native::vectorized_elementwise_kernel", "aten::mul"]),
         ("memory-bound", ["aten::comm_hook", "aten::summary"]),
     ],
 )
@@ -41,7 +43,7 @@ def test_names_are_classified(part: str, names: list[str]) -> None:
 
 
 def test_streams_that_overlap_count_once_and_communication_only_where_nothing_hides_it() -> None:
-    events = [window(100, 100), event(GEMM, 110, 40), event(NCCL, 130, 40, lane=9), event("_forward", 180, 10)]
+    events = [window(100, 100), event(GEMM, 110, 40), event(NCCL, 130, 40, lane=9), event("swiglu_forward", 180, 10)]
     profile = profile_of(events)
     shares = profile.shares()
     assert shares == pytest.approx(
@@ -49,15 +51,15 @@ def test_streams_that_overlap_count_once_and_communication_only_where_nothing_hi
     )
     assert profile.gaps() == [
         Gap(100, 110, None, GEMM),
-        Gap(170, 180, NCCL, "_forward"),
-        Gap(190, 200, "_forward", None),
+        Gap(170, 180, NCCL, "swiglu_forward"),
+        Gap(190, 200, "swiglu_forward", None),
     ]
     assert sum(span.stop - span.start for span in profile.spans) / profile.wall == 0.9, "a plain sum would say this"
 
 
 def test_what_the_update_launches_is_the_optimizer_s_but_for_communication() -> None:
     update = event(OPTIMIZER, 20, 60, cat="gpu_user_annotation")
-    elsewhere = event("_forward", 30, 10, lane=8)
+    elsewhere = event("swiglu_forward", 30, 10, lane=8)
     inside, after = event("vectorized", 25, 10), event("vectorized", 80, 10)
     found = profile_of([window(0, 100), update, inside, elsewhere, after, event(NCCL, 40, 10)]).shares()
     assert found["optimizer"] == pytest.approx(0.1)
@@ -96,7 +98,7 @@ def test_a_device_s_kernels_stand_for_its_work_and_the_host_s_operators_do_not()
 
 
 times = st.integers(0, 60)
-spans = st.lists(st.tuples(times, st.integers(1, 30), st.sampled_from([GEMM, NCCL, "_forward", "flash"]), times))
+spans = st.lists(st.tuples(times, st.integers(1, 30), st.sampled_from([GEMM, NCCL, "swiglu_forward", "flash"]), times))
 
 
 @given(spans)
