@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_aquila.observe.profile import OPTIMIZER, WINDOW, Gap, Profile, Span, classify, profile_of
+from megatron_aquila.observe.profile import OPTIMIZER, PRECEDENCE, WINDOW, Gap, Profile, Span, classify, profile_of
 
 Event = dict[str, Any]
 
@@ -30,6 +30,10 @@ GEMM, NCCL = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "ncclDevKernel_AllRedu
         ("GEMM", ["void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>", "void splitKreduce_kernel"]),
         ("attention", ["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "fmha_cutlassF_bf16_aligned"]),
         ("attention", ["void flash_fwd_kernel<Flash_fwd_kernel_traits>", "aten::_scaled_dot_product_flash_attention"]),
+        (
+            "attention",
+            ["void cudnn::fusion::compute_dot_do_o_specialized<true>", "cudnn::fusion::convert_dq_to_16bits"],
+        ),
         ("communication", [NCCL, "c10d::_reduce_scatter_base_", "gloo:all_gather", "nccl:send_recv"]),
         ("optimizer", ["aten::_fused_adamw_", "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>"]),
         ("optimizer", ["adamw_update"]),
@@ -65,6 +69,15 @@ def test_what_the_update_launches_is_the_optimizer_s_but_for_communication() -> 
     assert found["optimizer"] == pytest.approx(0.1)
     assert found["memory-bound"] == pytest.approx(0.15)  # 5 of elsewhere's are the optimizer's already
     assert found["communication"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_annotation_as_long_as_its_only_kernel_is_around_it(order: int) -> None:
+    """The norm's all-reduce is alone on its stream: a trace has the two in any order."""
+    both = [event(NCCL, 10, 20), event(OPTIMIZER, 10, 20, cat="gpu_user_annotation")]
+    profile = profile_of([window(0, 100), *both[::order]])
+    assert profile.shares() == pytest.approx(dict.fromkeys(PRECEDENCE, 0) | {"communication": 0.2, "idle": 0.8})
+    assert profile.largest() == [(NCCL, 1, 20)]
 
 
 def test_operators_of_the_cpu_count_by_self_time() -> None:
