@@ -53,11 +53,13 @@ class GpuOptions:
 
 
 def find_device(options: GpuOptions) -> torch.device | None:
-    """Where to measure; None, and a line that says so, where the GPU is not there."""
-    if options.device == "cuda" and not torch.cuda.is_available():
+    """Where to measure, a GPU with its number; None, and a line that says so, where the GPU is not there."""
+    if options.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         print("there is no GPU here: nothing is measured and nothing written")
         return None
-    return torch.device(options.device)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 class Record:

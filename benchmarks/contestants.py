@@ -28,6 +28,7 @@ from megatron_aquila.train.stragglers import Comparison
 from megatron_aquila.train.trainer import Reporter, Steps
 
 Weights = Literal["same", "masters"]
+CAUSAL = "sdpa_causal"  # transformers' attention under a name of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +142,14 @@ def fill_(machine: Machine) -> None:
 
 
 def llama(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' LlamaForCausalLM of the same sizes with torch's scaled_dot_product_attention."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """transformers' LlamaForCausalLM of the same sizes. Its attention is torch's, causal by a flag without a mask."""
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    settings: dict[str, Any] = {"attn_implementation": "sdpa"}  # unknown to the types of LlamaConfig
+    # For "sdpa" transformers builds a mask where it is compiled by a torch before 2.14, and a mask keeps the flash
+    # kernels and grouped heads away. For a name without a mask function there is none.
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    settings: dict[str, Any] = {"attn_implementation": CAUSAL}  # unknown to the types of LlamaConfig
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,

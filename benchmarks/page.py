@@ -34,6 +34,9 @@ python -m benchmarks.kernels --resume
 python -m benchmarks.fp8
 ```
 
+A GPU's image often has torch and little else. Where it reaches no package index, carry along the wheels that
+`pip download .` finds, torch's left out: without tyro, pydantic and what these need no command starts.
+
 MFU is as in [numerics.md](numerics.md): the model's FLOPs, attention counted causally, over the dense peak. Seconds are
 medians of calls taken in turns with what they are compared with. "Load" is how many processes wanted a core before and
 after: where it is above the benchmark's own threads, other work ran beside it, and only ratios mean something.

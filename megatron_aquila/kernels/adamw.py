@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_aquila.kernels.remainder import join, split
 
-BLOCK = 2**18  # elements at a time: what one operation leaves in a CPU's cache the next one finds there
+BLOCK = 2**18  # elements at a time on a CPU: what one operation leaves in a CPU's cache the next one finds there
 WIDENED = 2**24  # elements at a time for kernels that get copies of what is not float32
 
 
@@ -46,7 +46,9 @@ def adamw_(
     count = step.double()
     rate = torch.full_like(count, -lr) / (1 - beta1**count)  # a float divided by a tensor would be rounded twice
     correction = (1 - beta2**count).sqrt()
-    for master, g, mean, square in _opened(BLOCK, param, grad, exp_avg, exp_avg_sq, remainder):
+    # A device gets the whole: launches cost more there, and torch.compile would copy all of it for each block's writes.
+    size = BLOCK if param.device.type == "cpu" else max(1, param.numel())
+    for master, g, mean, square in _opened(size, param, grad, exp_avg, exp_avg_sq, remainder):
         g = g * factor
         new_mean = mean.lerp(g, 1 - beta1)
         new_square = (square * beta2).addcmul_(g, g, value=1 - beta2)

@@ -65,6 +65,14 @@ def test_figures_of_tiny_shapes_are_not_written_unless_asked_for(tmp_path):
     assert result_file("step", GpuOptions(tiny=True, out=tmp_path / "x")) == tmp_path / "x"
 
 
+def test_a_gpu_is_the_device_that_its_tensors_are_on(monkeypatch):
+    """A device without a number is none of a tensor's: what compares the two would find none there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert common.find_device(GpuOptions()) == torch.device("cuda", 0) != torch.device("cuda")
+    assert common.find_device(GpuOptions(device="cpu")) == CPU
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 @pytest.mark.parametrize("benchmark", [ceilings, fp8, kernels, step])
 def test_without_a_gpu_nothing_is_measured_and_all_is_well(benchmark, capsys, tmp_path):

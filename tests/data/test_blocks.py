@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-import zstandard
 
 from megatron_aquila.data import blocks as module
 from megatron_aquila.data import preprocess as whole
@@ -31,6 +30,8 @@ from megatron_aquila.data.shards import Shard, ShardWriter
 from megatron_aquila.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_aquila.data.workers import AHEAD
 from megatron_aquila.errors import DataError
+
+zstandard = pytest.importorskip("zstandard", reason="an extra (data)")
 
 FRAME = 10_000
 PACK: dict[str, Callable[[bytes], bytes]] = {

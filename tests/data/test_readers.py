@@ -10,12 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
-import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from megatron_aquila.data import fast_json, splitters
 from megatron_aquila.data.inputs import Format, Piece, plan_pieces
@@ -23,6 +20,10 @@ from megatron_aquila.data.readers import line_of, read_piece, read_texts
 from megatron_aquila.data.records import BadRecord, Document, Kind, ReadOptions, parse_template
 from megatron_aquila.data.streams import Compression, LineNumbers
 from megatron_aquila.errors import DataError
+
+zstandard, pyarrow, parquet = (
+    pytest.importorskip(name, reason="an extra (data)") for name in ("zstandard", "pyarrow", "pyarrow.parquet")
+)
 
 GOOD = b'{"text": "one"}\n'
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=12)

@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any, BinaryIO, cast
 
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +24,8 @@ from megatron_aquila.data.streams import (
     whole_lines,
     without_mark,
 )
+
+zstandard = pytest.importorskip("zstandard", reason="an extra (data)")
 
 CHUNKS = st.lists(st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\xef\xbb\xbf"]), min_size=1).map(b"".join))
 

@@ -2,6 +2,7 @@ import importlib.util
 import sys
 import types
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -177,6 +178,17 @@ def test_gradients_are_multiplied_as_they_are_read(update) -> None:
     halved = ours(lambda p, g, *moments, **k: update(p, g * 0.5, *moments, **k), torch.float64)
     assert all(map(torch.equal, ours(update, torch.float64, **half), halved))
     assert not torch.equal(ours(update, torch.float64)[1], halved[1])
+
+
+@pytest.mark.parametrize(("device", "blocks"), [("cpu", 4), ("meta", 1)])
+def test_only_a_cpu_gets_blocks(device: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "BLOCK", 64)
+    lerp = mock.Mock(wraps=torch.Tensor.lerp)
+    monkeypatch.setattr(torch.Tensor, "lerp", lambda *operands: lerp(*operands))
+    now = {name: value.to(device) for name, value in {**NOW, "step": torch.tensor(1)}.items()}
+    adamw_(*(torch.ones(SIZE, device=device) for _ in range(4)), **SETTINGS, **now)
+    adamw_(*(torch.ones(0, device=device) for _ in range(4)), **SETTINGS, **now)
+    assert lerp.call_count == blocks
 
 
 @pytest.mark.parametrize("update", IN_FLOAT32)

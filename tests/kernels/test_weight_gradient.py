@@ -42,6 +42,7 @@ def test_accumulates_as_the_reference_without_rounding_the_product(dtype: torch.
     check_against_reference(dtype)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA multiplies 16-bit tensors into a float32 sum")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_accumulates_on_a_gpu(dtype: torch.dtype) -> None:

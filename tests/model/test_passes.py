@@ -31,22 +31,22 @@ ELSEWHERE = {"mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_f
 MOVES_NOTHING = {"empty", "empty_like", "new_empty", "_unsafe_view", "set_"}
 # What the kernels of each file read and write; with ADDS also what stands behind the semicolon.
 READS = {
-    (triton_rms_norm, "_forward"): "x weight; residual",
-    (triton_rms_norm, "_backward"): "x weight inverse_rms grad_y; grad_total",
-    (triton_rope, "_rotate"): "x cos sin",
-    (triton_swiglu, "_forward"): "gate_up",
-    (triton_swiglu, "_backward"): "gate_up grad",
-    (triton_cross_entropy, "_statistics"): "logits columns is_mine",
-    (triton_cross_entropy, "_gradient"): "logits columns is_mine log_sum weights",
+    (triton_rms_norm, "rms_norm_forward"): "x weight; residual",
+    (triton_rms_norm, "rms_norm_backward"): "x weight inverse_rms grad_y; grad_total",
+    (triton_rope, "rope_rotate"): "x cos sin",
+    (triton_swiglu, "swiglu_forward"): "gate_up",
+    (triton_swiglu, "swiglu_backward"): "gate_up grad",
+    (triton_cross_entropy, "cross_entropy_statistics"): "logits columns is_mine",
+    (triton_cross_entropy, "cross_entropy_gradient"): "logits columns is_mine log_sum weights",
 }
 WRITES = {
-    (triton_rms_norm, "_forward"): "y inverse_rms; total",
-    (triton_rms_norm, "_backward"): "grad_x grad_weight_parts",
-    (triton_rope, "_rotate"): "out",
-    (triton_swiglu, "_forward"): "out",
-    (triton_swiglu, "_backward"): "grad_gate_up",
-    (triton_cross_entropy, "_statistics"): "out",
-    (triton_cross_entropy, "_gradient"): "logits",
+    (triton_rms_norm, "rms_norm_forward"): "y inverse_rms; total",
+    (triton_rms_norm, "rms_norm_backward"): "grad_x grad_weight_parts",
+    (triton_rope, "rope_rotate"): "out",
+    (triton_swiglu, "swiglu_forward"): "out",
+    (triton_swiglu, "swiglu_backward"): "grad_gate_up",
+    (triton_cross_entropy, "cross_entropy_statistics"): "out",
+    (triton_cross_entropy, "cross_entropy_gradient"): "logits",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_aquila.observe.profile import OPTIMIZER, WINDOW, Gap, Profile, Span, classify, profile_of
+from megatron_aquila.observe.profile import OPTIMIZER, PRECEDENCE, WINDOW, Gap, Profile, Span, classify, profile_of
 
 Event = dict[str, Any]
 
@@ -30,9 +30,15 @@ GEMM, NCCL = "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT", "ncclDevKernel_AllRedu
         ("GEMM", ["void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>", "void splitKreduce_kernel"]),
         ("attention", ["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "fmha_cutlassF_bf16_aligned"]),
         ("attention", ["void flash_fwd_kernel<Flash_fwd_kernel_traits>", "aten::_scaled_dot_product_flash_attention"]),
+        (
+            "attention",
+            ["void cudnn::fusion::compute_dot_do_o_specialized<true>", "cudnn::fusion::convert_dq_to_16bits"],
+        ),
         ("communication", [NCCL, "c10d::_reduce_scatter_base_", "gloo:all_gather", "nccl:send_recv"]),
         ("optimizer", ["aten::_fused_adamw_", "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>"]),
-        ("memory-bound", ["_forward", "Memcpy HtoD", "void at::native::vectorized_elementwise_kernel", "aten::mul"]),
+        ("optimizer", ["adamw_update"]),
+        ("memory-bound", ["rms_norm_forward", "swiglu_backward", "rope_rotate", "triton_red_fused_add_0"]),
+        ("memory-bound", ["Memcpy HtoD", "void at::native::vectorized_elementwise_kernel", "aten::mul"]),
         ("memory-bound", ["aten::comm_hook", "aten::summary"]),
     ],
 )
@@ -41,7 +47,7 @@ def test_names_are_classified(part: str, names: list[str]) -> None:
 
 
 def test_streams_that_overlap_count_once_and_communication_only_where_nothing_hides_it() -> None:
-    events = [window(100, 100), event(GEMM, 110, 40), event(NCCL, 130, 40, lane=9), event("_forward", 180, 10)]
+    events = [window(100, 100), event(GEMM, 110, 40), event(NCCL, 130, 40, lane=9), event("swiglu_forward", 180, 10)]
     profile = profile_of(events)
     shares = profile.shares()
     assert shares == pytest.approx(
@@ -49,20 +55,29 @@ def test_streams_that_overlap_count_once_and_communication_only_where_nothing_hi
     )
     assert profile.gaps() == [
         Gap(100, 110, None, GEMM),
-        Gap(170, 180, NCCL, "_forward"),
-        Gap(190, 200, "_forward", None),
+        Gap(170, 180, NCCL, "swiglu_forward"),
+        Gap(190, 200, "swiglu_forward", None),
     ]
     assert sum(span.stop - span.start for span in profile.spans) / profile.wall == 0.9, "a plain sum would say this"
 
 
 def test_what_the_update_launches_is_the_optimizer_s_but_for_communication() -> None:
     update = event(OPTIMIZER, 20, 60, cat="gpu_user_annotation")
-    elsewhere = event("_forward", 30, 10, lane=8)
+    elsewhere = event("swiglu_forward", 30, 10, lane=8)
     inside, after = event("vectorized", 25, 10), event("vectorized", 80, 10)
     found = profile_of([window(0, 100), update, inside, elsewhere, after, event(NCCL, 40, 10)]).shares()
     assert found["optimizer"] == pytest.approx(0.1)
     assert found["memory-bound"] == pytest.approx(0.15)  # 5 of elsewhere's are the optimizer's already
     assert found["communication"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_annotation_as_long_as_its_only_kernel_is_around_it(order: int) -> None:
+    """The norm's all-reduce is alone on its stream: a trace has the two in any order."""
+    both = [event(NCCL, 10, 20), event(OPTIMIZER, 10, 20, cat="gpu_user_annotation")]
+    profile = profile_of([window(0, 100), *both[::order]])
+    assert profile.shares() == pytest.approx(dict.fromkeys(PRECEDENCE, 0) | {"communication": 0.2, "idle": 0.8})
+    assert profile.largest() == [(NCCL, 1, 20)]
 
 
 def test_operators_of_the_cpu_count_by_self_time() -> None:
@@ -96,7 +111,7 @@ def test_a_device_s_kernels_stand_for_its_work_and_the_host_s_operators_do_not()
 
 
 times = st.integers(0, 60)
-spans = st.lists(st.tuples(times, st.integers(1, 30), st.sampled_from([GEMM, NCCL, "_forward", "flash"]), times))
+spans = st.lists(st.tuples(times, st.integers(1, 30), st.sampled_from([GEMM, NCCL, "swiglu_forward", "flash"]), times))
 
 
 @given(spans)

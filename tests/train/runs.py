@@ -18,6 +18,7 @@ from megatron_aquila.data.indexed import IndexedDatasetWriter
 from megatron_aquila.observe import breadcrumbs
 from megatron_aquila.observe.report import StepReport
 from megatron_aquila.train import build, corpus, ephemeral, resume, start, trainer
+from megatron_aquila.train.env import choose_device
 from megatron_aquila.train.launcher import Launch, read_launch
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.run import durable_before
@@ -116,7 +117,7 @@ def run(config: RunConfig, kill_at: int | None = None, recorder: Recorder | None
     recorder = Recorder(kill_at=kill_at) if recorder is None else recorder
     derived = derive(config, launch.world_size)
     trail = breadcrumbs.Recorder(rank=launch.rank, world=launch.world_size)
-    ctx = build.create_context(config, derived, torch.device(config.train.device), trail)
+    ctx = build.create_context(config, derived, choose_device(config.train.device, launch), trail)
     machine = build.build_machine(config, derived, ctx)
     part = ephemeral.find_parts(machine, recorder.note) if ephemeral.any_parts(config.checkpoint, ctx) else None
     checkpoint = start.resolve_checkpoint(config.checkpoint, ctx.world) if part is None else part

@@ -312,3 +312,19 @@ def test_a_gpu_does_the_same() -> None:
     for one, other in zip(right, found, strict=True):
         for tensor, again in zip(one, other, strict=True):
             torch.testing.assert_close(again, tensor, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_is_the_same_with_validations_checkpoints_and_a_ramp(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, device="cuda", precision="bf16", rampup_batch=(4, 4, 16), train_samples=40)
+    right = run(config)
+    config = replace(config, checkpoint=replace(config.checkpoint, save=tmp_path / "recorded"))
+    with mock.patch.object(CudaCapture, "record", autospec=True, side_effect=CudaCapture.record) as record:
+        recorded = run(replace(config, train=replace(config.train, cuda_graph=True)))
+    assert record.call_count == 2, "one for each number of microbatches"
+    losses, right_losses = ([report.loss for report in found.reports] for found in (recorded, right))
+    torch.testing.assert_close(losses, right_losses, rtol=2e-2, atol=0)
+    torch.testing.assert_close(recorded.validations, right.validations, rtol=2e-2, atol=0)
+    written, others = ({path.name for path in (tmp_path / name).glob("step_*")} for name in ("recorded", "run"))
+    assert written == others != set()

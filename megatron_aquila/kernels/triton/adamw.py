@@ -12,7 +12,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _update(
+def adamw_update(
     param, grad, exp_avg, exp_avg_sq, other, step, factor, applies, size, lr, decay, add1, beta2, add2, eps,
     LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr, OTHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def update_(
         return
     if remainder is not None:
         param = param.view(torch.int16)
-    _update[(triton.cdiv(param.numel(), BLOCK),)](
+    adamw_update[(triton.cdiv(param.numel(), BLOCK),)](
         param, grad, exp_avg, exp_avg_sq, other, step, factor, applies, param.numel(),
         lr, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
         LOG2_BETA1=_log2(beta1), LOG2_BETA2=_log2(beta2), OTHER=kind, BLOCK=BLOCK, num_warps=4,

@@ -11,7 +11,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _statistics(
+def cross_entropy_statistics(
     logits, columns, is_mine, out, row_stride, num_columns, num_real, TOP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A row: its sum of exponentials over the largest logit so far, which each block may raise.
@@ -47,7 +47,7 @@ def _statistics(
 
 
 @triton.jit
-def _gradient(
+def cross_entropy_gradient(
     logits, columns, is_mine, log_sum, weights, top, top_grad, row_stride, num_columns, num_real,
     TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def statistics(
     out = torch.empty(4 if with_top else 2, num_rows, dtype=torch.float32, device=logits_RV.device)
     block = min(BLOCK, block_of(num_columns))
     if num_rows > 0:
-        _statistics[(num_rows,)](
+        cross_entropy_statistics[(num_rows,)](
             logits_RV, columns_R.contiguous(), is_mine_R.contiguous(), out, logits_RV.stride(0), num_columns, num_real,
             TOP=with_top, BLOCK=block, num_warps=num_warps(block),
         )  # fmt: skip
@@ -111,7 +111,7 @@ def gradient_(
     num_rows, num_columns = logits_RV.shape
     block = min(BLOCK, block_of(num_columns))
     if num_rows > 0:
-        _gradient[(num_rows,)](
+        cross_entropy_gradient[(num_rows,)](
             logits_RV, *(value.contiguous() for value in per_row), logits_RV.stride(0), num_columns, num_real,
             TOP=len(top) > 0, BLOCK=block, num_warps=num_warps(block),
         )  # fmt: skip

@@ -15,10 +15,11 @@ SHARED_BYTES = 96 * 1024  # for the loads that are under way: two programs fit i
 
 
 @triton.jit
-def _forward(
+def rms_norm_forward(
     x, residual, weight, total, y, inverse_rms, x_stride, residual_stride, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_FIRST: tl.constexpr,
 ):  # fmt: skip
+    """A row, which is added to and normed in one program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
@@ -38,7 +39,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def rms_norm_backward(
     x, weight, inverse_rms, grad_y, grad_total, grad_x, grad_weight_parts,
     x_stride, grad_y_stride, grad_total_stride, num_rows,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS_FIRST: tl.constexpr, STAGES: tl.constexpr,
@@ -94,7 +95,7 @@ def _normalise(
     inverse_rms = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
     block = block_of(size)
     if rows.numel() > 0:
-        _forward[(rows.shape[0],)](
+        rms_norm_forward[(rows.shape[0],)](
             rows, added, weight, total, y, inverse_rms, rows.stride(0), added.stride(0), eps,
             SIZE=size, BLOCK=block, ADDS=residual is not None, ROUNDS_FIRST=rounds_first, num_warps=num_warps(block),
         )  # fmt: skip
@@ -113,7 +114,7 @@ def _gradients(
     programs = _programs(num_rows, block, x.device)
     parts = torch.empty(programs, size, dtype=torch.float32, device=x.device)
     if rows.numel() > 0:
-        _backward[(programs,)](
+        rms_norm_backward[(programs,)](
             rows, weight, inverse_rms, grads, others, grad_x, parts,
             rows.stride(0), grads.stride(0), others.stride(0), num_rows,
             SIZE=size, BLOCK=block, ADDS=grad_total is not None, ROUNDS_FIRST=rounds_first,

@@ -14,7 +14,7 @@ ELEMENTS = 4096  # of a program: heads of one token, which share a row of the ta
 
 
 @triton.jit
-def _rotate(
+def rope_rotate(
     x, out, cos, sin, num_samples, x_stride_s, x_stride_b, x_stride_n, out_stride_s, out_stride_b, out_stride_n,
     cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, num_heads,
     HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, BACK: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -59,7 +59,7 @@ def _turn(
     block = block_of(head_dim // 2)
     heads = min(block_of(max(num_heads, 1)), max(ELEMENTS // (2 * block), 1))
     if x_SBND.numel() > 0:
-        _rotate[(seq_len * num_samples, triton.cdiv(num_heads, heads))](
+        rope_rotate[(seq_len * num_samples, triton.cdiv(num_heads, heads))](
             x_SBND, out_SBND, cos_SBD, sin_SBD, num_samples, *x_SBND.stride()[:3], *out_SBND.stride()[:3],
             *cos_SBD.stride()[:2], *sin_SBD.stride()[:2], num_heads,
             HALF=head_dim // 2, BLOCK=block, HEADS=heads, BACK=back, INTERLEAVED=interleaved,

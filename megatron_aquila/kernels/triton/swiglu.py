@@ -14,7 +14,8 @@ BLOCK = 2048
 
 
 @triton.jit
-def _forward(gate_up, out, gate_up_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_forward(gate_up, out, gate_up_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
@@ -25,7 +26,8 @@ def _forward(gate_up, out, gate_up_stride, SIZE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _backward(gate_up, grad, grad_gate_up, gate_up_stride, grad_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_backward(gate_up, grad, grad_gate_up, gate_up_stride, grad_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of one row, of gate and of up."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
@@ -56,7 +58,7 @@ class SwiGLU(torch.autograd.Function):
         out = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
         block = min(BLOCK, block_of(size))
         if out.numel() > 0:
-            _forward[_grid(rows.shape[0], size, block)](
+            swiglu_forward[_grid(rows.shape[0], size, block)](
                 rows, out, rows.stride(0), SIZE=size, BLOCK=block, num_warps=num_warps(block)
             )
         return out
@@ -70,7 +72,7 @@ class SwiGLU(torch.autograd.Function):
         grad_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
         block = min(BLOCK, block_of(size))
         if grad.numel() > 0:
-            _backward[_grid(rows.shape[0], size, block)](
+            swiglu_backward[_grid(rows.shape[0], size, block)](
                 rows, grads, grad_gate_up, rows.stride(0), grads.stride(0),
                 SIZE=size, BLOCK=block, num_warps=num_warps(block),
             )  # fmt: skip
