@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world  # torch lists its groups nowhere else
 
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.train.launcher import Launch
@@ -76,7 +77,10 @@ def process_group(device: torch.device, launch: Launch, timeout: timedelta) -> I
         device_id=device if device.type == "cuda" else None,
     )
     yield attempt
-    dist.destroy_process_group()  # not after an error: with a dead neighbour it can wait for ever
+    # Not after an error: with a dead neighbour it can wait for ever. Newest first, an order that all ranks share: NCCL
+    # may wait for a group's other ranks, and torch goes by names, those of split groups being hashes of their ranks.
+    for group in reversed([*_world.pg_map]):
+        dist.destroy_process_group(group)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -2,10 +2,12 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.train import env
 from megatron_aquila.train.launcher import Launch, read_launch
+from megatron_aquila.verify.dry import fake_world
 
 
 def test_the_launcher_tells_who_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +22,23 @@ def test_without_a_launcher_the_world_is_one(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     with env.process_group(torch.device("cpu"), read_launch(), timedelta(seconds=5)):
         assert not torch.distributed.is_initialized()
+
+
+def test_groups_end_newest_first_and_the_world_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, destroy = [], dist.destroy_process_group
+    with fake_world(0, 4):  # what the process group starts is replaced by what is up here
+        for name in ("TCPStore", "PrefixStore", "init_process_group"):
+            monkeypatch.setattr(dist, name, lambda *_args, **_settings: None)
+        monkeypatch.setattr(env, "agree_on_attempt", lambda *_args, **_settings: "attempt")
+        monkeypatch.setattr(dist, "destroy_process_group", lambda group: (ended.append(group), destroy(group)))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", "1")
+        with env.process_group(torch.device("cpu"), Launch(world_size=4), timedelta(seconds=5)):
+            made = [dist.group.WORLD, dist.new_group([0, 1]), dist.new_group([0, 2])]
+        assert ended == made[::-1]
+        assert not dist.is_initialized()
+        monkeypatch.undo()
+        dist.init_process_group("fake", rank=0, world_size=1, store=dist.HashStore())  # for the fake world to end
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
