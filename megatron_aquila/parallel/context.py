@@ -156,10 +156,9 @@ def _join(partition: Sequence[Ranks], mine: Ranks, name: str, timeout: timedelta
     else:
         one_by_one = {ranks: dist.new_group(list(ranks), timeout=timeout, group_desc=name) for ranks in partition}
         made = one_by_one[mine]
-    found = () if made is None else tuple(dist.get_process_group_ranks(made))
-    assert made is not None and found == mine, (
-        f"{name}: rank {dist.get_rank()} is to be in {mine}, torch put it into {found}"
-    )
+    assert made is not None, f"{name}: rank {dist.get_rank()} is to be in {mine}, torch put it into no group"
+    found = tuple(dist.get_process_group_ranks(made))
+    assert found == mine, f"{name}: rank {dist.get_rank()} is to be in {mine}, torch put it into {found}"
     return made
 
 

@@ -188,16 +188,16 @@ def test_splits_have_the_names_that_errors_and_traces_use() -> None:
     assert [name for name, _ in calls] == ["tp", "dp", "pp", "pp_link B False 0"]
 
 
-def test_a_split_that_puts_a_rank_elsewhere_is_noticed() -> None:
-    def first(_parent: object, parts: list[list[int]], **_settings: object) -> SimpleNamespace:
-        return SimpleNamespace(ranks=parts[0])
-
+@pytest.mark.parametrize(
+    ("made", "where"), [(SimpleNamespace(ranks=(0, 1)), r"\(0, 1\)"), (None, "no group")], ids=str
+)
+def test_a_split_that_puts_a_rank_elsewhere_is_noticed(made: SimpleNamespace | None, where: str) -> None:
     with (
         fake_world(3, 4),
         splittable(),
-        mock.patch.object(dist, "split_group", first),
+        mock.patch.object(dist, "split_group", lambda *_parts, **_settings: made),
         mock.patch.object(dist, "get_process_group_ranks", lambda made: made.ranks),
-        pytest.raises(AssertionError, match=r"tp: rank 3 is to be in \(2, 3\), torch put it into \(0, 1\)"),
+        pytest.raises(AssertionError, match=rf"tp: rank 3 is to be in \(2, 3\), torch put it into {where}"),
     ):
         ParallelContext.create(RankGrid(tp=2, dp=2), torch.device("cpu"))
 

@@ -1,4 +1,8 @@
+import mmap
+import os
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,13 +52,71 @@ def test_cuda_without_a_gpu_is_refused_with_a_way_out() -> None:
     assert env.choose_device("auto", Launch()) == torch.device("cpu")
 
 
-def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    env.prepare_environment()
-    assert env.os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-    assert "PYTORCH_ALLOC_CONF" not in env.os.environ
+NAMES = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    "TORCH_FR_BUFFER_SIZE",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_FR_DUMP_TEMP_FILE",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+)
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], **settings: Any) -> dict[str, str]:
+    """What of ``NAMES`` is set after the preparation, where ``given`` was before."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    env.prepare_environment(**settings)
+    return {name: os.environ[name] for name in NAMES if name in os.environ}
+
+
+def test_what_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    always = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "20000",
+    }
+    assert environment(monkeypatch, {}) == always
+    assert environment(monkeypatch, {}, in_launch_order=True, traces=tmp_path) == always | {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/nccl_rank_",
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+            "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+            "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
+            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/elsewhere/",
+        },
+        {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+            "PYTORCH_ALLOC_CONF": "",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_FR_BUFFER_SIZE": "0",
+            "TORCH_FR_DUMP_TEMP_FILE": "/elsewhere/",
+        },
+    ],
+    ids=["older names", "newer names"],
+)
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str]) -> None:
+    assert environment(monkeypatch, given, in_launch_order=True, traces=tmp_path) == given
+
+
+def test_torch_knows_the_names_of_the_flight_recorder() -> None:
+    """It reads them in C++, and is silent about a name that it does not know."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+            assert library.find(name.encode()) > 0, name
 
 
 def test_memory_is_that_of_this_process() -> None:
