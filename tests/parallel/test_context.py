@@ -188,9 +188,7 @@ def test_splits_have_the_names_that_errors_and_traces_use() -> None:
     assert [name for name, _ in calls] == ["tp", "dp", "pp", "pp_link B False 0"]
 
 
-@pytest.mark.parametrize(
-    ("made", "where"), [(SimpleNamespace(ranks=(0, 1)), r"\(0, 1\)"), (None, "no group")], ids=str
-)
+@pytest.mark.parametrize(("made", "where"), [(SimpleNamespace(ranks=(0, 1)), r"\(0, 1\)"), (None, "no group")], ids=str)
 def test_a_split_that_puts_a_rank_elsewhere_is_noticed(made: SimpleNamespace | None, where: str) -> None:
     with (
         fake_world(3, 4),
