@@ -195,10 +195,11 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         **_family(
             _SPEED,
-            "--manual-gc --manual-gc-interval --empty-unused-memory-level --num-dataset-builder-threads "
-            "--no-mmap-bin-files --align-grad-reduce --align-param-gather --use-ring-exchange-p2p "
-            "--use-tp-pp-dp-mapping --nccl-communicator-config-path",
+            "--empty-unused-memory-level --num-dataset-builder-threads --no-mmap-bin-files --align-grad-reduce "
+            "--align-param-gather --use-ring-exchange-p2p --use-tp-pp-dp-mapping --nccl-communicator-config-path",
         ),
+        "--manual-gc": Always("Python's garbage is collected every --gc-interval steps"),
+        "--no-manual-gc-eval": Always("a validation waits for no collection, and leaves nothing to be collected"),
         "--cross-entropy-loss-fusion": Always("with the output projection, in chunks of --loss-chunk-tokens"),
         "--cross-entropy-fusion-impl": Always("the output projection is part of it", ("linear",)),
         "--no-async-tensor-model-parallel-allreduce": Always(
@@ -380,6 +381,8 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "--recompute-granularity-per-stage": "stages count along the model, as FlagScale's: virtual rank times pp "
         "plus rank; both of its notations are read under both flags",
         "--override-opt-param-scheduler": "only with `--load` or `--resume`",
+        "--manual-gc-interval": "50 unless given; 0 leaves it to Python, where Megatron-LM with `--manual-gc` never "
+        "collects",
         "--wandb-dir": "alone, it switches offline Weights & Biases on, as FlagScale's does, under the project "
         "`megatron_aquila`",
     }
