@@ -85,7 +85,6 @@ _BALANCE = Refused(
     "leave it out, or use --stage-layers or --pipeline-layout",
 )
 _NOT_LOGGED = Refused("is not logged", "leave it out: docs/running.md has what is")
-_NAMED_BY_WANDB = Refused("the offline run is named when it is uploaded", "leave it out")
 _XPU = Refused("belongs to Kunlun XPU, which is not offered", "leave it out")
 _SERVE = Refused("serving is not offered", "use aquila convert and a server of Hugging Face models")
 _RMS_NORM = "every norm is an RMSNorm without bias"
@@ -356,7 +355,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             profile_last,
         ),
         "--use-pytorch-profiler": Always("--profile-steps writes a trace of torch's profiler"),
-        **_family(_NAMED_BY_WANDB, "--wandb-exp-name --wandb-entity"),
+        "--wandb-entity": Refused("Weights & Biases reads it itself", "set WANDB_ENTITY in the environment"),
         # Serving
         **_family(_SERVE, "--server-port --model-info"),
     }
@@ -383,7 +382,7 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "--override-opt-param-scheduler": "only with `--load` or `--resume`",
         "--manual-gc-interval": "50 unless given; 0 leaves it to Python, where Megatron-LM with `--manual-gc` never "
         "collects",
-        "--wandb-dir": "alone, it switches offline Weights & Biases on, as FlagScale's does, under the project "
-        "`megatron_aquila`",
+        "--wandb-dir": "alone, it switches Weights & Biases on, as FlagScale's does, under the project "
+        "`megatron_aquila`; offline, as FlagScale's, unless `WANDB_MODE` is set",
     }
 )

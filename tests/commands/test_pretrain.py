@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +75,21 @@ def test_the_launch_order_is_kept_where_layers_are_split(
         with pytest.raises(InterruptedError), stop_on_signals() as stops:
             pretrain.run(pretrain.load([*flags, *MORE_LAYERS, *layout.split(), *more], launch), launch, stops)
         assert said.pop() == {"in_launch_order": in_launch_order, "traces": traces}
+
+
+def test_the_wandb_run_has_the_name_of_the_flag(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, rows = [], []
+    started = SimpleNamespace(log=lambda row, step: rows.append(step), finish=lambda: rows.append(None))
+    wandb = SimpleNamespace(init=lambda **settings: began.append(settings) or started, Error=OSError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert pretrain.main([*flags, "--wandb-dir", str(tmp_path / "wandb"), "--wandb-exp-name", "first"]) == 0
+    settings = {"project": "megatron_aquila", "name": "first", "dir": str(tmp_path / "wandb"), "mode": "online"}
+    assert began == [settings]
+    assert rows[0] == 1
+    assert rows[-1] is None
 
 
 def test_steps_are_not_recorded_where_no_gpu_is(flags: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
