@@ -145,13 +145,13 @@ def _links(pp: int, *, turns_back: bool) -> list[Link]:
 def _join(partition: Sequence[Ranks], mine: Ranks, name: str, timeout: timedelta | None) -> dist.ProcessGroup:
     """Make the groups of a partition of the world; this rank's, ``mine``. Collective.
 
-    At once where the world can be split; torch tells the parts apart by their lowest ranks. Else one by one: of NCCL
-    each would be a split of the whole world, from which all but its members come away with nothing. ``name`` is what
-    NCCL's flight recorder calls them.
+    At once where the world can be split. Else one by one: of NCCL each would be a split of the whole world, from which
+    all but its members come away with nothing. ``name`` is what NCCL's flight recorder calls them.
     """
     world = dist.group.WORLD
     assert world is not None, f"{name}: the default process group is not up"
     if _is_splittable(world):
+        # torch 2.11 tells the parts apart by their lowest ranks; before, by a hash that could join two of them in one.
         made = dist.split_group(world, [list(ranks) for ranks in partition], timeout=timeout, group_desc=name)
     else:
         one_by_one = {ranks: dist.new_group(list(ranks), timeout=timeout, group_desc=name) for ranks in partition}
