@@ -48,12 +48,17 @@ def leave(status: int) -> NoReturn:
 def run(loaded: LoadedConfig, launch: Launch, stops: StopRequest) -> None:
     """Build the run and train to its end, or until ``stops`` asks."""
     # Torch is imported here, so that --help and wrong flags answer at once.
+    from megatron_aquila.observe.breadcrumbs import FOLDER
     from megatron_aquila.observe.log import Log
-    from megatron_aquila.train import banner, env, run
+    from megatron_aquila.train import banner, env, presence, run
 
     config = loaded.config
     derived = derive(config, launch.world_size)
-    env.prepare_environment()
+    splits_layers = derived.grid.tp > 1 or derived.grid.cp > 1
+    trail = presence.trail_folder(config)
+    env.prepare_environment(
+        in_launch_order=splits_layers and config.parallel.zero < 3, traces=None if trail is None else trail / FOLDER
+    )
     backend = config.train.distributed_backend
     device = env.choose_device(config.train.device, launch, backend)
     banner.check_memory(config, derived, device, launch)

@@ -124,7 +124,7 @@ def running(options: ModelOptions, source: "Source", launch: Launch) -> Iterator
     from megatron_aquila.train import env
     from megatron_aquila.train.build import DTYPES
 
-    env.prepare_environment()
+    env.prepare_environment(in_launch_order=options.tp > 1 or options.cp > 1)
     device = env.choose_device(options.device, launch)
     timeout = timedelta(minutes=options.timeout_minutes)
     with env.process_group(device, launch, timeout):

@@ -85,7 +85,6 @@ _BALANCE = Refused(
     "leave it out, or use --stage-layers or --pipeline-layout",
 )
 _NOT_LOGGED = Refused("is not logged", "leave it out: docs/running.md has what is")
-_NAMED_BY_WANDB = Refused("the offline run is named when it is uploaded", "leave it out")
 _XPU = Refused("belongs to Kunlun XPU, which is not offered", "leave it out")
 _SERVE = Refused("serving is not offered", "use aquila convert and a server of Hugging Face models")
 _RMS_NORM = "every norm is an RMSNorm without bias"
@@ -195,10 +194,11 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
         ),
         **_family(
             _SPEED,
-            "--manual-gc --manual-gc-interval --empty-unused-memory-level --num-dataset-builder-threads "
-            "--no-mmap-bin-files --align-grad-reduce --align-param-gather --use-ring-exchange-p2p "
-            "--use-tp-pp-dp-mapping --nccl-communicator-config-path",
+            "--empty-unused-memory-level --num-dataset-builder-threads --no-mmap-bin-files --align-grad-reduce "
+            "--align-param-gather --use-ring-exchange-p2p --use-tp-pp-dp-mapping --nccl-communicator-config-path",
         ),
+        "--manual-gc": Always("Python's garbage is collected every --gc-interval steps"),
+        "--no-manual-gc-eval": Always("a validation waits for no collection, and leaves nothing to be collected"),
         "--cross-entropy-loss-fusion": Always("with the output projection, in chunks of --loss-chunk-tokens"),
         "--cross-entropy-fusion-impl": Always("the output projection is part of it", ("linear",)),
         "--no-async-tensor-model-parallel-allreduce": Always(
@@ -358,7 +358,7 @@ MIGRATIONS: Mapping[str, Meaning] = MappingProxyType(
             profile_last,
         ),
         "--use-pytorch-profiler": Always("--profile-steps writes a trace of torch's profiler"),
-        **_family(_NAMED_BY_WANDB, "--wandb-exp-name --wandb-entity"),
+        "--wandb-entity": Refused("Weights & Biases reads it itself", "set WANDB_ENTITY in the environment"),
         # Serving
         **_family(_SERVE, "--server-port --model-info"),
     }
@@ -383,7 +383,9 @@ DIFFERENCES: Mapping[str, str] = MappingProxyType(
         "--recompute-granularity-per-stage": "stages count along the model, as FlagScale's: virtual rank times pp "
         "plus rank; both of its notations are read under both flags",
         "--override-opt-param-scheduler": "only with `--load` or `--resume`",
-        "--wandb-dir": "alone, it switches offline Weights & Biases on, as FlagScale's does, under the project "
-        "`megatron_aquila`",
+        "--manual-gc-interval": "50 unless given; 0 leaves it to Python, where Megatron-LM with `--manual-gc` never "
+        "collects",
+        "--wandb-dir": "alone, it switches Weights & Biases on, as FlagScale's does, under the project "
+        "`megatron_aquila`; offline, as FlagScale's, unless `WANDB_MODE` is set",
     }
 )

@@ -16,11 +16,11 @@ class ObserveConfig:
     log_dir: Path | None = setting(None, "folder of log.jsonl; default the save folder", "--log-dir")
     tensorboard_dir: Path | None = setting(None, "folder of TensorBoard events", "--tensorboard-dir")
     wandb_project: str | None = setting(
-        None, "Weights & Biases project, written offline; megatron_aquila where only --wandb-dir is given"
+        None,
+        "Weights & Biases project; megatron_aquila where only --wandb-dir is given. Offline unless WANDB_MODE is set",
     )
-    wandb_dir: Path | None = setting(
-        None, "folder of the offline Weights & Biases run", "--wandb-dir", "--wandb-save-dir"
-    )
+    wandb_exp_name: str | None = setting(None, "name of the Weights & Biases run; default one that it thinks up")
+    wandb_dir: Path | None = setting(None, "folder of the Weights & Biases run", "--wandb-dir", "--wandb-save-dir")
     peak_tflops: Positive | None = setting(
         None, "dense peak of the device for MFU; default from its name", "--peak-tflops"
     )

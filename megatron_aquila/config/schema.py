@@ -309,6 +309,12 @@ class TrainConfig:
         "--cuda-graph",
         "--enable-cuda-graph",
     )
+    gc_interval: Whole = setting(
+        50,
+        "steps between collections of Python's garbage, after the same ones on all ranks; 0: whenever Python does",
+        "--gc-interval",
+        "--manual-gc-interval",
+    )
     check_replicas: Whole = setting(
         0, "steps between checks, by checksums, that replicas are bit-equal and weights their masters; 0 means never"
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,18 +94,22 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A Weights & Biases run kept on disk (offline); ``wandb sync`` uploads it later if you wish."""
+    """A Weights & Biases run kept on disk, unless ``WANDB_MODE`` says otherwise; ``wandb sync`` uploads it later.
 
-    def __init__(self, wandb: Any, *, project: str, folder: Path) -> None:
+    Raises ``wandb.Error`` where an online run cannot begin.
+    """
+
+    def __init__(self, wandb: Any, *, project: str, name: str | None, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(project=project, dir=str(folder), mode="offline")
+        mode = os.environ.get("WANDB_MODE", "offline")  # its own default is to upload
+        self._run = wandb.init(project=project, name=name, dir=str(folder), mode=mode)
 
     def write(self, row: Mapping[str, Value]) -> None:
         """Log the row at its step."""
         self._run.log(dict(row), step=row["step"])
 
     def close(self) -> None:
-        """Finish the offline run."""
+        """Finish the run."""
         self._run.finish()
 
 
@@ -138,12 +143,13 @@ def open_writers(
     log_dir: Path | None = None,
     tensorboard_dir: Path | None = None,
     wandb_project: str | None = None,
+    wandb_name: str | None = None,
     wandb_dir: Path = Path("wandb"),
 ) -> Writers:
     """The writers that the settings ask for; the one rank that reports calls this.
 
-    The console is always there. ``None`` leaves a writer out. A missing wandb is said in one line and does not stop
-    the run.
+    The console is always there. ``None`` leaves a writer out. A wandb that is missing, or whose run cannot begin, is
+    said in one line and does not stop the run.
     """
     writers: list[Writer] = [ConsoleWriter(log, total_samples=total_samples, valid_sets=valid_sets)]
     if log_dir is not None:
@@ -156,7 +162,11 @@ def open_writers(
         except ImportError:
             log.line("wandb is not installed: no Weights & Biases run is written (pip install wandb)")
         else:
-            writers.append(WandbWriter(wandb, project=wandb_project, folder=wandb_dir))
+            try:
+                writers.append(WandbWriter(wandb, project=wandb_project, name=wandb_name, folder=wandb_dir))
+            except wandb.Error as error:
+                why = str(error).partition("\n")[0]
+                log.line(f"wandb: {why}: no Weights & Biases run is written (WANDB_MODE=offline keeps one on disk)")
     return Writers(writers, log)
 
 

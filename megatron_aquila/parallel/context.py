@@ -88,12 +88,11 @@ class ParallelContext:
             """This rank's of ``groups``; ``own``: with a communicator that no other has, for whatever ranks."""
             partition = tuple(groups)
             (mine,) = (ranks for ranks in partition if rank in ranks)
-            if len(mine) > 1 and (partition, own) not in handles:
-                made = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in partition}  # collective
-                handles[partition, own] = made[mine]
             if len(mine) == 1:
                 return Group(name, 0, 1, mine, None)
             label = " ".join([name, *map(str, own)]) if isinstance(own, tuple) else name
+            if (partition, own) not in handles:
+                handles[partition, own] = _join(partition, mine, label, timeout)
             handle = handles[partition, own]
             through_host = device.type == "cuda" and dist.get_backend(handle) == "gloo"
             return Group(name, mine.index(rank), len(mine), mine, handle, trail.group(label, mine), through_host)
@@ -147,6 +146,32 @@ def _links(pp: int, *, turns_back: bool) -> list[Link]:
     ]
 
 
+def _join(partition: Sequence[Ranks], mine: Ranks, name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Make the groups of a partition of the world; this rank's, ``mine``. Collective.
+
+    At once where the world can be split. Else one by one: of NCCL each would be a split of the whole world, from which
+    all but its members come away with nothing. ``name`` is what NCCL's flight recorder calls them.
+    """
+    world = dist.group.WORLD
+    assert world is not None, f"{name}: the default process group is not up"
+    if _is_splittable(world):
+        # torch 2.11 tells the parts apart by their lowest ranks; before, by a hash that could join two of them in one.
+        made = dist.split_group(world, [list(ranks) for ranks in partition], timeout=timeout, group_desc=name)
+    else:
+        one_by_one = {ranks: dist.new_group(list(ranks), timeout=timeout, group_desc=name) for ranks in partition}
+        made = one_by_one[mine]
+    assert made is not None, f"{name}: rank {dist.get_rank()} is to be in {mine}, torch put it into no group"
+    found = tuple(dist.get_process_group_ranks(made))
+    assert found == mine, f"{name}: rank {dist.get_rank()} is to be in {mine}, torch put it into {found}"
+    return made
+
+
+def _is_splittable(world: dist.ProcessGroup) -> bool:
+    """Whether it is NCCL's own, without a wrapper that debugs, and has connected: it has once bound to its device."""
+    device = world.bound_device_id
+    return device is not None and dist.get_backend(world) == "nccl" and world._get_backend(device).supports_splitting
+
+
 def _on_host(world: Group, timeout: timedelta | None, trail: Trail) -> Group:
     """The same ranks over a backend that carries tensors on the CPU: of the usual ones only NCCL does not. Collective.
 
@@ -154,5 +179,5 @@ def _on_host(world: Group, timeout: timedelta | None, trail: Trail) -> Group:
     """
     if world.handle is None or dist.get_backend(world.handle) != "nccl":
         return world
-    handle = dist.new_group(list(world.ranks), timeout=timeout, backend="gloo")
+    handle = dist.new_group(list(world.ranks), timeout=timeout, backend="gloo", group_desc="host_world")
     return replace(world, handle=handle, trail=trail.group("host_world", world.ranks))

@@ -11,23 +11,34 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world  # torch lists its groups nowhere else
 
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.rendezvous import agree_on_attempt
 
 Backend = Literal["nccl", "gloo"]  # of what travels between GPUs
+TRACE_ENTRIES = 20_000  # collectives that NCCL's flight recorder holds; torch's 2,000 are less than a step of the 34B
+TRACE_PREFIX = "nccl_rank_"  # torch appends the rank
 
 
-def prepare_environment() -> None:
+def prepare_environment(*, in_launch_order: bool = False, traces: Path | None = None) -> None:
     """Set what must stand before CUDA and NCCL start; what the user set stays.
 
-    One hardware queue keeps kernels in the order of their launch: a collective launched before a matrix product also
-    starts before it, which whatever overlaps the two relies on (on Ampere and Hopper).
+    ``in_launch_order``: for layers split over tp or cp. One hardware queue keeps kernels in the order of their launch,
+    so that a collective launched before a matrix product also starts before it (on Ampere and Hopper). Where weights
+    are gathered on streams of their own, as with ZeRO 3, one queue would make them wait for products that do not need
+    them. ``traces``: the folder in which each rank writes NCCL's last collectives once one of them has timed out.
     """
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if in_launch_order:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # older names, which torch still reads, but after the new ones
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(TRACE_ENTRIES))
+    if traces is not None and "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(traces.absolute() / TRACE_PREFIX))
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], launch: Launch, backend: Backend = "nccl") -> torch.device:
@@ -84,7 +95,10 @@ def process_group(device: torch.device, launch: Launch, timeout: timedelta, back
         device_id=device if is_nccl else None,
     )
     yield attempt
-    dist.destroy_process_group()  # not after an error: with a dead neighbour it can wait for ever
+    # Not after an error: with a dead neighbour it can wait for ever. Newest first, an order that all ranks share: NCCL
+    # may wait for a group's other ranks, and torch goes by names, those of split groups being hashes of their ranks.
+    for group in reversed([*_world.pg_map]):
+        dist.destroy_process_group(group)
 
 
 def memory_bytes(device: torch.device) -> int:

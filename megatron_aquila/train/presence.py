@@ -38,6 +38,11 @@ def presence(
         recorder.close()
 
 
+def trail_folder(config: RunConfig) -> Path | None:
+    """The folder of the run in which every rank leaves its trail, if it is to."""
+    return log_folder(config) if config.observe.breadcrumbs else None
+
+
 @contextmanager
 def _locked(folder: Path | None, ctx: ParallelContext, launch: Launch, stops: StopRequest, log: Log) -> Iterator[None]:
     if folder is None or ctx.rank != 0:
@@ -56,8 +61,8 @@ def _locked(folder: Path | None, ctx: ParallelContext, launch: Launch, stops: St
 @contextmanager
 def _trail(config: RunConfig, recorder: Recorder) -> Iterator[None]:
     """Keep the breadcrumbs in the log's folder, and a watch over them."""
-    run = log_folder(config)
-    if run is None or not config.observe.breadcrumbs:
+    run = trail_folder(config)
+    if run is None:
         yield
         return
     try:

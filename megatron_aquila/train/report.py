@@ -137,6 +137,7 @@ def rank_writers(config: RunConfig, log: Log) -> Writers:
             log_dir=log_folder(config),
             tensorboard_dir=observe.tensorboard_dir,
             wandb_project=project,
+            wandb_name=observe.wandb_exp_name,
             wandb_dir=observe.wandb_dir if observe.wandb_dir is not None else Path("wandb"),
         )
     except OSError as error:

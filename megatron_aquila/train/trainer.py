@@ -15,6 +15,7 @@ from megatron_aquila.train.build import Machine
 from megatron_aquila.train.corpus import Corpus
 from megatron_aquila.train.evaluate import evaluate
 from megatron_aquila.train.faults import Fault, Judge, Rewinder, stopped
+from megatron_aquila.train.garbage import Garbage
 from megatron_aquila.train.loss import LossMeans
 from megatron_aquila.train.profile import StepProfiler
 from megatron_aquila.train.record import RunRecord
@@ -138,19 +139,22 @@ class Loop:
         self._releases = Releases(machine.config, machine.ctx.rank, reporter)
         self._profiler = StepProfiler(machine.config, machine.ctx.rank, machine.ctx.device)
         self._stragglers = Stragglers(machine.ctx, interval=machine.config.observe.straggler_interval)
+        self._garbage = Garbage(interval=machine.config.train.gc_interval)
 
     def run(self) -> str:
         """Take steps until the run ends; why it does. Collective. Raises ``AquilaError`` where it is lost."""
         self._stops.begin()
-        with closing(self._profiler), closing(self._releases):
+        with closing(self._profiler), closing(self._releases), closing(self._garbage):
             self._releases.begin()
             self._saver.prepare(self.state)
+            self._garbage.begin()
             why = end_of_run(self._machine.config, self.state)
             try:
                 if why is not None and self.last_saved < 0:
                     self._save()  # the run begins at its end, which is in no durable checkpoint
                 while why is None:
                     why = self._step()
+                    self._garbage.after(self.state.step)
             except (CommunicationError, RunFolderError):
                 raise  # not every rank is here, or the folder is another run's
             except ReplicaError:  # raised on every rank: what is being saved, or is only here, may hold the error

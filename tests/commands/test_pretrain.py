@@ -2,16 +2,22 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_aquila.commands import doctor, pretrain
-from megatron_aquila.train import run
+from megatron_aquila.train import env, run
+from megatron_aquila.train.launcher import Launch
 from megatron_aquila.train.lock import LOCK, take_lock
+from megatron_aquila.train.stops import stop_on_signals
 from tests.train.runs import VOCAB_SIZE, write_corpus
+
+MORE_LAYERS = ["--num-layers", "2"]  # for two pipeline stages
 
 
 @pytest.fixture
@@ -40,6 +46,50 @@ def test_a_run_leaves_its_folder_free_and_its_trail_ended(flags: list[str], tmp_
     told = capsys.readouterr().out
     assert "1 of 1 ranks in step 3 (end)" in told
     assert "the run has ended in order" in told
+
+
+@pytest.mark.parametrize(
+    ("layout", "in_launch_order"),
+    [
+        ("", False),
+        ("--zero 3", False),
+        ("--tp 2", True),
+        ("--cp 2", True),
+        ("--tp 2 --zero 3", False),
+        ("--pp 2", False),
+    ],
+)
+def test_the_launch_order_is_kept_where_layers_are_split(
+    flags: list[str], tmp_path: Path, layout: str, in_launch_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before CUDA starts; so is the folder of NCCL's traces said, beside the breadcrumbs."""
+    launch, said = Launch(world_size=2), []
+
+    def prepare(**settings: Any) -> None:
+        said.append(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(env, "prepare_environment", prepare)
+    monkeypatch.setattr(env, "choose_device", lambda *_: pytest.fail("CUDA has started"))
+    for more, traces in (([], tmp_path / "run" / "breadcrumbs"), (["--no-breadcrumbs"], None)):
+        with pytest.raises(InterruptedError), stop_on_signals() as stops:
+            pretrain.run(pretrain.load([*flags, *MORE_LAYERS, *layout.split(), *more], launch), launch, stops)
+        assert said.pop() == {"in_launch_order": in_launch_order, "traces": traces}
+
+
+def test_the_wandb_run_has_the_name_of_the_flag(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, rows = [], []
+    started = SimpleNamespace(log=lambda row, step: rows.append(step), finish=lambda: rows.append(None))
+    wandb = SimpleNamespace(init=lambda **settings: began.append(settings) or started, Error=OSError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert pretrain.main([*flags, "--wandb-dir", str(tmp_path / "wandb"), "--wandb-exp-name", "first"]) == 0
+    settings = {"project": "megatron_aquila", "name": "first", "dir": str(tmp_path / "wandb"), "mode": "online"}
+    assert began == [settings]
+    assert rows[0] == 1
+    assert rows[-1] is None
 
 
 def test_steps_are_not_recorded_where_no_gpu_is(flags: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

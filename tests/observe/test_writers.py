@@ -106,24 +106,54 @@ def test_a_missing_wandb_is_one_line(monkeypatch, tmp_path):
     assert len(out.getvalue().splitlines()) == 1
 
 
-def test_wandb_is_offline(monkeypatch, tmp_path):
-    calls = []
+class FakeWandb(types.ModuleType):
+    """Keeps what it is called with; ``fails``: its runs cannot begin."""
 
-    class Run:
-        def log(self, row, step):
-            calls.append(("log", row, step))
+    class Error(Exception):
+        pass
 
-        def finish(self):
-            calls.append(("finish",))
+    def __init__(self, fails: str | None = None) -> None:
+        super().__init__("wandb")
+        self.calls: list[tuple[object, ...]] = []
+        self._fails = fails
 
-    fake = types.SimpleNamespace(init=lambda **settings: calls.append(("init", settings)) or Run())
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    def init(self, **settings):
+        self.calls.append(("init", settings))
+        if self._fails is not None:
+            raise self.Error(self._fails)
+        return self
+
+    def log(self, row, step):
+        self.calls.append(("log", row, step))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+@pytest.mark.parametrize(("given", "mode"), [(None, "offline"), ("online", "online"), ("disabled", "disabled")])
+def test_wandb_is_offline_unless_the_environment_says_otherwise(monkeypatch, tmp_path, given, mode):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("WANDB_MODE", given)
     folder = tmp_path / "wandb"
-    writers = open_writers(Log(stream=io.StringIO()), total_samples=1, wandb_project="aquila", wandb_dir=folder)
+    settings = {"wandb_project": "aquila", "wandb_name": "first", "wandb_dir": folder}
+    writers = open_writers(Log(stream=io.StringIO()), total_samples=1, **settings)
     writers.write({"step": 7, "loss": 1.0})
     writers.close()
-    assert calls == [
-        ("init", {"project": "aquila", "dir": str(folder), "mode": "offline"}),
+    assert wandb.calls == [
+        ("init", {"project": "aquila", "name": "first", "dir": str(folder), "mode": mode}),
         ("log", {"step": 7, "loss": 1.0}, 7),
         ("finish",),
     ]
+
+
+def test_a_wandb_run_that_cannot_begin_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fails="api_key not configured\nmore"))
+    out = io.StringIO()
+    open_writers(Log(stream=out), total_samples=10, wandb_project="aquila", wandb_dir=tmp_path).close()
+    assert out.getvalue().startswith(
+        "wandb: api_key not configured: no Weights & Biases run is written (WANDB_MODE=off"
+    )
+    assert len(out.getvalue().splitlines()) == 1

@@ -1,11 +1,17 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_aquila.parallel import context
 from megatron_aquila.parallel.context import Group, ParallelContext
 from megatron_aquila.plan.grid import RankGrid
+from megatron_aquila.verify.dry import fake_world
 
 
 def test_a_world_of_one_has_groups_of_one_and_no_process_group() -> None:
@@ -116,3 +122,95 @@ def agreed_beside_nccl() -> tuple[bool, bool, str, float]:
 
 def test_hosts_agree_over_a_backend_of_their_own_where_the_world_has_none_for_them(pool) -> None:
     assert pool(2).run(agreed_beside_nccl) == [(True, True, "gloo", 3.0)] * 2
+
+
+@contextmanager
+def splittable() -> Iterator[list[tuple[str, list[list[int]]]]]:
+    """A world that can be split, as NCCL's can; lists the name and the parts of each split."""
+    calls, new_group = [], dist.new_group
+
+    def split(parent: object, parts: list[list[int]], *, timeout: object, group_desc: str) -> object:
+        assert parent is dist.group.WORLD
+        calls.append((group_desc, parts))
+        (mine,) = (part for part in parts if dist.get_rank() in part)
+        return new_group(mine, timeout=timeout)
+
+    with (
+        mock.patch.object(context, "_is_splittable", return_value=True),
+        mock.patch.object(dist, "split_group", split),
+        mock.patch.object(dist, "new_group", side_effect=AssertionError("made one by one")),
+    ):
+        yield calls
+
+
+GRID_34B = RankGrid(tp=4, pp=4, dp=32)
+SPLITS = [
+    (GRID_34B, False, 6, 656),
+    (GRID_34B, True, 10, 1168),
+    (RankGrid(tp=4, pp=4, dp=32, zero_group=8), False, 8, 656 + 64 + 128),
+    (RankGrid(tp=2, cp=2, dp=2, pp=2), False, 6, 8 * 5 + 4),
+    (RankGrid(tp=2, cp=2, dp=4, pp=4, zero_group=4), True, 14, 32 * 2 + 16 * 9 + 8 + 16 + 32),
+    (RankGrid(tp=8), False, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("grid", "turns_back", "splits", "groups"), SPLITS, ids=str)
+def test_a_world_that_can_be_split_is_split_once_a_partition(grid, turns_back, splits, groups) -> None:
+    """Instead of once a group; in the same order on every rank, which finds itself in the group that the grid says."""
+    orders = []
+    for rank in range(0, grid.world_size, max(1, grid.world_size // 7)):
+        with fake_world(rank, grid.world_size), splittable() as calls:
+            ctx = ParallelContext.create(grid, torch.device("cpu"), pp_turns_back=turns_back)
+            wanted = {
+                **{axis: grid.groups(axis) for axis in ("tp", "cp", "dp", "pp")},
+                "dp_cp": grid.groups("dp", "cp"),
+                "shards": grid.shard_groups(),
+                "copies": grid.copy_groups(),
+            }
+            found = {name: [getattr(ctx, name)] for name in wanted} | {"pp": [ctx.pp, *ctx.pp_links.values()]}
+            for name, partition in wanted.items():
+                (mine,) = (ranks for ranks in partition if rank in ranks)
+                for group in found[name]:
+                    assert (group.ranks, group.rank, group.size) == (mine, mine.index(rank), len(mine))
+                    assert len(mine) == 1 or tuple(dist.get_process_group_ranks(group.handle)) == mine
+        orders.append(calls)
+    assert all(calls == orders[0] for calls in orders)
+    assert all(sorted(chain(*parts)) == [*range(grid.world_size)] for _, parts in orders[0])
+    assert (len(orders[0]), sum(len(parts) for _, parts in orders[0])) == (splits, groups)
+    with fake_world(1, grid.world_size), mock.patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
+        ParallelContext.create(grid, torch.device("cpu"), pp_turns_back=turns_back)
+    assert new_group.call_count == groups  # what one by one comes to
+
+
+def test_splits_have_the_names_that_errors_and_traces_use() -> None:
+    with fake_world(0, 8), splittable() as calls:
+        ParallelContext.create(RankGrid(tp=2, pp=2, dp=2), torch.device("cpu"))
+    assert [name for name, _ in calls] == ["tp", "dp", "pp", "pp_link B False 0"]
+
+
+@pytest.mark.parametrize(("made", "where"), [(SimpleNamespace(ranks=(0, 1)), r"\(0, 1\)"), (None, "no group")], ids=str)
+def test_a_split_that_puts_a_rank_elsewhere_is_noticed(made: SimpleNamespace | None, where: str) -> None:
+    with (
+        fake_world(3, 4),
+        splittable(),
+        mock.patch.object(dist, "split_group", return_value=made),
+        mock.patch.object(dist, "get_process_group_ranks", lambda made: made.ranks),
+        pytest.raises(AssertionError, match=rf"tp: rank 3 is to be in \(2, 3\), torch put it into {where}"),
+    ):
+        ParallelContext.create(RankGrid(tp=2, dp=2), torch.device("cpu"))
+
+
+def test_only_a_world_of_nccl_on_one_device_can_be_split() -> None:
+    def world(*, bound: bool = True, supports: bool = True) -> SimpleNamespace:
+        found = SimpleNamespace(supports_splitting=supports)
+        return SimpleNamespace(
+            bound_device_id=torch.device("cuda", 0) if bound else None, _get_backend=lambda _device: found
+        )
+
+    with mock.patch.object(dist, "get_backend", return_value="nccl"):
+        assert context._is_splittable(world())
+        assert not context._is_splittable(world(bound=False))
+        assert not context._is_splittable(world(supports=False))  # as with TORCH_DISTRIBUTED_DEBUG=DETAIL
+    for other in ("gloo", "cpu:gloo,cuda:nccl"):
+        with mock.patch.object(dist, "get_backend", return_value=other):
+            assert not context._is_splittable(world())

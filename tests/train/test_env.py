@@ -1,14 +1,18 @@
+import mmap
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_aquila.errors import AquilaError
 from megatron_aquila.train import env
 from megatron_aquila.train.launcher import Launch, read_launch
+from megatron_aquila.verify.dry import fake_world
 
 
 def test_the_launcher_tells_who_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +27,23 @@ def test_without_a_launcher_the_world_is_one(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     with env.process_group(torch.device("cpu"), read_launch(), timedelta(seconds=5)):
         assert not torch.distributed.is_initialized()
+
+
+def test_groups_end_newest_first_and_the_world_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, destroy = [], dist.destroy_process_group
+    with fake_world(0, 4):  # what the process group starts is replaced by what is up here
+        for name in ("TCPStore", "PrefixStore", "init_process_group"):
+            monkeypatch.setattr(dist, name, lambda *_args, **_settings: None)
+        monkeypatch.setattr(env, "agree_on_attempt", lambda *_args, **_settings: "attempt")
+        monkeypatch.setattr(dist, "destroy_process_group", lambda group: (ended.append(group), destroy(group)))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", "1")
+        with env.process_group(torch.device("cpu"), Launch(world_size=4), timedelta(seconds=5)):
+            made = [dist.group.WORLD, dist.new_group([0, 1]), dist.new_group([0, 2])]
+        assert ended == made[::-1]
+        assert not dist.is_initialized()
+        monkeypatch.undo()
+        dist.init_process_group("fake", rank=0, world_size=1, store=dist.HashStore())  # for the fake world to end
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -58,13 +79,71 @@ def test_which_backend_carries(device: str, backend: env.Backend, asked: str, mo
     assert (given, settings["device_id"]) == (asked, where if asked == "nccl" else None)
 
 
-def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    env.prepare_environment()
-    assert env.os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-    assert "PYTORCH_ALLOC_CONF" not in env.os.environ
+NAMES = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    "TORCH_FR_BUFFER_SIZE",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_FR_DUMP_TEMP_FILE",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+)
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, given: dict[str, str], **settings: Any) -> dict[str, str]:
+    """What of ``NAMES`` is set after the preparation, where ``given`` was before."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    env.prepare_environment(**settings)
+    return {name: os.environ[name] for name in NAMES if name in os.environ}
+
+
+def test_what_is_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    always = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "20000",
+    }
+    assert environment(monkeypatch, {}) == always
+    assert environment(monkeypatch, {}, in_launch_order=True, traces=tmp_path) == always | {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/nccl_rank_",
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+            "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+            "TORCH_NCCL_TRACE_BUFFER_SIZE": "7",
+            "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/elsewhere/",
+        },
+        {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+            "PYTORCH_ALLOC_CONF": "",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_FR_BUFFER_SIZE": "0",
+            "TORCH_FR_DUMP_TEMP_FILE": "/elsewhere/",
+        },
+    ],
+    ids=["older names", "newer names"],
+)
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, str]) -> None:
+    assert environment(monkeypatch, given, in_launch_order=True, traces=tmp_path) == given
+
+
+def test_torch_knows_the_names_of_the_flight_recorder() -> None:
+    """It reads them in C++, and is silent about a name that it does not know."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+        for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+            assert library.find(name.encode()) > 0, name
 
 
 def test_memory_is_that_of_this_process() -> None:
