@@ -32,7 +32,10 @@ def quantized(x: Tensor, dtype: torch.dtype) -> Quantized:
 
 
 def product(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-    """a_MK @ b_NK.T -> y_MN in ``dtype``, summed in float32: by torch's scaled product, on a GPU tensor cores."""
+    """a_MK @ b_NK.T -> y_MN in ``dtype``, by torch's scaled product: summed in float32, on a GPU by tensor cores.
+
+    Those of a Hopper keep some 14 bits of the terms of one instruction; float32 are their sums.
+    """
     _check_sizes(a, b)
     return torch._scaled_mm(a.values, b.values.T, scale_a=a.scale, scale_b=b.scale, out_dtype=dtype)
 

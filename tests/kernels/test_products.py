@@ -1,3 +1,5 @@
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -61,12 +63,41 @@ def test_a_device_is_tried():
     assert isinstance(fp8_products(torch.device("cpu")), Fp8Products)
 
 
+def as_hopper(a, b, dtype, *, promoted):
+    """32 products at a time, cut to 13 bits behind the point of the largest: with what came before, or ``promoted``."""
+    x, y = a.values.double(), b.values.double()
+    total = torch.zeros(x.shape[0], y.shape[0], dtype=torch.float64)
+    for k in range(0, x.shape[1], 32):
+        terms = x[:, None, k : k + 32] * y[None, :, k : k + 32]
+        if not promoted:
+            terms, total = torch.cat((terms, total[..., None]), -1), torch.zeros(())
+        unit = 2.0 ** (torch.frexp(terms.abs().amax(-1, keepdim=True)).exponent.double() - 1 - 13)
+        total = total + (torch.trunc(terms / unit) * unit).sum(-1)
+    return (total.float() * (a.scale * b.scale)).to(dtype)
+
+
+@pytest.mark.parametrize("promoted", [False, True])
+def test_the_sums_of_a_hopper_pass(promoted):
+    """They are no float32 sums, which the bound for those would refuse."""
+    a, b = (fp8.quantized(torch.randn(16, 64).bfloat16(), Fp8Products.forward) for _ in range(2))
+    ours, exact = as_hopper(a, b, torch.float32, promoted=promoted), fp8.product_reference(a, b, torch.float32)
+    assert (ours - exact).abs().max() > 64 * torch.finfo(torch.float32).eps * exact.abs().max()
+    with mock.patch.object(fp8, "product", partial(as_hopper, promoted=promoted)):
+        assert isinstance(fp8_products(torch.device("cpu")), Fp8Products)
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
+        (lambda a, b, dtype: fp8.product_reference(a, b, dtype) * 1.02, "into torch.bfloat16 is not that of"),
         (
-            lambda a, b, dtype: fp8.product_reference(a, b, dtype) * 1.01,
-            "into torch.bfloat16 is not that of",
+            lambda a, b, dtype: fp8.product_reference(a, b, dtype) * (1.01 if dtype is torch.float32 else 1),
+            "into torch.float32 is not that of",
+        ),
+        (lambda a, b, dtype: fp8.product_reference(a, b, torch.bfloat16).to(dtype), "into torch.float32 is not that"),
+        (
+            lambda a, b, dtype: fp8.product_reference(replace(a, scale=2 * a.scale), b, dtype),
+            "product of torch.float8_e4m3fn into torch.bfloat16 is not that of",
         ),
         (lambda a, b, dtype: torch.full((32, 16), torch.nan), "is not that of the widened values; use bf16"),
         (lambda a, b, dtype: a.no_such_thing, "its products fail: AttributeError: .*; use bf16"),

@@ -42,6 +42,9 @@ MUTANTS = {
     "moments of the wrong sign": ("adamw", "adamw", "mean.to(exp_avg.dtype.element_ty)", "(-mean).to(exp_avg.dtype.element_ty)"),
     "what is not finite is applied": ("adamw", "adamw", "if tl.load(applies):", "if size > 0:"),
     "the tail of a flat tensor": ("adamw", "adamw", "inside = at < size", "inside = at < size // BLOCK * BLOCK"),
+    "no weights are published": ("adamw", "adamw", "if OTHER == \"publish\":", "if OTHER == \"nothing\":"),
+    "weights are published twice as large": ("adamw", "adamw", "weight.to(other.dtype", "(2 * weight).to(other.dtype"),
+    "old weights are published": ("adamw", "adamw", "        weight *= decay\n", "        if OTHER == \"publish\":\n            tl.store(other + at, weight.to(tl.bfloat16), mask=inside)\n            other = param\n        weight *= decay\n"),
     "does not compile": ("swiglu", "swiglu", "sigmoid = tl.sigmoid(gate)", "sigmoid = tl.no_such_function(gate)"),
 }  # fmt: skip
 # ruff: noqa: E501  (the table of mutants)
