@@ -14,13 +14,13 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_aquila.kernels.triton import adamw, rms_norm, rope, swiglu
+from megatron_aquila.kernels.triton import adamw, fp8, rms_norm, rope, swiglu
 from megatron_aquila.kernels.triton.launch import block_of, num_warps
 
 FLOATS = {"eps", "lr", "decay", "add1", "beta2", "add2"}
 FLOAT32 = {"inverse_rms", "grad_weight_parts", "cos", "sin"}
 SCALARS = {"step": "*i64", "factor": "*fp64", "applies": "*i1"}
-NUMBERS = FLOATS | {"num_rows", "num_heads", "num_samples", "size"}
+NUMBERS = FLOATS | {"num_rows", "num_columns", "num_heads", "num_samples", "size"}
 
 def compiled(name, kernel, warps, pointers={}, **constants):
     def kind(argument):
@@ -32,9 +32,10 @@ def compiled(name, kernel, warps, pointers={}, **constants):
             return "i32"
         return pointers.get(argument, "*fp32" if argument in FLOAT32 else "*bf16")
     names = kernel.arg_names
+    sizes = {"size", "num_columns"} | ({"num_rows"} if name == "fp8_cast" else set())
     signature = {argument: kind(argument) for argument in names}
     by_16 = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(names)
-             if signature[argument] != "constexpr" and argument not in NUMBERS - {"size"}}
+             if signature[argument] != "constexpr" and argument not in NUMBERS - sizes}
     source = ASTSource(fn=kernel, signature=signature, attrs=by_16,
                        constexprs={(names.index(k),): v for k, v in constants.items()})
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -52,6 +53,15 @@ narrow = dict(wide, param="*i16", exp_avg="*bf16", exp_avg_sq="*bf16", other="*i
 for other, pointers in (("nothing", wide), ("publish", wide), ("remainder", narrow)):
     beta = dict(LOG2_BETA1=-0.152, LOG2_BETA2=-0.074)
     compiled("adamw", adamw._update, 4, pointers=pointers, OTHER=other, BLOCK=1024, **beta)
+bits = dict(x="*i16", largest="*i32", scale="*fp32")
+compiled("fp8_largest", fp8._largest, 8, pointers=bits, BLOCK=128)
+for kind, top, tiny, mantissa, layouts in (
+    ("fp8e4nv", 448.0, 121, 3, (True, False)), ("fp8e4nv", 448.0, 121, 3, (False, True)),
+    ("fp8e5", 57344.0, 113, 2, (True, True)),
+):
+    pointers = dict(bits, by_rows="*" + kind, by_columns="*" + kind)
+    compiled("fp8_cast", fp8._cast, 8, pointers=pointers, TOP=top, TINY=tiny << 23, MANTISSA=mantissa, SMALLEST=-120,
+             ROWS=layouts[0], COLUMNS=layouts[1], BLOCK=128)
 """
 
 
@@ -62,9 +72,10 @@ def test_memory_is_read_16_bytes_a_thread_and_ahead_of_time(tmp_path) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, *_ in lines] == [
         "norm", "norm_backward", "rope", "rope", "swiglu", "swiglu_backward", *["adamw"] * 3,
+        "fp8_largest", *["fp8_cast"] * 3,
     ]  # fmt: skip
     for name, *instructions in lines:
-        assert {"st.global.v4.b32"} <= set(instructions), f"{name}: {instructions}"
+        assert name == "fp8_largest" or {"st.global.v4.b32"} <= set(instructions), f"{name}: {instructions}"
         ahead = any(word.startswith("cp.async.cg") for word in instructions)
         assert ahead == (name == "norm_backward"), f"{name}: {instructions}"
         assert ahead or "ld.global.v4.b32" in instructions, f"{name}: {instructions}"
