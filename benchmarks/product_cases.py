@@ -1,12 +1,13 @@
 """The kernels' cases of matrix products: weight gradients in float32, and fp8."""
 
+from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Cases, Size, Work, draw
-from megatron_aquila.kernels.products import NATIVE, fp8_products
+from megatron_aquila.kernels.products import NATIVE, Products, fp8_products
 from megatron_aquila.kernels.weight_gradient import (
     accumulate_weight_gradient_,
     accumulate_weight_gradient_reference_,
@@ -41,28 +42,31 @@ def _weight_gradient(size: Size, device: torch.device, dtype: torch.dtype) -> Ca
 
 def _output(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
     x, weight, _, work = _operands(size, device, dtype)
-    return _product("output", (x, weight), work)
-
-
-def _grad_x(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
-    _, weight, grad_y, work = _operands(size, device, dtype)
-    return _product("grad_x", (grad_y, weight), work)
-
-
-def _grad_weight(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
-    x, _, grad_y, work = _operands(size, device, dtype)
-    return _product("grad_weight", (grad_y, x), work)
-
-
-def _product(name: str, operands: tuple[Tensor, Tensor], work: Work) -> Case:
-    device = operands[0].device
     return Case(
         op="products",
-        reference=getattr(NATIVE, name),
-        inputs=operands,
-        call=lambda kernel, a, b: (kernel(a, b),),
+        reference=NATIVE.output,
+        inputs=(x, weight),
+        call=lambda kernel, x, weight: (kernel(x, weight),),
         forward=work,
-        kernels={"fp8, rounding included": lambda: getattr(fp8_products(device), name)},
+        kernels={"fp8, rounding included": lambda: fp8_products(device).output},
+    )
+
+
+def _gradients(size: Size, device: torch.device, dtype: torch.dtype) -> Case:
+    """Of input and weight together: what is multiplied twice is rounded once."""
+    x, weight, grad_y, work = _operands(size, device, dtype)
+
+    def both(products: Products, x: Tensor, weight: Tensor, grad_y: Tensor) -> tuple[Tensor, ...]:
+        gradients = products.gradients(grad_y)
+        return gradients.grad_x(weight), gradients.grad_weight(x)
+
+    return Case(
+        op="products",
+        reference=partial(both, NATIVE),
+        inputs=(x, weight, grad_y),
+        call=lambda kernel, x, weight, grad_y: kernel(x, weight, grad_y),
+        forward=Work(2 * work.amount, work.unit),
+        kernels={"fp8, rounding included": lambda: partial(both, fp8_products(device))},
     )
 
 
@@ -70,7 +74,6 @@ PRODUCT_CASES: Cases = MappingProxyType(
     {
         "weight_gradient": _weight_gradient,
         "products, output": _output,
-        "products, grad_x": _grad_x,
-        "products, grad_weight": _grad_weight,
+        "products, gradients": _gradients,
     }
 )

@@ -215,7 +215,7 @@ def _survey(
 
     @cache
     def here(op: str, name: str) -> _Refusal | None:
-        if (why := _unfit(name, device, dtype)) is not None:
+        if (why := why_unfit(name, device, dtype)) is not None:
             return _Refusal(why, is_news=False)
         why = _refusal(op, name, device, dtype, sizes)
         return None if why is None else _Refusal(why, is_news=True)
@@ -289,7 +289,7 @@ def _refusal(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes
     return None if why is None else f"{op}={name} is refused, here it does not do what its reference does: {why}"
 
 
-def _unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_unfit(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel ``name`` cannot run here, in a line; None if it can.
 
     Its package is imported and not just looked up: one of that name may lack the kernel (flash-attn-4 brings only

@@ -1,6 +1,7 @@
 """Matrices of 8-bit numbers with one scale each, and their product."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,39 @@ class Quantized:
     scale: Tensor
 
 
+class Rounding(Protocol):
+    """What rounds operands: to the same bits, whoever does it, unless a value is not finite: then all are NaN."""
+
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Quantized:
+        """``quantized(x, dtype)``."""
+        ...
+
+    def columns(self, x: Tensor, dtype: torch.dtype) -> Quantized:
+        """``quantized(x.T, dtype)``."""
+        ...
+
+    def both(self, x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
+        """``rows`` and ``columns``."""
+        ...
+
+
+class PlainRounding:
+    """In torch's operations: the largest value, a product, a cast, by columns a copy: each a pass over memory."""
+
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Quantized:
+        """``quantized(x, dtype)``."""
+        return quantized(x, dtype)
+
+    def columns(self, x: Tensor, dtype: torch.dtype) -> Quantized:
+        """``quantized(x.T, dtype)``."""
+        return quantized(x.T, dtype)
+
+    def both(self, x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
+        """``rows`` and ``columns``: rounded once."""
+        rows = quantized(x, dtype)
+        return rows, Quantized(rows.values.T.contiguous(), rows.scale)
+
+
 def quantized(x: Tensor, dtype: torch.dtype) -> Quantized:
     """The matrix ``x`` rounded to ``dtype`` after a power of two has brought its largest value to the top of the range.
 
@@ -31,8 +65,14 @@ def quantized(x: Tensor, dtype: torch.dtype) -> Quantized:
     return Quantized((x * scale.reciprocal().to(x.dtype)).to(dtype).contiguous(), scale)
 
 
+PLAIN = PlainRounding()
+
+
 def product(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-    """a_MK @ b_NK.T -> y_MN in ``dtype``, summed in float32: by torch's scaled product, on a GPU tensor cores."""
+    """a_MK @ b_NK.T -> y_MN in ``dtype``, by torch's scaled product: summed in float32, on a GPU by tensor cores.
+
+    Those of a Hopper keep some 14 bits of the terms of one instruction; float32 are their sums.
+    """
     _check_sizes(a, b)
     return torch._scaled_mm(a.values, b.values.T, scale_a=a.scale, scale_b=b.scale, out_dtype=dtype)
 

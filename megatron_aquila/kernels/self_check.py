@@ -24,6 +24,10 @@ from megatron_aquila.kernels.scores import Scores
 from megatron_aquila.kernels.swiglu import swiglu_reference
 
 EPS = 1e-5
+# A gradient of attention sums products of weights and scores' gradients, rounded before: where few keys share a query
+# nearly all cancels but their errors. Of millions the largest is at 10 roundings, all together at 0.2 to 2.4, measured
+# with torch's flash attention for CPUs; the smallest mistake of the tests, scores a tenth too large, is at 9 together.
+PEAK = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +57,8 @@ class Trial:
     """``call(kernel, **inputs)`` gives outputs by name, ``inputs`` have gradients where the outputs do.
 
     Inputs that optimizers keep in float32 are ``always_wide``. An error is allowed ``roundings`` to the type of the
-    inputs and ``sums`` to float32. It is measured against its row, or where a row may cancel to nothing, as softmax's
-    gradient does, the ``whole`` tensor.
+    inputs and ``sums`` to float32. It is measured against its row; or where a row may cancel to nothing, as softmax's
+    gradient does, all errors of the ``whole`` tensor together against all values, and each against ``PEAK`` times that.
     """
 
     reference: Callable[..., Any]
@@ -144,8 +148,7 @@ def _attention(sizes: Sizes, draw: _Draw) -> Trial:
     heads = {"q": sizes.num_heads, "k": sizes.num_kv_heads, "v": sizes.num_kv_heads}
     inputs = {name: draw(length, 2, count, sizes.head_dim) for name, count in heads.items()}
     inputs["q"] *= 2  # sharper weights: a token too many or too few shows
-    # By blocks, each one's output and gradients are rounded, too, before they are added up.
-    return Trial(causal_attention_reference, inputs, call, roundings=8 if sizes.by_blocks else 4, sums=1024, whole=True)
+    return Trial(causal_attention_reference, inputs, call, sums=1024, whole=True)
 
 
 def _logits(draw: _Draw) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
@@ -199,8 +202,9 @@ def _adamw(sizes: Sizes, draw: _Draw) -> Trial:
             now = settings | {name: x.to(new["param"].device) for name, x in scalars.items()}
             kernel(*new.values(), **now)
             if applies:
-                narrow = _narrow_adamw(kernel, {name: x.detach() for name, x in tensors.items()}, new, now)
-        return new | narrow
+                old = {name: x.detach() for name, x in tensors.items()}
+                others = _narrow_adamw(kernel, old, new, now) | _published_adamw(kernel, old, now)
+        return new | others
 
     size = 64 * sizes.hidden_size + 3  # no multiple of a block
     inputs = {name: draw(size) for name in ("param", "grad", "exp_avg")}
@@ -232,6 +236,19 @@ def _narrow_adamw(
     return {"the joined master": master, "what is apart": torch.stack(apart).to(grad.dtype)}
 
 
+def _published_adamw(
+    kernel: Callable[..., None], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The same update of a master that is published in bfloat16. What is not the nearest is told as above: by zeros."""
+    new = {name: x.clone() for name, x in tensors.items()}
+    master = new["param"]
+    weight = torch.full_like(master, math.nan, dtype=torch.bfloat16)
+    kernel(*new.values(), **settings, publish=weight)
+    unit = 2**-8 if master.device.type == "cuda" else 2**-7  # Triton's interpreter cuts off instead of rounding
+    is_near = (weight.to(master.dtype) - master).abs() <= master.abs() * unit
+    return {"the published master": master, "what is published wrongly": (~is_near).to(master.dtype)}
+
+
 TRIALS: Mapping[str, Callable[[Sizes, _Draw], Trial]] = MappingProxyType(
     {
         "rms_norm": _rms_norm,
@@ -252,7 +269,7 @@ def why_refused(
     """Why ``kernel`` must not run as ``op`` here, in a line: it fails, or errs by more than roundings; else None.
 
     A value may be off by the trial's roundings to ``dtype`` and to float32 (sums, the GPU's exp) of itself and of
-    the root mean square of what the trial measures it against.
+    the root mean square of its row; by more where the trial measures the ``whole``, whose errors together may not.
     """
     try:
         trial = TRIALS[op](sizes, _Draw(device))
@@ -264,9 +281,12 @@ def why_refused(
     for name, value in exact.items():
         if ours[name].shape != value.shape:
             return f"{name} has the shape {tuple(ours[name].shape)}, not {tuple(value.shape)}"
-        square = value.square().mean() if trial.whole else value.square().mean(-1, keepdim=True)
-        bound = allowed * (value.abs() + square.sqrt())
-        error_of = (ours[name].double() - value).abs()
+        error_of, square = (ours[name].double() - value).abs(), value.square()
+        if trial.whole and not error_of.norm() <= (most := allowed * value.norm()):
+            return f"{name} is wrong in all places together, by {error_of.norm() / most:.3g} times what is allowed"
+        bound = allowed * (value.abs() + square.mean(-1, keepdim=True).sqrt())
+        if trial.whole:
+            bound = PEAK * (bound + allowed * square.mean().sqrt())
         wrong = ~(error_of <= bound)  # also what is not a number
         if wrong.any():
             worst = (error_of / bound).nan_to_num(nan=torch.inf).max().item()

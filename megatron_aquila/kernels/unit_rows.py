@@ -1,5 +1,7 @@
 """A weight whose rows are used at length 1 (Baichuan2's NormHead): the weight itself is stored as it is trained."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,29 @@ def _lengths(weight: Tensor) -> Tensor:
     return lengths.clamp_min(SHORTEST)
 
 
+@dataclass(frozen=True, slots=True)
+class UnitRowGradients:
+    """The ``Gradients`` of ``UnitRowProducts``."""
+
+    grad_y: Tensor
+    weight: Tensor
+
+    def grad_x(self, weight: Tensor) -> Tensor:
+        """weight_OI -> grad_x_...I."""
+        return matmul(self.grad_y, unit_rows(weight))
+
+    def grad_weight(self, x: Tensor) -> Tensor:
+        """x_...I -> grad_weight_OI."""
+        wide = weight_gradient(self.grad_y, x).to(compute_dtype(x.dtype))
+        return through_unit_rows_(wide, self.weight.detach()).to(x.dtype)
+
+    def add_grad_weight_(self, total: Tensor, x: Tensor) -> None:
+        """Add ``grad_weight`` to ``total``: in a pass of its own, as it is no product alone."""
+        wide = torch.zeros_like(total)
+        accumulate_weight_gradient_(wide, self.grad_y, x)
+        total.add_(through_unit_rows_(wide, self.weight.detach()))
+
+
 class UnitRowProducts:
     """The products of ``y = x @ unit_rows(weight).T``, in the type of the operands."""
 
@@ -48,17 +73,6 @@ class UnitRowProducts:
         """x_...I, weight_OI -> y_...O."""
         return matmul(x, unit_rows(weight).T)
 
-    def grad_x(self, grad_y: Tensor, weight: Tensor) -> Tensor:
-        """grad_y_...O, weight_OI -> grad_x_...I."""
-        return matmul(grad_y, unit_rows(weight))
-
-    def grad_weight(self, grad_y: Tensor, x: Tensor) -> Tensor:
-        """grad_y_...O, x_...I -> grad_weight_OI."""
-        wide = weight_gradient(grad_y, x).to(compute_dtype(x.dtype))
-        return through_unit_rows_(wide, self._weight.detach()).to(x.dtype)
-
-    def add_grad_weight_(self, total: Tensor, grad_y: Tensor, x: Tensor) -> None:
-        """Add ``grad_weight`` to ``total``: in a pass of its own, as it is no product alone."""
-        wide = torch.zeros_like(total)
-        accumulate_weight_gradient_(wide, grad_y, x)
-        total.add_(through_unit_rows_(wide, self._weight.detach()))
+    def gradients(self, grad_y: Tensor) -> UnitRowGradients:
+        """grad_y as it is."""
+        return UnitRowGradients(grad_y, self._weight)

@@ -40,11 +40,12 @@ class _ColumnParallel(torch.autograd.Function):
         # alone, the sum of grad_x for nothing here. Where the weight's gradient is owed, that sum is simply awaited.
         gathering = begin_all_gather(x, tp, overlap=overlap) if sequence_parallel else Pending(x)
         placement.weight_reads.announce(weight)
-        grad_x = placement.products.grad_x(grad_y, weight)  # this rank's partial sum
+        gradients = placement.products.gradients(grad_y)
+        grad_x = gradients.grad_x(weight)  # this rank's partial sum
         x_SBH = gathering.wait()
         begin_sum = begin_reduce_scatter if sequence_parallel else begin_all_reduce_
         summing = begin_sum(grad_x, tp, overlap=overlap)
-        grad_weight = placement.weight_grads.gradient(weight, grad_y, x_SBH, placement.products)
+        grad_weight = placement.weight_grads.gradient(weight, gradients, x_SBH)
         return summing.wait(), grad_weight, None
 
 
@@ -62,10 +63,10 @@ class _RowParallel(torch.autograd.Function):
         placement: Placement = ctx.placement
         tp, sequence_parallel = placement.tp, placement.sequence_parallel
         (x,), weight = ctx.saved_tensors, ctx.weight
-        grad_y = all_gather(grad_y, tp) if sequence_parallel else grad_y
-        grad_weight = placement.weight_grads.gradient(weight, grad_y, x, placement.products)
+        gradients = placement.products.gradients(all_gather(grad_y, tp) if sequence_parallel else grad_y)
+        grad_weight = placement.weight_grads.gradient(weight, gradients, x)
         placement.weight_reads.announce(weight)
-        return placement.products.grad_x(grad_y, weight), grad_weight, None
+        return gradients.grad_x(weight), grad_weight, None
 
 
 class ColumnParallelLinear(nn.Module):

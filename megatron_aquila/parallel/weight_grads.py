@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_aquila.kernels.precision import compute_dtype
-from megatron_aquila.kernels.products import NATIVE, Products
+from megatron_aquila.kernels.products import Gradients
 
 
 def _nothing() -> None:
@@ -64,7 +64,7 @@ class WeightGradQueue:
         finally:
             self._open = None
 
-    def gradient(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor, products: Products = NATIVE) -> Tensor | None:
+    def gradient(self, weight: nn.Parameter, gradients: Gradients, x: Tensor) -> Tensor | None:
         """The gradient of ``weight`` for autograd to accumulate, or None where it was added to its sum or is owed.
 
         Local, unless a sum that is now complete sends itself on. Nothing is computed for a weight that is not trained.
@@ -73,12 +73,12 @@ class WeightGradQueue:
             return None
         if self._open is not None:
             values = x.data  # what autograd saved has its graph, which holds what a recomputed layer began with
-            self._open.append(lambda: self._accumulate(weight, grad_y, values, products))
+            self._open.append(lambda: self._accumulate(weight, gradients, values))
             return None
         if weight in self._main_grads:
-            self._accumulate(weight, grad_y, x, products)
+            self._accumulate(weight, gradients, x)
             return None
-        return products.grad_weight(grad_y, x)
+        return gradients.grad_weight(x)
 
     def begin_sum(self, weight: nn.Parameter) -> Tensor | None:
         """Where pieces of a gradient of ``weight`` are to be added, even in forward, before ``end_sum``. Local.
@@ -121,11 +121,11 @@ class WeightGradQueue:
         return list(self._owed)
 
     @torch.no_grad()
-    def _accumulate(self, weight: nn.Parameter, grad_y: Tensor, x: Tensor, products: Products) -> None:
+    def _accumulate(self, weight: nn.Parameter, gradients: Gradients, x: Tensor) -> None:
         """As inside a backward, where autograd records nothing."""
         main = self._main_grads.get(weight)
         if main is None:
-            torch.autograd.backward(weight, products.grad_weight(grad_y, x))  # runs the parameter's hooks, too
+            torch.autograd.backward(weight, gradients.grad_weight(x))  # runs the parameter's hooks, too
         else:
-            products.add_grad_weight_(main.total, grad_y, x)
+            gradients.add_grad_weight_(main.total, x)
             main.added()

@@ -1,5 +1,6 @@
 """Which attention a GPU gets: its capability, torch's word on the backends and the trials are stood in for."""
 
+import re
 import sys
 import types
 import warnings
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 from megatron_aquila.errors import ConfigError
-from megatron_aquila.kernels import dispatch
+from megatron_aquila.kernels import attention_blocks, blocks, dispatch
 from megatron_aquila.kernels.attention import causal_attention, causal_attention_reference
 from megatron_aquila.kernels.attention_choice import LONGEST_PLAIN, SDPA_BACKENDS
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
 from megatron_aquila.kernels.documents import Documents
-from megatron_aquila.kernels.scores import Scores
+from megatron_aquila.kernels.scores import Scores, alibi_slopes
 from megatron_aquila.kernels.self_check import Sizes, why_refused
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -198,16 +199,40 @@ def test_right_attention_passes_the_trial(has_documents: bool, dtype: torch.dtyp
     assert why_refused("attention", causal_attention, device=CPU, dtype=dtype, sizes=sizes) is None
 
 
-def test_kernels_that_sum_in_half_precision_pass() -> None:
-    """As on a GPU, where weights and scores' gradients are rounded before they are multiplied: torch's own for CPUs."""
+def narrow(q, k, v, documents):
+    """Weights, scores' gradients and each head's of k and v are rounded, as on a GPU: torch's own for CPUs."""
+    heads = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
 
-    def narrow(q, k, v, documents):
-        heads = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3)
 
-    for dtype in (torch.bfloat16, torch.float16):
-        assert why_refused("attention", narrow, device=CPU, dtype=dtype, sizes=Sizes(**SIZES)) is None
+@pytest.mark.parametrize(
+    ("dtype", "num_heads", "num_kv_heads"),
+    [(torch.float16, 32, 8), *((torch.bfloat16, *heads) for heads in ((32, 32), (48, 8), (32, 8), (64, 8), (64, 1)))],
+)
+def test_kernels_that_multiply_in_half_precision_pass(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> None:
+    """At heads of real models: of millions of gradients the worst is far worse than that of a small one."""
+    sizes = Sizes(head_dim=128, num_heads=num_heads, num_kv_heads=num_kv_heads, seq_len=48)
+    assert why_refused("attention", narrow, device=CPU, dtype=dtype, sizes=sizes) is None
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(32, 32), (32, 8)])
+def test_half_precision_passes_by_blocks(num_heads: int, num_kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "multiplies_widened", lambda x: False)
+    sizes = Sizes(head_dim=128, num_heads=num_heads, num_kv_heads=num_kv_heads, seq_len=48, by_blocks=True)
+    assert why_refused("attention", blocks.BLOCKS_CPU, device=CPU, dtype=torch.bfloat16, sizes=sizes) is None
+
+
+@pytest.mark.parametrize(
+    "scores", [Scores(slopes=alibi_slopes(40)), Scores(clamp=50.0), Scores(clamp=1.0)], ids=["slopes", "50", "1"]
+)
+def test_half_precision_passes_where_scores_change(scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the operands that it rounds on a GPU, summed as there."""
+    product = attention_blocks._product
+    monkeypatch.setattr(attention_blocks, "_narrow", lambda x: x.dtype)
+    monkeypatch.setattr(attention_blocks, "_product", lambda a, b: product(a.float(), b.float()))
+    sizes = Sizes(head_dim=128, num_heads=40, num_kv_heads=40, seq_len=48, scores=scores)
+    kernel = attention_blocks.SCORE_BLOCKS
+    assert why_refused("attention", kernel, device=CPU, dtype=torch.bfloat16, sizes=sizes) is None
 
 
 def sees_the_next_token(q, k, v, documents):
@@ -239,9 +264,24 @@ def wrong_gradient(q, k, v, documents):
     "wrong", [sees_the_next_token, other_heads, no_documents, documents_one_off, unscaled, wrong_gradient]
 )
 def test_wrong_attention_does_not(wrong) -> None:
-    """In bfloat16, whose bounds are the widest."""
+    """In bfloat16, whose bounds are the widest, and beyond them by more than another draw would change."""
     sizes = Sizes(**SIZES, has_documents=True)
-    assert why_refused("attention", wrong, device=CPU, dtype=torch.bfloat16, sizes=sizes) is not None
+    why = why_refused("attention", wrong, device=CPU, dtype=torch.bfloat16, sizes=sizes)
+    assert why is not None
+    assert float(re.search("by ([0-9.]+) times", why)[1]) > 2, why
+
+
+def test_one_head_of_one_token_shows() -> None:
+    """Which is little of all errors together."""
+
+    def forgets(q, k, v, documents):
+        keep = torch.ones(*q.shape[:3], 1, dtype=q.dtype)
+        keep[70, 1, 3] = 0
+        return causal_attention_reference(q, k, v, documents) * keep
+
+    why = why_refused("attention", forgets, device=CPU, dtype=torch.bfloat16, sizes=Sizes(**SIZES))
+    assert why is not None
+    assert re.match("the output is wrong in [0-9]+ of 38400 places, by [1-3]", why), why
 
 
 @pytest.mark.gpu

@@ -14,22 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megatron_aquila.kernels.dispatch import IMPLEMENTATIONS, choose_kernels
+from megatron_aquila.kernels.fp8 import PlainRounding, Quantized, Rounding, quantized
 from megatron_aquila.kernels.ops import Kernels
+from megatron_aquila.kernels.products import NATIVE, Fp8Products, Products
 from megatron_aquila.model.block import Block
 from megatron_aquila.parallel.context import ParallelContext
 from megatron_aquila.parallel.placement import Placement
 from megatron_aquila.verify.dry import META, flash_attention
 from tests.plan.shapes import AQUILA_7B
 
-triton_rms_norm, triton_rope, triton_swiglu, triton_cross_entropy = (
+triton_rms_norm, triton_rope, triton_swiglu, triton_cross_entropy, triton_fp8 = (
     pytest.importorskip(f"megatron_aquila.kernels.triton.{name}", reason="Triton is not installed")
-    for name in ("rms_norm", "rope", "swiglu", "cross_entropy")
+    for name in ("rms_norm", "rope", "swiglu", "cross_entropy", "fp8")
 )
 
 TOKENS, HIDDEN = 2048, AQUILA_7B.hidden_size
-ELSEWHERE = {"mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"}
+ELSEWHERE = {"mm", "_scaled_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"}
 MOVES_NOTHING = {"empty", "empty_like", "new_empty", "_unsafe_view", "set_"}
-# What the kernels of each file read and write; with ADDS also what stands behind the semicolon.
+# What the kernels of each file read and write; with ADDS, or both ROWS and COLUMNS, also what follows the semicolon.
 READS = {
     (triton_rms_norm, "rms_norm_forward"): "x weight; residual",
     (triton_rms_norm, "rms_norm_backward"): "x weight inverse_rms grad_y; grad_total",
@@ -38,6 +40,8 @@ READS = {
     (triton_swiglu, "swiglu_backward"): "gate_up grad",
     (triton_cross_entropy, "cross_entropy_statistics"): "logits columns is_mine",
     (triton_cross_entropy, "cross_entropy_gradient"): "logits columns is_mine log_sum weights",
+    (triton_fp8, "fp8_largest"): "x",
+    (triton_fp8, "fp8_cast"): "x largest",
 }
 WRITES = {
     (triton_rms_norm, "rms_norm_forward"): "y inverse_rms; total",
@@ -47,6 +51,8 @@ WRITES = {
     (triton_swiglu, "swiglu_backward"): "grad_gate_up",
     (triton_cross_entropy, "cross_entropy_statistics"): "out",
     (triton_cross_entropy, "cross_entropy_gradient"): "logits",
+    (triton_fp8, "fp8_largest"): "largest",
+    (triton_fp8, "fp8_cast"): "by_rows scale; by_columns",
 }
 
 
@@ -88,15 +94,17 @@ class Passes(TorchDispatchMode):
             for table in (READS, WRITES):
                 always, _, added = table[module, name].partition(";")
                 self.num_bytes += sum(num_bytes(given[word]) for word in always.split())
-                self.num_bytes += sum(num_bytes(given[word]) for word in added.split()) * given.get("ADDS", False)
+                adds = given.get("ADDS", False) or (given.get("ROWS", False) and given.get("COLUMNS", False))
+                self.num_bytes += sum(num_bytes(given[word]) for word in added.split()) * adds
             self.num_kernels += 1
 
         return mock.MagicMock(__getitem__=lambda _, grid: launch)
 
 
-def of_a_block(kernels: Kernels) -> tuple[int, float]:
+def of_a_block(kernels: Kernels, products: Products = NATIVE) -> tuple[int, float]:
     """Kernels of forward and backward, and the values they read and write for each of a token's H values."""
-    placement = Placement(tp=ParallelContext.single().tp, sequence_parallel=False, dtype=torch.bfloat16, device=META)
+    tp = ParallelContext.single().tp
+    placement = Placement(tp=tp, sequence_parallel=False, dtype=torch.bfloat16, device=META, products=products)
     block = Block(AQUILA_7B, placement=placement, kernels=replace(kernels, attention=flash_attention))
     x = torch.empty(TOKENS, 1, HIDDEN, dtype=torch.bfloat16, device=META, requires_grad=True)
     cos = torch.empty(TOKENS, 1, AQUILA_7B.head_dim, device=META)
@@ -152,3 +160,32 @@ def test_the_loss_goes_over_a_chunks_logits_so_often(name: str, num_kernels: int
         log_sum, _ = IMPLEMENTATIONS["softmax_statistics"][name](logits, *labels, num_real=num_real)
         IMPLEMENTATIONS["softmax_gradient"][name](logits, *labels, log_sum, weights, num_real=num_real)
     assert (passes.num_kernels, round(passes.num_bytes / logits.numel(), 1)) == (num_kernels, num_bytes)
+
+
+class Apart(PlainRounding):
+    """What is multiplied twice is rounded twice."""
+
+    def both(self, x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
+        """``rows`` and ``columns``."""
+        return quantized(x, dtype), quantized(x.T, dtype)
+
+
+# By Triton two reads of each operand and a write, x and weight once a layout: 10 bytes; grad_y both at once: 6.
+@pytest.mark.parametrize(
+    ("rounding", "num_kernels", "num_bytes"),
+    [(Apart(), 396, 20.0), (PlainRounding(), 332, 17.68), (triton_fp8.TritonRounding(), 60, 8.97)],
+    ids=["apart", "plain", "triton"],
+)
+def test_a_block_of_the_7b_is_rounded_in_so_many_passes(rounding: Rounding, num_kernels: int, num_bytes: float) -> None:
+    """What docs/log.md says: of forward and backward, bytes for each value of the linears' x, weight and grad_y."""
+    wide, narrow = (of_a_block(replace(OURS, **FUSED), products) for products in (NATIVE, Fp8Products(rounding)))
+    shape = AQUILA_7B
+    sizes = [
+        (shape.hidden_size, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim),
+        (shape.num_heads * shape.head_dim, shape.hidden_size),
+        (shape.hidden_size, 2 * shape.ffn_size),
+        (shape.ffn_size, shape.hidden_size),
+    ]
+    operands = sum(TOKENS * (inputs + outputs) + inputs * outputs for inputs, outputs in sizes)
+    found = (narrow[1] - wide[1]) * TOKENS * HIDDEN * 2 / operands
+    assert (narrow[0] - wide[0], round(found, 2)) == (num_kernels, num_bytes)

@@ -185,8 +185,8 @@ def column_backward(size: int, sp: bool, overlap: bool, deferred: bool) -> tuple
         logged(layers, "begin_all_gather", "gather"),
         logged(layers, "begin_reduce_scatter", "sum"),
         logged(layers, "begin_all_reduce_", "sum"),
-        logged(products.NativeProducts, "grad_x", "product for x"),
-        logged(products.NativeProducts, "grad_weight", "product for the weight"),
+        logged(products.NativeGradients, "grad_x", "product for x"),
+        logged(products.NativeGradients, "grad_weight", "product for the weight"),
         logged(layers.Pending, "wait", "wait"),
         queue.deferring("W") if deferred else nullcontext(),
     ):

@@ -126,7 +126,7 @@ def chosen(config: RunConfig, errs: list[tuple[int, str]]) -> tuple[str, list[st
     def refusal(_op: str, name: str, *_: Any) -> str | None:
         return f"{name} errs" if (ctx.rank, name) in errs else None
 
-    fakes = {"_preferences": lambda *_: preferences, "_unfit": lambda *_: None, "_refusal": refusal}
+    fakes = {"_preferences": lambda *_: preferences, "why_unfit": lambda *_: None, "_refusal": refusal}
     with mock.patch.multiple(dispatch, **fakes), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:

@@ -18,7 +18,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_aquila.kernels.triton import adamw, cross_entropy, rms_norm, rope, swiglu
+from megatron_aquila.kernels.triton import adamw, cross_entropy, fp8, rms_norm, rope, swiglu
 from megatron_aquila.kernels.triton.launch import block_of, num_warps
 
 FLOATS = {"eps", "lr", "decay", "add1", "beta2", "add2"}
@@ -37,9 +37,10 @@ def compiled(name, kernel, warps, pointers={}, **constants):
             return "i32"
         return pointers.get(argument, "*fp32" if argument in FLOAT32 else "*bf16")
     names = kernel.arg_names
+    sizes = {"size", "num_columns"} | ({"num_rows"} if name == "fp8_cast" else set())
     signature = {argument: kind(argument) for argument in names}
     by_16 = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(names)
-             if signature[argument] != "constexpr" and argument not in NUMBERS - {"size", "num_columns"}}
+             if signature[argument] != "constexpr" and argument not in NUMBERS - sizes}
     source = ASTSource(fn=kernel, signature=signature, attrs=by_16,
                        constexprs={(names.index(k),): v for k, v in constants.items()})
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -60,6 +61,15 @@ narrow = dict(wide, param="*i16", exp_avg="*bf16", exp_avg_sq="*bf16", other="*i
 for other, pointers in (("nothing", wide), ("publish", wide), ("remainder", narrow)):
     beta = dict(LOG2_BETA1=-0.152, LOG2_BETA2=-0.074)
     compiled("adamw", adamw.adamw_update, 4, pointers=pointers, OTHER=other, BLOCK=1024, **beta)
+bits = dict(x="*i16", largest="*i32", scale="*fp32")
+compiled("fp8_largest", fp8.fp8_largest, 8, pointers=bits, BLOCK=128)
+for kind, top, tiny, mantissa, layouts in (
+    ("fp8e4nv", 448.0, 121, 3, (True, False)), ("fp8e4nv", 448.0, 121, 3, (False, True)),
+    ("fp8e5", 57344.0, 113, 2, (True, True)),
+):
+    pointers = dict(bits, by_rows="*" + kind, by_columns="*" + kind)
+    compiled("fp8_cast", fp8.fp8_cast, 8, pointers=pointers, TOP=top, TINY=tiny << 23, MANTISSA=mantissa, SMALLEST=-120,
+             ROWS=layouts[0], COLUMNS=layouts[1], BLOCK=128)
 """
 
 
@@ -70,11 +80,12 @@ def test_memory_is_read_16_bytes_a_thread_and_ahead_of_time(tmp_path) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, *_ in lines] == [
         "norm", "norm_backward", "rope", "rope", "swiglu", "swiglu_backward",
-        *["statistics", "gradient"] * 2, *["adamw"] * 3,
+        *["statistics", "gradient"] * 2, *["adamw"] * 3, "fp8_largest", *["fp8_cast"] * 3,
     ]  # fmt: skip
     for name, *instructions in lines:
-        # statistics store a number a row
-        assert name == "statistics" or "st.global.v4.b32" in instructions, f"{name}: {instructions}"
+        # statistics and the largest are a number a row
+        is_small = name in ("statistics", "fp8_largest")
+        assert is_small or "st.global.v4.b32" in instructions, f"{name}: {instructions}"
         ahead = any(word.startswith("cp.async.cg") for word in instructions)
         assert ahead == (name == "norm_backward"), f"{name}: {instructions}"
         assert ahead or "ld.global.v4.b32" in instructions, f"{name}: {instructions}"

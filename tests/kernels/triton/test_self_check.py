@@ -52,6 +52,9 @@ MUTANTS = {
     "a gradient of padding": ("cross_entropy", "softmax_gradient", "tl.where(column < num_real, grad * weight, 0.0)", "grad * weight"),
     "softmax is not weighted": ("cross_entropy", "softmax_gradient", "grad = tl.exp(value - log) - (column == label).to(tl.float32)", "grad = tl.exp(value - log) / weight - (column == label).to(tl.float32)"),
     "the largest has no loss of its own": ("cross_entropy", "softmax_gradient", "        if TOP:\n            grad +=", "        if TOP:\n            grad + "),
+    "no weights are published": ("adamw", "adamw", "if OTHER == \"publish\":", "if OTHER == \"nothing\":"),
+    "weights are published twice as large": ("adamw", "adamw", "weight.to(other.dtype", "(2 * weight).to(other.dtype"),
+    "old weights are published": ("adamw", "adamw", "        weight *= decay\n", "        if OTHER == \"publish\":\n            tl.store(other + at, weight.to(tl.bfloat16), mask=inside)\n            other = param\n        weight *= decay\n"),
     "does not compile": ("swiglu", "swiglu", "sigmoid = tl.sigmoid(gate)", "sigmoid = tl.no_such_function(gate)"),
 }  # fmt: skip
 # ruff: noqa: E501  (the table of mutants)
