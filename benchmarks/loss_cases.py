@@ -48,12 +48,15 @@ def _linear_cross_entropy(size: Size, device: torch.device, dtype: torch.dtype) 
 
         return loss
 
+    def of_real_columns(kernel: Kernel) -> Kernel:
+        return lambda x, weight, labels: kernel(x, weight[: shape.vocab_size], labels)  # padding is ours alone
+
     kernels: dict[str, Make] = {
         "own, in chunks": lambda: ours("own"),
         "triton, in chunks": lambda: ours("triton"),
-        "liger-kernel": liger_linear_cross_entropy,
+        "liger-kernel": lambda: of_real_columns(liger_linear_cross_entropy()),
+        "torch's linear_cross_entropy": lambda: of_real_columns(F.linear_cross_entropy),  # from 2.13 on
     }
-    kernels["torch's linear_cross_entropy"] = lambda: F.linear_cross_entropy  # from 2.13 on
     return Case(
         op="linear_cross_entropy",
         reference=lambda x, weight, labels: cross_entropy(x @ weight.T, labels, vocab_size=shape.vocab_size).mean(),

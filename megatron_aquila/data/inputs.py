@@ -107,6 +107,7 @@ def plan_pieces(
     inputs: Sequence[str],
     *,
     piece_bytes: int = PIECE_BYTES,
+    together_bytes: int | None = None,
     input_format: InputFormat = "auto",
     text_documents: TextDocuments = "file",
     leave_out: Callable[[Path], bool] = lambda _: False,
@@ -115,8 +116,9 @@ def plan_pieces(
 
     An input is a file, a glob (``**`` goes down), a folder (all files below it; names that begin with ``.`` or ``_``
     are left out, as Hadoop's markers are) or ``-``, standard input, which is JSON lines unless said otherwise. The
-    pieces depend on the inputs and their sizes, not on who reads them: small files share one. Of a folder or a glob,
-    ``leave_out`` says which files and folders are not meant, as those that the reader writes there.
+    pieces depend on the inputs and their sizes, not on who reads them. Small files share one, of up to
+    ``together_bytes``; None: as many as ``piece_bytes``. Of a folder or a glob, ``leave_out`` says which files and
+    folders are not meant, as those that the reader writes there.
 
     Raises:
         ConfigError: two inputs, or two names in them, are one file.
@@ -138,17 +140,17 @@ def plan_pieces(
             )
         for path, found in formats.items():
             pieces += _pieces(path, found, len(pieces), piece_bytes)
-    return _gathered(pieces, piece_bytes)
+    return _gathered(pieces, piece_bytes if together_bytes is None else together_bytes)
 
 
-def _gathered(pieces: Sequence[Piece], piece_bytes: int) -> list[Piece]:
-    """Neighbours of one format that are whole files together, as long as they have no more than ``piece_bytes``."""
+def _gathered(pieces: Sequence[Piece], most: int) -> list[Piece]:
+    """Neighbours of one format that are whole files together, as long as they have no more than ``most`` bytes."""
     groups: list[list[Piece]] = []
     before, size = None, 0
     for piece in pieces:
         kind = _format_of_whole(piece)
         size += piece.num_bytes
-        if kind is None or kind is not before or size > piece_bytes:
+        if kind is None or kind is not before or size > most:
             groups.append([])
             size = piece.num_bytes
         groups[-1].append(piece)

@@ -212,14 +212,15 @@ def _is_read_here(corpus: Corpus) -> bool:
 
 
 def _plan(settings: PreprocessSettings) -> list[Piece]:
-    """Pieces of a size that depends on the corpus only."""
+    """Pieces of a size that depends on the corpus only; also of small files so many that each part gets some."""
     kinds: dict[str, Any] = {
         "input_format": settings.input_format,
         "text_documents": settings.text_documents,
         "leave_out": is_output_of(settings.output_prefix),
     }
-    size = _piece_bytes(plan_pieces(settings.inputs, piece_bytes=1 << 62, **kinds))
-    return plan_pieces(settings.inputs, piece_bytes=size, **kinds)
+    whole = plan_pieces(settings.inputs, piece_bytes=1 << 62, **kinds)
+    together = min(num_bytes(whole) // PIECES, LARGEST_PIECE)
+    return plan_pieces(settings.inputs, piece_bytes=_piece_bytes(whole), together_bytes=together, **kinds)
 
 
 def _piece_bytes(pieces: Sequence[Piece]) -> int:

@@ -41,7 +41,8 @@ def adamw_(
 
     ``publish``, where given, gets the new ``param`` rounded to its own type: the 16-bit weights of a float32 master.
     Element by element, so that the result does not depend on how a parameter is split. Decay is decoupled: ``param``
-    first shrinks by ``lr * weight_decay``.
+    first shrinks by ``lr * weight_decay``. On a GPU some five tensors of the size of ``param`` are made meanwhile: no
+    run takes it there unless it is asked to.
     """
     count = step.double()
     rate = torch.full_like(count, -lr) / (1 - beta1**count)  # a float divided by a tensor would be rounded twice

@@ -130,38 +130,41 @@ class StepGraph:
         recorded.run(batches, sums)
 
     def _record_everywhere(self, work: Work, batches: Sequence[Batch], sums: LossSums) -> Recorded:
-        failure: Exception | None = None
+        recorded, failure = None, None
         try:
+            self._capture.settle()  # what failed on the device before is no matter of recording
             recorded = self._record(work, batches, sums)
-        except (RuntimeError, AquilaError) as error:
-            failure = cause(error)
+        except Exception as error:  # whatever it is, no other rank may wait for this one
+            failure = error
         num_failed = all_reduce_(torch.tensor(float(failure is not None)), self._world).item()
-        if isinstance(failure, torch.OutOfMemoryError | AquilaError):
-            raise failure
         if failure is not None:
-            why = str(failure).partition("\n")[0]
-            raise AquilaError(
-                f"--cuda-graph: a step of {len(batches)} microbatches cannot be recorded: {why}; leave it out"
-            ) from failure
-        if num_failed > 0:
+            raise failure
+        if recorded is None or num_failed > 0:
             raise AquilaError("--cuda-graph: another rank could not record its step; it says why")
         return recorded
 
     def _record(self, work: Work, batches: Sequence[Batch], sums: LossSums) -> Recorded:
         own_batches, own_sums = deepcopy((batches, sums))
-        self._capture.settle()  # what failed on the device before is no matter of recording
+        first: list[Exception] = []
 
         def step() -> None:
             own_sums.restart_()
-            work(own_batches, own_sums)
+            try:
+                work(own_batches, own_sums)
+            except Exception as error:  # the end of a capture that has failed raises an error of its own over it
+                first.append(error)
+                raise
 
-        return Recorded(own_batches, own_sums, self._capture.record(step))
-
-
-def cause(error: Exception) -> Exception:
-    """What went wrong first: the end of a capture that has failed raises an error of its own over it."""
-    before = error.__context__
-    return cause(before) if isinstance(before, RuntimeError | AquilaError) else error
+        try:
+            return Recorded(own_batches, own_sums, self._capture.record(step))
+        except Exception as error:
+            failure = first[0] if first else error
+            if isinstance(failure, torch.OutOfMemoryError) or not isinstance(failure, RuntimeError):
+                raise failure from error
+            why = str(failure).partition("\n")[0]
+            raise AquilaError(
+                f"--cuda-graph: a step of {len(batches)} microbatches cannot be recorded: {why}; leave it out"
+            ) from failure
 
 
 def refill_(own: Batch, batch: Batch) -> None:

@@ -574,7 +574,9 @@ def test_shards_are_the_whole_cut(tmp_path: Path, tokenizer: Tokenizer, texts: l
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
-def test_many_small_files_are_one_shard(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+def test_many_small_files_share_shards(
+    tmp_path: Path, tokenizer: Tokenizer, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A shard of each takes milliseconds; what is said of a document still names its own file and line."""
     texts = [f"document {number}" for number in range(40)]
     (tmp_path / "in").mkdir()
@@ -583,6 +585,7 @@ def test_many_small_files_are_one_shard(tmp_path: Path, tokenizer: Tokenizer, ki
             (tmp_path / f"in/{number:02}.txt").write_text(text)
         else:
             write_jsonl(tmp_path / f"in/{number:02}.jsonl", [text])
+    monkeypatch.setattr(module, "PIECES", 4)
     (tmp_path / f"in/20.{'txt' if kind == 'text' else 'jsonl'}").write_bytes(b'{"text": "\xff"}\n')
     keep = ReadOptions(keep_meta=("text",))
     done = run([tmp_path / "in"], tmp_path / "out", tokenizer, read=keep, skip_bad_lines=True)

@@ -3,6 +3,7 @@ import torch
 
 from megatron_aquila.kernels.cross_entropy import (
     WIDE_ELEMENTS,
+    _wide_rows,
     cross_entropy,
     softmax_gradient_,
     softmax_statistics,
@@ -26,6 +27,9 @@ def test_computes_in_float32_or_wider() -> None:
 
 def test_what_is_wide_at_once_is_planned() -> None:
     assert WIDE_ELEMENTS == loss_chunks.WIDE_ELEMENTS
+    for columns in (1, 25_024, 100_096, 2**25):
+        logits = torch.empty(1, columns, device="meta")
+        assert _wide_rows(logits, WIDE_ELEMENTS) == loss_chunks.wide_rows(columns)
 
 
 @pytest.mark.parametrize("wide", [1, 3 * 16, 10 * 16])

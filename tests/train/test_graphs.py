@@ -211,42 +211,53 @@ def test_a_step_that_asks_the_host_is_refused(ask: str) -> None:
             steps(small(global_batch=2), warm_up=0, sizes=(1,))
 
 
-class Failing(CpuCapture):
+class Ending(CpuCapture):
     """As ``torch.cuda.graph``, whose end raises an error of its own over the one that spoiled the capture."""
-
-    def __init__(self, first: Exception) -> None:
-        super().__init__()
-        self._first = first
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         try:
-            raise self._first
+            work()
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def record_once(capture: Capture, world: Group) -> None:
-    """Raises what recording a step of nothing does. Runs in a worker."""
-    runner = StepGraph(capture, settle=nothing, world=world, warm_up=0)
-    runner(nothing, [], LossSums(["a"], num_tokens=1, device=torch.device("cpu")))
+class Broken(CpuCapture):
+    """Of a device that had failed before."""
+
+    def settle(self) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+def record_once(capture: Capture, world: Group, error: Exception | None = None) -> None:
+    """Raises what recording a step that raises ``error`` does. Runs in a worker."""
+
+    def work(*_operands: Any) -> None:
+        if error is not None:
+            raise error
+
+    sums = LossSums(["a"], num_tokens=1, device=torch.device("cpu"))
+    StepGraph(capture, settle=nothing, world=world, warm_up=0)(work, [], sums)
 
 
 def test_what_spoiled_a_recording_is_told() -> None:
     alone = ParallelContext.single().host_world
-    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
-        record_once(Failing(torch.OutOfMemoryError("tried to allocate")), alone)
+    for error in (torch.OutOfMemoryError("tried to allocate"), AquilaError("of ours"), AssertionError("a mistake")):
+        with pytest.raises(type(error), match=rf"^{error}$"):
+            record_once(Ending(), alone, error)
     with pytest.raises(AquilaError, match=r"cannot be recorded: not permitted; leave it out"):
-        record_once(Failing(RuntimeError("not permitted\nSearch for it")), alone)
-    with pytest.raises(AquilaError, match=r"^of ours$"):
-        record_once(Failing(AquilaError("of ours")), alone)
+        record_once(Ending(), alone, RuntimeError("not permitted\nSearch for it"))
+    with pytest.raises(AquilaError, match=r"cannot be recorded: operation failed due to a previous error"):
+        record_once(Ending(), alone)
+    with pytest.raises(RuntimeError, match=r"^an illegal memory access was encountered$"):
+        record_once(Broken(), alone)
 
 
 def one_fails() -> str:
     """What each of two ranks is told where one cannot record. Runs in a worker."""
     world = build_small(small(parallel={"data": 2}, global_batch=8)).ctx.host_world
-    capture = Failing(RuntimeError("not permitted")) if world.rank == 1 else CpuCapture()
+    error = RuntimeError("not permitted") if world.rank == 1 else None
     with pytest.raises(AquilaError) as raised:
-        record_once(capture, world)
+        record_once(CpuCapture(), world, error)
     return str(raised.value)
 
 
