@@ -36,7 +36,7 @@ SHOWN = 20  # samples of a document that are listed
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Open each data set; hash both its files where it has a manifest. Exit status 1 where anything is wrong."""
+    """Open each data set; hash its files where it has a manifest. Exit status 1 where anything is wrong."""
 
     prefixes: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Paths, with or without .bin or .idx."""
@@ -99,7 +99,7 @@ def run_verify(argv: Sequence[str]) -> int:
         raise ConfigError([Problem("verify", "", "no data set is named", way_out)])
     status = 0
     for prefix in prefixes:
-        verdict = verify(prefix, deep=options.deep)
+        verdict = verify(prefix, deep=options.deep, lines=True)
         print(f"{'FAILED' if verdict.problems else 'ok':<7}{prefix}: {verdict.found}")
         for problem in verdict.problems:
             status = 1
