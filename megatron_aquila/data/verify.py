@@ -127,7 +127,7 @@ def _wrong_lines(dataset: IndexedDataset, report: Callable[[int], None]) -> list
         return []
     if (size := path.stat().st_size) != said.size:
         replaced = f"{path}: it has {size:,} bytes, the manifest says {said.size:,}: replaced by another data set's"
-        return [f"{replaced}; remove it, the tokens do not need it"]
+        return [f"{replaced}; remove it if that does not need it, the tokens here do not"]
     wrong = _wrong_hash(path, said, report)
     return [] if wrong is None else [f"{wrong}; remove it, the tokens do not need it"]
 
