@@ -26,7 +26,7 @@ USAGE = """usage: aquila data verify (PREFIX... | --config C) [--deep]
                                                    are the files whole, and what their manifests say?
        aquila data inspect PREFIX... [FLAGS]       counts, lengths, documents; --picture FILE draws
        aquila data stats BLEND [FLAGS]             tokens by source and script, epochs under a budget
-       aquila data merge OUT IN... [--overwrite]   several data sets into one
+       aquila data merge OUT IN... [FLAGS]         several data sets into one
        aquila data index CONFIG [FLAGS]            build the indices of a run before it starts
        aquila data trace (--run DIR | --config C [FLAGS])
                          (--step N [--full] | --sample I [--full] | --document D [--prefix P])
@@ -56,6 +56,8 @@ class MergeOptions:
     """Prefixes to read."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace a data set that is there."""
+    partial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Some parts of a corpus that was cut by --shard, not all: the others are kept apart, or merged later."""
 
 
 class TraceOptions(TypedDict, total=False):
@@ -113,7 +115,9 @@ def run_merge(argv: Sequence[str]) -> int:
     """Merge and say what came of it."""
     options = tyro.cli(MergeOptions, args=argv, prog="aquila data merge", description=MergeOptions.__doc__)
     inputs = list(map(prefix_of, options.inputs))
-    contents = merge(inputs, options.output, overwrite=options.overwrite, say=_to_stderr).contents
+    contents = merge(
+        inputs, options.output, overwrite=options.overwrite, partial=options.partial, say=_to_stderr
+    ).contents
     print(f"wrote {options.output}: {contents.documents:,} documents, {contents.tokens:,} tokens of {contents.dtype}")
     return 0
 
