@@ -37,9 +37,9 @@ def merge(
 
     Raises:
         DataError: no data set, one that is damaged, data sets of other dtypes, of other tokenizers, or some with modes
-            only; parts of a corpus (``aquila preprocess --shard``) that are not all of one corpus (or, with ``partial``, some), each once
-            and in their order; the output is an input, or exists and ``overwrite`` is not set. Nothing is left of the output
-            then.
+            only; parts of a corpus (``aquila preprocess --shard``) that are not all of one corpus (or, with
+            ``partial``, some), each once and in their order; the output is an input, or exists and ``overwrite`` is
+            not set. Nothing is left of the output then.
     """
     if len(prefixes) == 0:
         raise DataError(f"{output}: nothing to merge; give the prefixes of .bin/.idx pairs")

@@ -52,7 +52,7 @@ def verify(
         f"{len(dataset.document_indices) - 1:,} documents, {len(dataset):,} sequences, "
         f"{len(dataset.tokens):,} tokens of {dataset.dtype}"
     )
-    unchecked = without_manifest([prefix])
+    unchecked = without_manifest([prefix]) or _without_lines(dataset)
     return Verdict(prefix=prefix, found=found, problems=tuple(problems), unchecked=unchecked)
 
 
@@ -130,6 +130,14 @@ def _wrong_lines(dataset: IndexedDataset, report: Callable[[int], None]) -> list
         return [f"{replaced}; remove it if that does not need it, the tokens here do not"]
     wrong = _wrong_hash(path, said, report)
     return [] if wrong is None else [f"{wrong}; remove it, the tokens do not need it"]
+
+
+def _without_lines(dataset: IndexedDataset) -> str | None:
+    """A line where the file is gone that should say where documents came from."""
+    name = None if dataset.manifest is None else dataset.manifest.origin.options.get("provenance")
+    if name is None or named_provenance(dataset) is not None:
+        return None
+    return f"{name} is gone: where documents came from is not known"
 
 
 def _wrong_hash(path: Path, said: FileFacts, report: Callable[[int], None]) -> str | None:

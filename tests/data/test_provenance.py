@@ -110,9 +110,17 @@ def test_lines_of_another_data_set_are_not_believed(tmp_path: Path) -> None:
             writer.origin = replace(Origin.unknown(), options={"provenance": path.name}, provenance=said)
         assert document_origin(IndexedDataset(prefix), 0) == origin
         assert verify(str(prefix)).problems == (), "the tokens are sound"
-        found = verify(str(prefix), lines=True).problems
-        assert len(found) == (problem is not None)
-        assert all(each.startswith(f"{path}: {problem}") for each in found)
+        problems = verify(str(prefix), lines=True).problems
+        assert len(problems) == (problem is not None)
+        assert all(each.startswith(f"{path}: {problem}") for each in problems)
     path.unlink()
     assert document_origin(IndexedDataset(prefix), 0) is None
-    assert verify(str(prefix), lines=True).problems == ()
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_documents(np.arange(1), np.array([1]))
+    assert verify(str(prefix), lines=True).unchecked is None, "there should be none"
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_documents(np.arange(1), np.array([1]))
+        writer.origin = replace(Origin.unknown(), options={"provenance": path.name}, provenance=facts[0])
+    found = verify(str(prefix), lines=True)
+    assert found.problems == ()
+    assert found.unchecked == "out.meta.jsonl is gone: where documents came from is not known"
