@@ -26,7 +26,7 @@ USAGE = """usage: aquila data verify (PREFIX... | --config C) [--deep]
                                                    are the files whole, and what their manifests say?
        aquila data inspect PREFIX... [FLAGS]       counts, lengths, documents; --picture FILE draws
        aquila data stats BLEND [FLAGS]             tokens by source and script, epochs under a budget
-       aquila data merge OUT IN... [--overwrite]   several data sets into one
+       aquila data merge OUT IN... [FLAGS]         several data sets into one
        aquila data index CONFIG [FLAGS]            build the indices of a run before it starts
        aquila data trace (--run DIR | --config C [FLAGS])
                          (--step N [--full] | --sample I [--full] | --document D [--prefix P])
@@ -36,7 +36,7 @@ SHOWN = 20  # samples of a document that are listed
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Open each data set; hash both its files where it has a manifest. Exit status 1 where anything is wrong."""
+    """Open each data set; hash its files where it has a manifest. Exit status 1 where anything is wrong."""
 
     prefixes: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Paths, with or without .bin or .idx."""
@@ -56,6 +56,8 @@ class MergeOptions:
     """Prefixes to read."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace a data set that is there."""
+    partial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Some parts of a corpus that was cut by --shard, not all: the others are kept apart, or merged later."""
 
 
 class TraceOptions(TypedDict, total=False):
@@ -99,7 +101,7 @@ def run_verify(argv: Sequence[str]) -> int:
         raise ConfigError([Problem("verify", "", "no data set is named", way_out)])
     status = 0
     for prefix in prefixes:
-        verdict = verify(prefix, deep=options.deep)
+        verdict = verify(prefix, deep=options.deep, lines=True)
         print(f"{'FAILED' if verdict.problems else 'ok':<7}{prefix}: {verdict.found}")
         for problem in verdict.problems:
             status = 1
@@ -113,7 +115,9 @@ def run_merge(argv: Sequence[str]) -> int:
     """Merge and say what came of it."""
     options = tyro.cli(MergeOptions, args=argv, prog="aquila data merge", description=MergeOptions.__doc__)
     inputs = list(map(prefix_of, options.inputs))
-    contents = merge(inputs, options.output, overwrite=options.overwrite, say=_to_stderr).contents
+    contents = merge(
+        inputs, options.output, overwrite=options.overwrite, partial=options.partial, say=_to_stderr
+    ).contents
     print(f"wrote {options.output}: {contents.documents:,} documents, {contents.tokens:,} tokens of {contents.dtype}")
     return 0
 

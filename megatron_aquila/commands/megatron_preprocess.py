@@ -1,12 +1,14 @@
-"""Flags of Megatron-LM's ``preprocess_data.py`` that ``aquila preprocess`` has no use for, and what becomes of them.
+"""What ``aquila preprocess`` does not know by Megatron-LM's and FlagScale's names, and what becomes of it.
 
-One table serves the command and ``docs/data.md``. Flags that the command has under the same name need no row.
+One table of flags, and of tokenizers, serves the command and ``docs/data.md``. What the command has under the same name
+needs no row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Final
 
 from megatron_aquila.errors import Problem, refuse
 
@@ -21,9 +23,9 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """The command's own ``flag``, which takes the same value."""
+    """Its name here: a flag that takes the same value, or a tokenizer of the same files and ids."""
 
-    flag: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +91,49 @@ MEANINGS: Mapping[str, Meaning] = MappingProxyType(
     }
 )
 
+TYPE: Final = "--tokenizer-type"
+_ADDS_TOKENS = "it puts a beginning before each text where its files say so"
+_ITS_JSON = Refused(_ADDS_TOKENS, f"use {TYPE} HuggingFaceTokenizer, which adds no token, and its tokenizer.json")
+_ITS_MODEL = f"{TYPE} SentencePieceTokenizer and the same .model"
+_ITS_OWN_CODE = Refused("its files are not read", _NO_TIKTOKEN.way_out)
+_NOT_FOR_TEXT = Refused("it is for no causal model of text", f"use {TYPE} with the tokenizer of the model")
+
+TOKENIZERS: Mapping[str, Renamed | Refused] = MappingProxyType(
+    {
+        "AquilaTokenizerFS": Renamed("AquilaTokenizer"),
+        "HFTokenizerFS": _ITS_JSON,
+        "Llama3TokenizerFS": _ITS_JSON,
+        "HFTokenizersTokenizerFS": _ITS_JSON,
+        "Qwen2TokenizerFS": _ITS_JSON,
+        "QwenTokenizerFS": _ITS_OWN_CODE,
+        "RWKVTokenizer": _ITS_OWN_CODE,
+        "GPT2BPETokenizer": _ITS_OWN_CODE,
+        "TikTokenizer": _NO_TIKTOKEN,
+        "GPTSentencePieceTokenizer": Refused("one name for each kind of files", f"use {_ITS_MODEL}"),
+        "Llama2Tokenizer": Refused("it puts a beginning before each text", f"use {_ITS_MODEL}: no token is added"),
+        "NullTokenizer": _NULL,
+        "BertWordPieceLowerCase": _NOT_FOR_TEXT,
+        "BertWordPieceCase": _NOT_FOR_TEXT,
+    }
+)
+
 
 def without_megatrons(words: Sequence[str]) -> list[str]:
     """``words`` of a command line without the flags that are accepted, and with the command's names of the others.
 
     Raises:
-        ConfigError: with every flag that is refused.
+        ConfigError: with every flag, and tokenizer, that is refused.
     """
     kept: list[str] = []
     problems = []
     for flag, values in _flags(words):
-        meaning = MEANINGS.get(flag.replace("_", "-"))
+        is_type = flag.replace("_", "-") == TYPE
+        meaning = TOKENIZERS.get(" ".join(values)) if is_type else MEANINGS.get(flag.replace("_", "-"))
         match meaning:
             case None:
                 kept += [flag, *values]
             case Renamed(name):
-                kept += [name, *values]
+                kept += [TYPE, name] if is_type else [name, *values]
             case Accepted(why, allowed) if allowed and tuple(values) not in [(value,) for value in allowed]:
                 problems.append(Problem(flag, " ".join(values), why, f"use {' or '.join(allowed)} or leave it out"))
             case Refused(why, way_out):
@@ -118,7 +147,7 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
     starts = [index for index, word in enumerate(words) if index == 0 or word.startswith("--")]
     for start, stop in pairwise([*starts, len(words)]):
         flag, is_joined, value = words[start].partition("=")
-        if is_joined and flag.replace("_", "-") in MEANINGS:
+        if is_joined and flag.replace("_", "-") in {TYPE, *MEANINGS}:
             yield flag, [value, *words[start + 1 : stop]]
         else:
             yield words[start], words[start + 1 : stop]
@@ -126,13 +155,14 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, Sequence[str]]]:
 
 def table() -> str:
     """The rows of ``docs/data.md``."""
-    return "\n".join(f"| `{flag}` | {_told(meaning)} |" for flag, meaning in MEANINGS.items())
+    tokenizers = {f"{TYPE} {kind}": meaning for kind, meaning in TOKENIZERS.items()}
+    return "\n".join(f"| `{flag}` | {_told(meaning)} |" for flag, meaning in {**MEANINGS, **tokenizers}.items())
 
 
 def _told(meaning: Meaning) -> str:
     match meaning:
-        case Renamed(flag):
-            return f"is `{flag}`"
+        case Renamed(name):
+            return f"is `{name}`"
         case Accepted(why, values):
             return f"accepted{''.join(f' as {value}' for value in values)}: {why}"
         case Refused(why, way_out):

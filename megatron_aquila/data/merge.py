@@ -21,6 +21,7 @@ def merge(
     output: str,
     *,
     overwrite: bool = False,
+    partial: bool = False,
     report: Callable[[int], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
@@ -31,20 +32,21 @@ def merge(
 
     Inputs with manifests are verified first, or the output's would vouch for their damage. The output's files are
     hashed while they are written; its manifest names all sources, and the tokenizer where all say the same one.
-    ``report`` is called with the tokens copied since the last call.
+    ``partial`` says that parts of a corpus may be missing. ``report`` is called with the tokens copied since its last
+    call.
 
     Raises:
         DataError: no data set, one that is damaged, data sets of other dtypes, of other tokenizers, or some with modes
-            only; parts of a corpus (``aquila preprocess --shard``) that are not all of one corpus, each once and in
-            their order; the output is an input, or exists and ``overwrite`` is not set. Nothing is left of the output
-            then.
+            only; parts of a corpus (``aquila preprocess --shard``) that are not all of one corpus (or, with
+            ``partial``, some), each once and in their order; the output is an input, or exists and ``overwrite`` is
+            not set. Nothing is left of the output then.
     """
     if len(prefixes) == 0:
         raise DataError(f"{output}: nothing to merge; give the prefixes of .bin/.idx pairs")
     inputs = [IndexedDataset(prefix) for prefix in prefixes]
     origins = [provenance_path(dataset) for dataset in inputs]
     meta = Path(f"{output}.{META}") if None not in origins else None
-    _check_parts(inputs)
+    _check_parts(inputs, partial)
     _check(inputs, output, meta, overwrite)
     for prefix in dict.fromkeys(prefixes):
         if problems := verify(prefix).problems:
@@ -75,8 +77,8 @@ class _Part:
     corpus: str | None
 
 
-def _check_parts(inputs: Sequence[IndexedDataset]) -> None:
-    """Data sets that say they are parts of a corpus are all of them, in their order; others may lie around them."""
+def _check_parts(inputs: Sequence[IndexedDataset], partial: bool) -> None:
+    """Parts of a corpus are all there unless ``partial``, once and in their order; others may lie around them."""
     parts = [part for part in map(_part, inputs) if part is not None]
     if not parts:
         return
@@ -90,9 +92,12 @@ def _check_parts(inputs: Sequence[IndexedDataset]) -> None:
             )
     there = {part.index for part in parts}
     missing = [f"{index}/{first.count}" for index in range(first.count) if index not in there]
-    if missing:
+    if missing and not partial:
         named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-        raise DataError(f"{first.prefix}: its corpus has {first.count} parts, and {named} is missing; make it first")
+        raise DataError(
+            f"{first.prefix}: its corpus has {first.count} parts, and {named} is missing; make it first, or give "
+            "--partial if it is meant"
+        )
     for before, part in pairwise(parts):
         if part.index <= before.index:
             raise DataError(

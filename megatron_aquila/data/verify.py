@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from megatron_aquila.data.indexed import IndexedDataset
-from megatron_aquila.data.manifest import manifest_path, read_manifest
+from megatron_aquila.data.manifest import FileFacts, manifest_path, read_manifest
 from megatron_aquila.data.progress import Report, counting, ignore
 from megatron_aquila.data.provenance import named_provenance, provenance_facts
 from megatron_aquila.errors import DataError
@@ -28,12 +28,15 @@ class Verdict:
     unchecked: str | None
 
 
-def verify(prefix: str, *, deep: bool = False, report: Callable[[int], None] = lambda _: None) -> Verdict:
+def verify(
+    prefix: str, *, deep: bool = False, lines: bool = False, report: Callable[[int], None] = lambda _: None
+) -> Verdict:
     """Open the data set, and hash its files where a manifest says what the hashes must be.
 
     Args:
         prefix: of the data set.
         deep: also look at every token: the largest is the manifest's, and all are in its tokenizer's vocabulary.
+        lines: also hash the file that says where documents came from: tokens can be sound without it.
         report: called with the number of bytes, or tokens, looked at since the last call.
     """
     try:
@@ -41,13 +44,15 @@ def verify(prefix: str, *, deep: bool = False, report: Callable[[int], None] = l
     except DataError as error:
         return Verdict(prefix=prefix, found="not readable", problems=(str(error),), unchecked=None)
     problems = [] if dataset.manifest is None else _wrong_hashes(dataset, report)
+    if lines:
+        problems += _wrong_lines(dataset, report)
     if deep:
         problems += _wrong_tokens(dataset, report)
     found = (
         f"{len(dataset.document_indices) - 1:,} documents, {len(dataset):,} sequences, "
         f"{len(dataset.tokens):,} tokens of {dataset.dtype}"
     )
-    unchecked = without_manifest([prefix])
+    unchecked = without_manifest([prefix]) or _without_lines(dataset)
     return Verdict(prefix=prefix, found=found, problems=tuple(problems), unchecked=unchecked)
 
 
@@ -111,18 +116,36 @@ def _wrong_hashes(dataset: IndexedDataset, report: Callable[[int], None]) -> lis
     assert dataset.manifest is not None, f"{dataset.prefix}: no hashes to compare with"
     said = dataset.manifest.contents
     files = [(dataset.bin_path, said.bin), (dataset.idx_path, said.idx)]
-    beside, lines = named_provenance(dataset), provenance_facts(dataset)
-    if beside is not None and lines is not None:
-        files.append((beside, lines))
-    problems = []
-    for path, facts in files:
-        found = hash_file(path, report)
-        if found != facts.sha256:
-            problems.append(
-                f"{path}: its SHA-256 is {found[:12]}..., the manifest says {facts.sha256[:12]}...: bytes were changed "
-                "since it was written; write the data set again"
-            )
-    return problems
+    wrong = [_wrong_hash(path, facts, report) for path, facts in files]
+    return [f"{what}; write the data set again" for what in wrong if what is not None]
+
+
+def _wrong_lines(dataset: IndexedDataset, report: Callable[[int], None]) -> list[str]:
+    """What is wrong with the file that says where documents came from, and that another data set may have replaced."""
+    path, said = named_provenance(dataset), provenance_facts(dataset)
+    if path is None or said is None:
+        return []
+    if (size := path.stat().st_size) != said.size:
+        replaced = f"{path}: it has {size:,} bytes, the manifest says {said.size:,}: replaced by another data set's"
+        return [f"{replaced}; remove it if that does not need it, the tokens here do not"]
+    wrong = _wrong_hash(path, said, report)
+    return [] if wrong is None else [f"{wrong}; remove it, the tokens do not need it"]
+
+
+def _without_lines(dataset: IndexedDataset) -> str | None:
+    """A line where the file is gone that should say where documents came from."""
+    name = None if dataset.manifest is None else dataset.manifest.origin.options.get("provenance")
+    if name is None or named_provenance(dataset) is not None:
+        return None
+    return f"{name} is gone: where documents came from is not known"
+
+
+def _wrong_hash(path: Path, said: FileFacts, report: Callable[[int], None]) -> str | None:
+    found = hash_file(path, report)
+    if found == said.sha256:
+        return None
+    both = f"its SHA-256 is {found[:12]}..., the manifest says {said.sha256[:12]}..."
+    return f"{path}: {both}: bytes were changed since it was written"
 
 
 def _wrong_tokens(dataset: IndexedDataset, report: Callable[[int], None]) -> list[str]:

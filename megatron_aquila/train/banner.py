@@ -80,7 +80,8 @@ def check_memory(config: RunConfig, derived: Derived, device: torch.device, laun
     _, fullest = max(found.values())
     told = fullest if len(ranks) == 1 else f"{needed / GIB:.1f} GiB for {len(ranks)} processes, the fullest {fullest}"
     why = f"the plan needs more than {'the GPU' if has_gpu else 'this machine'}'s {total / GIB:.1f} GiB: {told}"
-    error = ConfigError([Problem("--tp", config.parallel.tensor, why, ways_to_save(config, has_gpu=has_gpu))])
+    flag, value = ("--tp", config.parallel.tensor) if has_gpu else ("--device", "cpu")
+    error = ConfigError([Problem(flag, value, why, ways_to_save(config, has_gpu=has_gpu))])
     error.is_shared = len(ranks) == launch.world_size
     raise error
 
@@ -120,7 +121,10 @@ def explain_out_of_memory(config: RunConfig, derived: Derived) -> Iterator[None]
 
 
 def ways_to_save(config: RunConfig, *, has_gpu: bool = True) -> str:
-    """Which settings lower the memory of a rank, nearest first. Without a GPU nothing can leave its memory."""
+    """What lowers the memory of a rank, nearest first; without a GPU, that of all processes of a machine.
+
+    There nothing can leave its memory, and to cut the model for more of its processes moves no byte out of it.
+    """
     ways = []
     if config.train.micro_batch_per_dp:
         ways.append("lower this replica's number in --micro-batch-per-dp")
@@ -141,6 +145,8 @@ def ways_to_save(config: RunConfig, *, has_gpu: bool = True) -> str:
         ways.append(f"raise --zero (now {config.parallel.zero}) where there are several replicas")
     if config.parallel.zero_group is not None:
         ways.append(f"raise --zero-group (now {config.parallel.zero_group}), or leave it out")
+    if not has_gpu:
+        return ", ".join([*ways, "use fewer processes on this machine, or more machines, or a smaller model"])
     ways += [f"raise --tp (now {config.parallel.tensor})", f"raise --pp (now {config.parallel.pipeline})"]
     return ", ".join([*ways, "or use more data-parallel ranks: optimizer states are sharded over them"])
 

@@ -11,6 +11,7 @@ from megatron_aquila.checkpoint.store import CheckpointReader
 from megatron_aquila.commands import data
 from megatron_aquila.commands.data import main
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_aquila.data.manifest import read_manifest, write_manifest
 from megatron_aquila.data.tokenizer import load_tokenizer
 from megatron_aquila.data.trace import trace_sample
 from megatron_aquila.errors import CheckpointError, DataError
@@ -87,6 +88,12 @@ def test_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", out, a]) == 2
     assert "give --overwrite" in capsys.readouterr().err
     assert main(["merge", out, a, "--overwrite"]) == 0
+    manifest = read_manifest(a)
+    assert manifest is not None
+    write_manifest(a, replace(manifest, origin=replace(manifest.origin, options={"shard": [0, 2]})))
+    assert main(["merge", out, a, "--overwrite"]) == 2
+    assert "1/2 is missing; make it first, or give --partial if it is meant" in capsys.readouterr().err
+    assert main(["merge", out, a, "--overwrite", "--partial"]) == 0
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

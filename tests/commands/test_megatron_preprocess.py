@@ -2,12 +2,21 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from megatron_aquila.commands import preprocess
-from megatron_aquila.commands.megatron_preprocess import MEANINGS, Accepted, Refused, table, without_megatrons
+from megatron_aquila.commands.megatron_preprocess import (
+    MEANINGS,
+    TOKENIZERS,
+    Accepted,
+    Refused,
+    table,
+    without_megatrons,
+)
 from megatron_aquila.data.indexed import IndexedDataset
+from megatron_aquila.data.tokenizer import TokenizerType
 from megatron_aquila.data.tokenizer_training import save_tokenizer_files, train_tokenizer
 from megatron_aquila.errors import ConfigError
 
@@ -17,7 +26,7 @@ def test_a_script_of_megatrons(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save_tokenizer_files(train_tokenizer([], 265), tmp_path)
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
     files = {"vocab-file": "vocab.json", "merge-file": "merges.txt", "special-tokens-file": "special_tokens.txt"}
-    script = [f"--{flag}={tmp_path / name}" for flag, name in files.items()]
+    script = ["--tokenizer-type=AquilaTokenizerFS", *(f"--{flag}={tmp_path / name}" for flag, name in files.items())]
     script += [
         "--input",
         f"{tmp_path}/in.jsonl",
@@ -47,10 +56,22 @@ def test_every_flag_is_taken_or_refused() -> None:
             elif isinstance(meaning, Accepted):
                 assert without_megatrons(script) == before + behind
             else:
-                assert without_megatrons(script) == [*before, meaning.flag, "x", *behind]
-    untouched = ["stray", "--input=a", "b", "--help"]
+                assert without_megatrons(script) == [*before, meaning.name, "x", *behind]
+    untouched = ["stray", "--input=a", "b", "--help", "--tokenizer-type", "SentencePieceTokenizer"]
     assert without_megatrons(untouched) == untouched
     assert without_megatrons([]) == []
+
+
+def test_every_tokenizer_is_taken_or_refused() -> None:
+    for kind, meaning in TOKENIZERS.items():
+        for words in (["--tokenizer-type", kind], [f"--tokenizer_type={kind}"]):
+            if isinstance(meaning, Refused):
+                with pytest.raises(ConfigError, match=rf"{kind}: .*; {re.escape(meaning.way_out)}"):
+                    without_megatrons([*words, "--append-eod"])
+            else:
+                assert meaning.name in get_args(TokenizerType)
+                assert without_megatrons([*words, "--append-eod"]) == ["--tokenizer-type", meaning.name, "--append-eod"]
+    assert set(TOKENIZERS).isdisjoint(get_args(TokenizerType))
 
 
 def test_no_flag_of_the_commands_own_is_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,11 @@ def test_one_keys_lines_are_not_anothers(folder: Path, tmp_path: Path, capsys: p
     assert f"from an unknown place: {tmp_path}/out.meta.jsonl was replaced" in capsys.readouterr().out
     assert data.main(["verify", title]) == 0
     assert data.main(["verify", text]) == 1
-    assert f"{tmp_path}/out.meta.jsonl: its SHA-256 is" in "".join(capsys.readouterr())
+    printed = "".join(capsys.readouterr())
+    assert f"{tmp_path}/out.meta.jsonl: it has" in printed
+    assert "replaced by another data set's" in printed
+    assert "write the data set again" not in printed
+    assert data.main(["merge", str(tmp_path / "both"), text, title]) == 0
 
 
 def test_parts_end_with_the_command_that_joins_them(

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,7 +255,7 @@ def test_parts_are_all_of_one_corpus_in_their_order(tmp_path: Path) -> None:
     )
     whole, out = write(tmp_path / "w", 7), str(tmp_path / "out")
     for parts, message in (
-        ([zero, two], r"p0: its corpus has 3 parts, and 1/3 is missing; make it first"),
+        ([zero, two], r"p0: its corpus has 3 parts, and 1/3 is missing; make it first, or give --partial if"),
         ([one], r"p1: its corpus has 3 parts, and 0/3, 2/3 is missing"),
         ([part(tmp_path / "many", 0, 9)], r"and 1/9, 2/9, 3/9 and 5 more is missing"),
         ([zero, two, one], r"p1: part 1/3 comes after .*p2, part 2; give each part once, in their order"),
@@ -266,6 +267,8 @@ def test_parts_are_all_of_one_corpus_in_their_order(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             merge(parts, out)
         assert not list(tmp_path.glob("out*"))
+        with nullcontext() if "missing" in message else pytest.raises(DataError, match=message):
+            merge(parts, str(tmp_path / "some"), partial=True, overwrite=True)
     for parts in ([zero, one, two], [zero, old, two]):
         merge([whole, *parts, whole], out, overwrite=True)
         assert IndexedDataset(out).tokens.tolist() == [7, 0, 1, 2, 7]

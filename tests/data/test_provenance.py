@@ -95,19 +95,32 @@ def test_lines_of_another_data_set_are_not_believed(tmp_path: Path) -> None:
     for line in (7, 8, 10):
         path.write_bytes(provenance_line(0, source="a.jsonl", line=line, meta={}))
         facts.append(FileFacts(size=path.stat().st_size, sha256=hash_file(path)))
-    for said, origin, problems in (
-        (facts[2], "a.jsonl:10", 0),
-        (facts[1], f"an unknown place: {path} was replaced by another data set's", 1),
-        (replace(facts[0], size=facts[2].size), "a.jsonl:10", 1),
-        (None, "a.jsonl:10", 0),
+    replaced = "replaced by another data set's"
+    sizes = f"it has {facts[2].size} bytes, the manifest says {facts[1].size}: {replaced}; remove it if that does not"
+    hashes = f"its SHA-256 is {facts[2].sha256[:12]}..., the manifest says {facts[0].sha256[:12]}..."
+    changed = f"{hashes}: bytes were changed since it was written; remove it, the tokens do not need it"
+    for said, origin, problem in (
+        (facts[2], "a.jsonl:10", None),
+        (facts[1], f"an unknown place: {path} was {replaced}", sizes),
+        (replace(facts[0], size=facts[2].size), "a.jsonl:10", changed),
+        (None, "a.jsonl:10", None),
     ):
         with IndexedDatasetWriter(prefix, np.uint16) as writer:
             writer.add_documents(np.arange(1), np.array([1]))
             writer.origin = replace(Origin.unknown(), options={"provenance": path.name}, provenance=said)
         assert document_origin(IndexedDataset(prefix), 0) == origin
-        found = verify(str(prefix)).problems
-        assert len(found) == problems
-        assert all(problem.startswith(f"{path}: its SHA-256 is {facts[2].sha256[:12]}") for problem in found)
+        assert verify(str(prefix)).problems == (), "the tokens are sound"
+        problems = verify(str(prefix), lines=True).problems
+        assert len(problems) == (problem is not None)
+        assert all(each.startswith(f"{path}: {problem}") for each in problems)
     path.unlink()
     assert document_origin(IndexedDataset(prefix), 0) is None
-    assert verify(str(prefix)).problems == ()
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_documents(np.arange(1), np.array([1]))
+    assert verify(str(prefix), lines=True).unchecked is None, "there should be none"
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_documents(np.arange(1), np.array([1]))
+        writer.origin = replace(Origin.unknown(), options={"provenance": path.name}, provenance=facts[0])
+    found = verify(str(prefix), lines=True)
+    assert found.problems == ()
+    assert found.unchecked == "out.meta.jsonl is gone: where documents came from is not known"

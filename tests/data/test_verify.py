@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_aquila.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_aquila.data.manifest import (
+    FileFacts,
     Origin,
     TokenizerFacts,
     manifest_path,
@@ -37,7 +38,7 @@ REGIONS = {
 }
 
 
-def write(prefix: Path, *, first: int = 5, vocab_size: int = 20) -> Files:
+def write(prefix: Path, *, first: int = 5, vocab_size: int = 20, lines: bytes | None = None) -> Files:
     with IndexedDatasetWriter(prefix, np.uint16, multimodal=True) as writer:
         for document in ([[first, 9], [2]], [[7]], [[8, 1, 0]]):
             for tokens in document:
@@ -45,6 +46,11 @@ def write(prefix: Path, *, first: int = 5, vocab_size: int = 20) -> Files:
             writer.end_document()
         tokenizer = TokenizerFacts(kind="AquilaTokenizer", vocab_size=vocab_size, fingerprint="0" * 64)
         writer.origin = replace(Origin.unknown(), tokenizer=tokenizer)
+        if lines is not None:
+            path = Path(f"{prefix}.meta.jsonl")
+            path.write_bytes(lines)
+            facts = FileFacts(size=len(lines), sha256=hash_file(path))
+            writer.origin = replace(writer.origin, options={"provenance": path.name}, provenance=facts)
     return read(prefix)
 
 
@@ -166,7 +172,8 @@ def test_what_verify_says(tmp_path: Path) -> None:
 
 def test_all_that_a_run_reads_at_once(tmp_path: Path) -> None:
     prefixes = [str(tmp_path / name) for name in ("one", "bare", "two")]
-    sizes = [sum(map(len, write(Path(prefix)).values())) for prefix in prefixes]
+    sizes = [sum(map(len, write(Path(prefix), lines=b"where from").values())) for prefix in prefixes]
+    Path(f"{prefixes[2]}.meta.jsonl").write_bytes(b"another set's")
     remove_manifest(prefixes[1])
     total, seen = sizes[0] + sizes[2], list[tuple[int, int]]()
     line = verify_all(prefixes, lambda what, done, total: seen.append((done, total)))

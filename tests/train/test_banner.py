@@ -69,11 +69,12 @@ def test_a_machine_must_hold_the_plans_of_all_its_processes(monkeypatch: pytest.
         monkeypatch.setattr(banner, "machine_memory", lambda total=total: total)
         banner.check_memory(CONFIG, derived, cpu, launch)
         monkeypatch.setattr(banner, "machine_memory", lambda total=total: total - 1)
-        told = rf"more than this machine's .* GiB for {count} processes, the fullest .*: weights .*; turn on --sp"
+        why = rf"--device cpu: the plan needs more than this machine's .* GiB for {count} processes, the fullest .*: "
+        told = rf"{why}weights .*; turn on --sp.* use fewer processes on this machine, or more machines, or a smaller"
         with pytest.raises(ConfigError, match=told) as refused:
             banner.check_memory(CONFIG, derived, cpu, launch)
         assert refused.value.is_shared == (count == 8), "one machine's trouble is not every rank's"
-        assert "offload" not in str(refused.value)
+        assert not any(way in str(refused.value) for way in ("offload", "--tp", "--pp", "data-parallel"))
 
 
 def test_what_leaves_a_cpu_stays_in_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
