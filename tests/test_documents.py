@@ -239,7 +239,7 @@ def test_every_command_is_asked_for_what_it_has() -> None:
         assert re.search(rf'"{flag}"|\b{flag[2:].replace("-", "_")}\b', read(file)), flag
     assert {"--load", "--prompt"} <= flags_of("generate")
     assert {"--tp", "--no-overlap", "--zero"} <= flags_of("pretrain")
-    assert flags_of("data", "merge") == {"--help", "--overwrite"}
+    assert flags_of("data", "merge") == {"--help", "--overwrite", "--partial"}
 
 
 def test_what_is_wrong_is_found() -> None:

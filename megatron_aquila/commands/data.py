@@ -57,7 +57,7 @@ class MergeOptions:
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace a data set that is there."""
     partial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Some parts of a corpus that was cut by --shard, not all: the others are kept apart, or merged later."""
+    """Some parts of a corpus that was cut, not all: the others are kept apart, or merged later."""
 
 
 class TraceOptions(TypedDict, total=False):
