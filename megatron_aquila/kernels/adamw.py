@@ -47,8 +47,8 @@ def adamw_(
     count = step.double()
     rate = torch.full_like(count, -lr) / (1 - beta1**count)  # a float divided by a tensor would be rounded twice
     correction = (1 - beta2**count).sqrt()
-    # A device gets the whole: launches cost more there, and torch.compile would copy all of it for each block's writes.
-    size = BLOCK if param.device.type == "cpu" else max(1, param.numel())
+    # A GPU gets the whole: launches cost more there, and torch.compile would copy all of it for each block's writes.
+    size = max(1, param.numel()) if param.device.type == "cuda" else BLOCK
     for master, g, mean, square in _opened(size, param, grad, exp_avg, exp_avg_sq, remainder):
         g = g * factor
         new_mean = mean.lerp(g, 1 - beta1)

@@ -97,7 +97,8 @@ def process_group(device: torch.device, launch: Launch, timeout: timedelta, back
     yield attempt
     # Not after an error: with a dead neighbour it can wait for ever. Newest first, an order that all ranks share: NCCL
     # may wait for a group's other ranks, and torch goes by names, those of split groups being hashes of their ranks.
-    for group in reversed([*_world.pg_map]):
+    # gloo's are ended at once: one by one, its threads can outlive what they work on, and abort the process.
+    for group in reversed([*_world.pg_map]) if is_nccl else [None]:
         dist.destroy_process_group(group)
 
 

@@ -29,7 +29,7 @@ def test_without_a_launcher_the_world_is_one(monkeypatch: pytest.MonkeyPatch) ->
         assert not torch.distributed.is_initialized()
 
 
-def test_groups_end_newest_first_and_the_world_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccls_groups_end_newest_first_and_the_world_last(monkeypatch: pytest.MonkeyPatch) -> None:
     ended, destroy = [], dist.destroy_process_group
     with fake_world(0, 4):  # what the process group starts is replaced by what is up here
         for name in ("TCPStore", "PrefixStore", "init_process_group"):
@@ -38,7 +38,7 @@ def test_groups_end_newest_first_and_the_world_last(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(dist, "destroy_process_group", lambda group: (ended.append(group), destroy(group)))
         monkeypatch.setenv("MASTER_ADDR", "localhost")
         monkeypatch.setenv("MASTER_PORT", "1")
-        with env.process_group(torch.device("cpu"), Launch(world_size=4), timedelta(seconds=5)):
+        with env.process_group(torch.device("cuda", 0), Launch(world_size=4), timedelta(seconds=5)):
             made = [dist.group.WORLD, dist.new_group([0, 1]), dist.new_group([0, 2])]
         assert ended == made[::-1]
         assert not dist.is_initialized()
